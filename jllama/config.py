@@ -195,6 +195,7 @@ class ShardingConfig:
     seq: Candidates = _default("positions of an activation", (("context",), None))
     act_embed: Candidates = _default("width of an activation", (None,))
     act_heads: Candidates = _default("heads of an activation", (("tensor",), None))
+    act_kv_heads: Candidates = _default("key/value heads of an activation", (("tensor",), None))
     act_ffn: Candidates = _default("feed-forward width of an activation", (("tensor",),))
     act_vocab: Candidates = _default("logits of a position", (("tensor",), None))
     layers: Candidates = _default("stacked layers", (None,))

@@ -1,0 +1,1 @@
+"""The LLaMA architecture: thin Linen modules, pure functions outside."""

@@ -1,0 +1,64 @@
+"""One transformer block: pre-norm attention and SwiGLU feed-forward (arXiv:2302.13971)."""
+
+import flax.linen as nn
+import jax
+
+from jllama.config import ComputeConfig, ModelConfig
+from jllama.model.attention import Attention
+from jllama.model.cache import Cache
+from jllama.model.linear import Linear
+from jllama.model.norm import RMSNorm
+from jllama.model.param import matrix_init
+from jllama.parallel.sharding import constrain
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202): `down(silu(gate(x)) * up(x))`."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, dtype, param_dtype = self.config, self.compute.dtype, self.compute.param_dtype
+        D, F = c.hidden_dim, c.ffn_dim
+        init = matrix_init(c.init, fan_in=D)
+
+        def project(name):
+            return Linear((D,), (F,), ("embed", "ffn"), init, dtype, param_dtype, name=name)(x)
+
+        h = constrain(jax.nn.silu(project("gate")) * project("up"), "batch", "seq", "act_ffn")
+        init = matrix_init(c.init, fan_in=F, depth=c.num_layers)
+        return Linear((F,), (D,), ("ffn", "embed"), init, dtype, param_dtype, name="down")(h)
+
+
+class Block(nn.Module):
+    """x [B,T,D] -> ([B,T,D], cache of this layer)."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        positions: jax.Array,
+        segments: jax.Array | None,
+        cache: Cache | None,
+    ) -> tuple[jax.Array, Cache | None]:
+        c, param_dtype = self.config, self.compute.param_dtype
+
+        def norm(name):
+            return RMSNorm(c.rms_norm_eps, "norm", param_dtype, name=name)
+
+        with jax.named_scope("attention"):
+            h = norm("attention_norm")(x)
+            h, cache = Attention(c, self.compute, name="attention")(
+                h, rope, positions, segments, cache
+            )
+            x = constrain(x + h, "batch", "seq", "act_embed")
+        with jax.named_scope("mlp"):
+            h = MLP(c, self.compute, name="mlp")(norm("ffn_norm")(x))
+            x = constrain(x + h, "batch", "seq", "act_embed")
+        return x, cache

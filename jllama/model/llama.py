@@ -1,0 +1,154 @@
+"""The LLaMA decoder (arXiv:2302.13971, 2307.09288, 2407.21783) and its pure functions.
+
+Parameters are nested dicts of arrays; the layers are stacked on a leading axis:
+
+  embedding.weight [V,D]   layers.{attention_norm,ffn_norm}.scale [L,D]   final_norm.scale [D]
+  layers.attention.{q [L,D,H,N], k [L,D,K,N], v [L,D,K,N], o [L,H,N,D]}.kernel
+  layers.mlp.{gate [L,D,F], up [L,D,F], down [L,F,D]}.kernel
+  head.weight [V,D] unless tied; layers.attention.{q_norm,k_norm}.scale [L,N] with qk_norm
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jllama.config import ComputeConfig, ModelConfig
+from jllama.model.block import Block
+from jllama.model.cache import Cache
+from jllama.model.norm import RMSNorm
+from jllama.model.param import Declared, declare, embedding_init
+from jllama.model.rope import rope_tables
+from jllama.parallel.sharding import constrain
+
+Params = dict[str, Any]
+
+# What `compute.remat` saves in the forward pass; "full" saves the input of each block only.
+_REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Embedding(nn.Module):
+    """A table [V,D]: the token embedding, or the head (then it is only declared here)."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param(
+            "weight",
+            declare(embedding_init(self.config.init), ("vocab", "embed"), decay=True),
+            (self.config.vocab_size, self.config.hidden_dim),
+            self.compute.param_dtype,
+        )
+
+
+class Llama(nn.Module):
+    """Tokens to the final, normed hidden state; `logits` turns that into logits."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        c = self.config
+        table = Embedding(c, self.compute, name="embedding")()
+        if not c.tie_embeddings:
+            Embedding(c, self.compute, name="head")()  # used by `logits` and by the loss
+        with jax.named_scope("embedding"):
+            x = jnp.take(table, tokens, axis=0).astype(self.compute.dtype)
+            x = constrain(x, "batch", "seq", "act_embed")
+        rope = rope_tables(c, positions)
+
+        block = Block
+        if self.compute.remat != "none" and cache is None:
+            block = nn.remat(block, policy=_REMAT[self.compute.remat], prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            out_axes=0,
+            length=c.num_layers,
+            unroll=min(self.compute.scan_unroll, c.num_layers),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, cache = layers(c, self.compute, name="layers")(x, rope, positions, segments, cache)
+        x = RMSNorm(c.rms_norm_eps, "norm", self.compute.param_dtype, name="final_norm")(x)
+        return x, cache
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """What a parameter was declared to be."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: tuple[str, ...]
+    decay: bool
+
+
+def _init_boxed(config: ModelConfig, compute: ComputeConfig, key: jax.Array) -> Params:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Llama(config, compute).init(key, tokens, tokens)["params"]
+
+
+def init_params(config: ModelConfig, compute: ComputeConfig, key: jax.Array) -> Params:
+    """Fresh parameters, `compute.param_dtype`; the same for any sharding when jitted."""
+    return nn.meta.unbox(_init_boxed(config, compute, key))
+
+
+def param_specs(config: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
+    """The parameter tree with a `ParamSpec` at each leaf; computes nothing."""
+    boxed = jax.eval_shape(functools.partial(_init_boxed, config, compute), jax.random.key(0))
+    return jax.tree.map(
+        lambda p: ParamSpec(p.value.shape, p.value.dtype, p.axes, p.decay),
+        boxed,
+        is_leaf=lambda p: isinstance(p, Declared),
+    )
+
+
+def apply(
+    params: Params,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array | None = None,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """The final hidden state.
+
+    Args:
+      tokens, positions: [B,T] int32; positions drive RoPE and, with a cache, the slot written.
+      segments: [B,T] int32 or None; without a cache, positions attend within their own segment.
+      cache: None for a whole row, else the cache to read and to write.
+
+    Returns:
+      hidden [B,T,D] in the compute dtype, after the final norm, and the updated cache.
+    """
+    return Llama(config, compute).apply({"params": params}, tokens, positions, segments, cache)
+
+
+def head_weight(params: Params, config: ModelConfig) -> jax.Array:
+    """The output matrix [V,D]."""
+    return params["embedding" if config.tie_embeddings else "head"]["weight"]
+
+
+def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """hidden [B,T,D] -> float32 logits [B,T,V]."""
+    weight = head_weight(params, config).astype(hidden.dtype)
+    out = jnp.einsum("BTD,VD->BTV", hidden, weight, preferred_element_type=jnp.float32)
+    return constrain(out, "batch", "seq", "act_vocab")

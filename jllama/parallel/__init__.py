@@ -1,0 +1,1 @@
+"""Devices, meshes and placement: the only place that imports `jax.sharding`."""
