@@ -151,11 +151,11 @@ class ComputeConfig:
     dtype: Literal["float32", "bfloat16"] = _doc("activations and matrix multiplications")
     param_dtype: Literal["float32", "bfloat16"] = _default("stored parameters", "float32")
     remat: Literal["none", "dots", "full"] = _default(
-        "what the backward pass recomputes: none; dots = all but matrix products; full = each block",
+        "the backward pass recomputes: none; dots = all but matrix products; full = each block",
         "none",
     )
     attention_block: PositiveInt = _default(
-        "queries attended at a time when no cache is in use: memory grows with this times the length",
+        "queries attended at a time without a cache: memory grows with this times the length",
         512,
     )
     loss_block: PositiveInt = _default(
@@ -213,7 +213,7 @@ class ShardingConfig:
 
 @_config
 class StdlibSource:
-    """The Python standard library of the running interpreter, without tests: one document a file."""
+    """The running interpreter's Python standard library, without tests: one document a file."""
 
     kind: Literal["stdlib"] = _doc("the running interpreter's own standard library")
     split: Literal["train", "held_out"] = _doc("which part, by a hash of the relative path")
@@ -332,7 +332,9 @@ class TrainedTokenizer:
     """A SentencePiece BPE model trained on the training sources: lossless, with byte fallback."""
 
     kind: Literal["train"] = _doc("train SentencePiece BPE on the training sources")
-    vocab_size: Annotated[int, Field(ge=300)] = _doc("pieces, the 3 control and 256 byte ones in it")
+    vocab_size: Annotated[int, Field(ge=300)] = _doc(
+        "pieces, the 3 control and 256 byte ones in it"
+    )
     max_bytes: PositiveInt = _default("text read for training, in bytes", 50_000_000)
     cross_words: bool = _default("pieces may span several words", False)
 
@@ -379,7 +381,7 @@ class ConstantSchedule:
 
 @_config
 class WsdSchedule:
-    """Warm-up, stable, decay (arXiv:2404.06395): constant, then linear to `floor` times the peak."""
+    """Warm-up, stable, decay (arXiv:2404.06395): constant, then linear to `floor` x the peak."""
 
     kind: Literal["wsd"] = _doc("warm-up, constant, then a linear decay at the end")
     peak: PositiveFloat = _doc("learning rate after the warm-up")
@@ -388,9 +390,7 @@ class WsdSchedule:
     floor: Fraction = _doc("last learning rate over the peak")
 
 
-Schedule = Annotated[
-    CosineSchedule | ConstantSchedule | WsdSchedule, Field(discriminator="kind")
-]
+Schedule = Annotated[CosineSchedule | ConstantSchedule | WsdSchedule, Field(discriminator="kind")]
 
 
 @_config
@@ -458,7 +458,9 @@ class RunConfig:
         "FROM:TO writes an xprof trace of these steps", ""
     )
     stop_after: Count = _default("stop, checkpointed, after this step; 0 is off", 0)
-    compilation_cache: str = _default("persistent compilation cache; empty is off", "~/.cache/jllama/xla")
+    compilation_cache: str = _default(
+        "persistent compilation cache; empty is off", "~/.cache/jllama/xla"
+    )
 
 
 @_config
@@ -480,9 +482,8 @@ class Config:
     def __post_init__(self):
         wanted = getattr(self.tokenizer, "vocab_size", None)
         if wanted is not None and wanted > self.model.vocab_size:
-            raise ValueError(
-                f"tokenizer.vocab_size={wanted} does not fit model.vocab_size={self.model.vocab_size}"
-            )
+            rows = self.model.vocab_size
+            raise ValueError(f"tokenizer.vocab_size={wanted} does not fit model.vocab_size={rows}")
         if self.data.length > self.model.max_length:
             raise ValueError(
                 f"data.length={self.data.length} is above model.max_length={self.model.max_length}"
@@ -531,7 +532,7 @@ def _model_dict(name: str) -> dict:
 
 def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
     """A shipped model by name, or a YAML file; `overrides` are dotted `key=value`."""
-    return _validate(ModelConfig, _override(_model_dict(name), overrides), where=name)
+    return _validate(ModelConfig, override(_model_dict(name), overrides), where=name)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -548,10 +549,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             rest.append(item)
     if isinstance(data.get("model"), str):
         data["model"] = _model_dict(data["model"])
-    return _validate(Config, _override(data, rest), where=str(path))
+    return _validate(Config, override(data, rest), where=str(path))
 
 
-def _override(data: dict, overrides: Sequence[str]) -> dict:
+def override(data: dict, overrides: Sequence[str]) -> dict:
+    """Sets dotted `key=value` in plain nested values, in place, before validation."""
     for item in overrides:
         key, eq, text = item.partition("=")
         if not eq or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
@@ -559,7 +561,9 @@ def _override(data: dict, overrides: Sequence[str]) -> dict:
         try:
             value = OmegaConf.to_container(OmegaConf.create({"v": _scalar(text)}))["v"]
         except (yaml.YAMLError, OmegaConfBaseException) as e:
-            raise UserError(f"{key}: {text!r} is not a YAML value: {e}") from None
+            raise UserError(
+                f"{key}: {text!r} is not a YAML value: {' '.join(str(e).split())}"
+            ) from None
         _assign(data, key, value)
     return data
 
@@ -611,7 +615,7 @@ def _explain(cls: type, error: pydantic.ValidationError) -> str:
     # An unknown key is the likeliest mistake and the likeliest cause of the others.
     errors = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
     first = errors[0]
-    path, allowed = _walk(cls, first["loc"])
+    path, allowed, tags = _walk(cls, first["loc"])
     key = ".".join(path) or "config"
     kind = first["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -621,7 +625,7 @@ def _explain(cls: type, error: pydantic.ValidationError) -> str:
     elif kind in ("missing", "missing_argument"):
         text = "is required and missing"
     elif kind == "union_tag_not_found":
-        text = f"needs a kind; allowed: {first['ctx'].get('expected_tags', ', '.join(allowed))}"
+        text = f"needs a kind; allowed: {', '.join(map(repr, tags))}"
     elif kind == "union_tag_invalid":
         text = f"kind {first['ctx']['tag']!r} is unknown; allowed: {first['ctx']['expected_tags']}"
     elif kind == "value_error":
@@ -632,8 +636,8 @@ def _explain(cls: type, error: pydantic.ValidationError) -> str:
     return f"{key}: {text}{more}"
 
 
-def _walk(cls: Any, loc: Sequence[str | int]) -> tuple[list[str], list[str]]:
-    """Pydantic's location without the sum types' tags, and the keys allowed where it ends."""
+def _walk(cls: Any, loc: Sequence[str | int]) -> tuple[list[str], list[str], list[str]]:
+    """Pydantic's location without the sum types' tags; the keys and the kinds allowed there."""
     path: list[str] = []
     allowed: list[str] = []
     members = _members(cls)
@@ -647,7 +651,7 @@ def _walk(cls: Any, loc: Sequence[str | int]) -> tuple[list[str], list[str]]:
         allowed = list(fields) or allowed
         if isinstance(part, str) and part in fields:
             members = _members(_hints_of(members, part))
-    return path, allowed
+    return path, allowed, [t for m in members if (t := _tag(m))]
 
 
 def _fields(cls: type) -> tuple:
@@ -707,7 +711,7 @@ def describe(cls: type = Config, prefix: str = "") -> list[tuple[str, str, str]]
         meaning = info.description
         if not members:
             if not info.is_required():
-                meaning += f" [{json.dumps(pydantic.TypeAdapter(hint).dump_python(info.default, mode='json'))}]"
+                meaning += f" [{pydantic.TypeAdapter(hint).dump_json(info.default).decode()}]"
             rows.append((key, _type_name(hint), meaning))
             continue
         kinds = [k for m in members if (k := _tag(m))]

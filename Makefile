@@ -1,0 +1,83 @@
+# make help lists what there is to do.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := cuda tpu plan serve beam dev
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One lock for every Python from 3.11 on; what is already locked stays unless UPGRADE=--upgrade.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
+	--no-annotate --custom-compile-command "make lock" pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint format lock clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.dev  ## .venv with the locked requirements, this package and the development tools
+	@echo "$(VENV) is ready"
+
+train: $(VENV)/.default  ## train the default recipe on real text and print a sample
+	$(BIN)/python train.py --config configs/train/tiny.yaml
+
+test: $(VENV)/.dev  ## the tests, on the CPU
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+lint: $(VENV)/.dev  ## format and rules; every extra resolves over the lock
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@$(resolver); \
+	for lock in requirements.txt requirements-dev.txt; do \
+		echo "lock: $$lock"; cp $$lock $(VENV)/$$lock; \
+		extra=; [ $$lock = requirements.txt ] || extra="--extra dev"; \
+		$(COMPILE) $$extra --output-file $(VENV)/$$lock && diff $$lock $(VENV)/$$lock || \
+			{ echo "$$lock is not what pyproject.toml asks for: run make lock" >&2; exit 1; }; \
+	done; \
+	for extra in $(EXTRAS); do \
+		echo "extra: $$extra"; \
+		$(COMPILE) --extra $$extra --constraints requirements.txt --output-file /dev/null || exit 1; \
+	done
+
+format: $(VENV)/.dev  ## rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: $(VENV)/.dev  ## renew requirements*.txt (UPGRADE=--upgrade takes the newest versions)
+	@# Resolved with all extras at once, so that each of them installs over the default lock.
+	@$(resolver); cp requirements-dev.txt $(VENV)/all.txt && \
+	$(COMPILE) $(UPGRADE) --all-extras --output-file $(VENV)/all.txt && \
+	$(COMPILE) --constraints $(VENV)/all.txt --output-file requirements.txt && \
+	$(COMPILE) --constraints $(VENV)/all.txt --extra dev --output-file requirements-dev.txt
+
+clean:  ## remove .venv, caches and build products; runs and prepared data stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# uv resolves from metadata alone, without downloading gigabytes of CUDA; it reads no pip
+# configuration, so an index configured for pip is handed on.
+define resolver
+	index="$${PIP_INDEX_URL:-$$($(PIP) config get global.index-url 2>/dev/null)}"; \
+	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi
+endef
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "error: $(PYTHON) not found; make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $$($(PYTHON) -V) is too old: jllama needs 3.11 or newer; make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment (Debian: apt install python3-venv)" >&2; exit 1; }
+
+# The stamps are renewed only by a change of what they were installed from.
+$(VENV)/.default: requirements.txt pyproject.toml | $(BIN)/python
+	@echo "installing requirements.txt into $(VENV) ..."
+	$(PIP) install -r requirements.txt
+	$(PIP) install --no-deps --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.default
+	@echo "installing requirements-dev.txt into $(VENV) ..."
+	$(PIP) install -r requirements-dev.txt
+	@touch $@

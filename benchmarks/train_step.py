@@ -1,0 +1,129 @@
+"""Seconds per real train step of a model, beside the machine's matrix-product peak.
+
+    python -m benchmarks.train_step --model configs/model/stories-15m.yaml \
+        --batch 16 --length 256 --dtype float32 --json
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jllama import config as configs
+from jllama.errors import UserError
+from jllama.flops import train_flops_per_token
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
+from jllama.train.loss import causal_lm_loss
+from jllama.train.state import define_state, init_state
+from jllama.train.step import make_train_step
+
+
+def recipe(args: argparse.Namespace) -> configs.Config:
+    """The recipe of the run: the model's own config with the published optimizer."""
+    model = configs.to_dict(configs.load_model(args.model))
+    optimizer = {"kind": "adamw", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8,
+                 "weight_decay": 0.1, "clip_norm": 1.0}  # fmt: skip
+    source = {"name": "random", "source": {"kind": "text", "files": ["unused"]}}
+    data = {
+        "model": model,
+        "compute": {"dtype": args.dtype},
+        "tokenizer": {"kind": "sentencepiece", "path": "unused"},
+        "data": {"length": args.length, "packing": {"kind": "cut"}, "train": [source]},
+        "training": {
+            "steps": 1000,
+            "batch_size": args.batch,
+            "optimizer": optimizer,
+            "schedule": {"kind": "constant", "peak": 1e-4, "warmup_steps": 0},
+        },
+        "run": {"name": "benchmark"},
+    }
+    for item in args.set:
+        data = configs.override(data, [item])
+    return configs.from_dict(data, "benchmark")
+
+
+def matmul_peak(dtype: str, size: int = 2048, repeats: int = 10) -> float:
+    """GFLOP/s of the best of several square products."""
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="name in configs/model, or a YAML file")
+    parser.add_argument("--batch", type=int, default=16, help="rows per step")
+    parser.add_argument("--length", type=int, default=256, help="predicted tokens per row")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    args = parser.parse_args()
+    config = recipe(args)
+    placement = Placement(make_mesh(config.mesh), config.sharding)
+    definition = define_state(config, placement)
+    state = init_state(definition, 0)
+    step = make_train_step(config, lambda *a: causal_lm_loss(config, *a), definition, placement)
+    shape = (args.batch, args.length + 1)
+    rng = np.random.default_rng(0)
+    batch = placement.put_batch(
+        {
+            "tokens": rng.integers(0, config.model.vocab_size, shape, dtype=np.int32),
+            "segments": np.ones(shape, np.int32),
+            "weights": np.ones(shape, np.float32),
+        }
+    )
+    start = time.perf_counter()
+    step = step.lower(state, (), batch).compile()
+    compile_seconds = time.perf_counter() - start
+    peaks = [matmul_peak(args.dtype)]
+    seconds = []
+    for i in range(args.steps + 2):  # two to warm up
+        start = time.perf_counter()
+        state, metrics = step(state, (), batch)
+        jax.block_until_ready((state, metrics))
+        if i >= 2:
+            seconds.append(time.perf_counter() - start)
+    peaks.append(matmul_peak(args.dtype))
+    flops = train_flops_per_token(config.model, args.length) * args.batch * args.length
+    median = statistics.median(seconds)
+    result = {
+        "model": args.model,
+        "batch": args.batch,
+        "length": args.length,
+        "dtype": args.dtype,
+        "platform": jax.default_backend(),
+        "compile_seconds": round(compile_seconds, 2),
+        "seconds_per_step": round(median, 4),
+        "seconds_per_step_min": round(min(seconds), 4),
+        "tokens_per_second": round(args.batch * args.length / median, 1),
+        "gflops_per_second": round(flops / median / 1e9, 1),
+        "matmul_peak_gflops_per_second": round(statistics.mean(peaks), 1),
+        "fraction_of_peak": round(flops / median / 1e9 / statistics.mean(peaks), 3),
+    }
+    if args.json:
+        print(json.dumps(result))
+    else:
+        for key, value in result.items():
+            print(f"{key:32} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

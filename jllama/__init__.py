@@ -1,0 +1,28 @@
+"""The LLaMA family in JAX and Flax.
+
+`jllama.load(path)` opens a trained model; see `jllama.pretrained`. Importing this package imports
+nothing else, so that processes which only tokenise text start without JAX.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Llama": "jllama.pretrained",
+    "load": "jllama.pretrained",
+    "load_tokenizer": "jllama.text.tokenizer",
+    "UserError": "jllama.errors",
+}
+__all__ = ["Llama", "UserError", "__version__", "load", "load_tokenizer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jllama' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

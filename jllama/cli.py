@@ -1,0 +1,57 @@
+"""`jllama COMMAND`: one table of commands, each a module that is imported only when it is called.
+
+A command's module has two functions: `add_arguments(parser)` and `run(args)`, which writes results
+to stdout, progress to stderr and raises `UserError` for bad input.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jllama.errors import UserError
+
+COMMANDS = {
+    # name: (module, what it does)
+    "info": ("jllama.info", "parameters, bytes, FLOPs and KV-cache bytes of a model"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # The tables of help and usage need no module but the called one: jax takes seconds to import.
+    called = next((arg for arg in argv if not arg.startswith("-")), None)
+    parser = argparse.ArgumentParser(prog="jllama", description="The LLaMA family in JAX.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name == called:
+            implementation = importlib.import_module(module)
+            implementation.add_arguments(command)
+            command.set_defaults(run=implementation.run)
+    args = parser.parse_args(argv)
+    return exit_status(args.run, args)
+
+
+def exit_status(run: Callable[..., Any], *args: Any) -> int:
+    """Calls a program's body; what a user may meet becomes one line and an exit status.
+
+    0 is success, 2 bad input, 130 an interrupt, 141 a reader of stdout that went away.
+    """
+    try:
+        run(*args)
+        sys.stdout.flush()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more on its way out: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0

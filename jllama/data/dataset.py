@@ -1,0 +1,205 @@
+"""Batches as a pure function of (prepared data, seed, step): shuffled, mixed, prefetched.
+
+Grain's random-access datasets do it: each source is an endless list of its rows, shuffled anew
+each epoch, and the mixture picks from them by weight. There is no iterator state to save: batch
+`t` is rows `t * B` to `t * B + B` of the mixture, whoever asks, whenever.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from jllama.config import (
+    Config,
+    DataConfig,
+    SourceConfig,
+    TokenizerFile,
+    TrainedTokenizer,
+    WholePacking,
+    to_dict,
+)
+from jllama.data import source as sources
+from jllama.data.pack import CutRows, Row, Rows, WholeRows, empty_row
+from jllama.data.prepare import prepare
+from jllama.data.prepared import Prepared
+from jllama.errors import UserError
+from jllama.text.tokenizer import SentencePieceTokenizer, load_tokenizer
+from jllama.text.vocabulary import train_sentencepiece
+
+Batch = dict[str, np.ndarray]  # tokens int32, segments int32, weights float32; each [B, T+1]
+
+_FOREVER = 1 << 40  # steps
+
+
+class Dataset:
+    """Training batches from one or several sources."""
+
+    def __init__(
+        self, rows: Mapping[str, Rows], weights: Mapping[str, float], batch_size: int, seed: int
+    ):
+        """`rows` and `weights` by source name; shares are weights over their sum, in rows.
+
+        Raises UserError for a source without rows.
+        """
+        for name, some in rows.items():
+            if not len(some):
+                raise UserError(f"source {name}: has no rows; give it more text")
+        self.rows = dict(rows)
+        self.batch_size = batch_size
+        # A source's order depends on its name, so adding another leaves it as it is.
+        parts = [
+            grain.MapDataset.source(some).seed(_seed(seed, name)).shuffle().repeat()
+            for name, some in rows.items()
+        ]
+        total = sum(weights[name] for name in rows)
+        self._mixture = grain.MapDataset.mix(parts, [weights[name] / total for name in rows])
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """Batch of `step` (from 0); `rows` reads only that part of it, for one of several hosts."""
+        first = step * self.batch_size
+        return stack([self._mixture[first + i] for i in range(self.batch_size)[rows]])
+
+    def iterate(
+        self, start: int = 0, rows: slice = slice(None), prefetch: int = 4
+    ) -> Iterator[tuple[int, Batch]]:
+        """(step, batch(step, rows)) from `start` on, `prefetch` batches ahead in threads."""
+        steps = grain.MapDataset.range(start, _FOREVER).map(lambda t: (int(t), self.batch(t, rows)))
+        threads = min(prefetch, 4)
+        return iter(
+            steps.to_iter_dataset(
+                grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+            )
+        )
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
+
+
+def stack(rows: Sequence[Row]) -> Batch:
+    """Rows as one batch."""
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def eval_batches(rows: Rows, batch_size: int, max_rows: int = 0) -> Iterator[Batch]:
+    """Every row once, in order (the first `max_rows` if that is not 0).
+
+    The last batch is filled up with rows of padding, which weigh nothing.
+    """
+    count = min(len(rows), max_rows or len(rows))
+    for first in range(0, count, batch_size):
+        some = [rows[i] for i in range(first, min(first + batch_size, count))]
+        some += [empty_row(rows.length)] * (batch_size - len(some))
+        yield stack(some)
+
+
+def cut(prepared: Prepared, data: DataConfig) -> Rows:
+    """Rows of a source as `data` packs them."""
+    if isinstance(data.packing, WholePacking):
+        rows = WholeRows(prepared, data.length, data.packing.too_long)
+        if rows.too_long:
+            print(
+                f"source {prepared.name}: {rows.too_long} of {prepared.documents} documents are "
+                f"longer than a row of {data.length + 1} tokens and left out",
+                file=sys.stderr,
+            )
+        return rows
+    return CutRows(prepared, data.length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What `open_data` gives: training batches, and the prepared sources by name."""
+
+    train: Dataset
+    sources: dict[str, Prepared]
+    held_out: dict[str, Prepared]
+    held_out_rows: dict[str, Rows]
+
+
+def open_data(config: Config, tokenizer: SentencePieceTokenizer) -> Data:
+    """Prepares what is not prepared yet, and cuts rows. Raises UserError for bad sources."""
+    data = config.data
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size}: the tokenizer has "
+            f"{tokenizer.vocab_size} pieces; raise it to that"
+        )
+    for group, some in (("train", data.train), ("held_out", data.held_out)):
+        names = [s.name for s in some]
+        twice = {n for n in names if names.count(n) > 1}
+        if twice:
+            raise UserError(f"data.{group}: two sources are named {min(twice)}; rename one")
+    train = {s.name: prepare(s, tokenizer, data.prepare) for s in data.train}
+    held_out = {s.name: prepare(s, tokenizer, data.prepare) for s in data.held_out}
+    return Data(
+        train=Dataset(
+            {name: cut(p, data) for name, p in train.items()},
+            {s.name: s.weight for s in data.train},
+            config.training.batch_size,
+            config.run.seed,
+        ),
+        sources=train,
+        held_out=held_out,
+        held_out_rows={name: cut(p, data) for name, p in held_out.items()},
+    )
+
+
+def open_tokenizer(config: Config) -> SentencePieceTokenizer:
+    """The recipe's tokenizer: loaded, or trained once on the training sources.
+
+    A trained one is kept beside the prepared data, under a name made from what it depends on.
+    """
+    match config.tokenizer:
+        case TokenizerFile(path=path):
+            return load_tokenizer(path)
+        case TrainedTokenizer() as wanted:
+            return _trained(wanted, config.data)
+
+
+def _trained(wanted: TrainedTokenizer, data: DataConfig) -> SentencePieceTokenizer:
+    key = [
+        to_dict(wanted),
+        [(to_dict(s), sources.version(s.source)) for s in data.train],
+        [[(f.name, f.size) for f in sources.source_files(s.source)] for s in data.train],
+    ]
+    identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    folder = Path(data.prepare.folder).expanduser()
+    path = folder / f"tokenizer-{identity[:16]}.model"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".tokenizer.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.is_file():
+                print(f"tokenizer: training {wanted.vocab_size} pieces", file=sys.stderr)
+                train_sentencepiece(_texts(data, wanted.max_bytes), wanted, f"{path}.part")
+                os.replace(f"{path}.part", path)
+    except OSError as e:
+        raise UserError(f"{folder}: {e.strerror}; prepare.folder must be writable") from None
+    return load_tokenizer(path)
+
+
+def _texts(data: DataConfig, max_bytes: int) -> Iterable[str]:
+    """Text of the training sources, each up to its share of `max_bytes`."""
+    total = sum(s.weight for s in data.train)
+    for source in data.train:
+        yield from _first(source, int(max_bytes * source.weight / total), data.prepare.max_skipped)
+
+
+def _first(source: SourceConfig, most: int, max_skipped: int) -> Iterator[str]:
+    # Skipped documents are reported when the source is prepared.
+    for document in sources.documents(
+        source.source, max_skipped=max_skipped, report=lambda line: None
+    ):
+        yield document.text
+        most -= len(document.text.encode())
+        if most <= 0:
+            return

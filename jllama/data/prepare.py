@@ -1,0 +1,286 @@
+"""Tokenises a source once and keeps it on disk as a TFDS dataset of token blocks.
+
+A document is BOS, its tokens, EOS. Document `i` belongs to logical shard `i % shards`; the
+documents of a shard, joined, are cut into records of `block_tokens` tokens with the places where
+documents start. So the bytes on disk depend on the source, the tokenizer, `shards` and
+`block_tokens` alone, never on how many processes made them. `identity.json`, written last, says
+that the dataset is whole and what it was made from: a folder without it is made anew.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from jllama.config import PrepareConfig, SourceConfig, to_dict
+from jllama.data import files, worker
+from jllama.data import source as sources
+from jllama.data.prepared import FORMAT, MARKER, Prepared
+from jllama.data.records import ShardWriter, write_tfds_metadata
+from jllama.errors import UserError
+from jllama.text.tokenizer import SentencePieceTokenizer
+
+_CHUNK_CHARACTERS = 1 << 18  # text that goes to a process at a time
+_PROCESS_BYTES = 16_000_000  # source that is worth a process
+
+
+def prepare(
+    source: SourceConfig, tokenizer: SentencePieceTokenizer, config: PrepareConfig
+) -> Prepared:
+    """The source as tokens: found in `config.folder` if it is there, made if not.
+
+    Raises UserError if the source cannot be read, has more than `config.max_skipped` bad
+    documents, or has changed since it was prepared.
+    """
+    key = {
+        "format": FORMAT,
+        "source": to_dict(source.source),
+        "version": sources.version(source.source),
+        "tokenizer": tokenizer.digest,
+        "shards": config.shards,
+        "block_tokens": config.block_tokens,
+    }
+    identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    folder = Path(config.folder).expanduser() / f"{source.name}-{identity[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            prepared = Prepared.open(folder)
+            if prepared is None:
+                _wipe(folder)
+                _make(folder, key, source, tokenizer, config)
+                prepared = Prepared.open(folder)
+                assert prepared is not None
+                return prepared
+    except OSError as e:
+        raise UserError(
+            f"{e.filename or folder}: {e.strerror}; prepare.folder must be writable"
+        ) from None
+    _check(prepared, source, config)
+    return prepared
+
+
+def _make(
+    folder: Path,
+    key: dict,
+    source: SourceConfig,
+    tokenizer: SentencePieceTokenizer,
+    config: PrepareConfig,
+) -> None:
+    files = sources.source_files(source.source)
+    progress = _Progress(f"prepare {source.name}", files)
+    # A process takes longer to start than to tokenise a few megabytes.
+    most = 1 + sum(f.size for f in files) // _PROCESS_BYTES
+    workers = config.workers or min(os.cpu_count() or 1, most)
+    skipped = 0
+
+    def report(line: str) -> None:
+        nonlocal skipped
+        skipped += 1
+        progress.say(line)
+
+    texts = (
+        d.text
+        for d in sources.documents(source.source, max_skipped=config.max_skipped, report=report)
+    )
+    shards = [ShardWriter(folder, i, tokenizer.vocab_size, config) for i in range(config.shards)]
+    documents = text_bytes = 0
+    try:
+        with progress:
+            for tokens, lengths, size in _tokenise(texts, tokenizer, workers):
+                at = 0
+                for n in lengths:
+                    shards[documents % len(shards)].add(tokens[at : at + n])
+                    documents, at = documents + 1, at + n
+                text_bytes += size
+                progress.advance(size)
+        for shard in shards:
+            shard.close()
+        write_tfds_metadata(folder, shards, tokenizer.vocab_size)
+        made = {f.name: f.stat().st_size for f in sorted(folder.iterdir())}
+        identity = key | {
+            "name": source.name,
+            "vocab_size": tokenizer.vocab_size,
+            "documents": documents,
+            "tokens": sum(s.tokens for s in shards),
+            "bytes": text_bytes,
+            "skipped": skipped,
+            "shard_tokens": [s.tokens for s in shards],
+            "shard_documents": [s.documents for s in shards],
+            "content": hashlib.sha256("".join(s.digest for s in shards).encode()).hexdigest(),
+            "source_files": _manifest(source, files),
+            "files": made,
+        }
+    except BaseException:
+        for shard in shards:
+            shard.abandon()
+        _wipe(folder)
+        raise
+    with open(folder / MARKER, "w", encoding="utf-8") as marker:
+        json.dump(identity, marker, indent=1)
+        marker.flush()
+        os.fsync(marker.fileno())
+
+
+def _tokenise(
+    texts: Iterable[str], tokenizer: SentencePieceTokenizer, workers: int
+) -> Iterator[tuple[np.ndarray, list[int], int]]:
+    """`worker.encode` of the texts, chunk by chunk in order, with few chunks in flight."""
+    if workers == 1:
+        for chunk in _chunks(texts):
+            yield worker.encode(tokenizer, chunk)
+        return
+    # Spawned, not forked: JAX may have threads by now.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), worker.start, (tokenizer,)
+    )
+    pending: collections.deque[concurrent.futures.Future] = collections.deque()
+    try:
+        for chunk in _chunks(texts):
+            pending.append(pool.submit(worker.encode_here, chunk))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"prepare: one of {workers} tokenising processes died (out of memory?); "
+            "lower prepare.workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    chunk, size = [], 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+# ----------------------------------------------------------------------------- is it what it was
+
+
+def _manifest(source: SourceConfig, before: list[sources.SourceFile]) -> list[dict]:
+    if sources.source_files(source.source) != before:
+        raise UserError(
+            f"{sources.describe(source.source)}: its files changed while they were read; run again"
+        )
+    return [
+        {
+            "name": f.name,
+            "size": f.size,
+            "mtime_ns": f.mtime_ns,
+            "sha256": files.digest(f.path),
+        }
+        for f in before
+    ]
+
+
+def _check(prepared: Prepared, source: SourceConfig, config: PrepareConfig) -> None:
+    """UserError unless the source is still what was prepared."""
+    identity = prepared.identity
+    if identity["skipped"] > config.max_skipped:
+        raise UserError(
+            f"{prepared.folder}: {identity['skipped']} bad documents were skipped, above "
+            f"max_skipped={config.max_skipped}; raise it, or mend the source and delete the folder"
+        )
+    was = {f["name"]: f for f in identity["source_files"]}
+    try:
+        now = {f.name: f for f in sources.source_files(source.source)}
+    except UserError as e:
+        # Prepared elsewhere, and the text is not on this machine: the tokens are all there is.
+        print(f"{prepared.folder}: used as prepared; its source is not here: {e}", file=sys.stderr)
+        return
+    for name in sorted(was.keys() | now.keys()):
+        if name not in now:
+            change = "is gone"
+        elif name not in was:
+            change = "is new"
+        elif _same(now[name], was[name]):
+            continue
+        else:
+            change = "has changed"
+        raise UserError(
+            f"{name}: {change} since {prepared.folder} was made from it; "
+            "delete that folder to prepare anew, or restore the file"
+        )
+
+
+def _same(now: sources.SourceFile, was: dict) -> bool:
+    if (now.size, now.mtime_ns) == (was["size"], was["mtime_ns"]):
+        return True
+    return now.size == was["size"] and files.digest(now.path) == was["sha256"]
+
+
+def _wipe(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
+
+
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lets one process of this machine at a time make or check the folder."""
+    with open(folder / _LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class _Progress:
+    """A bar when stderr is a terminal, a plain line now and then when not."""
+
+    def __init__(self, title: str, files: list[sources.SourceFile]):
+        packed = any(f.path.suffix in (".gz", ".zst", ".parquet") for f in files)
+        self._title, self._done = title, 0
+        self._total = None if packed else sum(f.size for f in files)
+        self._began = self._told = time.monotonic()
+
+    def __enter__(self):
+        self._bar = tqdm(
+            total=self._total, desc=self._title, unit="B", unit_scale=True, disable=None
+        )
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+        if self._bar.disable:
+            self._tell()
+
+    def say(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+
+    def advance(self, size: int) -> None:
+        self._done += size
+        self._bar.update(size)
+        if self._bar.disable and time.monotonic() - self._told > 10:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        of = f" of {self._total / 1e6:.1f}" if self._total else ""
+        rate = self._done / 1e6 / max(1e-9, self._told - self._began)
+        print(f"{self._title}: {self._done / 1e6:.1f}{of} MB, {rate:.1f} MB/s", file=sys.stderr)

@@ -1,0 +1,285 @@
+"""Documents from a source: the standard library, TFDS, text, JSON lines or Parquet.
+
+Everything streams: memory is bounded by the longest document. A document that cannot be used
+(broken UTF-8, malformed line, missing field, empty text) is reported with its file and line, and
+counted; one more of them than `max_skipped` is an error. A broken *file* is always an error.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import tensorflow_datasets as tfds
+
+from jllama.config import JsonlSource, ParquetSource, Source, StdlibSource, TextSource, TfdsSource
+from jllama.data import files
+from jllama.errors import UserError
+
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One text, never empty, and where it came from (`file:line`, or `file` for a whole file)."""
+
+    text: str
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One file of a source: `name` is stable (as matched, or relative), `path` opens it."""
+
+    name: str
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+class _Skipped(Exception):
+    """A document that cannot be used: why."""
+
+
+def to_stderr(line: str) -> None:
+    """The default report of a skipped document."""
+    print(line, file=sys.stderr)
+
+
+def documents(
+    source: Source, *, max_skipped: int = 0, report: Callable[[str], None] = to_stderr
+) -> Iterator[Document]:
+    """Documents in a fixed order: files sorted, then as they stand in each file.
+
+    `report` gets one line for each document skipped. Raises UserError, naming the place, for the
+    document after `max_skipped` skipped ones, for a broken or missing file and an empty source.
+    """
+    skipped = found = 0
+    for where, text in _READERS[type(source)](source):
+        reason = str(text) if isinstance(text, _Skipped) else None if text else "empty document"
+        if reason is None:
+            found += 1
+            yield Document(text, where)
+            continue
+        if skipped == max_skipped:
+            limit = f"after max_skipped={max_skipped} others" if max_skipped else "max_skipped=0"
+            raise UserError(f"{where}: {reason} ({limit}); mend it or raise max_skipped")
+        skipped += 1
+        report(f"{where}: {reason}; skipped ({skipped} of at most {max_skipped})")
+    if not found:
+        raise UserError(f"{describe(source)}: no documents in it; check the source")
+
+
+def describe(source: Source) -> str:
+    """The source in a few words, for messages."""
+    match source:
+        case StdlibSource():
+            return f"standard library ({source.split})"
+        case TfdsSource():
+            return f"TFDS {source.name}[{source.split}]"
+        case _:
+            return f"{source.kind} {', '.join(source.files)}"
+
+
+def version(source: Source) -> str:
+    """What else tells two sources of equal config apart: the interpreter, for its own library."""
+    return platform.python_version() if isinstance(source, StdlibSource) else ""
+
+
+def source_files(source: Source) -> list[SourceFile]:
+    """The files that `source` is made of, in reading order. UserError if a pattern matches none."""
+    match source:
+        case StdlibSource():
+            root = Path(sysconfig.get_paths()["stdlib"])
+            pairs = [(name, root / name) for name in _library(root, source)]
+        case TfdsSource():
+            builder = _builder(source)
+            paths = [Path(p) for p in _split(builder, source).filepaths]
+            pairs = [(p.name, p) for p in paths]
+        case _:
+            pairs = [(p, Path(p)) for p in files.matches(source.files)]
+    result = []
+    for name, path in pairs:
+        try:
+            stat = path.stat()
+        except OSError as e:
+            raise UserError(f"{path}: not readable: {e.strerror}") from None
+        result.append(SourceFile(name, path, stat.st_size, stat.st_mtime_ns))
+    return result
+
+
+# ------------------------------------------------------------------------------ standard library
+
+
+def _library(root: Path, source: StdlibSource) -> list[str]:
+    names = []
+    for folder, inner, found in os.walk(root):
+        inner[:] = [name for name in inner if name not in _NOT_LIBRARY]
+        paths = [Path(folder, name) for name in found if name.endswith(".py")]
+        # An empty file holds no document.
+        names += [p.relative_to(root).as_posix() for p in paths if p.stat().st_size]
+    held_out = source.split == "held_out"
+    return sorted(n for n in names if is_held_out(n, source.held_out_percent) == held_out)
+
+
+def is_held_out(name: str, percent: int) -> bool:
+    """Whether the library file of this relative POSIX path is held out, on every machine alike."""
+    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "big")
+    return number % 10_000 < percent * 100
+
+
+def _read_library(source: StdlibSource) -> Iterator[tuple[str, str | _Skipped]]:
+    for file in source_files(source):
+        yield file.name, _text(file.path.read_bytes())
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def _text(data: bytes) -> str | _Skipped:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        line = data.count(b"\n", 0, e.start)
+        at = f" {line} lines into it" if line else ""
+        return _Skipped(f"invalid UTF-8, byte 0x{data[e.start]:02x}{at}")
+
+
+def _read_text(source: TextSource) -> Iterator[tuple[str, str | _Skipped]]:
+    for file in source_files(source):
+        if source.separator is None:
+            yield file.name, _text(b"".join(files.chunks(file.path)))
+            continue
+        if not source.separator:
+            raise UserError("separator: is empty; null makes a file one document")
+        parts = files.split(file.path, source.separator.encode())
+        held = next(parts)
+        for part in parts:
+            yield f"{file.name}:{held[0]}", _text(held[1])
+            held = part
+        if held[1]:  # what follows the last separator; nothing does if it ends the file
+            yield f"{file.name}:{held[0]}", _text(held[1])
+
+
+def _read_jsonl(source: JsonlSource) -> Iterator[tuple[str, str | _Skipped]]:
+    for file in source_files(source):
+        for line, data in files.split(file.path, b"\n"):
+            if data.strip():  # a blank line is no document
+                yield f"{file.name}:{line}", _json_text(data, source.field)
+
+
+def _json_text(data: bytes, field: str) -> str | _Skipped:
+    text = _text(data)
+    if isinstance(text, _Skipped):
+        return text
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        return _Skipped(f"malformed JSON: {e}")
+    if not isinstance(record, dict):
+        return _Skipped("not a JSON object")
+    if field not in record:
+        return _Skipped(f"no field {field!r}")
+    return _string(record[field], field)
+
+
+def _string(value: object, field: str) -> str | _Skipped:
+    if not isinstance(value, str):
+        return _Skipped(f"field {field!r} is {type(value).__name__}, not text")
+    try:
+        value.encode("utf-8")  # JSON can spell half a surrogate pair
+    except UnicodeEncodeError as e:
+        return _Skipped(f"field {field!r} has an unpaired surrogate at character {e.start}")
+    return value
+
+
+def _read_parquet(source: ParquetSource) -> Iterator[tuple[str, str | _Skipped]]:
+    for file in source_files(source):
+        try:
+            with pyarrow.parquet.ParquetFile(file.path) as parquet:
+                schema = parquet.schema_arrow
+                if source.field not in schema.names:
+                    raise UserError(
+                        f"{file.name}: no column {source.field!r}; it has {', '.join(schema.names)}"
+                    )
+                row = 0
+                for batch in parquet.iter_batches(batch_size=256, columns=[source.field]):
+                    for value in batch.column(0):
+                        row += 1
+                        yield f"{file.name}: row {row}", _arrow_text(value, source.field)
+        except (pyarrow.ArrowException, OSError) as e:
+            raise UserError(f"{file.name}: not readable as Parquet: {_one_line(e)}") from None
+
+
+def _arrow_text(value: pyarrow.Scalar, field: str) -> str | _Skipped:
+    try:
+        return _string(value.as_py(), field)
+    except UnicodeDecodeError as e:
+        return _Skipped(f"invalid UTF-8 at byte {e.start}")
+
+
+# ------------------------------------------------------------------------------------------- TFDS
+
+
+def _builder(source: TfdsSource):
+    folder = Path(source.name).expanduser()
+    try:
+        if (folder / "dataset_info.json").is_file():
+            return tfds.builder_from_directory(folder)
+        builder = tfds.builder(
+            source.name, data_dir=source.data_dir, file_format="array_record", try_gcs=False
+        )
+        builder.download_and_prepare()  # does nothing if it is there
+        return builder
+    # TFDS and the dataset's own script raise what they like; all of it is about this name.
+    except Exception as e:
+        raise UserError(f"{describe(source)}: {_one_line(e)}") from None
+
+
+def _split(builder, source: TfdsSource):
+    try:
+        split = builder.info.splits[source.split]
+    except (KeyError, ValueError, AssertionError) as e:
+        names = ", ".join(sorted(builder.info.splits))
+        raise UserError(f"{describe(source)}: {_one_line(e)}; splits: {names}") from None
+    if (
+        not getattr(builder.info.features, "keys", None)
+        or source.field not in builder.info.features
+    ):
+        names = ", ".join(sorted(builder.info.features))
+        raise UserError(f"{describe(source)}: no feature {source.field!r}; features: {names}")
+    return split
+
+
+def _read_tfds(source: TfdsSource) -> Iterator[tuple[str, str | _Skipped]]:
+    builder = _builder(source)
+    _split(builder, source)
+    try:
+        rows = builder.as_data_source(source.split)
+    except Exception as e:  # see _builder
+        raise UserError(f"{describe(source)}: {_one_line(e)}") from None
+    for i in range(len(rows)):
+        value = rows[i][source.field]
+        where = f"{describe(source)}: example {i}"
+        yield where, _text(value) if isinstance(value, bytes) else _string(value, source.field)
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).split("\n")
+    return " ".join(lines[0].split()) or type(error).__name__
+
+
+_READERS = {
+    StdlibSource: _read_library,
+    TfdsSource: _read_tfds,
+    TextSource: _read_text,
+    JsonlSource: _read_jsonl,
+    ParquetSource: _read_parquet,
+}

@@ -1,0 +1,250 @@
+"""Decoding with a key/value cache; it knows token ids only.
+
+Prompts are right-padded to a bucket of lengths and the cache has a bucket too, so prefill and
+decode are compiled once per bucket, whatever the prompts and the settings. B requests, T prompt
+positions of one chunk, S cache slots, V vocabulary.
+"""
+
+import collections
+import dataclasses
+import functools
+import zlib
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jllama.config import ComputeConfig, ModelConfig
+from jllama.errors import UserError
+from jllama.generate.sampling import Sampling, Settings, sample, stack
+from jllama.model.cache import Cache, init_cache
+from jllama.model.llama import Params, apply, logits
+
+SMALLEST_BUCKET = 32
+# Longer prompts are prefilled in chunks of this: scores take chunk * S memory, not T * S.
+LARGEST_CHUNK = 512
+
+# How often each function was traced, which is how often it was compiled.
+traces: collections.Counter[str] = collections.Counter()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One text to generate: a function of these fields alone, not of the batch it runs in.
+
+    Two requests that differ in nothing give the same tokens: give them different `number`s.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    stop: frozenset[int] = frozenset()
+    seed: int = 0
+    number: int = 0
+
+
+def _bucket(length: int) -> int:
+    """The least power of two that holds `length`, from `SMALLEST_BUCKET` up."""
+    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache", "seen"))
+def _prefill(
+    params: Params,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    cache: Cache,
+    seen: jax.Array,
+    last: jax.Array,
+    tokens: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array,
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """Reads one chunk of the prompts: tokens [B,T] at positions start..start+T-1.
+
+    Padding beyond `lengths` [B] writes cache slots that decoding overwrites before it sees them.
+    Returns the cache, `seen` [B,V] and `last` [B,D]: the hidden state at each prompt's last token,
+    once its chunk was read.
+    """
+    traces["prefill"] += 1
+    B, T = tokens.shape
+    positions = jnp.broadcast_to(start + jnp.arange(T), (B, T))
+    hidden, cache = apply(params, config, compute, tokens, positions, cache=cache)
+    rows = jnp.arange(B)
+    seen = seen.at[rows[:, None], tokens].max(positions < lengths[:, None])
+    offset = lengths - 1 - start
+    here = (offset >= 0) & (offset < T)
+    last = jnp.where(here[:, None], hidden[rows, jnp.clip(offset, 0, T - 1)], last)
+    return cache, seen, last
+
+
+def _next(params, config, hidden, positions, seen, keys, settings):
+    """Hidden states [B,D] to the token [B] at `positions`, and it among the `seen`."""
+    scores = logits(params, config, hidden[:, None])[:, 0, : seen.shape[1]]
+    # A token's randomness depends on its position: not on the batch, nor on when it is drawn.
+    keys = jax.vmap(jax.random.fold_in)(keys, positions)
+    token = sample(keys, scores, seen, settings)
+    return token, seen.at[jnp.arange(token.shape[0]), token].set(True)
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("seen",))
+def _first(
+    params: Params,
+    config: ModelConfig,
+    last: jax.Array,
+    positions: jax.Array,
+    seen: jax.Array,
+    keys: jax.Array,
+    settings: Settings,
+) -> tuple[jax.Array, jax.Array]:
+    """The first new token [B] and `seen` with it."""
+    traces["first"] += 1
+    return _next(params, config, last, positions, seen, keys, settings)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache", "seen"))
+def _decode(
+    params: Params,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    cache: Cache,
+    seen: jax.Array,
+    token: jax.Array,
+    positions: jax.Array,
+    keys: jax.Array,
+    settings: Settings,
+) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
+    """Reads `token` [B] at `positions` [B]; returns cache, seen, the next token, its position."""
+    traces["decode"] += 1
+    hidden, cache = apply(
+        params, config, compute, token[:, None], positions[:, None], cache=cache
+    )
+    # A finished row idles on the last slot while the others go on.
+    positions = jnp.minimum(positions + 1, cache.k.shape[2] - 1)
+    token, seen = _next(params, config, hidden[:, 0], positions, seen, keys, settings)
+    return cache, seen, token, positions
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _take(cache: Cache, rows: jax.Array) -> Cache:
+    return jax.tree.map(lambda x: x[:, rows], cache)
+
+
+def stream(
+    params: Params,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    requests: Sequence[Request],
+    vocab_size: int | None = None,
+) -> Iterator[tuple[int, int | None]]:
+    """Generates for all requests at once; yields (request index, token) as they come.
+
+    (index, None) ends a request: it drew one of its stop ids, which is not yielded, or has its
+    `max_new_tokens`. Equal prompts are prefilled once. Generation ends with the last request.
+
+    Args:
+      vocab_size: only ids below it are drawn or accepted in prompts; default the model's.
+
+    Raises:
+      UserError: before the first token, if a prompt is empty, holds an id that is not in the
+        vocabulary, or does not fit the model's `max_length` together with its new tokens.
+    """
+    vocab_size = vocab_size or config.vocab_size
+    for i, request in enumerate(requests):
+        _check(request, config.max_length, vocab_size, where=f"prompt {i}")
+    return _run(params, config, compute, list(requests), vocab_size)
+
+
+def generate(
+    params: Params,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    requests: Sequence[Request],
+    vocab_size: int | None = None,
+) -> list[list[int]]:
+    """The new tokens of each request, without its stop id; see `stream`."""
+    out: list[list[int]] = [[] for _ in requests]
+    for i, token in stream(params, config, compute, requests, vocab_size):
+        if token is not None:
+            out[i].append(token)
+    return out
+
+
+def _check(request: Request, max_length: int, vocab_size: int, where: str) -> None:
+    prompt, new = request.prompt, request.max_new_tokens
+    if not 0 <= request.seed < 2**32:
+        raise UserError(f"seed={request.seed}: must be from 0 to 2^32 - 1")
+    if new < 0:
+        raise UserError(f"max_new_tokens={new}: must be 0 or above")
+    if len(prompt) == 0:
+        raise UserError(f"{where} is empty: begin with the BOS id")
+    if not all(0 <= token < vocab_size for token in prompt):
+        bad = next(token for token in prompt if not 0 <= token < vocab_size)
+        raise UserError(f"{where}: id {bad} is not in the vocabulary of {vocab_size}")
+    if len(prompt) + new > max_length:
+        raise UserError(
+            f"{where}: {len(prompt)} tokens and {new} new ones exceed the model's"
+            f" max_length={max_length}: shorten the prompt or lower max_new_tokens"
+        )
+
+
+def _run(params, config, compute, requests, vocab_size):
+    for i, request in enumerate(requests):
+        if request.max_new_tokens == 0:
+            yield i, None
+    alive = [i for i, request in enumerate(requests) if request.max_new_tokens > 0]
+    if not alive:
+        return
+    live = [requests[i] for i in alive]
+
+    prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(r.prompt for r in live))}
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    slots = max(len(r.prompt) + r.max_new_tokens for r in live)
+    cache = init_cache(config, compute, len(prompts), min(_bucket(slots), config.max_length))
+    seen = jnp.zeros((len(prompts), vocab_size), bool)
+    last = jnp.zeros((len(prompts), config.hidden_dim), compute.dtype)
+    chunk = min(_bucket(int(lengths.max())), LARGEST_CHUNK)
+    padded = np.zeros((len(prompts), -(-int(lengths.max()) // chunk) * chunk), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    # Padding may reach beyond the last slot: JAX drops what is scattered there.
+    for start in range(0, padded.shape[1], chunk):
+        cache, seen, last = _prefill(
+            params, config, compute, cache, seen, last,
+            padded[:, start : start + chunk], np.int32(start), lengths,
+        )  # fmt: skip
+
+    rows = np.array([prompts[r.prompt] for r in live])
+    if len(rows) != len(prompts):
+        cache, seen, last = _take(cache, rows), seen[rows], last[rows]
+    keys = jnp.stack([_key(r) for r in live])
+    settings = stack([r.sampling for r in live])
+    positions = jnp.asarray(lengths[rows])
+    token, seen = _first(params, config, last, positions, seen, keys, settings)
+
+    left = {row: r.max_new_tokens for row, r in enumerate(live)}
+    while left:
+        current = token
+        if max(left.values()) > 1:
+            # Dispatched before the current token is read, so that the device never waits for it.
+            cache, seen, token, positions = _decode(
+                params, config, compute, cache, seen, token, positions, keys, settings
+            )
+        for row, drawn in enumerate(np.asarray(current).tolist()):
+            if row not in left:
+                continue
+            left[row] -= 1
+            if drawn not in live[row].stop:
+                yield alive[row], drawn
+                if left[row]:
+                    continue
+            del left[row]
+            yield alive[row], None
+
+
+def _key(request: Request) -> jax.Array:
+    # The prompt is part of the key: different prompts of one seed get independent draws.
+    prompt = zlib.crc32(np.asarray(request.prompt, np.int64).tobytes())
+    key = jax.random.fold_in(jax.random.key(request.seed), np.uint32(prompt))
+    return jax.random.fold_in(key, request.number)

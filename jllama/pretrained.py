@@ -1,0 +1,212 @@
+"""The public door: a trained model from a folder, with its tokenizer. B rows, T positions, V ids."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jllama import config as configs
+from jllama.config import ComputeConfig, ModelConfig
+from jllama.errors import UserError
+from jllama.generate import engine
+from jllama.generate.sampling import Sampling
+from jllama.model import llama
+from jllama.text.tokenizer import load_tokenizer
+from jllama.train.checkpoint import latest_step, load_params
+
+# New tokens when nobody says how many; fewer where the model has no room for them.
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Llama:
+    """A model that is ready for use.
+
+    Attributes:
+      config: the architecture.
+      params: nested dict of arrays; layout in `jllama.model.llama`.
+      tokenizer: text to ids and back.
+      compute: dtypes and blocking of the computation.
+    """
+
+    config: ModelConfig
+    params: llama.Params
+    tokenizer: Any
+    compute: ComputeConfig
+
+    def logits(self, tokens: Any) -> jax.Array:
+        """tokens [B,T] of ids, each row one text from position 0 -> logits [B,T,V] float32.
+
+        Raises `UserError` for another shape, or an id outside the model's vocabulary.
+        """
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.size == 0 or tokens.dtype.kind not in "iu":
+            raise UserError(f"logits: expected ids [B,T], not {tokens.dtype} {tokens.shape}")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise UserError(
+                f"logits: ids from {tokens.min()} to {tokens.max()} are not all in the vocabulary"
+                f" of {self.config.vocab_size}"
+            )
+        return _logits(self.params, self.config, self.compute, tokens.astype(np.int32))
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        num_samples: int = 1,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> list[str]:
+        """Continuations, without their prompts: `num_samples` of the first prompt, and so on.
+
+        A continuation ends at EOS, which is not part of it, or at `max_new_tokens`. It is a
+        function of its prompt, its number among the samples, the seed and the settings, and not of
+        what else is generated with it.
+
+        Args:
+          prompts: a text or several; texts get a BOS. Or ids, taken as they are. An empty prompt
+            of either kind is BOS alone.
+          max_new_tokens: default `DEFAULT_NEW_TOKENS`, or what the model's `max_length` leaves.
+          temperature, top_k, top_p, repetition_penalty: see `jllama.generate.sampling.Sampling`.
+          batch_size: continuations generated at a time.
+
+        Raises:
+          UserError: for impossible settings, ids that are not in the vocabulary, or a prompt that
+            exceeds the model's `max_length` together with its new tokens.
+        """
+        for name, count in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if count < 1:
+                raise UserError(f"{name}={count}: must be at least 1")
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+        )
+        requests = [
+            self._request(prompt, max_new_tokens, sampling, seed, number)
+            for prompt in ([prompts] if isinstance(prompts, str) else prompts)
+            for number in range(num_samples)
+        ]
+        texts = []
+        for start in range(0, len(requests), batch_size):
+            batch = requests[start : start + batch_size]
+            for request, ids in zip(batch, self._engine(engine.generate, batch), strict=True):
+                text = self.tokenizer.stream(after=request.prompt)
+                texts.append("".join([text.feed(i) for i in ids]) + text.end())
+        return texts
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] = "",
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        sample: int = 0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The pieces of one continuation as they come; joined, they are what `generate` returns.
+
+        `sample` is the continuation's number among `generate`'s `num_samples`. Raises as
+        `generate` does, before the first piece.
+        """
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+        )
+        request = self._request(prompt, max_new_tokens, sampling, seed, sample)
+        text = self.tokenizer.stream(after=request.prompt)
+        events = self._engine(engine.stream, [request])
+        return (text.end() if token is None else text.feed(token) for _, token in events)
+
+    def _request(self, prompt, max_new_tokens, sampling, seed, number) -> engine.Request:
+        tokenizer = self.tokenizer
+        if isinstance(prompt, str):
+            ids = tuple(tokenizer.encode(prompt, bos=True))
+        else:
+            ids = tuple(int(i) for i in prompt) or (tokenizer.bos_id,)
+        if max_new_tokens is None:
+            # At least one, so that a prompt which leaves no room is an error and not no text.
+            max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, self.config.max_length - len(ids)))
+        stop = frozenset({tokenizer.eos_id})
+        return engine.Request(
+            prompt=ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            seed=seed,
+            number=number,
+        )
+
+    def _engine(self, function, requests):
+        # A vocabulary may be padded beyond the tokenizer's: such ids are never drawn.
+        vocab_size = min(self.tokenizer.vocab_size, self.config.vocab_size)
+        return function(self.params, self.config, self.compute, requests, vocab_size)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _logits(
+    params: llama.Params, config: ModelConfig, compute: ComputeConfig, tokens: jax.Array
+) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = llama.apply(params, config, compute, tokens, positions)
+    return llama.logits(params, config, hidden)
+
+
+def load(path: str | Path, dtype: str | None = None) -> Llama:
+    """A trained model from a run folder (its newest checkpoint) or a step, RUN/checkpoints/STEP.
+
+    Args:
+      dtype: "float32" or "bfloat16" for the computation; default the run's own. Matrices are kept
+        in it too, which changes no result: they would be cast at every use. Norms stay as they are.
+
+    Raises:
+      UserError: if the path is neither, the run has no checkpoint, or the dtype is another.
+    """
+    run, step = _locate(Path(path))
+    recipe = configs.load(run / "config.yaml")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
+    compute = dataclasses.replace(recipe.compute, dtype=dtype or recipe.compute.dtype)
+    tokenizer = load_tokenizer(run / "tokenizer.model")
+    params = load_params(run, step, recipe)
+    return Llama(recipe.model, _cast(params, compute.dtype), tokenizer, compute)
+
+
+def _locate(path: Path) -> tuple[Path, int]:
+    """The run folder and the step that `path` means."""
+    if (path / "config.yaml").is_file():
+        step = latest_step(path)
+        if step is None:
+            raise UserError(f"{path}: the run has no checkpoint yet; train it first")
+        return path, step
+    run = path.absolute().parent.parent
+    if path.is_dir() and path.name.isdigit() and (run / "config.yaml").is_file():
+        return run, int(path.name)
+    what = "not a model" if path.exists() else "no such folder"
+    raise UserError(
+        f"{path}: {what}; expected a run folder, with config.yaml and checkpoints/ in it,"
+        " or one of its steps, RUN/checkpoints/STEP"
+    )
+
+
+def _cast(params: llama.Params, dtype: str) -> llama.Params:
+    def cast(path, leaf):
+        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)

@@ -1,0 +1,129 @@
+"""Trains a SentencePiece BPE vocabulary that gives every text back exactly.
+
+SentencePiece's own splitting never lets a piece hold a newline and the indentation after it, which
+is a tenth of all tokens of code. So the text is cut into words here, by one regular expression,
+and SentencePiece gets each distinct word once with its count: training then takes a second. The
+line breaks with indentation that the text is full of become pieces of their own.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+
+import sentencepiece
+
+from jllama.config import TrainedTokenizer
+from jllama.errors import UserError
+from jllama.text.tokenizer import SentencePieceTokenizer
+
+_RESERVED = 3 + 256  # <unk>, <s>, </s> and one piece per byte
+_BREAK = re.compile(r"((?:\r?\n)+[ \t]*)")
+# A word keeps the space before it. Lengths are bounded so that no count grows with a long blob.
+_WORD = re.compile(r" ?[^\W\d]{1,64}|\d| ?[^\s\w]{1,64}| +(?= )| |[^\S ]+|\w")
+_LINE = re.compile(r".{1,256}", re.DOTALL)
+_BREAK_SHARE = 1 / 500  # a break with indentation is a piece if this share of all breaks is it
+_MAX_BREAKS = 32
+
+
+def train_sentencepiece(
+    texts: Iterable[str], config: TrainedTokenizer, path: str | Path | None = None
+) -> SentencePieceTokenizer:
+    """Trains on the first `config.max_bytes` of `texts`; writes the model to `path` if given.
+
+    Deterministic. Byte fallback, digits one by one, no normalisation, no dummy prefix. Raises
+    UserError if there is no text or too little for `config.vocab_size` pieces.
+    """
+    lines, breaks = _count(texts, config.max_bytes)
+    if not lines and not breaks:
+        raise UserError("tokenizer: no text to train on; give data.train a source with text")
+    most = min(_MAX_BREAKS, (config.vocab_size - _RESERVED) // 8)
+    common = [b for b, n in breaks.most_common(most) if n >= _BREAK_SHARE * breaks.total()]
+    common = sorted({"\n", *common})
+    letters = _letters(lines, config.vocab_size - _RESERVED - len(common))
+    words = _words(lines, letters, _LINE if config.cross_words else _WORD)
+    model = BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(f"{word}\t{n}" for word, n in words.items()),
+            model_writer=model,
+            input_format="tsv",
+            model_type="bpe",
+            vocab_size=config.vocab_size,
+            character_coverage=1.0,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            # The words are cut already.
+            split_by_whitespace=False,
+            split_by_unicode_script=False,
+            user_defined_symbols=[b.replace(" ", "\u2581") for b in common],
+            max_sentencepiece_length=32,
+            max_sentence_length=1 << 16,
+            num_threads=1,
+            minloglevel=3,
+        )
+    except RuntimeError as e:
+        limit = re.search(r"value <= (\d+)", str(e))
+        if limit is None:
+            reason = " ".join(str(e).split())
+            raise UserError(
+                f"tokenizer: SentencePiece cannot train on this text: {reason}"
+            ) from None
+        raise UserError(
+            f"tokenizer.vocab_size={config.vocab_size}: the training text gives only {limit[1]} "
+            "pieces; lower it or give more text"
+        ) from None
+    tokenizer = SentencePieceTokenizer(model.getvalue(), where="tokenizer")
+    if path is not None:
+        tokenizer.save(path)
+    return tokenizer
+
+
+def _count(texts: Iterable[str], max_bytes: int) -> tuple[Counter, Counter]:
+    """Counts of distinct lines, and of the breaks (with indentation) between them."""
+    lines, breaks = Counter(), Counter()
+    left = max_bytes
+    for text in texts:
+        parts = _BREAK.split(text[:left])
+        lines.update(parts[::2])
+        breaks.update(parts[1::2])
+        left -= len(text.encode("utf-8", "replace"))
+        if left <= 0:
+            break
+    del lines[""]
+    return lines, breaks
+
+
+def _words(lines: Counter, letters: frozenset[str], pattern: re.Pattern) -> Counter:
+    """Counts of distinct words, in which only `letters` occur."""
+    others = re.compile(f"[^{re.escape(''.join(sorted(letters)))}]+")
+    words = Counter()
+    for line, n in lines.items():
+        for part in others.split(line):
+            for word in pattern.findall(part):
+                words[word] += n
+    return words
+
+
+def _letters(lines: Counter, room: int) -> frozenset[str]:
+    """The characters that get a piece each: 99.99% of the text, in at most half the room.
+
+    The others are spelt in bytes. So are NUL and tab, which SentencePiece cannot train on.
+    """
+    counts = Counter()
+    for line, n in lines.items():
+        for letter in line:
+            counts[letter] += n
+    del counts["\t"], counts["\0"]
+    kept, seen, enough = [], 0, 0.9999 * counts.total()
+    for letter, n in counts.most_common(max(1, room // 2)):
+        if seen >= enough:
+            break
+        kept.append(letter)
+        seen += n
+    return frozenset(kept)

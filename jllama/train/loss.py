@@ -1,0 +1,140 @@
+"""Token-weighted cross-entropy that never holds all logits, and the causal-LM loss function.
+
+B batch, T predicted positions, D model width, V vocabulary.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jllama.config import Config
+from jllama.model import llama
+from jllama.parallel.sharding import constrain
+
+Batch = dict[str, jax.Array]
+
+
+def _blocks(x: jax.Array, count: int) -> jax.Array:
+    """[B, T, ...] -> [count, B, T/count, ...]: the batch stays whole, so rows stay on their device."""
+    B, T = x.shape[:2]
+    return jnp.moveaxis(x.reshape(B, count, T // count, *x.shape[2:]), 1, 0)
+
+
+def _block_logits(hidden: jax.Array, weight: jax.Array) -> jax.Array:
+    out = jnp.einsum("BTD,VD->BTV", hidden, weight, preferred_element_type=jnp.float32)
+    return constrain(out, "batch", "seq", "act_vocab")
+
+
+def _log_z(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    exp = jnp.exp(logits - top)
+    total = jnp.sum(exp, axis=-1, keepdims=True)
+    return jnp.log(total) + top, exp, total
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    hidden: jax.Array,
+    weight: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    z_loss: float,
+    block: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums, over positions, of weights * (-log p(target) + z_loss * log(Z)^2) and of the first term.
+
+    Logits exist for `block` positions of each row at a time. The gradients are made in the same
+    pass over the blocks: three matrix products in all, nothing recomputed. Only the first result
+    has a gradient; z_loss is from PaLM (arXiv:2204.02311, section 5).
+
+    Args:
+      hidden: [B,T,D]; `weight` [V,D] in the same dtype.
+      targets: [B,T] int32; `weights` [B,T] float32.
+
+    Returns:
+      Two float32 scalars: loss with the z term, loss without it.
+    """
+    return _forward(hidden, weight, targets, weights, z_loss, block, gradients=False)[0]
+
+
+def _forward(hidden, weight, targets, weights, z_loss, block, gradients):
+    T = hidden.shape[1]
+    count = next(n for n in range(-(-T // block), T + 1) if T % n == 0)
+    vocab = lax.broadcasted_iota(jnp.int32, (1, 1, weight.shape[0]), 2)
+
+    def one(carry, xs):
+        h, y, w = xs
+        logits = _block_logits(h, weight)
+        log_z, exp, total = _log_z(logits)
+        hit = vocab == y[..., None]
+        chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+        nll = jnp.sum(w * (log_z[..., 0] - chosen))
+        full = nll + z_loss * jnp.sum(w * jnp.square(log_z[..., 0]))
+        sums = (carry[0] + full, carry[1] + nll)
+        if not gradients:
+            return sums, None
+        scale = w[..., None] * (1.0 + 2.0 * z_loss * log_z) / total
+        d_logits = (exp * scale - jnp.where(hit, w[..., None], 0.0)).astype(h.dtype)
+        d_h = jnp.einsum("BTV,VD->BTD", d_logits, weight)
+        d_weight = jnp.einsum(
+            "BTV,BTD->VD", d_logits, h, preferred_element_type=jnp.float32
+        )
+        return (*sums, carry[2] + d_weight), d_h
+
+    zero = jnp.zeros((), jnp.float32)
+    carry = (zero, zero, jnp.zeros(weight.shape, jnp.float32)) if gradients else (zero, zero)
+    xs = tuple(_blocks(x, count) for x in (hidden, targets, weights))
+    carry, d_hidden = lax.scan(one, carry, xs)
+    if not gradients:
+        return carry, None
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
+    return carry[:2], (d_hidden, carry[2])
+
+
+def _cross_entropy_fwd(hidden, weight, targets, weights, z_loss, block):
+    out, (d_hidden, d_weight) = _forward(
+        hidden, weight, targets, weights, z_loss, block, gradients=True
+    )
+    return out, (d_hidden, d_weight.astype(weight.dtype))
+
+
+def _cross_entropy_bwd(z_loss, block, residuals, cotangents):
+    d_hidden, d_weight = residuals
+    g = cotangents[0]
+    return (d_hidden * g).astype(d_hidden.dtype), (d_weight * g).astype(d_weight.dtype), None, None
+
+
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+def row_positions(segments: jax.Array) -> jax.Array:
+    """Position of each token within its own segment: segments [B,T] -> [B,T] int32."""
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return index - lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def causal_lm_loss(
+    config: Config, trainable: Any, frozen: Any, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Next-token loss of a batch in the row format of `jllama.data.pack`.
+
+    Returns:
+      loss_sum, weight_sum and {"nll_sum"}: float32 scalars, sums over predicted tokens, in nats.
+    """
+    del frozen, key
+    tokens, segments, weights = batch["tokens"], batch["segments"], batch["weights"]
+    inputs = segments[:, :-1]
+    hidden, _ = llama.apply(
+        trainable, config.model, config.compute, tokens[:, :-1], row_positions(inputs), inputs
+    )
+    with jax.named_scope("loss"):
+        head = llama.head_weight(trainable, config.model).astype(hidden.dtype)
+        loss, nll = cross_entropy(
+            hidden, head, tokens[:, 1:], weights[:, 1:],
+            config.training.z_loss, config.compute.loss_block,
+        )  # fmt: skip
+        return loss, jnp.sum(weights[:, 1:]), {"nll_sum": nll}

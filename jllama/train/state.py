@@ -1,0 +1,79 @@
+"""The training state: what a run is at a step, and how it starts."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jllama.config import Config
+from jllama.model import llama
+from jllama.parallel.sharding import Placement
+from jllama.train.optimizer import make_optimizer
+
+
+class TrainState(NamedTuple):
+    """`step` optimizer steps have been taken (int32 scalar)."""
+
+    step: jax.Array
+    trainable: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StateDef:
+    """How to make the state of a recipe, and how it is placed.
+
+    Attributes:
+      init: key -> TrainState, pure.
+      optimizer: gradient -> direction.
+      shapes, shardings: trees like the state.
+    """
+
+    init: Callable[[jax.Array], TrainState]
+    optimizer: optax.GradientTransformation
+    shapes: TrainState
+    shardings: TrainState
+
+
+def as_float32(tree: Any) -> Any:
+    """The tree in float32, the dtype of gradients, updates and optimizer state."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def define_state(config: Config, placement: Placement) -> StateDef:
+    """The state of a recipe that trains every parameter."""
+    specs = llama.param_specs(config.model, config.compute)
+    optimizer = make_optimizer(config.training.optimizer, jax.tree.map(lambda s: s.decay, specs))
+
+    def init(key: jax.Array) -> TrainState:
+        params = llama.init_params(config.model, config.compute, key)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(as_float32(params)))
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = jax.tree_util.tree_map_with_path(
+        lambda path, s: placement.sharding(s.shape, s.axes, dotted(path)), specs
+    )
+    # Optimizer leaves shaped like a parameter live where the parameter lives.
+    opt_shardings = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        shapes.opt_state,
+        shardings,
+        transform_non_params=lambda _: placement.replicated(),
+    )
+    placed = TrainState(placement.replicated(), shardings, opt_shardings)
+    return StateDef(init, optimizer, shapes, placed)
+
+
+def init_state(definition: StateDef, seed: int) -> TrainState:
+    """The state at step 0, made under jit in its shardings: no device holds more than its part."""
+    init = jax.jit(definition.init, out_shardings=definition.shardings)
+    return init(jax.random.key(seed))
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """A pytree path as `a.b.c`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,0 +1,103 @@
+"""The one train step: `state[t+1] = train_step(state[t], frozen, batch(t))`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jllama.config import Config
+from jllama.parallel.sharding import Placement
+from jllama.train.loss import Batch
+from jllama.train.optimizer import make_schedule
+from jllama.train.state import StateDef, TrainState, as_float32
+
+# (trainable, frozen, batch, key) -> (loss_sum, weight_sum, metric sums)
+LossFn = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    config: Config, loss_fn: LossFn, definition: StateDef, placement: Placement
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step; the state is donated, `frozen` is an argument and is not.
+
+    Every random number of step t comes from fold_in(key(seed), t). Microbatches carry sums of loss,
+    weight and gradient, divided once at the end: accumulation equals the large batch. A batch
+    without a single weighted token leaves the parameters to weight decay and momentum alone.
+
+    Metrics: loss (nats per token, without the z term), grad_norm (before clipping), learning_rate,
+    weight (predicted tokens).
+    """
+    rate = make_schedule(config.training)
+    optimizer, splits = definition.optimizer, config.training.accumulate
+
+    def gradient(trainable, frozen, batch, key):
+        def total(trainable):
+            loss, weight, sums = loss_fn(trainable, frozen, batch, key)
+            return loss, (weight, sums)
+
+        (_, (weight, sums)), grads = jax.value_and_grad(total, has_aux=True)(trainable)
+        return as_float32(grads), weight, sums
+
+    def accumulated(trainable, frozen, batch, key):
+        if splits == 1:
+            return gradient(trainable, frozen, batch, key)
+        # Microbatch i takes rows i, i + splits, ...: every device keeps to its own rows.
+        micro = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, splits, *x.shape[1:]), 1, 0), batch
+        )
+        one = functools.partial(gradient, trainable, frozen)
+        first = jax.tree.map(lambda x: x[0], micro)
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first, key)
+        )
+
+        def add(carry, xs):
+            part, i = xs
+            return jax.tree.map(jnp.add, carry, one(part, jax.random.fold_in(key, i))), None
+
+        return jax.lax.scan(add, zeros, (micro, jnp.arange(splits)))[0]
+
+    def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        with placement.active():
+            key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
+            grads, weight, sums = accumulated(state.trainable, frozen, batch, key)
+            scale = 1.0 / jnp.maximum(weight, 1.0)
+            grads = jax.tree.map(lambda g: g * scale, grads)
+            with jax.named_scope("optimizer"):
+                lr = rate(state.step)
+                params = as_float32(state.trainable)
+                direction, opt_state = optimizer.update(grads, state.opt_state, params)
+                trainable = jax.tree.map(
+                    lambda old, p, d: (p - lr * d).astype(old.dtype),
+                    state.trainable, params, direction,
+                )  # fmt: skip
+            metrics = {
+                "loss": sums["nll_sum"] * scale,
+                "grad_norm": optax.global_norm(grads),
+                "learning_rate": lr,
+                "weight": weight,
+            }
+            return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(definition.shardings, placement.replicated()),
+    )
+
+
+def make_eval_step(
+    loss_fn: LossFn, placement: Placement
+) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
+    """The jitted evaluation of one batch: (trainable, frozen, batch) -> (nll_sum, weight_sum)."""
+
+    def eval_step(trainable, frozen, batch):
+        with placement.active():
+            _, weight, sums = loss_fn(trainable, frozen, batch, jax.random.key(0))
+            return sums["nll_sum"], weight
+
+    return jax.jit(eval_step, out_shardings=placement.replicated())

@@ -1,0 +1,60 @@
+"""Continues a prompt with a trained model: only the generated text goes to stdout.
+
+A newline ends each of several samples on stdout and a line --- separates them on stderr.
+"""
+
+import argparse
+import os
+import sys
+
+import jllama
+from jllama.config import SampleConfig
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, as every other bad input
+        raise jllama.UserError(f"{message}; see --help")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    default = SampleConfig()
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="a run folder, or RUN/checkpoints/STEP")
+    add("--prompt", default="", help="text to continue [none: the beginning of a text]")
+    add("--max-new-tokens", type=int, help="most new tokens [256, or what the model has room for]")
+    add("--temperature", type=float, default=default.temperature, help="0 is greedy [%(default)s]")
+    add("--top-k", type=int, default=default.top_k, help="keep the K likeliest; 0 is off [0]")
+    add("--top-p", type=float, default=default.top_p, help="nucleus; 1 is off [%(default)s]")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1 repeats less [1]")
+    add("--num-samples", type=int, default=1, help="how many continuations [1]")
+    add("--seed", type=int, default=0, help="equal seeds give equal text [0]")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the computation [the run's]")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = vars(parse(argv))
+    count = args.pop("num_samples")
+    if count < 1:
+        raise jllama.UserError(f"num_samples={count}: must be at least 1")
+    model = jllama.load(args.pop("model"), dtype=args.pop("dtype"))
+    for number in range(count):
+        if number:
+            print("---", file=sys.stderr, flush=True)
+        for piece in model.stream(sample=number, **args):
+            print(piece, end="", flush=True)
+        if count > 1 or sys.stdout.isatty():
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except jllama.UserError as e:
+        print(f"sample.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        os._exit(130)  # at once: no waiting for the device, and what was written is flushed
+    except BrokenPipeError:
+        os._exit(141)

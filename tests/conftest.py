@@ -1,0 +1,19 @@
+"""Tests run on CPU: eight virtual devices for meshes, of which a test without a mesh uses one."""
+
+import os
+from pathlib import Path
+
+# The environment, and not jax.config, for what programs started by a test should share.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Derandomised: a failure is seen again by whoever runs the tests next.
+hypothesis.settings.register_profile("jllama", deadline=None, derandomize=True, max_examples=30)
+hypothesis.settings.load_profile("jllama")

@@ -1,0 +1,212 @@
+"""Preparing: the same bytes however made, found again, and never trusted half-made."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from jllama.config import PrepareConfig
+from jllama.data.prepare import prepare
+from jllama.data.prepared import Prepared
+from jllama.errors import UserError
+
+
+def content(folder):
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.iterdir())
+        if p.name != "identity.json"
+    }
+
+
+def stream(prepared):
+    """Documents as lists of ids, in the order of the stream."""
+    tokens, starts = prepared.read(0, prepared.tokens)
+    return [part.tolist() for part in np.split(tokens, np.flatnonzero(starts))[1:]]
+
+
+def expected(tokenizer, texts, shards):
+    ids = [tokenizer.encode(t, bos=True, eos=True) for t in texts]
+    return [document for shard in range(shards) for document in ids[shard::shards]]
+
+
+@pytest.mark.parametrize("block_tokens", [1, 7, 50, 100_000])
+@pytest.mark.parametrize("shards", [1, 3, 100])
+def test_every_document_is_there_with_bos_and_eos(
+    prepare_texts, tokenizer, shards, block_tokens, texts
+):
+    prepared = prepare_texts(shards=shards, block_tokens=block_tokens)
+    wanted = expected(tokenizer, texts, shards)
+    assert stream(prepared) == wanted
+    assert prepared.document_ends().tolist() == np.cumsum([len(d) for d in wanted]).tolist()
+    assert (prepared.documents, prepared.vocab_size) == (len(texts), tokenizer.vocab_size)
+    assert prepared.tokens == sum(map(len, wanted))
+    assert prepared.bytes == sum(len(t.encode()) for t in texts)
+
+
+def test_any_part_of_the_stream_can_be_read(prepare_texts):
+    prepared = prepare_texts(block_tokens=7)
+    tokens, starts = prepared.read(0, prepared.tokens)
+    for start in (*range(9), 20, prepared.tokens - 1):
+        for stop in (start, *range(start + 1, prepared.tokens, 67), prepared.tokens):
+            some, some_starts = prepared.read(start, stop)
+            assert some.tolist() == tokens[start:stop].tolist()
+            assert some_starts.tolist() == starts[start:stop].tolist()
+
+
+def test_one_and_three_processes_write_the_same_bytes(tmp_path, prepare_texts, monkeypatch):
+    monkeypatch.setattr("jllama.data.prepare._CHUNK_CHARACTERS", 200)
+    one = prepare_texts(folder=str(tmp_path / "one"), workers=1)
+    three = prepare_texts(folder=str(tmp_path / "three"), workers=3)
+    assert one.folder.name == three.folder.name
+    assert content(one.folder) == content(three.folder)
+    assert one.digest == three.digest
+
+
+def test_tfds_reads_it(prepare_texts):
+    prepared = prepare_texts()
+    rows = tfds.builder_from_directory(str(prepared.folder)).as_data_source("train")
+    tokens = np.concatenate([row["tokens"] for row in rows])
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == prepared.read(0, prepared.tokens)[0].tolist()
+    assert sum(len(row["starts"]) for row in rows) == prepared.documents
+
+
+def test_a_second_run_finds_it(prepare_texts, monkeypatch):
+    first = prepare_texts()
+    monkeypatch.setattr("jllama.data.prepare._make", None)
+    assert prepare_texts().identity == first.identity
+
+
+def test_what_changes_the_bytes_changes_the_folder(prepare_texts, tmp_path):
+    folders = {
+        prepare_texts(**options).folder
+        for options in ({}, {"shards": 2}, {"block_tokens": 51}, {"name": "other"})
+    }
+    assert len(folders) == 4
+    assert prepare_texts(workers=2, max_skipped=5).folder in folders
+
+
+def test_a_changed_source_is_an_error_that_names_the_file(prepare_texts, tmp_path, texts):
+    prepared = prepare_texts()
+    path = tmp_path / "texts.jsonl"
+    with pytest.raises(UserError, match=rf"texts\.jsonl: has changed since {prepared.folder}"):
+        prepare_texts([*texts[:-1], "another"])
+    assert Prepared.open(prepared.folder) is not None
+    prepare_texts()  # restored: another time of change, the same content
+    os.utime(path, ns=(1, 1))
+    prepare_texts()
+
+
+def test_files_that_come_and_go_are_errors(tmp_path, tokenizer, write_jsonl, texts):
+    config = PrepareConfig(folder=str(tmp_path / "prepared"), workers=1)
+    some = write_jsonl(texts, "a")
+    source = write_jsonl(texts, "all")
+    files = tuple(f.replace("all.jsonl", "*.jsonl") for f in source.source.files)
+    source = type(some)(name="x", source=type(some.source)(kind="jsonl", files=files))
+    prepare(source, tokenizer, config)
+    write_jsonl(["new"], "b")
+    with pytest.raises(UserError, match=r"b\.jsonl: is new since"):
+        prepare(source, tokenizer, config)
+    (tmp_path / "b.jsonl").unlink()
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl: is gone since"):
+        prepare(source, tokenizer, config)
+
+
+def test_prepared_tokens_outlive_their_source(
+    prepare_texts, tmp_path, tokenizer, write_jsonl, capfd, texts
+):
+    prepared = prepare_texts()
+    source = write_jsonl(texts)
+    (tmp_path / "texts.jsonl").unlink()
+    config = PrepareConfig(folder=str(prepared.folder.parent), shards=3, block_tokens=50)
+    assert prepare(source, tokenizer, config).digest == prepared.digest
+    assert "its source is not here" in capfd.readouterr().err
+
+
+def test_too_many_bad_documents_leave_nothing_to_trust(prepare_texts, tmp_path, capfd, texts):
+    with pytest.raises(UserError, match=r"texts\.jsonl:61: empty document"):
+        prepare_texts([*texts, "", *texts, ""], max_skipped=0)
+    (folder,) = (tmp_path / "prepared").iterdir()
+    assert not [p for p in folder.iterdir() if p.name != ".lock"]
+    prepared = prepare_texts([*texts, "", *texts, ""], max_skipped=2)
+    assert (prepared.documents, prepared.identity["skipped"]) == (2 * len(texts), 2)
+    assert "texts.jsonl:61: empty document; skipped (1 of at most 2)" in capfd.readouterr().err
+    with pytest.raises(UserError, match="2 bad documents were skipped, above max_skipped=1"):
+        prepare_texts([*texts, "", *texts, ""], max_skipped=1)
+
+
+def test_damage_is_an_error_and_a_cut_marker_is_no_marker(prepare_texts):
+    prepared = prepare_texts()
+    marker = prepared.folder / "identity.json"
+    whole = marker.read_bytes()
+    marker.write_bytes(whole[:-9])
+    assert Prepared.open(prepared.folder) is None
+    assert prepare_texts().digest == prepared.digest
+    path = next(prepared.folder.glob("*array_record*"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{path.name}: missing or cut short"):
+        prepare_texts()
+
+
+KILLED = """
+import json, sys
+from jllama.config import JsonlSource, PrepareConfig, SourceConfig
+from jllama.data.prepare import prepare
+from jllama.text.tokenizer import load_tokenizer
+if __name__ == "__main__":
+    tokenizer, file, folder = sys.argv[1:]
+    source = SourceConfig(name="texts", source=JsonlSource(kind="jsonl", files=(file,)))
+    options = dict(folder=folder, workers=2, shards=3, block_tokens=50)
+    prepare(source, load_tokenizer(tokenizer), PrepareConfig(**options))
+"""
+
+
+def test_a_killed_run_is_done_anew_and_leaves_no_process(prepare_texts, tokenizer, tmp_path, texts):
+    many = texts * 2000
+    (tmp_path / "killed.py").write_text(KILLED)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in many))
+    tokenizer.save(tmp_path / "tokenizer.model")
+    folder = tmp_path / "prepared"
+    arguments = [tmp_path / "tokenizer.model", tmp_path / "texts.jsonl", folder]
+    run = subprocess.Popen(
+        [sys.executable, tmp_path / "killed.py", *arguments],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not any(p.stat().st_size for p in folder.glob("*/*.*")):
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        (half,) = folder.iterdir()
+        assert Prepared.open(half) is None
+        while _alive(run.pid):
+            assert time.monotonic() < deadline, "a tokenising process outlived its parent"
+            time.sleep(0.05)
+    finally:
+        if _alive(run.pid):
+            os.killpg(run.pid, signal.SIGKILL)
+    (tmp_path / "texts.jsonl").unlink()
+    prepared = prepare_texts(texts)
+    assert prepared.folder == half
+    assert prepared.documents == len(texts)
+
+
+def _alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,208 @@
+"""Reading documents: what comes out, and what happens to what is broken."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tensorflow_datasets as tfds
+import zstandard
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from jllama.config import JsonlSource, ParquetSource, StdlibSource, TextSource, TfdsSource
+from jllama.data import files
+from jllama.data.source import Document, documents, is_held_out, source_files
+from jllama.errors import UserError
+
+
+def read(source, **kwargs):
+    return [d.text for d in documents(source, **kwargs)]
+
+
+def text_source(*files, separator=None):
+    return TextSource(kind="text", files=tuple(map(str, files)), separator=separator)
+
+
+def jsonl_source(*files, **kwargs):
+    return JsonlSource(kind="jsonl", files=tuple(map(str, files)), **kwargs)
+
+
+def packed(suffix, data):
+    return {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix](data)
+
+
+def test_the_library_is_split_by_file_and_holds_out_400_kb():
+    parts = {
+        split: list(documents(StdlibSource(kind="stdlib", split=split)))
+        for split in ("train", "held_out")
+    }
+    names = {split: [d.where for d in some] for split, some in parts.items()}
+    assert not set(names["train"]) & set(names["held_out"])
+    assert all(some == sorted(some) for some in names.values())
+    size = {split: sum(len(d.text.encode()) for d in some) for split, some in parts.items()}
+    assert size["held_out"] > 400_000
+    assert 0.02 < size["held_out"] / sum(size.values()) < 0.08
+    excluded = {"test", "tests", "site-packages", "idle_test", "__pycache__"}
+    assert not [n for some in names.values() for n in some if excluded & set(n.split("/")[:-1])]
+
+
+def test_which_file_is_held_out_is_fixed():
+    assert [n for n in ("datetime.py", "ast.py", "abc.py") if is_held_out(n, 4)] == ["datetime.py"]
+
+
+def test_a_text_file_is_one_document_with_its_newlines_untouched(tmp_path):
+    (tmp_path / "b.txt").write_bytes(b"two\r\n\n")
+    (tmp_path / "a.txt").write_bytes(b"one")
+    source = text_source(tmp_path / "*.txt")
+    assert list(documents(source)) == [
+        Document("one", str(tmp_path / "a.txt")),
+        Document("two\r\n\n", str(tmp_path / "b.txt")),
+    ]
+    assert [f.size for f in source_files(source)] == [3, 6]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 18])
+def test_separators_split_a_stream(tmp_path, suffix, chunk, monkeypatch):
+    monkeypatch.setattr(files, "_CHUNK", max(chunk, 8) if suffix == ".zst" else chunk)
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(packed(suffix, "é\n<>one<<>two\n\n<>three\n<>".encode()))
+    found = list(documents(text_source(path, separator="<>")))
+    assert [d.text for d in found] == ["é\n", "one<", "two\n\n", "three\n"]
+    assert [d.where.rpartition(":")[2] for d in found] == ["1", "2", "2", "4"]
+
+
+def test_a_zst_file_may_hold_several_frames(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    lines = [json.dumps({"text": str(i)}).encode() + b"\n" for i in range(3)]
+    path.write_bytes(b"".join(map(zstandard.compress, lines)))
+    assert read(jsonl_source(path)) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_truncated_and_broken_archives_are_errors(tmp_path, suffix):
+    data = packed(suffix, np.random.default_rng(0).bytes(10_000))
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(data[:-20])
+    with pytest.raises(UserError, match="ends early"):
+        read(text_source(path), max_skipped=9)
+    path.write_bytes(b"plain text, not an archive at all")
+    with pytest.raises(UserError, match="broken compressed data"):
+        read(text_source(path), max_skipped=9)
+
+
+BAD_LINES = {
+    b'{"text": "cut off': "malformed JSON",
+    b'{"text": "\xff"}': "invalid UTF-8",
+    b'{"text": ""}': "empty document",
+    b'["text"]': "not a JSON object",
+    b'{"texts": "x"}': "no field 'text'",
+    b'{"text": 3}': "is int, not text",
+    b'{"text": "\\ud800"}': "unpaired surrogate",
+    b"[" * 100_000: "malformed JSON",
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES.items(), ids=BAD_LINES.values())
+def test_a_bad_line_is_an_error_or_skipped_and_reported(tmp_path, line, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n\n' + line + b'\n{"text": "two"}')
+    with pytest.raises(UserError, match=reason) as e:
+        read(jsonl_source(path))
+    assert str(e.value).startswith(f"{path}:3: ") and "\n" not in str(e.value)
+    reports = []
+    assert read(jsonl_source(path), max_skipped=1, report=reports.append) == ["one", "two"]
+    assert len(reports) == 1 and f"{path}:3: " in reports[0] and reason in reports[0]
+
+
+def test_one_more_than_max_skipped_is_an_error(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n' + b"broken\n" * 3)
+    assert read(jsonl_source(path), max_skipped=3) == ["one"]
+    with pytest.raises(UserError, match=r"a\.jsonl:4: .*max_skipped=2"):
+        read(jsonl_source(path), max_skipped=2)
+
+
+def test_broken_text_documents_are_named_by_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n--two\n\xe9\n----three")
+    reports = []
+    source = text_source(path, separator="--")
+    assert read(source, max_skipped=2, report=reports.append) == ["one\n", "three"]
+    assert f"{path}:2: invalid UTF-8, byte 0xe9 1 lines into it" in reports[0]
+    assert f"{path}:4: empty document" in reports[1]
+
+
+def test_no_file_and_no_document_are_errors(tmp_path):
+    with pytest.raises(UserError, match=r"none\*\.txt: no file matches"):
+        read(text_source(tmp_path / "none*.txt"))
+    (tmp_path / "a.jsonl").write_bytes(b"\n")
+    with pytest.raises(UserError, match="no documents"):
+        read(jsonl_source(tmp_path / "a.jsonl"))
+    (tmp_path / "a.txt").write_bytes(b"")
+    with pytest.raises(UserError, match="no documents"):
+        read(text_source(tmp_path / "a.txt"), max_skipped=1)
+
+
+def test_parquet_columns_are_read_and_checked(tmp_path):
+    path = tmp_path / "a.parquet"
+    column = pyarrow.array(["one", None, "two"], pyarrow.large_string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column, "n": [1, 2, 3]}), path)
+
+    def source(field="text"):
+        return ParquetSource(kind="parquet", files=(str(path),), field=field)
+
+    reports = []
+    assert read(source(), max_skipped=1, report=reports.append) == ["one", "two"]
+    assert f"{path}: row 2" in reports[0]
+    with pytest.raises(UserError, match="no column 'body'; it has text, n"):
+        read(source("body"))
+    with pytest.raises(UserError, match="row 1: field 'n' is int"):
+        read(source("n"))
+    path.write_bytes(b"PAR1 no")
+    with pytest.raises(UserError, match="not readable as Parquet"):
+        read(source())
+
+
+@pytest.fixture
+def tfds_folder(tmp_path):
+    """A TFDS dataset of three texts in two shards, written without TensorFlow."""
+    folder = tmp_path / "tiny" / "1.0.0"
+    folder.mkdir(parents=True)
+    features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "n": np.int64})
+    for shard, texts in enumerate([["one", "two"], ["three"]]):
+        path = folder / f"tiny-train.array_record-{shard:05d}-of-00002"
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for text in texts:
+            writer.write(features.serialize_example({"text": text, "n": 1}))
+        writer.close()
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name="tiny", split="train", filetype_suffix="array_record"
+    )
+    split = tfds.core.SplitInfo(
+        name="train", shard_lengths=[2, 1], num_bytes=1, filename_template=template
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=features, split_infos=[split], check_data=False
+    )
+    return folder
+
+
+def test_tfds_datasets_are_read_by_folder_name_and_slice(tfds_folder):
+    def source(name=str(tfds_folder), split="train", **kwargs):
+        return TfdsSource(kind="tfds", name=name, split=split, **kwargs)
+
+    assert read(source()) == ["one", "two", "three"]
+    assert read(source(split="train[1:]")) == ["two", "three"]
+    assert read(source("tiny", data_dir=str(tfds_folder.parents[1]))) == ["one", "two", "three"]
+    assert len(source_files(source())) == 2
+    with pytest.raises(UserError, match="no feature 'body'; features: n, text"):
+        read(source(field="body"))
+    with pytest.raises(UserError, match="'n' is int"):
+        read(source(field="n"))
+    with pytest.raises(UserError, match="splits: train"):
+        read(source(split="valid"))
+    with pytest.raises(UserError, match="TFDS no_such_dataset"):
+        read(source("no_such_dataset", data_dir=str(tfds_folder.parents[1])))

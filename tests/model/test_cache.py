@@ -1,0 +1,76 @@
+"""Cached decoding against the whole row."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jllama.model import llama
+from jllama.model.cache import init_cache
+
+CASES = ["llama1", "llama3.1", "llama3.2", "qk-norm"]
+# Sharp attention, so that a key in a wrong slot shows.
+SCALE = 5.0
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def step(params, model, compute, tokens, positions, cache):
+    hidden, cache = llama.apply(params, model, compute, tokens, positions, cache=cache)
+    return llama.logits(params, model, hidden), cache
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_in_chunks_then_decode_equals_the_full_forward(name):
+    model, compute = tiny.config(**tiny.VARIANTS[name]), tiny.compute()
+    params, tokens = tiny.params(model, SCALE), tiny.tokens(2, 24)
+    cache, out = init_cache(model, compute, 2, 32), []
+    for start, end in ((0, 8), (8, 16), *((t, t + 1) for t in range(16, 24))):
+        positions = np.tile(np.arange(start, end), (2, 1))
+        got, cache = step(params, model, compute, tokens[:, start:end], positions, cache)
+        out.append(got)
+    full = tiny.logits(params, model, tokens)
+    assert tiny.relative_error(np.concatenate(out, axis=1), full) < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("fill", [0, 96])
+def test_ragged_rows_with_right_padding_equal_each_row_alone(name, fill):
+    model, compute = tiny.config(**tiny.VARIANTS[name]), tiny.compute()
+    params, rows = tiny.params(model, SCALE), tiny.tokens(3, 20)
+    lengths = np.array([3, 16, 9])
+    padded = np.where(np.arange(16) < lengths[:, None], rows[:, :16], fill)
+    positions = np.tile(np.arange(16), (3, 1))
+    cache = init_cache(model, compute, 3, 20)
+    got, cache = step(params, model, compute, padded, positions, cache)
+    full = tiny.logits(params, model, rows)
+    for row, length in enumerate(lengths):
+        assert tiny.relative_error(got[row, :length], full[row, :length]) < 1e-5
+    for _ in range(4):  # decoding overwrites the padding, each row at its own position
+        token = rows[np.arange(3), lengths][:, None]
+        got, cache = step(params, model, compute, token, lengths[:, None], cache)
+        assert tiny.relative_error(got[:, 0], full[np.arange(3), lengths]) < 1e-5
+        lengths = lengths + 1
+
+
+def test_what_unwritten_slots_hold_never_matters():
+    model, compute = tiny.config(), tiny.compute()
+    params, tokens = tiny.params(model, SCALE), tiny.tokens(2, 8)
+    positions = np.tile(np.arange(8), (2, 1))
+    clean = init_cache(model, compute, 2, 16)
+    dirty = jax.tree.map(lambda x: x + 1e3, clean)
+    a, _ = step(params, model, compute, tokens, positions, clean)
+    b, _ = step(params, model, compute, tokens, positions, dirty)
+    np.testing.assert_array_equal(a, b)
+
+
+def test_cache_of_bfloat16_computation_is_bfloat16_and_near():
+    model, compute = tiny.config(**tiny.VARIANTS["llama3.1"]), tiny.compute("bfloat16")
+    params, tokens = tiny.params(model), tiny.tokens(2, 16)
+    cache = init_cache(model, compute, 2, 16)
+    got, cache = step(params, model, compute, tokens, np.tile(np.arange(16), (2, 1)), cache)
+    assert cache.k.dtype == cache.v.dtype == "bfloat16"
+    assert cache.k.shape == (3, 2, 16, 2, 16)
+    full = tiny.logits(params, model, tokens, cpt=compute)
+    assert tiny.relative_error(got, full) < 0.02

@@ -1,0 +1,105 @@
+"""LLaMA in plain float64 NumPy, from the papers: slow, short, and independent of jllama.model.
+
+Of jllama it knows the names in the config and the layout of the parameter tree, and nothing else.
+"""
+
+import numpy as np
+
+
+def logits(params, config, tokens, positions=None, segments=None):
+    """tokens [B,T] -> float64 logits [B,T,V].
+
+    positions [B,T] turn RoPE (default 0..T-1); position t of a row attends to itself and to what
+    precedes it in the row under the same number in segments [B,T] (default one segment).
+    """
+    tokens = np.asarray(tokens)
+    if positions is None:
+        positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
+    if segments is None:
+        segments = np.zeros_like(tokens)
+    params = _float64(params)
+    rows = [_row(params, config, *row) for row in zip(tokens, positions, segments, strict=True)]
+    return np.stack(rows)
+
+
+def _float64(tree):
+    if isinstance(tree, dict):
+        return {name: _float64(branch) for name, branch in tree.items()}
+    return np.asarray(tree).astype(np.float64)
+
+
+def _row(params, c, tokens, positions, segments):
+    x = params["embedding"]["weight"][tokens]
+    turn = _rotations(c, positions)
+    allowed = np.tril(np.ones((len(tokens),) * 2, bool)) & (segments[:, None] == segments[None])
+    for layer in range(c.num_layers):
+        p = _pick(params["layers"], layer)
+        x = x + _attention(
+            p["attention"], c, _norm(x, p["attention_norm"]["scale"], c), turn, allowed
+        )
+        h = _norm(x, p["ffn_norm"]["scale"], c)
+        gate, up = h @ p["mlp"]["gate"]["kernel"], h @ p["mlp"]["up"]["kernel"]
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ p["mlp"]["down"]["kernel"]
+    x = _norm(x, params["final_norm"]["scale"], c)
+    return x @ params["embedding" if c.tie_embeddings else "head"]["weight"].T
+
+
+def _pick(tree, layer):
+    if isinstance(tree, dict):
+        return {name: _pick(branch, layer) for name, branch in tree.items()}
+    return tree[layer]
+
+
+def _norm(x, scale, c):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + c.rms_norm_eps) * scale
+
+
+def _attention(p, c, x, turn, allowed):
+    out = np.zeros_like(x)
+    for head in range(c.num_heads):
+        # Grouped queries: consecutive query heads share a key/value head.
+        shared = head * c.num_kv_heads // c.num_heads
+        q = x @ p["q"]["kernel"][:, head]
+        k = x @ p["k"]["kernel"][:, shared]
+        v = x @ p["v"]["kernel"][:, shared]
+        if c.qk_norm:
+            q, k = _norm(q, p["q_norm"]["scale"], c), _norm(k, p["k_norm"]["scale"], c)
+        scores = _turned(q, turn) @ _turned(k, turn).T / np.sqrt(c.head_dim)
+        scores = np.where(allowed, scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        out += weights @ v @ p["o"]["kernel"][head]
+    return out
+
+
+def _turned(x, turn):
+    """RoPE as multiplication of complex numbers: pair i is dimensions i and i + N/2."""
+    half = x.shape[-1] // 2
+    z = (x[:, :half] + 1j * x[:, half:]) * turn
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def _rotations(c, positions):
+    return np.exp(1j * np.asarray(positions, np.float64)[:, None] * frequencies(c))
+
+
+def frequencies(c):
+    """Radians per position of each pair, by a loop over the pairs."""
+    out = []
+    for pair in range(c.head_dim // 2):
+        f = c.rope_theta ** (-2.0 * pair / c.head_dim)
+        s = c.rope
+        if s.kind == "linear":
+            f = f / s.factor
+        elif s.kind == "llama3":
+            wavelength = 2 * np.pi / f
+            if wavelength > s.original_length / s.low_freq_factor:
+                f = f / s.factor
+            elif wavelength >= s.original_length / s.high_freq_factor:
+                t = s.original_length / wavelength - s.low_freq_factor
+                t = t / (s.high_freq_factor - s.low_freq_factor)
+                f = f * ((1 - t) / s.factor + t)
+        else:
+            assert s.kind == "none", s.kind
+        out.append(f)
+    return np.array(out)

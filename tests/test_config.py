@@ -1,0 +1,344 @@
+"""Recipes: every key can be overridden and changes nothing else; mistakes are one line."""
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+import annotated_types
+import pytest
+
+from jllama import config
+from jllama.config import (
+    AdamWConfig,
+    Config,
+    ConstantSchedule,
+    CosineSchedule,
+    CutPacking,
+    FanInInit,
+    JsonlSource,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    ModelConfig,
+    NoRopeScaling,
+    ParquetSource,
+    StdlibSource,
+    TextSource,
+    TfdsSource,
+    TokenizerFile,
+    TrainedTokenizer,
+    TruncatedNormalInit,
+    WholePacking,
+    WsdSchedule,
+)
+from jllama.errors import UserError
+
+BASE = {
+    "model": {
+        "vocab_size": 512,
+        "hidden_dim": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_dim": 16,
+        "ffn_dim": 128,
+        "max_length": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "rope": {"kind": "none"},
+        "tie_embeddings": True,
+    },
+    "compute": {"dtype": "float32"},
+    "tokenizer": {"kind": "train", "vocab_size": 400},
+    "data": {
+        "length": 64,
+        "packing": {"kind": "cut"},
+        "train": [{"name": "a", "source": {"kind": "stdlib", "split": "train"}}],
+        "held_out": [{"name": "b", "source": {"kind": "stdlib", "split": "held_out"}}],
+    },
+    "training": {
+        "steps": 100,
+        "batch_size": 8,
+        "optimizer": {
+            "kind": "adamw",
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "eps": 1e-8,
+            "weight_decay": 0.1,
+            "clip_norm": 1.0,
+        },
+        "schedule": {"kind": "constant", "peak": 1e-3, "warmup_steps": 10},
+    },
+    "run": {"name": "test"},
+}
+
+# A valid value of every member of every sum type, with what it needs and no more.
+MEMBERS = {
+    NoRopeScaling: {},
+    LinearRopeScaling: {"factor": 2.0},
+    Llama3RopeScaling: {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_length": 64,
+    },
+    TruncatedNormalInit: {"std": 0.02, "scale_residual": True},
+    FanInInit: {"embedding_std": 0.5, "scale_residual": False},
+    StdlibSource: {"split": "train"},
+    TfdsSource: {"name": "c4/en:3.1.0", "split": "train"},
+    TextSource: {"files": ["a.txt", "b/*.txt"]},
+    JsonlSource: {"files": ["a.jsonl"]},
+    ParquetSource: {"files": ["a.parquet"]},
+    CutPacking: {},
+    WholePacking: {},
+    TokenizerFile: {"path": "a.model"},
+    TrainedTokenizer: {"vocab_size": 400},
+    AdamWConfig: BASE["training"]["optimizer"],
+    CosineSchedule: {"peak": 1e-3, "warmup_steps": 10, "floor": 0.1},
+    ConstantSchedule: {"peak": 1e-3, "warmup_steps": 10},
+    WsdSchedule: {"peak": 1e-3, "warmup_steps": 10, "decay_steps": 20, "floor": 0.1},
+}
+
+# Where the next value in line would break a rule between two keys, or the key's pattern.
+CHOSEN = {
+    "model.num_heads": 8,
+    "model.num_kv_heads": 2,
+    "model.head_dim": 32,
+    "training.batch_size": 16,
+    "training.accumulate": 2,
+    "run.profile": "3:5",
+}
+
+
+def tag(member: type) -> str | None:
+    kind = typing.get_type_hints(member).get("kind")
+    return typing.get_args(kind)[0] if kind else None
+
+
+def unwrap(hint: Any) -> tuple[Any, list]:
+    """The type inside `Annotated`, and its bounds and patterns."""
+    marks = []
+    while typing.get_origin(hint) is Annotated:
+        hint, *more = typing.get_args(hint)
+        marks += [m for field in more for m in getattr(field, "metadata", [field])]
+    return hint, marks
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    hint, _ = unwrap(hint)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def leaves(cls: type = Config, prefix: str = "", setup: tuple[str, ...] = ()):
+    """(setup, key, hint) of every key that holds a plain value.
+
+    `setup` are the overrides that put the members of sum types on the way in place.
+    """
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        key = prefix + name
+        inner, _ = unwrap(hint)
+        if typing.get_origin(inner) is tuple and typing.get_args(inner)[-1] is Ellipsis:
+            item = typing.get_args(inner)[0]
+            if dataclasses.is_dataclass(item):
+                yield from leaves(item, f"{key}.0.", setup)
+                continue
+        members = [m for m in alternatives(hint) if dataclasses.is_dataclass(m)]
+        if not members:
+            if name != "kind":
+                yield setup, key, hint
+            continue
+        for member in members:
+            chosen = setup
+            if tag(member):
+                value = {"kind": tag(member), **MEMBERS[member]}
+                chosen = (*setup, f"{key}={json.dumps(value)}")
+            yield from leaves(member, f"{key}.", chosen)
+
+
+def another(hint: Any, old: Any) -> Any:
+    """A valid value of the type that is not `old`."""
+    options = [a for a in alternatives(hint) if a is not type(None)]
+    inner, marks = unwrap(options[0])
+    marks = marks + unwrap(hint)[1]
+    if typing.get_origin(inner) is Literal:
+        return next(v for v in typing.get_args(inner) if v != old)
+    if typing.get_origin(inner) is tuple:
+        return ["other"] if typing.get_args(inner)[0] is str else [["replica", "context"], None]
+    if inner is bool:
+        return not old
+    if inner is str:
+        return (old or "") + "x"
+    if inner is int:
+        top = [m.le for m in marks if isinstance(m, annotated_types.Le)]
+        return 2 if old == -1 else old - 1 if old in top else old + 1
+    assert inner is float, hint
+    return old / 2 if old else 0.125
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for name in value for k, v in flatten(value[name], f"{prefix}{name}.").items()}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return flatten({str(i): item for i, item in enumerate(value)}, prefix)
+    return {prefix.removesuffix("."): value}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipes") / "base.yaml"
+    path.write_text(json.dumps(BASE))  # YAML is a superset
+    return path
+
+
+LEAVES = list(leaves())
+
+
+def test_every_member_and_every_chosen_key_exists():
+    found = {m for m in vars(config).values() if dataclasses.is_dataclass(m) and tag(m)}
+    assert found == set(MEMBERS)
+    assert {key for _, key, _ in LEAVES} >= set(CHOSEN)
+    described = {key for key, _, _ in config.describe() if not key.endswith("kind")}
+    assert described >= {key for _, key, _ in LEAVES}
+
+
+@pytest.mark.parametrize(
+    ("setup", "key", "hint"),
+    LEAVES,
+    ids=[":".join([*re.findall(r'kind": "(\w+)', "".join(s)), k]) for s, k, _ in LEAVES],
+)
+def test_an_override_changes_its_key_and_no_other(recipe, setup, key, hint):
+    before = flatten(config.to_dict(config.load(recipe, setup)))
+    new = CHOSEN[key] if key in CHOSEN else another(hint, before[key])
+    assert new != before[key]
+    after = flatten(config.to_dict(config.load(recipe, [*setup, f"{key}={json.dumps(new)}"])))
+    assert after == {**before, key: new}
+
+
+def test_an_override_reads_numbers_and_words_as_people_write_them(recipe):
+    loaded = config.load(
+        recipe,
+        ["training.schedule.peak=3e-4", "run.name=b-2", "data.held_out=[]", "eval.compare_xz=true"],
+    )
+    assert loaded.training.schedule.peak == 3e-4
+    assert loaded.run.name == "b-2"
+    assert loaded.data.held_out == ()
+    assert loaded.eval.compare_xz is True
+
+
+def test_another_kind_drops_the_keys_of_the_old_one(recipe):
+    loaded = config.load(
+        recipe,
+        ["tokenizer.kind=sentencepiece", "tokenizer.path=m.model", "tokenizer.kind=sentencepiece"],
+    )
+    assert loaded.tokenizer == TokenizerFile(kind="sentencepiece", path="m.model")
+
+
+def test_a_model_is_overridden_by_name_then_by_key(recipe):
+    loaded = config.load(recipe, ["model.num_layers=3", "model=stories-15m"])
+    assert loaded.model == config.load_model("stories-15m", ["num_layers=3"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["training.stepz=3"],
+            r"training\.stepz: unknown key; did you mean steps\? allowed: steps,",
+        ),
+        (["nothing=3"], r"nothing: unknown key; .*allowed: model, compute"),
+        (["model.rope.factor=2"], r"model\.rope\.factor: unknown key; .*allowed: kind"),
+        (["training.steps=many"], r'training\.steps: .*integer, not "many"'),
+        (["training.steps=1.5"], r"training\.steps: .*integer, not 1\.5"),
+        (["training.steps='7'"], r'training\.steps: .*integer, not "7"'),
+        (["model.tie_embeddings=1"], r"model\.tie_embeddings: .*boolean, not 1"),
+        (["run.name=3"], r"run\.name: .*string, not 3"),
+        (["training.steps=0"], r"training\.steps: .*greater than or equal to 1, not 0"),
+        (["training.schedule.peak=-1"], r"training\.schedule\.peak: .*greater than 0, not -1"),
+        (["training.optimizer.beta2=1"], r"training\.optimizer\.beta2: .*less than 1, not 1"),
+        (["training.schedule.peak=.nan"], r"training\.schedule\.peak: "),
+        (["run.name=a/b"], r"run\.name: .*pattern.*\"a/b\""),
+        (["compute.dtype=float16"], r"compute\.dtype: .*'float32' or 'bfloat16', not \"float16\""),
+        (["model.rope.kind=yarnn"], r"model\.rope: kind 'yarnn' is unknown; allowed: .*'linear'"),
+        (["model.rope={}"], r"model\.rope: needs a kind; allowed: .*'linear'"),
+        (["model.rope.kind=linear"], r"model\.rope\.factor: is required and missing"),
+        (["data.train=[]"], r"data\.train: .*at least 1"),
+        (["data.train.4.name=x"], r"data\.train\.4: a list of 1 takes an index below 1"),
+        (["sharding.batch=[[pod]]"], r"sharding\.batch\.0\.0: .*'replica'.*not \"pod\""),
+        (["model.num_kv_heads=3"], r"model: num_kv_heads=3 must divide num_heads=4"),
+        (["model.head_dim=15"], r"model: head_dim=15 must be even"),
+        (["mesh.fsdp=0"], r"mesh: sizes are at least 1"),
+        (["mesh.tensor=-1"], r"mesh: .*at most one is -1"),
+        (["training.accumulate=3"], r"training: accumulate=3 must divide batch_size=8"),
+        (["training.steps=5"], r"training: schedule: warm-up and decay take 10 of steps=5"),
+        (["data.length=129"], r"data\.length=129 is above model\.max_length=128"),
+        (["tokenizer.vocab_size=513"], r"tokenizer\.vocab_size=513 does not fit"),
+        (["model=llama-8b"], r"model: no 'llama-8b'; shipped models: .*llama-7b"),
+        (["training.steps"], r"'training\.steps': an override is written key=value"),
+        (["training.steps.x=1"], r"training\.steps\.x: training\.steps is a single value"),
+        (["training.steps=[1"], r"training\.steps: '\[1' is not a YAML value"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_key_and_what_is_allowed(recipe, overrides, said):
+    with pytest.raises(UserError) as caught:
+        config.load(recipe, overrides)
+    message = str(caught.value)
+    assert re.search(said, message), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no such file"),
+        ("a: [1", "not readable as YAML"),
+        ("- 1\n- 2\n", "expected keys and values"),
+        ("", "is required and missing"),
+        ("training: {steps: 3}\n", "is required and missing"),
+        ("run: {name: ${nowhere}}\n", "not readable as YAML"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, text, said):
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        config.load(path)
+    assert str(caught.value).startswith(str(path))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((config.configs_folder() / "train").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_a_saved_recipe_loads_to_an_equal_one(path, tmp_path):
+    loaded = config.load(path)
+    saved = tmp_path / "config.yaml"
+    saved.write_text(config.to_yaml(loaded))
+    again = config.load(saved)
+    assert again == loaded == config.from_dict(config.to_dict(loaded), "test")
+    assert hash(again) == hash(loaded)
+
+
+def test_configs_are_frozen_and_serve_as_keys():
+    model = config.load_model("tiny")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model.num_layers = 3
+    assert {model: "found"}[config.load_model("tiny")] == "found"
+    assert dataclasses.replace(model, num_layers=99) not in {model}
+
+
+def test_constructing_a_config_in_code_is_validated_too():
+    values = config.to_dict(config.load_model("tiny"))
+    with pytest.raises(ValueError, match="must divide"):
+        ModelConfig(**{**values, "num_kv_heads": values["num_heads"] + 1})
+
+
+def test_every_key_is_described():
+    for key, kind, meaning in config.describe():
+        assert key
+        assert kind
+        assert meaning, f"{key} has no meaning"

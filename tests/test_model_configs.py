@@ -1,0 +1,138 @@
+"""Every shipped model has exactly the parameters of the published one."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from jllama import config
+from jllama.config import ComputeConfig
+from jllama.flops import parameter_count
+from jllama.model.llama import init_params
+
+PUBLISHED = {
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-33b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-34b": 33_743_970_304,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "llama3.1-405b": 405_853_388_800,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "codellama-7b": 6_738_546_688,
+    "codellama-13b": 13_016_028_160,
+    "codellama-34b": 33_743_970_304,
+    "chinese-llama-7b": 6_885_486_592,
+    "chinese-alpaca-7b": 6_885_494_784,
+    "chinese-llama2-7b": 6_929_256_448,
+    "chinese-alpaca2-7b": 6_929_256_448,
+    # 13B: the base and the rows that its vocabulary adds to embedding and head.
+    "chinese-llama-13b": 13_015_864_320 + 2 * 17_953 * 5120,
+    "chinese-alpaca-13b": 13_015_864_320 + 2 * 17_954 * 5120,
+    "chinese-llama2-13b": 13_015_864_320 + 2 * 23_296 * 5120,
+    "chinese-alpaca2-13b": 13_015_864_320 + 2 * 23_296 * 5120,
+    "stories-15m": 15_191_712,
+}
+# What a parameter count does not show: length, eps, theta.
+NUMERICS = {
+    "llama-7b": (2048, 1e-6, 1e4),
+    "llama-65b": (2048, 1e-5, 1e4),
+    "llama2-70b": (4096, 1e-5, 1e4),
+    "llama3-8b": (8192, 1e-5, 5e5),
+    "llama3.1-405b": (131072, 1e-5, 5e5),
+    "llama3.2-1b": (131072, 1e-5, 5e5),
+    "codellama-34b": (16384, 1e-5, 1e6),
+    "chinese-alpaca-7b": (2048, 1e-6, 1e4),
+    "chinese-llama2-7b": (4096, 1e-5, 1e4),
+}
+
+
+def _shapes(model):
+    return jax.eval_shape(
+        lambda: init_params(model, ComputeConfig(dtype="float32"), jax.random.key(0))
+    )
+
+
+def _count(model) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_shapes(model)))
+
+
+def test_every_shipped_model_is_checked():
+    assert set(config.model_names()) == {*PUBLISHED, "tiny"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_the_model_are_the_published_ones(name):
+    assert _count(config.load_model(name)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_analytic_count_is_the_published_one(name):
+    assert parameter_count(config.load_model(name)) == PUBLISHED[name]
+
+
+def test_analytic_count_follows_qk_norm():
+    model = dataclasses.replace(config.load_model("llama3.2-1b"), qk_norm=True)
+    assert parameter_count(model) == _count(model) == PUBLISHED["llama3.2-1b"] + 16 * 2 * 64
+
+
+@pytest.mark.parametrize("name", NUMERICS)
+def test_length_epsilon_and_theta(name):
+    model = config.load_model(name)
+    assert (model.max_length, model.rms_norm_eps, model.rope_theta) == NUMERICS[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_only_llama_3_1_and_later_scale_their_frequencies(name):
+    rope = config.to_dict(config.load_model(name).rope)
+    factor = {"llama3.1": 8.0, "llama3.2": 32.0}.get(name.split("-")[0])
+    if factor is None:
+        assert rope == {"kind": "none"}
+    else:
+        assert rope == {
+            "kind": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_length": 8192,
+        }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tokens", "peak", "warmup", "floor"),
+    [
+        ("pretrain-llama2-7b", 2e12, 3e-4, 2000, 0.1),
+        ("pretrain-llama2-70b", 2e12, 1.5e-4, 2000, 0.1),
+        ("pretrain-llama3-8b", 15e12, 3e-4, 8000, 0.01),
+    ],
+)
+def test_pretraining_recipes_follow_the_papers(recipe, tokens, peak, warmup, floor):
+    loaded = config.load(config.configs_folder() / "train" / f"{recipe}.yaml")
+    assert recipe == f"pretrain-{loaded.run.name.removeprefix('pretrain-')}"
+    training = loaded.training
+    tokens_per_step = training.batch_size * loaded.data.length
+    assert tokens_per_step == 4 * 2**20
+    assert loaded.data.length == loaded.model.max_length
+    assert training.steps * tokens_per_step == pytest.approx(tokens, rel=1e-6)
+    schedule, adam = training.schedule, training.optimizer
+    assert (schedule.peak, schedule.warmup_steps, schedule.floor) == (peak, warmup, floor)
+    assert (adam.beta1, adam.beta2, adam.eps) == (0.9, 0.95, 1e-5)
+    assert (adam.weight_decay, adam.clip_norm) == (0.1, 1.0)
+    weights = {source.name: source.weight for source in loaded.data.train}
+    assert weights == {
+        "commoncrawl": 67.0,
+        "c4": 15.0,
+        "github": 4.5,
+        "wikipedia": 4.5,
+        "books": 4.5,
+        "arxiv": 2.5,
+        "stackexchange": 2.0,
+    }

@@ -1,0 +1,94 @@
+"""A model that is small, has every size different, and no parameter at a special value."""
+
+import jax
+import numpy as np
+
+from jllama.config import (
+    ComputeConfig,
+    FanInInit,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    ModelConfig,
+    NoRopeScaling,
+    TruncatedNormalInit,
+)
+from jllama.model import llama
+
+LINEAR = LinearRopeScaling(kind="linear", factor=4.0)
+LLAMA3 = Llama3RopeScaling(
+    kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=256
+)
+FAN_IN = FanInInit(kind="fan_in", embedding_std=0.02, scale_residual=False)
+
+# What each published model does differently, at a tiny size.
+VARIANTS = {
+    "llama1": {"rms_norm_eps": 1e-6},
+    "llama2-70b": {"num_kv_heads": 2},
+    "llama3": {"num_kv_heads": 2, "rope_theta": 5e5},
+    "llama3.1": {"num_kv_heads": 2, "rope_theta": 5e5, "rope": LLAMA3},
+    "llama3.2": {"num_kv_heads": 1, "rope_theta": 5e5, "rope": LLAMA3, "tie_embeddings": True},
+    "codellama": {"rope_theta": 1e6},
+    "linear-rope": {"rope": LINEAR},
+    "tied": {"tie_embeddings": True},
+    "qk-norm": {"qk_norm": True, "num_kv_heads": 2},
+    "fan-in": {"init": FAN_IN},
+}
+
+
+def config(**changes) -> ModelConfig:
+    """Four query heads of width 16 over a model width of 48, unless changed."""
+    sizes = {
+        "vocab_size": 97,
+        "hidden_dim": 48,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_dim": 16,
+        "ffn_dim": 80,
+        "max_length": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "rope": NoRopeScaling(kind="none"),
+        "tie_embeddings": False,
+        "init": TruncatedNormalInit(kind="truncated_normal", std=0.02, scale_residual=True),
+    }
+    return ModelConfig(**{**sizes, **changes})
+
+
+def compute(dtype: str = "float32", **changes) -> ComputeConfig:
+    return ComputeConfig(dtype=dtype, **changes)
+
+
+def params(model: ModelConfig, scale: float = 1.0, seed: int = 0) -> llama.Params:
+    """Fresh parameters; matrices times `scale`, and norm scales around one instead of at one."""
+    key = jax.random.key(seed)
+    fresh = jax.jit(llama.init_params, static_argnums=(0, 1))(model, compute(), key)
+    leaves, tree = jax.tree.flatten_with_path(fresh)
+    out = []
+    for i, (path, leaf) in enumerate(leaves):
+        noise = jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
+        out.append(leaf + 0.1 * noise if path[-1].key == "scale" else leaf * scale)
+    return tree.unflatten(out)
+
+
+def tokens(*shape: int, vocab_size: int = 97, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocab_size, shape).astype(np.int32)
+
+
+def logits(params, model, tokens, positions=None, segments=None, cpt=None) -> np.ndarray:
+    """Logits of whole rows, [B,T,V]."""
+    if positions is None:
+        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    run = jax.jit(_logits, static_argnums=(1, 2))
+    return np.asarray(run(params, model, cpt or compute(), tokens, positions, segments))
+
+
+def _logits(params, model, compute, tokens, positions, segments):
+    hidden, _ = llama.apply(params, model, compute, tokens, positions, segments)
+    return llama.logits(params, model, hidden)
+
+
+def relative_error(got, wanted) -> float:
+    """The largest difference over the largest value."""
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
