@@ -4,10 +4,10 @@ A newline ends each of several samples on stdout and a line --- separates them o
 """
 
 import argparse
-import os
 import sys
 
 import jllama
+from jllama.cli import exit_status
 from jllama.config import SampleConfig
 
 
@@ -49,12 +49,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except jllama.UserError as e:
-        print(f"sample.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        os._exit(130)  # at once: no waiting for the device, and what was written is flushed
-    except BrokenPipeError:
-        os._exit(141)
+    sys.exit(exit_status(main))

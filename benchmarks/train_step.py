@@ -11,12 +11,12 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jllama import config as configs
 from jllama.errors import UserError
 from jllama.flops import train_flops_per_token
+from jllama.hardware import measured_matmul_flops
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import causal_lm_loss
@@ -48,19 +48,6 @@ def recipe(args: argparse.Namespace) -> configs.Config:
     return configs.from_dict(data, "benchmark")
 
 
-def matmul_peak(dtype: str, size: int = 2048, repeats: int = 10) -> float:
-    """GFLOP/s of the best of several square products."""
-    a = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    product(a, a).block_until_ready()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        product(a, a).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="name in configs/model, or a YAML file")
@@ -88,7 +75,7 @@ def main() -> int:
     start = time.perf_counter()
     step = step.lower(state, (), batch).compile()
     compile_seconds = time.perf_counter() - start
-    peaks = [matmul_peak(args.dtype)]
+    peaks = [measured_matmul_flops(args.dtype) / 1e9]
     seconds = []
     for i in range(args.steps + 2):  # two to warm up
         start = time.perf_counter()
@@ -96,7 +83,7 @@ def main() -> int:
         jax.block_until_ready((state, metrics))
         if i >= 2:
             seconds.append(time.perf_counter() - start)
-    peaks.append(matmul_peak(args.dtype))
+    peaks.append(measured_matmul_flops(args.dtype) / 1e9)
     flops = train_flops_per_token(config.model, args.length) * args.batch * args.length
     median = statistics.median(seconds)
     result = {

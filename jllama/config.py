@@ -734,3 +734,35 @@ def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return "list"
     return {type(None): "null"}.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def from_arguments(argv: Sequence[str]) -> Config:
+    """The recipe of a command line: `--config F --section.key=value --section.key value ...`."""
+    pairs, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word!r}: expected --config FILE or --section.key=value")
+        key, eq, value = word[2:].partition("=")
+        if not eq:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{key}: needs a value")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    files = [value for key, value in pairs if key == "config"]
+    if len(files) != 1:
+        raise UserError(f"--config FILE: give it once; shipped: {', '.join(_recipes())}")
+    return load(files[0], [f"{key}={value}" for key, value in pairs if key != "config"])
+
+
+def _recipes() -> list[str]:
+    return [f"configs/train/{p.name}" for p in sorted((configs_folder() / "train").glob("*.yaml"))]
+
+
+def help_text() -> str:
+    """Every key of a recipe with its type, meaning and default, one a line."""
+    rows = [(f"--{key}", kind, meaning) for key, kind, meaning in describe()]
+    width = max(len(key) for key, _, _ in rows)
+    lines = [f"{key:{width}}  {kind}: {meaning}" for key, kind, meaning in rows]
+    recipes = "\n  ".join(_recipes())
+    return f"--config FILE: the recipe; shipped:\n  {recipes}\n\nKeys:\n" + "\n".join(lines)

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jllama import config as configs
-from jllama.config import ComputeConfig, ModelConfig
+from jllama.config import ComputeConfig, MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.generate import engine
 from jllama.generate.sampling import Sampling
+from jllama.hardware import use_compilation_cache
 from jllama.model import llama
 from jllama.text.tokenizer import load_tokenizer
 from jllama.train.checkpoint import latest_step, load_params
@@ -182,6 +183,9 @@ def load(path: str | Path, dtype: str | None = None) -> Llama:
     recipe = configs.load(run / "config.yaml")
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
+    use_compilation_cache(recipe.run.compilation_cache)
+    # The devices here are not those of the training: the run's mesh and placement say nothing.
+    recipe = dataclasses.replace(recipe, mesh=MeshConfig(), sharding=ShardingConfig())
     compute = dataclasses.replace(recipe.compute, dtype=dtype or recipe.compute.dtype)
     tokenizer = load_tokenizer(run / "tokenizer.model")
     params = load_params(run, step, recipe)

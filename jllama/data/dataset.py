@@ -156,7 +156,8 @@ def open_data(config: Config, tokenizer: SentencePieceTokenizer) -> Data:
 def open_tokenizer(config: Config) -> SentencePieceTokenizer:
     """The recipe's tokenizer: loaded, or trained once on the training sources.
 
-    A trained one is kept beside the prepared data, under a name made from what it depends on.
+    A trained one is kept beside the prepared data, under a name made from the configs it depends
+    on. If the text behind them changes later it stays as it is, and `prepare` reports the change.
     """
     match config.tokenizer:
         case TokenizerFile(path=path):
@@ -169,7 +170,6 @@ def _trained(wanted: TrainedTokenizer, data: DataConfig) -> SentencePieceTokeniz
     key = [
         to_dict(wanted),
         [(to_dict(s), sources.version(s.source)) for s in data.train],
-        [[(f.name, f.size) for f in sources.source_files(s.source)] for s in data.train],
     ]
     identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = Path(data.prepare.folder).expanduser()

@@ -35,6 +35,7 @@ from jllama.text.tokenizer import SentencePieceTokenizer
 
 _CHUNK_CHARACTERS = 1 << 18  # text that goes to a process at a time
 _PROCESS_BYTES = 16_000_000  # source that is worth a process
+_LOCK = ".lock"
 
 
 def prepare(
@@ -55,20 +56,21 @@ def prepare(
     }
     identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = Path(config.folder).expanduser() / f"{source.name}-{identity[:16]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            prepared = Prepared.open(folder)
-            if prepared is None:
-                _wipe(folder)
-                _make(folder, key, source, tokenizer, config)
+    prepared = Prepared.open(folder)  # unlocked: it may be read-only by now
+    if prepared is None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder):
                 prepared = Prepared.open(folder)
-                assert prepared is not None
-                return prepared
-    except OSError as e:
-        raise UserError(
-            f"{e.filename or folder}: {e.strerror}; prepare.folder must be writable"
-        ) from None
+                if prepared is None:
+                    _wipe(folder)
+                    _make(folder, key, source, tokenizer, config)
+        except OSError as e:
+            raise UserError(
+                f"{e.filename or folder}: {e.strerror}; prepare.folder must be writable"
+            ) from None
+        prepared = prepared or Prepared.open(folder)
+        assert prepared is not None
     _check(prepared, source, config)
     return prepared
 
@@ -80,10 +82,10 @@ def _make(
     tokenizer: SentencePieceTokenizer,
     config: PrepareConfig,
 ) -> None:
-    files = sources.source_files(source.source)
-    progress = _Progress(f"prepare {source.name}", files)
+    inputs = sources.source_files(source.source)
+    progress = _Progress(f"prepare {source.name}", inputs)
     # A process takes longer to start than to tokenise a few megabytes.
-    most = 1 + sum(f.size for f in files) // _PROCESS_BYTES
+    most = 1 + sum(f.size for f in inputs) // _PROCESS_BYTES
     workers = config.workers or min(os.cpu_count() or 1, most)
     skipped = 0
 
@@ -110,7 +112,7 @@ def _make(
         for shard in shards:
             shard.close()
         write_tfds_metadata(folder, shards, tokenizer.vocab_size)
-        made = {f.name: f.stat().st_size for f in sorted(folder.iterdir())}
+        made = [f for f in sorted(folder.iterdir()) if f.name != _LOCK]
         identity = key | {
             "name": source.name,
             "vocab_size": tokenizer.vocab_size,
@@ -121,8 +123,8 @@ def _make(
             "shard_tokens": [s.tokens for s in shards],
             "shard_documents": [s.documents for s in shards],
             "content": hashlib.sha256("".join(s.digest for s in shards).encode()).hexdigest(),
-            "source_files": _manifest(source, files),
-            "files": made,
+            "source_files": _manifest(source, inputs),
+            "files": {f.name: f.stat().st_size for f in made},
         }
     except BaseException:
         for shard in shards:
@@ -239,9 +241,6 @@ def _wipe(folder: Path) -> None:
             path.unlink()
 
 
-_LOCK = ".lock"
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Lets one process of this machine at a time make or check the folder."""
@@ -253,10 +252,10 @@ def _locked(folder: Path) -> Iterator[None]:
 class _Progress:
     """A bar when stderr is a terminal, a plain line now and then when not."""
 
-    def __init__(self, title: str, files: list[sources.SourceFile]):
-        packed = any(f.path.suffix in (".gz", ".zst", ".parquet") for f in files)
+    def __init__(self, title: str, inputs: list[sources.SourceFile]):
+        packed = any(f.path.suffix in (".gz", ".zst", ".parquet") for f in inputs)
         self._title, self._done = title, 0
-        self._total = None if packed else sum(f.size for f in files)
+        self._total = None if packed else sum(f.size for f in inputs)
         self._began = self._told = time.monotonic()
 
     def __enter__(self):

@@ -249,10 +249,7 @@ def _split(builder, source: TfdsSource):
     except (KeyError, ValueError, AssertionError) as e:
         names = ", ".join(sorted(builder.info.splits))
         raise UserError(f"{describe(source)}: {_one_line(e)}; splits: {names}") from None
-    if (
-        not getattr(builder.info.features, "keys", None)
-        or source.field not in builder.info.features
-    ):
+    if source.field not in builder.info.features:
         names = ", ".join(sorted(builder.info.features))
         raise UserError(f"{describe(source)}: no feature {source.field!r}; features: {names}")
     return split

@@ -49,7 +49,9 @@ def _bucket(length: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache", "seen"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache", "seen")
+)
 def _prefill(
     params: Params,
     config: ModelConfig,
@@ -103,7 +105,9 @@ def _first(
     return _next(params, config, last, positions, seen, keys, settings)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache", "seen"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache", "seen")
+)
 def _decode(
     params: Params,
     config: ModelConfig,
@@ -117,16 +121,14 @@ def _decode(
 ) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
     """Reads `token` [B] at `positions` [B]; returns cache, seen, the next token, its position."""
     traces["decode"] += 1
-    hidden, cache = apply(
-        params, config, compute, token[:, None], positions[:, None], cache=cache
-    )
+    hidden, cache = apply(params, config, compute, token[:, None], positions[:, None], cache=cache)
     # A finished row idles on the last slot while the others go on.
     positions = jnp.minimum(positions + 1, cache.k.shape[2] - 1)
     token, seen = _next(params, config, hidden[:, 0], positions, seen, keys, settings)
     return cache, seen, token, positions
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@jax.jit
 def _take(cache: Cache, rows: jax.Array) -> Cache:
     return jax.tree.map(lambda x: x[:, rows], cache)
 

@@ -66,7 +66,9 @@ def matrix_init(init: Init, *, fan_in: int, depth: int | None = None) -> Initial
 
 def embedding_init(init: Init) -> Initializer:
     """The initialiser of the embedding and of the head."""
-    return _truncated_normal(init.std if isinstance(init, TruncatedNormalInit) else init.embedding_std)
+    return _truncated_normal(
+        init.std if isinstance(init, TruncatedNormalInit) else init.embedding_std
+    )
 
 
 def _truncated_normal(std: float) -> Initializer:

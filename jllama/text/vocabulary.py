@@ -1,8 +1,8 @@
 """Trains a SentencePiece BPE vocabulary that gives every text back exactly.
 
-SentencePiece's own splitting never lets a piece hold a newline and the indentation after it, which
-is a tenth of all tokens of code. So the text is cut into words here, by one regular expression,
-and SentencePiece gets each distinct word once with its count: training then takes a second. The
+SentencePiece's own training never lets a piece hold a newline and the indentation after it, though
+code has one every few words. So the text is cut into words here, by one regular expression,
+and SentencePiece gets each distinct word once with its count. The
 line breaks with indentation that the text is full of become pieces of their own.
 """
 

@@ -79,9 +79,7 @@ def _forward(hidden, weight, targets, weights, z_loss, block, gradients):
         scale = w[..., None] * (1.0 + 2.0 * z_loss * log_z) / total
         d_logits = (exp * scale - jnp.where(hit, w[..., None], 0.0)).astype(h.dtype)
         d_h = jnp.einsum("BTV,VD->BTD", d_logits, weight)
-        d_weight = jnp.einsum(
-            "BTV,BTD->VD", d_logits, h, preferred_element_type=jnp.float32
-        )
+        d_weight = jnp.einsum("BTV,BTD->VD", d_logits, h, preferred_element_type=jnp.float32)
         return (*sums, carry[2] + d_weight), d_h
 
     zero = jnp.zeros((), jnp.float32)

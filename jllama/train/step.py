@@ -51,9 +51,7 @@ def make_train_step(
         )
         one = functools.partial(gradient, trainable, frozen)
         first = jax.tree.map(lambda x: x[0], micro)
-        zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first, key)
-        )
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first, key))
 
         def add(carry, xs):
             part, i = xs

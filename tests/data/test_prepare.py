@@ -210,3 +210,12 @@ def _alive(group):
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_copy_elsewhere_opens_without_the_lock(prepare_texts, tmp_path):
+    prepared = prepare_texts()
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in prepared.folder.glob("[!.]*"):
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert Prepared.open(copy).read(0, 50)[0].tolist() == prepared.read(0, 50)[0].tolist()

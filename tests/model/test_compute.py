@@ -28,7 +28,7 @@ def value_and_grads(params, model, compute, tokens, segments):
 
 @pytest.fixture(scope="module")
 def case():
-    model = tiny.config(num_kv_heads=2, qk_norm=True, num_layers=4)
+    model = tiny.config(num_kv_heads=2, qk_norm=True, num_layers=3)
     params, tokens = tiny.params(model, 5.0), tiny.tokens(2, T)
     wanted = {
         name: value_and_grads(params, model, tiny.compute(), tokens, segments)
@@ -56,7 +56,7 @@ def test_rematerialisation_changes_no_gradient(case, remat):
     check(case, remat=remat, attention_block=16)
 
 
-@pytest.mark.parametrize("unroll", [3, 9])
+@pytest.mark.parametrize("unroll", [2])
 def test_unrolled_layers_are_the_same_layers(case, unroll):
     check(case, scan_unroll=unroll)
 

@@ -18,7 +18,9 @@ def init(kind, **changes):
     model = tiny.config(
         vocab_size=512, hidden_dim=96, head_dim=32, ffn_dim=192, init=kind, **changes
     )
-    params = jax.jit(llama.init_params, static_argnums=(0, 1))(model, tiny.compute(), jax.random.key(0))
+    params = jax.jit(llama.init_params, static_argnums=(0, 1))(
+        model, tiny.compute(), jax.random.key(0)
+    )
     layers = params["layers"]
     return params | {"attention": layers["attention"], "mlp": layers["mlp"]}
 

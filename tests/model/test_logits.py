@@ -19,7 +19,8 @@ def test_float32_logits_equal_the_float64_reference_at_near_and_far_positions(na
 
 @pytest.mark.parametrize("name", ["llama1", "llama3.1"])
 def test_float32_logits_equal_the_float64_reference_in_a_row_of_2000(name):
-    model = tiny.config(**tiny.VARIANTS[name], num_layers=2, hidden_dim=24, head_dim=8)
+    small = {"num_layers": 2, "hidden_dim": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    model = tiny.config(**tiny.VARIANTS[name] | small)
     params, tokens = tiny.params(model), tiny.tokens(1, 2000)
     got = tiny.logits(params, model, tokens)
     assert tiny.relative_error(got, reference.logits(params, model, tokens)) < LIMIT
@@ -53,7 +54,9 @@ def test_bfloat16_logits_are_near_and_float32(name):
     assert 1e-5 < tiny.relative_error(got, reference.logits(params, model, tokens)) < 0.03
 
 
-@pytest.mark.parametrize("change", [{"rope": tiny.LINEAR}, {"rope_theta": 5e5}, {"rms_norm_eps": 1e-4}])
+@pytest.mark.parametrize(
+    "change", [{"rope": tiny.LINEAR}, {"rope_theta": 5e5}, {"rms_norm_eps": 1e-4}]
+)
 def test_the_reference_sees_a_wrong_constant(change):
     model = tiny.config()
     params, tokens = tiny.params(model), tiny.tokens(1, 32)

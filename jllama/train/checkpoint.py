@@ -1,0 +1,133 @@
+"""Checkpoints: parameters and the rest of the state, saved while training goes on.
+
+`RUN/checkpoints/STEP/trainable` holds the parameters, `RUN/checkpoints/STEP/rest` the step and the
+optimizer's state, both in Orbax's format, readable on any mesh and number of processes.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jllama.config import Config
+from jllama.errors import UserError
+from jllama.model import llama
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
+from jllama.train.state import StateDef, TrainState, define_state, dotted
+
+# Orbax tells every save at INFO and WARNING; what a user needs to know is said here.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpoints:
+    """The checkpoints of one run. Saves are asynchronous; `close` waits for them."""
+
+    def __init__(self, run: Path, keep: int):
+        self._folder = run / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self._folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+        )
+
+    def latest(self) -> int | None:
+        """The newest complete step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts saving; returns once the state may be donated."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardSave(state.trainable),
+                rest=ocp.args.StandardSave(_rest(state)),
+            ),
+        )
+
+    def restore(self, step: int, definition: StateDef) -> TrainState:
+        """The state of `step`, straight into the definition's shardings.
+
+        Raises `UserError` when it cannot be read, or is of another shape.
+        """
+        placed = jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+            definition.shapes,
+            definition.shardings,
+        )
+        where = str(self._folder / str(step))
+        items = _restore(self._manager, where, step, trainable=placed.trainable, rest=_rest(placed))
+        return TrainState(items["rest"]["step"], items["trainable"], items["rest"]["opt_state"])
+
+    def close(self) -> None:
+        """Waits until what was saved is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state}
+
+
+def _restore(manager: ocp.CheckpointManager, where: str, step: int, **items: Any) -> Any:
+    args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+    try:
+        restored = manager.restore(step, args=ocp.args.Composite(**args))
+    except Exception as e:  # Orbax raises what its storage raises
+        reason = " ".join(str(e).split())[:300]
+        raise UserError(f"{where}: not readable as this model's checkpoint: {reason}") from e
+    for name, item in items.items():
+        for (path, want), got in zip(
+            jax.tree_util.tree_leaves_with_path(item),
+            jax.tree.leaves(restored[name]),
+            strict=True,
+        ):
+            if (want.shape, want.dtype) != (got.shape, got.dtype):
+                raise UserError(
+                    f"{where}: {dotted(path)} is {got.shape} {got.dtype}, and the config"
+                    f" makes it {want.shape} {want.dtype}"
+                )
+    return restored
+
+
+def latest_step(run: Path) -> int | None:
+    """The newest complete checkpoint of a run folder; None if there is none."""
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        return None
+    with _reader(folder) as manager:
+        return manager.latest_step()
+
+
+def load_params(run: Path, step: int, config: Config) -> llama.Params:
+    """The parameters of a step, placed as the config's mesh and rules say.
+
+    Raises `UserError` when there is no such step, it is incomplete, or it is another model's.
+    """
+    placement = Placement(make_mesh(config.mesh), config.sharding)
+    definition = define_state(config, placement)
+    placed = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        definition.shapes.trainable,
+        definition.shardings.trainable,
+    )
+    return load_state_items(run, step, trainable=placed)["trainable"]
+
+
+def load_state_items(run: Path, step: int, **items: Any) -> Any:
+    """Items of a checkpoint by name, each given as a tree of placed shapes."""
+    folder = run / "checkpoints"
+    if not (folder / str(step)).is_dir():
+        raise UserError(f"{folder}: no step {step}; there are: {_steps(folder)}")
+    with _reader(folder) as manager:
+        return _restore(manager, str(folder / str(step)), step, **items)
+
+
+def _steps(folder: Path) -> str:
+    with _reader(folder) as manager:
+        return ", ".join(map(str, manager.all_steps())) or "none"
+
+
+def _reader(folder: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    return ocp.CheckpointManager(folder.absolute(), options=options)

@@ -1,0 +1,288 @@
+"""A run: from a recipe to a trained model in a folder, resumable at any checkpoint.
+
+RUN/config.yaml  the resolved recipe      RUN/checkpoints/STEP  parameters, optimizer state
+RUN/tokenizer.model                       RUN/metrics.jsonl, RUN/tensorboard
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jllama import config as configs
+from jllama.config import Config
+from jllama.data.dataset import Data, eval_batches, open_data, open_tokenizer
+from jllama.data.pack import CutRows
+from jllama.errors import UserError
+from jllama.flops import train_flops_per_token
+from jllama.hardware import peak_flops
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
+from jllama.train.checkpoint import Checkpoints
+from jllama.train.loss import causal_lm_loss
+from jllama.train.metrics import Metrics
+from jllama.train.state import define_state, init_state
+from jllama.train.step import make_eval_step, make_train_step
+
+# What may change between two runs in one folder: none of it changes what a step computes, but for
+# the order of sums on another mesh.
+_FREE = (
+    "run.folder", "run.name", "run.log_every", "run.profile", "run.stop_after",
+    "run.compilation_cache", "checkpoint.", "data.prefetch", "data.prepare.folder",
+    "data.prepare.workers", "mesh.", "sharding.", "eval.", "sample.",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished or stopped run reports.
+
+    Attributes:
+      folder: the run's.
+      steps: taken in all; `done` says whether that is the recipe's number.
+      tokens: predicted in all; `seconds` of training in this process, for `seconds_steps` steps.
+      eval: held-out loss (nats per token) and bits_per_byte; None unless done.
+    """
+
+    folder: Path
+    steps: int
+    done: bool
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    eval: dict[str, float] | None
+
+
+def train(config: Config) -> Result:
+    """Trains until the recipe's last step, SIGTERM, SIGINT or `run.stop_after`.
+
+    Resumes when the folder holds a checkpoint. Raises `UserError` for bad input, a folder made
+    from another config, or a loss that is not finite.
+    """
+    _use_compilation_cache(config.run.compilation_cache)
+    placement = Placement(make_mesh(config.mesh), config.sharding)
+    definition = define_state(config, placement)
+    folder = Path(config.run.folder).expanduser() / config.run.name
+    with _open_folder(folder, config):
+        tokenizer = open_tokenizer(config)
+        data = open_data(config, tokenizer)
+        tokenizer.save(folder / "tokenizer.model")
+        checkpoints = Checkpoints(folder, config.checkpoint.keep)
+        start = checkpoints.latest() or 0
+        if start:
+            state = checkpoints.restore(start, definition)
+        else:
+            state = init_state(definition, config.run.seed)
+        metrics = Metrics(folder, start, config.training.steps, config.run.log_every)
+        if start:
+            metrics.say(f"resumed at step {start} of {config.training.steps}")
+        run = _Run(config, placement, definition, data, checkpoints, metrics, folder)
+        try:
+            return run.go(state, start)
+        finally:
+            metrics.close()
+            checkpoints.close()
+
+
+class _Run:
+    """The loop and what it needs."""
+
+    def __init__(self, config, placement, definition, data, checkpoints, metrics, folder):
+        self.config, self.placement, self.data = config, placement, data
+        self.checkpoints, self.metrics, self.folder = checkpoints, metrics, folder
+        loss = functools.partial(causal_lm_loss, config)
+        self.step = make_train_step(config, loss, definition, placement)
+        self.eval_step = make_eval_step(loss, placement)
+        self.flops = train_flops_per_token(config.model, config.data.length)
+        self.peak = peak_flops(config.compute.dtype)[0] * placement.mesh.size
+
+    def go(self, state: Any, start: int) -> Result:
+        config, last = self.config, self.config.training.steps
+        end = min(last, config.run.stop_after or last)
+        trace_from, trace_to = map(int, (config.run.profile or "-1:-1").split(":"))
+        saved = start
+        waiting = saving = 0.0
+        tokens = first_arrival = measured = 0.0
+        pending: tuple[int, dict] | None = None  # metrics are fetched a step late
+        arrived = began = time.perf_counter()
+        batches = self.data.train.iterate(start, prefetch=config.data.prefetch)
+
+        def fetch() -> None:
+            nonlocal arrived, waiting, saving, tokens, measured, first_arrival
+            if pending is None:
+                return
+            step, values = pending
+            values = {k: float(v) for k, v in jax.device_get(values).items()}
+            now = time.perf_counter()
+            rate = values["weight"] / (now - arrived)
+            tokens += values["weight"]
+            if not first_arrival:
+                first_arrival = now  # the first step compiles
+            else:
+                measured += values["weight"]
+            values |= {
+                "perplexity": math.exp(min(values["loss"], 700.0)),
+                "seconds": now - arrived,
+                "tokens_per_second": rate,
+                "model_flop_utilisation": rate * self.flops / self.peak,
+                "data_wait_seconds": waiting,
+                "checkpoint_seconds": saving,
+            }
+            arrived, waiting, saving = now, 0.0, 0.0
+            self.metrics.write(step, values)
+            if not math.isfinite(values["loss"]):
+                raise UserError(
+                    f"step {step}: the loss is {values['loss']}; lower training.schedule.peak or"
+                    f" check the data; the run can go on from step {saved} in {self.folder}"
+                )
+
+        step = start
+        with _stop_signal() as stopped:
+            while step < end and not stopped:
+                if step == trace_from:
+                    fetch()
+                    pending = None
+                    jax.profiler.start_trace(str(self.folder / "profile"))
+                before = time.perf_counter()
+                at, batch = next(batches)
+                assert at == step
+                waiting += time.perf_counter() - before
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, values = self.step(state, (), self.placement.put_batch(batch))
+                fetch()
+                step += 1
+                pending = (step, values)
+                if step == trace_to:
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
+                every = config.checkpoint.every
+                if step < end and every and step % every == 0:
+                    before = time.perf_counter()
+                    self.checkpoints.save(step, state)
+                    saved, saving = step, time.perf_counter() - before
+                every = config.eval.every
+                if step < last and every and step % every == 0:
+                    fetch()
+                    pending = None
+                    self.metrics.write_eval(step, self.evaluate(state, config.eval.max_rows))
+                    arrived = time.perf_counter()  # not the next step's time
+            fetch()
+            seconds = time.perf_counter() - began
+            if step > saved:
+                self.checkpoints.save(step, state)
+            if stopped or step < last:
+                why = f"{stopped[0].name}: " if stopped else ""
+                self.metrics.say(f"{why}stopped at step {step} of {last}, checkpointed")
+        held_out = None
+        if step == last and not stopped:
+            held_out = self.evaluate(state, 0, config.eval.stride)
+            if held_out is not None:
+                self.metrics.write_eval(step, held_out)
+        rate = measured / max(arrived - first_arrival, 1e-9) if measured else 0.0
+        return Result(self.folder, step, step == last, int(tokens), seconds, rate, held_out)
+
+    def evaluate(self, state: Any, max_rows: int, stride: int = 0) -> dict[str, float] | None:
+        """Loss over all held-out sources, in nats per token, and their bits per byte of text."""
+        nll = weight = tokens = size = 0.0
+        for name, prepared in self.data.held_out.items():
+            rows = self.data.held_out_rows[name]
+            if stride and isinstance(rows, CutRows):
+                rows = CutRows(prepared, self.config.data.length, stride=stride)
+            for batch in eval_batches(rows, self.config.eval.batch_size, max_rows):
+                out = self.eval_step(state.trainable, (), self.placement.put_batch(batch))
+                a, b = jax.device_get(out)
+                nll, weight = nll + float(a), weight + float(b)
+            # A document's BOS is given, not predicted.
+            tokens += prepared.tokens - prepared.documents
+            size += prepared.bytes
+        if not weight:
+            return None
+        loss = nll / weight
+        return {"loss": loss, "bits_per_byte": loss / math.log(2) * tokens / size}
+
+
+def _use_compilation_cache(folder: str) -> None:
+    if folder and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+
+
+@contextlib.contextmanager
+def _open_folder(folder: Path, config: Config) -> Iterator[None]:
+    """Makes or checks the run folder, and keeps other processes of this machine out of it."""
+    path = folder / "config.yaml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as e:
+        raise UserError(f"{folder}: {e.strerror}; run.folder must be writable") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process trains here; choose another run.name"
+            ) from None
+        if path.is_file():
+            _check_same(folder, configs.load(path), config)
+        else:
+            path.write_text(configs.to_yaml(config), encoding="utf-8")
+        yield
+
+
+def _check_same(folder: Path, old: Config, new: Config) -> None:
+    before, after = flatten(configs.to_dict(old)), flatten(configs.to_dict(new))
+    changed = [
+        f"{key}: {before.get(key, 'absent')} there, {after.get(key, 'absent')} now"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, ...) != after.get(key, ...) and not key.startswith(_FREE)
+    ]
+    if changed:
+        more = f" (and {len(changed) - 5} more)" if len(changed) > 5 else ""
+        raise UserError(
+            f"{folder} holds a run of another config: {'; '.join(changed[:5])}{more};"
+            " choose another run.name or delete the folder"
+        )
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values as {dotted key: value}."""
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list) and any(isinstance(x, dict) for x in tree):
+        items = enumerate(tree)
+    else:
+        return {prefix: tree}
+    return {
+        k: v for key, value in items
+        for k, v in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[list[signal.Signals]]:
+    """A list that is empty until SIGTERM or SIGINT comes; a second SIGINT interrupts at once."""
+    came: list[signal.Signals] = []
+
+    def note(number, frame):
+        if came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        came.append(signal.Signals(number))
+
+    try:
+        old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: the caller's business
+        yield came
+        return
+    try:
+        yield came
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

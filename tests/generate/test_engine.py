@@ -1,0 +1,223 @@
+"""The engine: decoding with the cache, many requests at a time."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny
+
+from jllama.errors import UserError
+from jllama.generate import engine
+from jllama.generate.engine import Request
+from jllama.generate.sampling import Sampling
+
+MODEL = tiny.config(**tiny.VARIANTS["llama3.1"] | {"max_length": 128, "num_layers": 2})
+COMPUTE = tiny.compute()
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params(MODEL, 6.0)
+
+
+def prompt(length, seed=0):
+    return tuple(tiny.tokens(length, seed=seed).tolist())
+
+
+def generate(params, *requests, **kwargs):
+    return engine.generate(params, MODEL, COMPUTE, requests, **kwargs)
+
+
+def step_by_step(params, ids, count, penalty=1.0, below=97):
+    """Greedy decoding with a whole forward pass for each token, in a row of fixed length."""
+    ids, start = list(ids), len(ids)
+    while len(ids) < start + count:
+        row = np.zeros((1, 64), np.int32)
+        row[0, : len(ids)] = ids
+        scores = tiny.logits(params, MODEL, row)[0, len(ids) - 1, :below].copy()
+        for token in set(ids):
+            scores[token] *= 1 / penalty if scores[token] > 0 else penalty
+        ids.append(int(scores.argmax()))
+    return ids[start:]
+
+
+def test_greedy_is_the_argmax_of_the_full_forward_for_ragged_prompts(params):
+    prompts = [prompt(n, seed=n) for n in (1, 5, 33)]
+    got = generate(
+        params, *(Request(prompt=p, max_new_tokens=20, sampling=GREEDY) for p in prompts)
+    )
+    assert got == [step_by_step(params, p, 20) for p in prompts]
+    assert len({token for row in got for token in row}) > 5  # a model that says something
+
+
+def test_repetition_penalty_counts_prompt_and_generated_tokens_and_no_padding(params):
+    sampling = Sampling(temperature=0.0, repetition_penalty=1.5)
+    prompts = [prompt(n, seed=n) for n in (2, 30)]
+    got = generate(
+        params, *(Request(prompt=p, max_new_tokens=16, sampling=sampling) for p in prompts)
+    )
+    wanted = [step_by_step(params, p, 16, penalty=1.5) for p in prompts]
+    assert got == wanted
+    assert wanted[0] != step_by_step(params, prompts[0], 16)
+
+
+def test_padding_is_not_a_seen_token(params, monkeypatch):
+    seen = []
+    prefill = engine._prefill
+    monkeypatch.setattr(engine, "_prefill", lambda *args: keep(prefill(*args)))
+
+    def keep(result):
+        seen[:] = [set(np.flatnonzero(row).tolist()) for row in np.asarray(result[1])]
+        return result
+
+    prompts = [(5, 6, 7), prompt(40)]
+    generate(params, *(Request(prompt=p, max_new_tokens=1) for p in prompts))
+    assert seen == [set(p) for p in prompts]
+    assert 0 not in seen[0]  # the padding id
+
+
+def test_prompts_longer_than_a_chunk_are_read_in_chunks(params, monkeypatch):
+    requests = [
+        Request(prompt=prompt(n, seed=n), max_new_tokens=6, sampling=GREEDY) for n in (4, 60, 90)
+    ]
+    whole = generate(params, *requests)
+    monkeypatch.setattr(engine, "LARGEST_CHUNK", 32)
+    assert generate(params, *requests) == whole
+
+
+def test_a_request_is_a_function_of_itself_and_not_of_its_batch(params):
+    sampling = Sampling(temperature=1.0, top_p=0.9)
+    one = Request(prompt=prompt(7), max_new_tokens=16, sampling=sampling, seed=3)
+    others = [
+        Request(prompt=prompt(40, seed=1), max_new_tokens=30, seed=3),
+        Request(prompt=prompt(2, seed=2), max_new_tokens=3, sampling=GREEDY),
+    ]
+    alone = generate(params, one)[0]
+    assert generate(params, others[0], one, others[1])[1] == alone
+    assert generate(params, one)[0] == alone
+
+
+def test_seed_number_and_prompt_each_change_the_draws(params):
+    flat = {**params, "head": {"weight": params["head"]["weight"] * 0}}  # uniform over the ids
+    one = Request(prompt=prompt(4), max_new_tokens=12)
+    other = [
+        dataclasses.replace(one, seed=1),
+        dataclasses.replace(one, number=1),
+        dataclasses.replace(one, prompt=prompt(4, seed=9)),
+    ]
+    drawn = generate(flat, one, *other)
+    assert len({tuple(row) for row in drawn}) == 4
+    assert len(set(sum(drawn, []))) > 20
+
+
+def test_a_stop_id_ends_its_own_request_only_and_is_not_part_of_it(params):
+    plain = Request(prompt=prompt(5), max_new_tokens=20, sampling=GREEDY)
+    free = generate(params, plain)[0]
+    stop = next(t for i, t in enumerate(free) if i >= 3 and t not in free[:i])
+    at = free.index(stop)
+    stopped = dataclasses.replace(plain, stop=frozenset({stop, 96}))
+    assert generate(params, stopped, plain) == [free[:at], free]
+
+
+def test_decoding_ends_with_the_last_request(params, monkeypatch):
+    request = Request(prompt=prompt(5), max_new_tokens=100, sampling=GREEDY)
+    first = generate(params, dataclasses.replace(request, max_new_tokens=1))[0][0]
+    steps = []
+    decode = engine._decode
+    monkeypatch.setattr(engine, "_decode", lambda *args: steps.append(1) or decode(*args))
+    assert generate(params, dataclasses.replace(request, stop=frozenset({first}))) == [[]]
+    assert len(steps) <= 1  # the one already under way
+    steps.clear()
+    generate(params, dataclasses.replace(request, max_new_tokens=5))
+    assert len(steps) == 4
+
+
+def test_streaming_yields_what_generate_returns_and_ends_each_request(params):
+    requests = [
+        Request(prompt=prompt(5, seed=i), max_new_tokens=n, seed=i) for i, n in enumerate((3, 0, 9))
+    ]
+    events = list(engine.stream(params, MODEL, COMPUTE, requests))
+    for i, wanted in enumerate(generate(params, *requests)):
+        mine = [token for row, token in events if row == i]
+        assert mine == [*wanted, None]
+    assert [len(x) for x in generate(params, *requests)] == [3, 0, 9]
+
+
+def test_streaming_comes_as_it_is_made(params, monkeypatch):
+    steps = []
+    decode = engine._decode
+    monkeypatch.setattr(engine, "_decode", lambda *args: steps.append(1) or decode(*args))
+    events = engine.stream(params, MODEL, COMPUTE, [Request(prompt=(1,), max_new_tokens=50)])
+    for count in range(1, 6):
+        next(events)
+        assert len(steps) == count
+
+
+def test_each_bucket_is_compiled_once_whatever_the_prompts_and_settings(params):
+    model = dataclasses.replace(MODEL, max_length=1024)  # none of this is compiled yet
+
+    def run(length, new, sampling=GREEDY, **kwargs):
+        request = Request(prompt=prompt(length), max_new_tokens=new, sampling=sampling, **kwargs)
+        engine.generate(params, model, COMPUTE, [request])
+
+    engine.traces.clear()
+    run(3, 9)
+    assert engine.traces == {"prefill": 1, "first": 1, "decode": 1}
+    run(20, 11, Sampling(temperature=0.7, top_k=5, top_p=0.4, repetition_penalty=1.1), seed=9)
+    run(31, 1, stop=frozenset({1, 2, 3}))
+    run(16, 16)
+    assert engine.traces == {"prefill": 1, "first": 1, "decode": 1}
+    run(20, 13)  # a longer cache
+    assert engine.traces == {"prefill": 2, "first": 1, "decode": 2}
+    run(33, 31)  # a longer prompt in it
+    run(64, 0)
+    assert engine.traces == {"prefill": 3, "first": 1, "decode": 2}
+
+
+def test_only_ids_below_the_vocabulary_are_drawn(params):
+    flat = {**params, "head": {"weight": params["head"]["weight"] * 0}}
+    request = Request(prompt=(1, 2), max_new_tokens=60)
+    assert max(generate(flat, request, vocab_size=10)[0]) == 9
+    got = generate(params, dataclasses.replace(request, sampling=GREEDY), vocab_size=10)
+    assert got == [step_by_step(params, (1, 2), 60, below=10)]
+
+
+def test_several_requests_of_one_prompt_share_its_prefill(params, monkeypatch):
+    rows = []
+    prefill = engine._prefill
+    monkeypatch.setattr(engine, "_prefill", lambda *a: rows.append(len(a[6])) or prefill(*a))
+    one = Request(prompt=prompt(9), max_new_tokens=12)
+    many = [dataclasses.replace(one, number=n) for n in range(3)]
+    other = Request(prompt=prompt(4, seed=5), max_new_tokens=12)
+    got = generate(params, many[0], other, many[1], many[2])
+    assert rows == [2]
+    assert got == [generate(params, r)[0] for r in (many[0], other, many[1], many[2])]
+    assert len({tuple(got[i]) for i in (0, 2, 3)}) == 3
+
+
+def test_a_prompt_may_fill_the_model_to_its_last_position(params):
+    request = Request(prompt=prompt(100), max_new_tokens=28, sampling=GREEDY)
+    short = Request(prompt=prompt(3), max_new_tokens=2, sampling=GREEDY)
+    got = generate(params, short, request)
+    assert [len(x) for x in got] == [2, 28]
+    assert got[0] == step_by_step(params, short.prompt, 2)
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (Request(prompt=prompt(100), max_new_tokens=29), "100 tokens and 29 new ones exceed"),
+        (Request(prompt=(), max_new_tokens=2), "prompt 1 is empty"),
+        (Request(prompt=(1, 97), max_new_tokens=2), "prompt 1: id 97 is not in the vocabulary"),
+        (Request(prompt=(-1,), max_new_tokens=2), "id -1"),
+        (Request(prompt=(1,), max_new_tokens=-2), "max_new_tokens=-2"),
+        (Request(prompt=(1,), max_new_tokens=2, seed=-1), "seed=-1"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_requests_are_one_line_before_anything_runs(params, request_, said):
+    good = Request(prompt=(1,), max_new_tokens=2)
+    with pytest.raises(UserError, match=said) as error:
+        engine.stream(params, MODEL, COMPUTE, [good, request_])
+    assert "\n" not in str(error.value)

@@ -1,0 +1,56 @@
+"""Trains a recipe: python train.py --config configs/train/tiny.yaml --training.steps=100
+
+Any key of the recipe can be overridden: --section.key=value. With the same run folder it resumes.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jllama
+from jllama import config as configs
+from jllama.cli import exit_status
+from jllama.evaluate.compress import xz_bits_per_byte
+from jllama.train.loop import Result, train
+
+
+def main(argv: list[str]) -> None:
+    if "-h" in argv or "--help" in argv:
+        print(f"{__doc__}\n{configs.help_text()}")
+        return
+    config = configs.from_arguments(argv)
+    result = train(config)
+    if result.done:
+        report(config, result)
+
+
+def report(config: configs.Config, result: Result) -> None:
+    """Writes summary.json, and prints the figures and the sample."""
+    summary = {
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "train_seconds": round(result.seconds, 2),
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "eval": dict(result.eval or {}),
+        "sample": None,
+    }
+    if result.eval and config.eval.compare_xz:
+        summary["eval"] |= xz_bits_per_byte(config.data)
+    for key, value in summary["eval"].items():
+        print(f"{key:30} {value:.4f}")
+    if config.sample.max_new_tokens:
+        wanted = dataclasses.asdict(config.sample)
+        prompt = wanted.pop("prompt")
+        model = jllama.load(result.folder)
+        print(f"--- a sample, after {prompt!r}")
+        pieces = []
+        for piece in model.stream(prompt, seed=config.run.seed, **wanted):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+        print()
+        summary["sample"] = prompt + "".join(pieces)
+    (result.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main, sys.argv[1:]))
