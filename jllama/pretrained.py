@@ -1,4 +1,7 @@
-"""The public door: a trained model from a folder, with its tokenizer. B rows, T positions, V ids."""
+"""The public door: a trained model from a folder, with its tokenizer.
+
+B rows, T positions, V vocabulary.
+"""
 
 import dataclasses
 import functools

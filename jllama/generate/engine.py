@@ -123,7 +123,7 @@ def _decode(
     traces["decode"] += 1
     hidden, cache = apply(params, config, compute, token[:, None], positions[:, None], cache=cache)
     # A finished row idles on the last slot while the others go on.
-    positions = jnp.minimum(positions + 1, cache.k.shape[2] - 1)
+    positions = jnp.minimum(positions + 1, cache.k.shape[3] - 1)
     token, seen = _next(params, config, hidden[:, 0], positions, seen, keys, settings)
     return cache, seen, token, positions
 

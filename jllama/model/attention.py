@@ -64,7 +64,7 @@ def attend_row(
 
 
 class Attention(nn.Module):
-    """x [B,T,D] -> ([B,T,D], cache of this layer); see `Llama.__call__` for the arguments."""
+    """x [B,T,D] -> ([B,T,D], the cache with slots of `layer` written); see `apply`."""
 
     config: ModelConfig
     compute: ComputeConfig
@@ -73,10 +73,11 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
+        cache: Cache | None,
+        layer: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
         segments: jax.Array | None,
-        cache: Cache | None,
     ) -> tuple[jax.Array, Cache | None]:
         c, dtype, param_dtype = self.config, self.compute.dtype, self.compute.param_dtype
         D, H, K, N = c.hidden_dim, c.num_heads, c.num_kv_heads, c.head_dim
@@ -98,9 +99,13 @@ class Attention(nn.Module):
             out = attend_row(q, k, v, segments, self.compute.attention_block)
         else:
             rows = jnp.arange(x.shape[0])[:, None]
-            cache = Cache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
-            mask = jnp.arange(cache.k.shape[1]) <= positions[:, :, None]
-            out = attend(q, cache.k, cache.v, mask)
+            cache = Cache(
+                cache.k.at[layer, rows, :, positions].set(k),
+                cache.v.at[layer, rows, :, positions].set(v),
+            )
+            keys, values = cache.k[layer].swapaxes(1, 2), cache.v[layer].swapaxes(1, 2)
+            mask = jnp.arange(keys.shape[1]) <= positions[:, :, None]
+            out = attend(q, keys, values, mask)
         out = constrain(out, "batch", "seq", "act_heads", None)
 
         init = matrix_init(c.init, fan_in=H * N, depth=c.num_layers)

@@ -33,7 +33,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x [B,T,D] -> ([B,T,D], cache of this layer)."""
+    """Takes and returns what goes from layer to layer: x [B,T,D] and the whole cache, or None."""
 
     config: ModelConfig
     compute: ComputeConfig
@@ -41,12 +41,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        carry: tuple[jax.Array, Cache | None],
+        layer: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
         segments: jax.Array | None,
-        cache: Cache | None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        x, cache = carry
         c, param_dtype = self.config, self.compute.param_dtype
 
         def norm(name):
@@ -55,10 +56,10 @@ class Block(nn.Module):
         with jax.named_scope("attention"):
             h = norm("attention_norm")(x)
             h, cache = Attention(c, self.compute, name="attention")(
-                h, rope, positions, segments, cache
+                h, cache, layer, rope, positions, segments
             )
             x = constrain(x + h, "batch", "seq", "act_embed")
         with jax.named_scope("mlp"):
             h = MLP(c, self.compute, name="mlp")(norm("ffn_norm")(x))
             x = constrain(x + h, "batch", "seq", "act_embed")
-        return x, cache
+        return (x, cache), None

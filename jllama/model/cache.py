@@ -9,7 +9,9 @@ from jllama.config import ComputeConfig, ModelConfig
 
 @flax.struct.dataclass
 class Cache:
-    """Keys (already turned by RoPE) and values, each [L, B, S, K, N]; slot s holds position s.
+    """Keys (already turned by RoPE) and values, each [L, B, K, S, N]; slot s holds position s.
+
+    The slots of a head lie side by side, as attention reads them.
 
     Slots that were never written, or written by padding, lie beyond every query's position until
     they are overwritten, so causality alone hides them.
@@ -21,5 +23,5 @@ class Cache:
 
 def init_cache(config: ModelConfig, compute: ComputeConfig, batch: int, length: int) -> Cache:
     """An empty cache of `length` slots for `batch` rows, in the compute dtype."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     return Cache(jnp.zeros(shape, compute.dtype), jnp.zeros(shape, compute.dtype))

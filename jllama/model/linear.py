@@ -10,6 +10,31 @@ from jax import lax
 from jllama.model.param import Initializer, declare
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x[..., I] @ kernel[I, O]`, with the kernel's gradient formed as `x^T dy`.
+
+    Autodiff forms it as `(dy^T x)^T`, for which XLA's CPU backend transposes dy inside the fusion
+    that makes it: 10% of a small model's step. On GPU and TPU both are the same product.
+    """
+    return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _matmul_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return matmul(x, kernel), (x, kernel)
+
+
+def _matmul_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows = tuple(range(x.ndim - 1))
+    d_kernel = lax.dot_general(x, dy, ((rows, rows), ((), ())))
+    d_x = lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
+    return d_x, d_kernel
+
+
+matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
 class Linear(nn.Module):
     """`y[..., out] = x[..., in] @ kernel[in, out]`, no bias; `in` and `out` may be several axes.
 
@@ -37,5 +62,4 @@ class Linear(nn.Module):
         batch = x.shape[: x.ndim - len(self.inputs)]
         x = x.astype(self.dtype).reshape(*batch, math.prod(self.inputs))
         flat = kernel.astype(self.dtype).reshape(math.prod(self.inputs), -1)
-        y = lax.dot_general(x, flat, (((x.ndim - 1,), (0,)), ((), ())))
-        return y.reshape(*batch, *self.outputs)
+        return matmul(x, flat).reshape(*batch, *self.outputs)

@@ -79,13 +79,15 @@ class Llama(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
-            out_axes=0,
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
             unroll=min(self.compute.scan_unroll, c.num_layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, cache = layers(c, self.compute, name="layers")(x, rope, positions, segments, cache)
+        # The cache is carried, and so written in place; as scanned data it would be copied.
+        (x, cache), _ = layers(c, self.compute, name="layers")(
+            (x, cache), jnp.arange(c.num_layers), rope, positions, segments
+        )
         x = RMSNorm(c.rms_norm_eps, "norm", self.compute.param_dtype, name="final_norm")(x)
         return x, cache
 

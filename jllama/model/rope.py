@@ -1,10 +1,10 @@
-"""Rotary position embedding (arXiv:2104.09864), half-split layout: dimension i turns with i + N/2."""
+"""Rotary position embedding (arXiv:2104.09864), half-split: dimension i turns with i + N/2."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jllama.config import Llama3RopeScaling, LinearRopeScaling, ModelConfig, NoRopeScaling
+from jllama.config import LinearRopeScaling, Llama3RopeScaling, ModelConfig, NoRopeScaling
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:

@@ -79,17 +79,17 @@ def _forward(hidden, weight, targets, weights, z_loss, block, gradients):
         scale = w[..., None] * (1.0 + 2.0 * z_loss * log_z) / total
         d_logits = (exp * scale - jnp.where(hit, w[..., None], 0.0)).astype(h.dtype)
         d_h = jnp.einsum("BTV,VD->BTD", d_logits, weight)
-        d_weight = jnp.einsum("BTV,BTD->VD", d_logits, h, preferred_element_type=jnp.float32)
+        d_weight = jnp.einsum("BTD,BTV->DV", h, d_logits, preferred_element_type=jnp.float32)
         return (*sums, carry[2] + d_weight), d_h
 
     zero = jnp.zeros((), jnp.float32)
-    carry = (zero, zero, jnp.zeros(weight.shape, jnp.float32)) if gradients else (zero, zero)
+    carry = (zero, zero, jnp.zeros(weight.T.shape, jnp.float32)) if gradients else (zero, zero)
     xs = tuple(_blocks(x, count) for x in (hidden, targets, weights))
     carry, d_hidden = lax.scan(one, carry, xs)
     if not gradients:
         return carry, None
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
-    return carry[:2], (d_hidden, carry[2])
+    return carry[:2], (d_hidden, carry[2].T)
 
 
 def _cross_entropy_fwd(hidden, weight, targets, weights, z_loss, block):

@@ -48,7 +48,9 @@ def run(recipe, tmp_path_factory):
         state = init_state(definition, step)
         # A padding row of the head is by far the loudest.
         head = state.trainable["head"]["weight"].at[430:].multiply(100.0)
-        checkpoints.save(step, state._replace(trainable={**state.trainable, "head": {"weight": head}}))
+        checkpoints.save(
+            step, state._replace(trainable={**state.trainable, "head": {"weight": head}})
+        )
     checkpoints.close()
     return folder
 
@@ -78,7 +80,7 @@ def test_logits_are_those_of_the_model(model, recipe):
 
 @pytest.mark.parametrize("tokens", [[1, 2], [[0.5]], [[448]], [[-1]], [[]]], ids=str)
 def test_logits_of_what_is_no_batch_of_ids_is_an_error(model, tokens):
-    with pytest.raises(jllama.UserError, match="^logits: "):
+    with pytest.raises(jllama.UserError, match=r"^logits: "):
         model.logits(tokens)
 
 
@@ -171,8 +173,8 @@ def sample(run, *args):
 
 
 def test_sample_prints_the_continuations_and_nothing_else(run, model):
-    got = sample(run, "--prompt", "def f", "--max-new-tokens", "12", "--num-samples", "2", "--seed", "4",
-                 "--temperature", "0.9", "--top-k", "50", "--top-p", "0.9")  # fmt: skip
+    args = "--max-new-tokens 12 --num-samples 2 --seed 4 --temperature 0.9 --top-k 50 --top-p 0.9"
+    got = sample(run, "--prompt", "def f", *args.split())
     settings = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "seed": 4, "max_new_tokens": 12}
     first, second = model.generate("def f", num_samples=2, **settings)
     assert (got.returncode, got.stdout, got.stderr) == (0, f"{first}\n{second}\n", "---\n")
