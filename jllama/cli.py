@@ -15,7 +15,10 @@ from jllama.errors import UserError
 
 COMMANDS = {
     # name: (module, what it does)
-    "info": ("jllama.info", "parameters, bytes, FLOPs and KV-cache bytes of a model"),
+    "info": ("jllama.commands.info", "parameters, bytes, FLOPs and KV-cache bytes of a model"),
+    "prepare": ("jllama.commands.prepare", "tokenise a recipe's text ahead of training"),
+    "fingerprint": ("jllama.commands.fingerprint", "one digest of a checkpoint's bits"),
+    "plot": ("jllama.commands.plot", "loss, learning rate and throughput of runs as a PNG"),
 }
 
 

@@ -28,7 +28,7 @@ LAYERS = [
     "pretrained",
     "evaluate",
     "serve",
-    "info",  # and the other commands' own modules
+    "commands",
     "cli",
     "__main__",
 ]

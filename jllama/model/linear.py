@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jllama.model.param import Initializer, declare
 
@@ -62,4 +63,6 @@ class Linear(nn.Module):
         batch = x.shape[: x.ndim - len(self.inputs)]
         x = x.astype(self.dtype).reshape(*batch, math.prod(self.inputs))
         flat = kernel.astype(self.dtype).reshape(math.prod(self.inputs), -1)
-        return matmul(x, flat).reshape(*batch, *self.outputs)
+        # Named, because a rematerialisation policy sees no product inside a custom gradient.
+        y = checkpoint_name(matmul(x, flat), "matmul")
+        return y.reshape(*batch, *self.outputs)

@@ -95,7 +95,7 @@ class Placement:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation's placement by its logical axes; the identity when no placement is active."""
+    """Pins an activation's placement by its logical axes; the identity when none is active."""
     placement = _active.get()
     if placement is None:
         return x

@@ -4,7 +4,9 @@
 optimizer's state, both in Orbax's format, readable on any mesh and number of processes.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +52,7 @@ class Checkpoints:
 
         Raises `UserError` when it cannot be read, or is of another shape.
         """
-        placed = jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-            definition.shapes,
-            definition.shardings,
-        )
-        where = str(self._folder / str(step))
-        items = _restore(self._manager, where, step, trainable=placed.trainable, rest=_rest(placed))
-        return TrainState(items["rest"]["step"], items["trainable"], items["rest"]["opt_state"])
+        return _restore_state(self._manager, self._folder / str(step), step, definition)
 
     def close(self) -> None:
         """Waits until what was saved is on disk."""
@@ -69,7 +64,22 @@ def _rest(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state}
 
 
-def _restore(manager: ocp.CheckpointManager, where: str, step: int, **items: Any) -> Any:
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
+    )
+
+
+def _restore_state(
+    manager: ocp.CheckpointManager, where: Path, step: int, definition: StateDef
+) -> TrainState:
+    placed = _placed(definition.shapes, definition.shardings)
+    items = _restore(manager, where, step, trainable=placed.trainable, rest=_rest(placed))
+    return TrainState(items["rest"]["step"], items["trainable"], items["rest"]["opt_state"])
+
+
+def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: Any) -> Any:
+    """Items of a checkpoint by name, each given as a tree of placed shapes."""
     args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
     try:
         restored = manager.restore(step, args=ocp.args.Composite(**args))
@@ -104,26 +114,30 @@ def load_params(run: Path, step: int, config: Config) -> llama.Params:
 
     Raises `UserError` when there is no such step, it is incomplete, or it is another model's.
     """
-    placement = Placement(make_mesh(config.mesh), config.sharding)
-    definition = define_state(config, placement)
-    placed = jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        definition.shapes.trainable,
-        definition.shardings.trainable,
-    )
-    return load_state_items(run, step, trainable=placed)["trainable"]
+    definition = define_state(config, Placement(make_mesh(config.mesh), config.sharding))
+    placed = _placed(definition.shapes.trainable, definition.shardings.trainable)
+    with _open_step(run, step) as (manager, where):
+        return _restore(manager, where, step, trainable=placed)["trainable"]
 
 
-def load_state_items(run: Path, step: int, **items: Any) -> Any:
-    """Items of a checkpoint by name, each given as a tree of placed shapes."""
+def load_state(run: Path, step: int, definition: StateDef) -> TrainState:
+    """The whole state of a step; raises as `load_params` does."""
+    with _open_step(run, step) as (manager, where):
+        return _restore_state(manager, where, step, definition)
+
+
+@contextlib.contextmanager
+def _open_step(run: Path, step: int) -> Iterator[tuple[ocp.CheckpointManager, Path]]:
     folder = run / "checkpoints"
     if not (folder / str(step)).is_dir():
         raise UserError(f"{folder}: no step {step}; there are: {_steps(folder)}")
     with _reader(folder) as manager:
-        return _restore(manager, str(folder / str(step)), step, **items)
+        yield manager, folder / str(step)
 
 
 def _steps(folder: Path) -> str:
+    if not folder.is_dir():
+        return "none"
     with _reader(folder) as manager:
         return ", ".join(map(str, manager.all_steps())) or "none"
 

@@ -19,11 +19,11 @@ import jax
 
 from jllama import config as configs
 from jllama.config import Config
-from jllama.data.dataset import Data, eval_batches, open_data, open_tokenizer
+from jllama.data.dataset import eval_batches, open_data, open_tokenizer
 from jllama.data.pack import CutRows
 from jllama.errors import UserError
 from jllama.flops import train_flops_per_token
-from jllama.hardware import peak_flops
+from jllama.hardware import peak_flops, use_compilation_cache
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.checkpoint import Checkpoints
@@ -67,7 +67,7 @@ def train(config: Config) -> Result:
     Resumes when the folder holds a checkpoint. Raises `UserError` for bad input, a folder made
     from another config, or a loss that is not finite.
     """
-    _use_compilation_cache(config.run.compilation_cache)
+    use_compilation_cache(config.run.compilation_cache)
     placement = Placement(make_mesh(config.mesh), config.sharding)
     definition = define_state(config, placement)
     folder = Path(config.run.folder).expanduser() / config.run.name
@@ -207,11 +207,6 @@ class _Run:
             return None
         loss = nll / weight
         return {"loss": loss, "bits_per_byte": loss / math.log(2) * tokens / size}
-
-
-def _use_compilation_cache(folder: str) -> None:
-    if folder and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
 
 
 @contextlib.contextmanager

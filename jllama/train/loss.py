@@ -18,7 +18,7 @@ Batch = dict[str, jax.Array]
 
 
 def _blocks(x: jax.Array, count: int) -> jax.Array:
-    """[B, T, ...] -> [count, B, T/count, ...]: the batch stays whole, so rows stay on their device."""
+    """[B, T, ...] -> [count, B, T/count, ...]: cut along T, so that rows stay on their device."""
     B, T = x.shape[:2]
     return jnp.moveaxis(x.reshape(B, count, T // count, *x.shape[2:]), 1, 0)
 
@@ -44,7 +44,7 @@ def cross_entropy(
     z_loss: float,
     block: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums, over positions, of weights * (-log p(target) + z_loss * log(Z)^2) and of the first term.
+    """Sums over positions of weights * (-log p(target) + z_loss * log(Z)^2), and without the z term.
 
     Logits exist for `block` positions of each row at a time. The gradients are made in the same
     pass over the blocks: three matrix products in all, nothing recomputed. Only the first result

@@ -1,0 +1,1 @@
+"""The commands of `jllama`: each module has `add_arguments(parser)` and `run(args)`."""
