@@ -357,7 +357,24 @@ class AdamWConfig:
     clip_norm: PositiveFloat = _doc("largest global norm of the gradient")
 
 
-Optimizer = AdamWConfig
+@_config
+class MuonConfig:
+    """Muon (Jordan et al., 2024) for the blocks' matrices, AdamW for the rest.
+
+    Updates have the root mean square of AdamW's (arXiv:2502.16982, equation 4), so that learning
+    rate and weight decay carry over.
+    """
+
+    kind: Literal["muon"] = _doc("orthogonalised momentum for the blocks' matrices, else AdamW")
+    momentum: Beta = _doc("decay of the matrices' Nesterov momentum")
+    beta1: Beta = _doc("AdamW: decay of the first moment")
+    beta2: Beta = _doc("AdamW: decay of the second moment")
+    eps: PositiveFloat = _doc("AdamW: added to the root of the second moment")
+    weight_decay: Nonnegative = _doc("decoupled decay of matrices, times the learning rate")
+    clip_norm: PositiveFloat = _doc("largest global norm of the gradient")
+
+
+Optimizer = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
 
 
 @_config

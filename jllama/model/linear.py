@@ -56,7 +56,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param(
             "kernel",
-            declare(self.kernel_init, self.axes, decay=True),
+            declare(self.kernel_init, self.axes, decay=True, inputs=len(self.inputs)),
             self.inputs + self.outputs,
             self.param_dtype,
         )

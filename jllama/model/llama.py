@@ -100,6 +100,7 @@ class ParamSpec:
     dtype: jnp.dtype
     axes: tuple[str, ...]
     decay: bool
+    inputs: int
 
 
 def _init_boxed(config: ModelConfig, compute: ComputeConfig, key: jax.Array) -> Params:
@@ -116,7 +117,7 @@ def param_specs(config: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
     """The parameter tree with a `ParamSpec` at each leaf; computes nothing."""
     boxed = jax.eval_shape(functools.partial(_init_boxed, config, compute), jax.random.key(0))
     return jax.tree.map(
-        lambda p: ParamSpec(p.value.shape, p.value.dtype, p.axes, p.decay),
+        lambda p: ParamSpec(p.value.shape, p.value.dtype, p.axes, p.decay, p.inputs),
         boxed,
         is_leaf=lambda p: isinstance(p, Declared),
     )

@@ -20,6 +20,7 @@ class Declared(nn.meta.AxisMetadata):
     value: Any
     axes: tuple[str, ...] = flax.struct.field(pytree_node=False)
     decay: bool = flax.struct.field(pytree_node=False)
+    inputs: int = flax.struct.field(pytree_node=False)
 
     def unbox(self) -> Any:
         return self.value
@@ -38,11 +39,17 @@ class Declared(nn.meta.AxisMetadata):
         return self.replace(axes=tuple(axes))
 
 
-def declare(init: Initializer, axes: tuple[str, ...], *, decay: bool) -> Callable[..., Declared]:
-    """An initialiser whose result carries its logical axes and whether weight decay applies."""
+def declare(
+    init: Initializer, axes: tuple[str, ...], *, decay: bool, inputs: int = 0
+) -> Callable[..., Declared]:
+    """An initialiser whose result carries what is said here.
+
+    `axes` are its logical axes, `decay` whether weight decay applies, and `inputs` how many of the
+    leading axes a matrix contracts; 0 for what is no matrix of a block.
+    """
 
     def boxed(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Declared:
-        return Declared(init(key, shape, dtype), axes, decay)
+        return Declared(init(key, shape, dtype), axes, decay, inputs)
 
     return boxed
 

@@ -44,7 +44,7 @@ def cross_entropy(
     z_loss: float,
     block: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums over positions of weights * (-log p(target) + z_loss * log(Z)^2), and without the z term.
+    """Sums of weights * (-log p(target) + z_loss * log(Z)^2), and the same without the z term.
 
     Logits exist for `block` positions of each row at a time. The gradients are made in the same
     pass over the blocks: three matrix products in all, nothing recomputed. Only the first result

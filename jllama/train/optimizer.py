@@ -1,20 +1,25 @@
 """Learning-rate schedules and the optimizer."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from jllama.config import (
     AdamWConfig,
     ConstantSchedule,
     CosineSchedule,
+    MuonConfig,
+    Optimizer,
     Schedule,
     TrainingConfig,
     WsdSchedule,
 )
+from jllama.model.llama import ParamSpec
 
 
 def learning_rate(config: Schedule, steps: int) -> Callable[[jax.Array], jax.Array]:
@@ -40,16 +45,59 @@ def learning_rate(config: Schedule, steps: int) -> Callable[[jax.Array], jax.Arr
     return rate
 
 
-def make_optimizer(config: AdamWConfig, decay: Any) -> optax.GradientTransformation:
+def make_optimizer(config: Optimizer, specs: Any) -> optax.GradientTransformation:
     """Gradient -> direction, to be multiplied by minus the learning rate.
 
-    `decay` is a tree of bools, from the declarations of the parameters. State and arithmetic are
-    float32 when the parameters handed in are.
+    `specs` is the tree of `ParamSpec`: what decays and what is a matrix is decided where each
+    parameter is declared. State and arithmetic are float32 when the parameters handed in are.
     """
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=jnp.float32)
+    match config:
+        case AdamWConfig():
+            direction = adam
+        case MuonConfig(momentum=momentum):
+            direction = optax.partition(
+                {True: _muon(momentum, specs), False: adam},
+                jax.tree.map(lambda s: s.inputs > 0, specs),
+            )
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=jnp.float32),
-        optax.add_decayed_weights(config.weight_decay, mask=decay),
+        direction,
+        optax.add_decayed_weights(config.weight_decay, mask=jax.tree.map(_decays, specs)),
+    )
+
+
+def _decays(spec: ParamSpec) -> bool:
+    return spec.decay
+
+
+def _muon(momentum: float, specs: Any) -> optax.GradientTransformation:
+    """Orthogonalised momentum, times 0.2 sqrt(max(inputs, outputs)): AdamW's usual update size."""
+
+    def split(spec: ParamSpec) -> tuple[int, int]:
+        stacked = int(spec.axes[0] == "layers")  # each layer's matrix is orthogonalised alone
+        return stacked, stacked + spec.inputs
+
+    def dimensions(spec: ParamSpec) -> optax.contrib.MuonDimensionNumbers:
+        first, last = split(spec)
+        axes = tuple(range(len(spec.axes)))
+        return optax.contrib.MuonDimensionNumbers(axes[first:last], axes[last:])
+
+    def size(spec: ParamSpec) -> float:
+        first, last = split(spec)
+        return 0.2 * max(math.prod(spec.shape[first:last]), math.prod(spec.shape[last:])) ** 0.5
+
+    def of_matrices(f: Callable[[ParamSpec], Any]) -> Any:
+        return jax.tree.map(lambda s: f(s) if s.inputs else optax.MaskedNode(), specs)
+
+    sizes = of_matrices(size)
+    return optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=momentum,
+            mu_dtype=jnp.float32,
+            weight_dimension_numbers=of_matrices(dimensions),
+        ),
+        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, sizes)),
     )
 
 

@@ -46,7 +46,7 @@ def as_float32(tree: Any) -> Any:
 def define_state(config: Config, placement: Placement) -> StateDef:
     """The state of a recipe that trains every parameter."""
     specs = llama.param_specs(config.model, config.compute)
-    optimizer = make_optimizer(config.training.optimizer, jax.tree.map(lambda s: s.decay, specs))
+    optimizer = make_optimizer(config.training.optimizer, specs)
 
     def init(key: jax.Array) -> TrainState:
         params = llama.init_params(config.model, config.compute, key)
@@ -56,16 +56,32 @@ def define_state(config: Config, placement: Placement) -> StateDef:
     shardings = jax.tree_util.tree_map_with_path(
         lambda path, s: placement.sharding(s.shape, s.axes, dotted(path)), specs
     )
-    # Optimizer leaves shaped like a parameter live where the parameter lives.
-    opt_shardings = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        shapes.opt_state,
-        shardings,
-        transform_non_params=lambda _: placement.replicated(),
-    )
+    opt_shardings = _like_parameters(shapes.opt_state, specs, shardings, placement)
     placed = TrainState(placement.replicated(), shardings, opt_shardings)
     return StateDef(init, optimizer, shapes, placed)
+
+
+def _like_parameters(opt_state: Any, specs: Any, shardings: Any, placement: Placement) -> Any:
+    """Shardings of the optimizer's leaves: where the parameter lives whose path they end with.
+
+    What belongs to no parameter, such as a count of steps, is small and on every device.
+    """
+    places = {
+        path: (spec.shape, place)
+        for (path, spec), place in zip(
+            jax.tree_util.tree_leaves_with_path(specs), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
+        for start in range(len(path)):
+            shape, sharding = places.get(path[start:], (None, None))
+            if shape == leaf.shape:
+                return sharding
+        assert leaf.size < 1024, f"{dotted(path)} {leaf.shape} belongs to no parameter"
+        return placement.replicated()
+
+    return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
 def init_state(definition: StateDef, seed: int) -> TrainState:
