@@ -10,6 +10,7 @@ import fcntl
 import functools
 import math
 import signal
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from jllama.parallel.sharding import Placement
 from jllama.train.checkpoint import Checkpoints
 from jllama.train.loss import causal_lm_loss
 from jllama.train.metrics import Metrics
+from jllama.train.metrics import read as metrics_of
 from jllama.train.state import define_state, init_state
 from jllama.train.step import make_eval_step, make_train_step
 
@@ -48,8 +50,9 @@ class Result:
     Attributes:
       folder: the run's.
       steps: taken in all; `done` says whether that is the recipe's number.
-      tokens: predicted in all; `seconds` of training in this process, for `seconds_steps` steps.
-      eval: held-out loss (nats per token) and bits_per_byte; None unless done.
+      tokens, seconds: predicted tokens and training time of all steps, the first one's compilation
+        included; tokens_per_second is the median step's.
+      eval: held-out loss (nats per token) and bits_per_byte; None unless done and held out.
     """
 
     folder: Path
@@ -108,26 +111,20 @@ class _Run:
         config, last = self.config, self.config.training.steps
         end = min(last, config.run.stop_after or last)
         trace_from, trace_to = map(int, (config.run.profile or "-1:-1").split(":"))
-        saved = start
-        waiting = saving = 0.0
-        tokens = first_arrival = measured = 0.0
-        pending: tuple[int, dict] | None = None  # metrics are fetched a step late
-        arrived = began = time.perf_counter()
         batches = self.data.train.iterate(start, prefetch=config.data.prefetch)
+        saved, waiting, saving = start, 0.0, 0.0
+        arrived = time.perf_counter()
+        pending: tuple[int, dict] | None = None
 
         def fetch() -> None:
-            nonlocal arrived, waiting, saving, tokens, measured, first_arrival
+            """Writes the last step's metrics: a step late, so that the device never waits."""
+            nonlocal pending, arrived, waiting, saving
             if pending is None:
                 return
-            step, values = pending
+            (step, values), pending = pending, None
             values = {k: float(v) for k, v in jax.device_get(values).items()}
             now = time.perf_counter()
             rate = values["weight"] / (now - arrived)
-            tokens += values["weight"]
-            if not first_arrival:
-                first_arrival = now  # the first step compiles
-            else:
-                measured += values["weight"]
             values |= {
                 "perplexity": math.exp(min(values["loss"], 700.0)),
                 "seconds": now - arrived,
@@ -137,20 +134,27 @@ class _Run:
                 "checkpoint_seconds": saving,
             }
             arrived, waiting, saving = now, 0.0, 0.0
-            self.metrics.write(step, values)
             if not math.isfinite(values["loss"]):
                 raise UserError(
                     f"step {step}: the loss is {values['loss']}; lower training.schedule.peak or"
-                    f" check the data; the run can go on from step {saved} in {self.folder}"
+                    f" check the data; {self.folder} stays at step {saved}"
                 )
+            self.metrics.write(step, values)
 
-        step = start
+        def save(step: int) -> None:
+            nonlocal saved, saving
+            fetch()  # a state that is not finite is not kept
+            before = time.perf_counter()
+            self.checkpoints.save(step, state)
+            saved, saving = step, time.perf_counter() - before
+
+        step, tracing = start, False
         with _stop_signal() as stopped:
             while step < end and not stopped:
                 if step == trace_from:
                     fetch()
-                    pending = None
                     jax.profiler.start_trace(str(self.folder / "profile"))
+                    tracing = True
                 before = time.perf_counter()
                 at, batch = next(batches)
                 assert at == step
@@ -160,34 +164,45 @@ class _Run:
                 fetch()
                 step += 1
                 pending = (step, values)
-                if step == trace_to:
+                if tracing and step in (trace_to, end):
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
+                    tracing = False
                 every = config.checkpoint.every
                 if step < end and every and step % every == 0:
-                    before = time.perf_counter()
-                    self.checkpoints.save(step, state)
-                    saved, saving = step, time.perf_counter() - before
+                    save(step)
                 every = config.eval.every
                 if step < last and every and step % every == 0:
                     fetch()
-                    pending = None
-                    self.metrics.write_eval(step, self.evaluate(state, config.eval.max_rows))
+                    held_out = self.evaluate(state, config.eval.max_rows)
+                    if held_out is not None:
+                        self.metrics.write_eval(step, held_out)
                     arrived = time.perf_counter()  # not the next step's time
             fetch()
-            seconds = time.perf_counter() - began
             if step > saved:
-                self.checkpoints.save(step, state)
-            if stopped or step < last:
+                save(step)
+            if step < last:
                 why = f"{stopped[0].name}: " if stopped else ""
                 self.metrics.say(f"{why}stopped at step {step} of {last}, checkpointed")
         held_out = None
-        if step == last and not stopped:
+        if step == last:
             held_out = self.evaluate(state, 0, config.eval.stride)
             if held_out is not None:
                 self.metrics.write_eval(step, held_out)
-        rate = measured / max(arrived - first_arrival, 1e-9) if measured else 0.0
-        return Result(self.folder, step, step == last, int(tokens), seconds, rate, held_out)
+        return self.result(step, held_out)
+
+    def result(self, step: int, held_out: dict[str, float] | None) -> Result:
+        """What metrics.jsonl says of the whole run, resumed or not."""
+        lines = [x for x in metrics_of(self.folder / "metrics.jsonl") if "weight" in x]
+        return Result(
+            folder=self.folder,
+            steps=step,
+            done=step == self.config.training.steps,
+            tokens=int(sum(x["weight"] for x in lines)),
+            seconds=sum(x["seconds"] for x in lines),
+            tokens_per_second=statistics.median(x["tokens_per_second"] for x in lines),
+            eval=held_out,
+        )
 
     def evaluate(self, state: Any, max_rows: int, stride: int = 0) -> dict[str, float] | None:
         """Loss over all held-out sources, in nats per token, and their bits per byte of text."""

@@ -1,0 +1,138 @@
+"""Checkpoints: bit-equal on any mesh, the newest kept, and errors that say what is wrong."""
+
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import recipes
+
+from jllama.config import MeshConfig
+from jllama.errors import UserError
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
+from jllama.train.checkpoint import Checkpoints, latest_step, load_params, load_state
+from jllama.train.fingerprint import fingerprint
+from jllama.train.state import define_state, init_state
+
+CONFIG = recipes.in_memory()
+
+
+def definition(config=CONFIG, **sizes):
+    sizes = {"fsdp": 1} | sizes
+    devices = jax.devices()[: math.prod(sizes.values())]
+    return define_state(config, Placement(make_mesh(MeshConfig(**sizes), devices), config.sharding))
+
+
+def state(where, seed=0):
+    """A state in which no two leaves are alike, the optimizer's zeros included."""
+    fresh = init_state(where, seed)
+    leaves, tree = jax.tree.flatten(fresh)
+    leaves = [x + np.asarray(i + seed, x.dtype) for i, x in enumerate(leaves)]
+    return jax.device_put(tree.unflatten(leaves), where.shardings)
+
+
+def save(folder, states, keep=2, where=None):
+    checkpoints = Checkpoints(folder, keep)
+    for step, one in states.items():
+        checkpoints.save(step, one)
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with the steps 4 and 6, saved on eight devices; step 2 was dropped."""
+    folder = tmp_path_factory.mktemp("run")
+    where = definition(fsdp=8)
+    save(folder, {step: state(where, step) for step in (2, 4, 6)})
+    return folder
+
+
+def test_the_newest_are_kept(run):
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["4", "6"]
+    assert latest_step(run) == 6
+    assert latest_step(run / "absent") is None
+
+
+def test_a_state_comes_back_bit_for_bit_on_any_mesh(run, tmp_path):
+    saved = state(definition(fsdp=8), 6)
+    digest = fingerprint(saved)
+    for number, sizes in enumerate(({}, {"fsdp": 4, "tensor": 2})):
+        where = definition(**sizes)
+        back = load_state(run, 6, where)
+        placed = jax.tree.map(lambda x, s: x.sharding == s, back, where.shardings)
+        assert all(jax.tree.leaves(placed))
+        jax.tree.map(np.testing.assert_array_equal, back, saved)
+        assert fingerprint(back) == digest
+        # And once more from there.
+        run = tmp_path / str(number)
+        save(run, {6: back})
+
+
+def test_an_older_step_is_itself(run):
+    where = definition()
+    got = load_state(run, 4, where)
+    assert fingerprint(got) == fingerprint(state(where, 4))
+
+
+def test_a_run_restores_what_it_saved(tmp_path):
+    where = definition()
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert checkpoints.latest() is None
+    checkpoints.save(3, state(where, 3))
+    assert checkpoints.latest() == 3
+    assert fingerprint(checkpoints.restore(3, where)) == fingerprint(state(where, 3))
+    checkpoints.close()
+
+
+def test_saving_goes_on_while_the_state_is_donated(tmp_path):
+    where = definition(fsdp=8)
+    first = state(where, 1)
+    digest = fingerprint(first)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, first)
+    clear = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    jax.block_until_ready(clear(first))
+    checkpoints.close()
+    assert fingerprint(load_state(tmp_path, 1, where)) == digest
+
+
+def one_line(run, step, config=CONFIG):
+    with pytest.raises(UserError) as error:
+        load_state(run, step, definition(config))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_missing_step_is_an_error_that_lists_those_there_are(run):
+    assert "no step 5; there are: 4, 6" in one_line(run, 5)
+
+
+def test_a_run_without_checkpoints_is_an_error(tmp_path):
+    assert "no step 1; there are: none" in one_line(tmp_path, 1)
+
+
+@pytest.mark.parametrize("gone", ["trainable", "rest"])
+def test_a_broken_checkpoint_is_an_error(run, tmp_path, gone):
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    shutil.rmtree(broken / "checkpoints" / "6" / gone)
+    assert "checkpoints/6: not readable" in one_line(broken, 6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"ffn_dim": 96}, {"num_layers": 3}, {"tie_embeddings": True}, {"qk_norm": True}],
+    ids=str,
+)
+def test_another_model_is_an_error_that_names_the_place(run, changes):
+    assert "checkpoints/6" in one_line(run, 6, recipes.in_memory(**changes))
+
+
+def test_parameters_load_alone(run):
+    config = recipes.replace(CONFIG, mesh={"fsdp": 4, "tensor": 2})
+    params = load_params(run, 6, config)
+    jax.tree.map(np.testing.assert_array_equal, params, state(definition(), 6).trainable)
+    shutil_free = load_params(run, 4, config)
+    assert fingerprint(shutil_free) != fingerprint(params)

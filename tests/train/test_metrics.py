@@ -1,0 +1,78 @@
+"""Where metrics go, and what a resumed run keeps of them."""
+
+import json
+import struct
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from jllama.train.metrics import Metrics, read
+
+VALUES = {"loss": 2.5, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 100.0}
+
+
+def scalars(folder):
+    """{(tag, step): value} of TensorBoard's event files: records framed as TFRecord does it."""
+    found = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            at += 12 + size + 4  # a checksum after the size, and one after the data
+    return found
+
+
+def write(folder, steps, start=0, log_every=1):
+    metrics = Metrics(folder, start, 10, log_every)
+    for step in steps:
+        metrics.write(step, VALUES | {"loss": float(step)})
+    return metrics
+
+
+def test_each_step_is_a_line_and_a_point_of_tensorboard(tmp_path):
+    metrics = write(tmp_path, (1, 2))
+    metrics.write_eval(2, {"loss": 1.5, "bits_per_byte": 0.5})
+    metrics.close()
+    lines = read(tmp_path / "metrics.jsonl")
+    assert lines == [
+        {"step": 1, **VALUES, "loss": 1.0},
+        {"step": 2, **VALUES, "loss": 2.0},
+        {"step": 2, "eval_loss": 1.5, "eval_bits_per_byte": 0.5},
+    ]
+    board = scalars(tmp_path / "tensorboard")
+    assert board[("loss", 1)] == 1.0
+    assert board[("eval_loss", 2)] == 1.5
+    assert board[("learning_rate", 2)] == pytest.approx(1e-3)
+    assert len(board) == 2 * len(VALUES) + 2
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
+    metrics = write(tmp_path, (1,))
+    assert len(read(tmp_path / "metrics.jsonl")) == 1
+    metrics.close()
+
+
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    assert read(path) == [{"step": 1, "loss": 3.0}]
+    assert read(tmp_path / "absent") == []
+
+
+def test_resuming_drops_what_lies_beyond_and_mends_a_cut_line(tmp_path):
+    write(tmp_path, range(1, 8)).close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 8, "lo')
+    write(tmp_path, (5, 6), start=4).close()
+    assert [line["step"] for line in read(path)] == [1, 2, 3, 4, 5, 6]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_without_a_terminal_every_nth_step_is_a_line_on_stderr(tmp_path, capfd):
+    write(tmp_path, range(1, 7), log_every=3).close()
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert [line.split("  ")[0] for line in err.splitlines()] == ["step 3", "step 6"]
+    assert "loss 3.000" in err
