@@ -207,6 +207,12 @@ class ShardingConfig:
     ffn: Candidates = _default("feed-forward width of a parameter", (("tensor",),))
     norm: Candidates = _default("scale of a norm", (None,))
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            for candidate in getattr(self, field.name):
+                if candidate and len(set(candidate)) < len(candidate):
+                    raise ValueError(f"{field.name}: {list(candidate)} names a mesh axis twice")
+
 
 # ------------------------------------------------------------------------------------------- data
 
@@ -217,7 +223,7 @@ class StdlibSource:
 
     kind: Literal["stdlib"] = _doc("the running interpreter's own standard library")
     split: Literal["train", "held_out"] = _doc("which part, by a hash of the relative path")
-    held_out_percent: Annotated[int, Field(ge=1, le=50)] = _default("share of files held out", 4)
+    held_out_one_in: Annotated[int, Field(ge=2)] = _default("one file in so many is held out", 25)
 
 
 @_config
@@ -467,9 +473,11 @@ class SampleConfig:
 class RunConfig:
     """Where a run lives and what it reports."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = _doc("folder under `folder`")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")] = _doc(
+        "folder under `folder`"
+    )
     folder: str = _default("folder of runs", "runs")
-    seed: Count = _default("every random number comes from this", 0)
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = _default("every random number comes from this", 0)
     log_every: PositiveInt = _default("steps between lines of the log", 1)
     profile: Annotated[str, Field(pattern=r"^(\d+:\d+)?$")] = _default(
         "FROM:TO writes an xprof trace of these steps", ""
@@ -478,6 +486,12 @@ class RunConfig:
     compilation_cache: str = _default(
         "persistent compilation cache; empty is off", "~/.cache/jllama/xla"
     )
+
+    def __post_init__(self):
+        if self.profile:
+            first, end = map(int, self.profile.split(":"))
+            if first >= end:
+                raise ValueError(f"profile={self.profile}: FROM must be below TO")
 
 
 @_config
@@ -504,6 +518,15 @@ class Config:
         if self.data.length > self.model.max_length:
             raise ValueError(
                 f"data.length={self.data.length} is above model.max_length={self.model.max_length}"
+            )
+        if self.eval.stride > self.data.length:
+            raise ValueError(
+                f"eval.stride={self.eval.stride} is above data.length={self.data.length}"
+            )
+        if self.sample.max_new_tokens >= self.model.max_length:
+            raise ValueError(
+                f"sample.max_new_tokens={self.sample.max_new_tokens} leaves no room for a prompt in"
+                f" model.max_length={self.model.max_length}"
             )
 
 
@@ -556,7 +579,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a recipe, applies dotted overrides (`model.num_layers=4`), validates."""
     path = Path(path)
     data = _read_yaml(path)
-    # The model's own file is merged below the recipe's keys, and overrides go on top of both.
+    # `model=NAME` is the model's whole file, wherever it stands; other overrides go on top of it.
     rest = []
     for item in overrides:
         key, _, value = item.partition("=")
@@ -571,6 +594,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def override(data: dict, overrides: Sequence[str]) -> dict:
     """Sets dotted `key=value` in plain nested values, in place, before validation."""
+    given: set[str] = set()
     for item in overrides:
         key, eq, text = item.partition("=")
         if not eq or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
@@ -581,16 +605,22 @@ def override(data: dict, overrides: Sequence[str]) -> dict:
             raise UserError(
                 f"{key}: {text!r} is not a YAML value: {' '.join(str(e).split())}"
             ) from None
-        _assign(data, key, value)
+        _assign(data, key, value, given)
+        given.add(key)
     return data
 
 
 def _scalar(text: str) -> Any:
     # OmegaConf's own dotlist parser reads 1e-3 as a number, which plain YAML 1.1 does not.
-    return OmegaConf.to_container(OmegaConf.from_dotlist([f"v={text}"]))["v"]
+    if re.fullmatch(r"(\d+:\d+)?", text):
+        return text  # nothing is no null; YAML 1.1 takes FROM:TO for a number in base 60
+    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"v={text}"]))["v"]
+    # Plain text is taken as it stands: YAML would drop spaces at its ends and what follows " #".
+    plain = isinstance(value, str) and not text.lstrip().startswith(("'", '"', "|", ">", "&", "!"))
+    return text if plain else value
 
 
-def _assign(data: dict, key: str, value: Any) -> None:
+def _assign(data: dict, key: str, value: Any, given: set[str]) -> None:
     node: Any = data
     *parents, last = key.split(".")
     for i, name in enumerate(parents):
@@ -605,9 +635,11 @@ def _assign(data: dict, key: str, value: Any) -> None:
     if isinstance(node, list):
         node[_index(node, last, key)] = value
     elif last == "kind" and node.get("kind") != value:
-        # Another member of a sum type: the keys of the old one mean nothing in it.
+        # Another member of a sum type: the keys of the old one mean nothing in it. Those that an
+        # earlier override set are meant for the new one.
+        kept = {k: v for k, v in node.items() if ".".join([*parents, k]) in given}
         node.clear()
-        node["kind"] = value
+        node |= kept | {"kind": value}
     else:
         node[last] = value
 
@@ -649,6 +681,8 @@ def _explain(cls: type, error: pydantic.ValidationError) -> str:
         text = str(first["ctx"]["error"])
     else:
         text = first["msg"][0].lower() + first["msg"][1:] + f", not {json.dumps(first['input'])}"
+        if kind == "string_type" and not isinstance(first["input"], dict | list):
+            text += "; put text that YAML reads as something else in double quotes"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{key}: {text}{more}"
 
@@ -713,7 +747,20 @@ def from_dict(data: dict, where: str) -> Config:
 
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML; `load` reads it back to an equal config."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    # OmegaConf's own writer: it quotes every text that its reader would take for a number.
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(to_dict(config))))
+
+
+def _escaped(value: Any) -> Any:
+    """Nested values in which no text is an interpolation: `load` would resolve `${...}`."""
+    match value:
+        case dict():
+            return {k: _escaped(v) for k, v in value.items()}
+        case list():
+            return [_escaped(v) for v in value]
+        case str():
+            return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
+    return value
 
 
 def describe(cls: type = Config, prefix: str = "") -> list[tuple[str, str, str]]:

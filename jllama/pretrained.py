@@ -182,7 +182,7 @@ def load(path: str | Path, dtype: str | None = None) -> Llama:
     Raises:
       UserError: if the path is neither, the run has no checkpoint, or the dtype is another.
     """
-    run, step = _locate(Path(path))
+    run, step = _locate(Path(path).expanduser())
     recipe = configs.load(run / "config.yaml")
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")

@@ -45,13 +45,14 @@ def in_memory(*overrides: str, **model) -> Config:
 
 
 def batch(config: Config, step: int = 0) -> dict[str, np.ndarray]:
-    """Random rows of two segments and a tail of padding, of uneven weights."""
+    """Random rows of two segments and a tail of padding; each row weighs less than the last."""
     rng = np.random.default_rng(step)
     shape = (config.training.batch_size, config.data.length + 1)
     index = np.arange(shape[1])
     cut, end = rng.integers(2, shape[1] // 2, (2, shape[0], 1))
     segments = np.where(index < cut, 1, np.where(index < shape[1] - end, 2, 0)).astype(np.int32)
     weights = rng.random(shape, np.float32) * (rng.random(shape) < 0.8)
+    weights /= np.arange(1, shape[0] + 1)[:, None]
     weights = np.where((segments == 0) | (index == 0) | (index == cut), 0, weights)
     tokens = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
     return {
@@ -64,7 +65,20 @@ def batch(config: Config, step: int = 0) -> dict[str, np.ndarray]:
 def texts(count: int, seed: int) -> list[str]:
     """Something to learn, with letters of several bytes in it."""
     pick = random.Random(seed)
-    words = "def return self if not in number straße naïve 数据 x y z 0 1".split()
+    words = [
+        "def",
+        "return",
+        "self",
+        "if",
+        "not in",
+        "number",
+        "straße",
+        "naïve",
+        "数据",
+        "x",
+        "y",
+        "0",
+    ]
     return [
         "".join(
             " ".join(pick.choices(words, k=pick.randint(1, 7))) + "\n"

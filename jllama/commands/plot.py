@@ -36,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if not 0 <= args.smooth < 1:
         raise UserError(f"--smooth={args.smooth}: from 0 to below 1")
-    lines = {Path(run).name: _read(Path(run)) for run in args.runs}
+    # A run's name, or its whole path when another has that name.
+    names = [Path(run).name for run in args.runs]
+    lines = {
+        (name if names.count(name) == 1 else run): _read(Path(run))
+        for name, run in zip(names, args.runs, strict=True)
+    }
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
     for (key, title), axis in zip(_PANELS, axes, strict=True):
         for i, (name, metrics) in enumerate(lines.items()):

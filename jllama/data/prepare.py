@@ -207,7 +207,7 @@ def _check(prepared: Prepared, source: SourceConfig, config: PrepareConfig) -> N
         )
     was = {f["name"]: f for f in identity["source_files"]}
     try:
-        now = {f.name: f for f in sources.source_files(source.source)}
+        now = {f.name: f for f in sources.source_files(source.source, fetch=False)}
     except UserError as e:
         # Prepared elsewhere, and the text is not on this machine: the tokens are all there is.
         print(f"{prepared.folder}: used as prepared; its source is not here: {e}", file=sys.stderr)

@@ -93,14 +93,17 @@ def version(source: Source) -> str:
     return platform.python_version() if isinstance(source, StdlibSource) else ""
 
 
-def source_files(source: Source) -> list[SourceFile]:
-    """The files that `source` is made of, in reading order. UserError if a pattern matches none."""
+def source_files(source: Source, *, fetch: bool = True) -> list[SourceFile]:
+    """The files that `source` is made of, in reading order. UserError if a pattern matches none.
+
+    A TFDS dataset that is not here is downloaded and built; without `fetch` that is a UserError.
+    """
     match source:
         case StdlibSource():
             root = Path(sysconfig.get_paths()["stdlib"])
             pairs = [(name, root / name) for name in _library(root, source)]
         case TfdsSource():
-            builder = _builder(source)
+            builder = _builder(source, fetch)
             paths = [Path(p) for p in _split(builder, source).filepaths]
             pairs = [(p.name, p) for p in paths]
         case _:
@@ -126,13 +129,13 @@ def _library(root: Path, source: StdlibSource) -> list[str]:
         # An empty file holds no document.
         names += [p.relative_to(root).as_posix() for p in paths if p.stat().st_size]
     held_out = source.split == "held_out"
-    return sorted(n for n in names if is_held_out(n, source.held_out_percent) == held_out)
+    return sorted(n for n in names if is_held_out(n, source.held_out_one_in) == held_out)
 
 
-def is_held_out(name: str, percent: int) -> bool:
+def is_held_out(name: str, one_in: int) -> bool:
     """Whether the library file of this relative POSIX path is held out, on every machine alike."""
-    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "big")
-    return number % 10_000 < percent * 100
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    return number % one_in == 0
 
 
 def _read_library(source: StdlibSource) -> Iterator[tuple[str, str | _Skipped]]:
@@ -228,7 +231,7 @@ def _arrow_text(value: pyarrow.Scalar, field: str) -> str | _Skipped:
 # ------------------------------------------------------------------------------------------- TFDS
 
 
-def _builder(source: TfdsSource):
+def _builder(source: TfdsSource, fetch: bool = True):
     folder = Path(source.name).expanduser()
     try:
         if (folder / "dataset_info.json").is_file():
@@ -236,7 +239,10 @@ def _builder(source: TfdsSource):
         builder = tfds.builder(
             source.name, data_dir=source.data_dir, file_format="array_record", try_gcs=False
         )
-        builder.download_and_prepare()  # does nothing if it is there
+        if fetch:
+            builder.download_and_prepare()  # does nothing if it is there
+        elif not builder.is_prepared():
+            raise UserError("not on this machine")
         return builder
     # TFDS and the dataset's own script raise what they like; all of it is about this name.
     except Exception as e:

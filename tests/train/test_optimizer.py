@@ -9,12 +9,12 @@ import pytest
 import recipes
 import tiny
 
-from jllama.config import ConstantSchedule, CosineSchedule, MeshConfig, WsdSchedule
+from jllama.config import ConstantSchedule, CosineSchedule, MeshConfig, MuonConfig, WsdSchedule
 from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import causal_lm_loss
-from jllama.train.optimizer import learning_rate
+from jllama.train.optimizer import learning_rate, make_optimizer
 from jllama.train.state import define_state, dotted, init_state
 from jllama.train.step import make_train_step
 
@@ -80,7 +80,7 @@ def test_several_steps_equal_an_independent_adamw():
     config = recipes.in_memory(
         "training.optimizer.weight_decay=0.5",
         "training.optimizer.eps=0.001",
-        "training.optimizer.clip_norm=2.0",
+        "training.optimizer.clip_norm=2.5",
     )
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
     definition = define_state(config, placement)
@@ -145,3 +145,38 @@ def test_wsd_is_constant_and_then_falls_linearly():
     schedule = WsdSchedule(kind="wsd", peak=1.0, warmup_steps=2, decay_steps=4, floor=0.2)
     wanted = [0.5, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
     assert rates(schedule, 8) == pytest.approx(wanted)
+
+
+def newton_schulz(g):
+    """Five steps of Muon's iteration with its published coefficients; g [inputs, outputs]."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g / np.linalg.norm(g)
+    for _ in range(5):
+        xx = x @ x.T
+        x = a * x + (b * xx + c * xx @ xx) @ x
+    return x
+
+
+def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam():
+    model = tiny.config()
+    specs = llama.param_specs(model, tiny.compute())
+    config = MuonConfig(
+        kind="muon", momentum=0.9, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.5, clip_norm=1e9
+    )
+    optimizer = make_optimizer(config, specs)
+    params, grads = tiny.params(model), tiny.params(model, seed=1)
+    direction, _ = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(grads, params)
+    got, grads, params = by_path(direction), by_path(grads), by_path(params)
+    # Inputs of the matrices as they are used: x [D] -> heads, heads -> x, and x -> x.
+    inputs = {"q": 48, "k": 48, "v": 48, "o": 64, "gate": 48, "up": 48, "down": 80}
+    for path, g in grads.items():
+        name = path.split(".")[-2]
+        decay = 0.5 * params[path] if path in DECAYED | {"head.weight"} else 0.0
+        if name not in inputs:
+            wanted = np.sign(g) + decay  # Adam's first step
+            np.testing.assert_allclose(got[path], wanted, rtol=1e-4, atol=1e-4, err_msg=path)
+            continue
+        for layer in range(model.num_layers):
+            matrix = g[layer].reshape(inputs[name], -1)
+            wanted = 0.2 * max(matrix.shape) ** 0.5 * newton_schulz(matrix).reshape(g[layer].shape)
+            assert tiny.relative_error(got[path][layer], wanted + decay[layer]) < 1e-3, path

@@ -1,0 +1,72 @@
+"""`jllama fingerprint`: the digest of a checkpoint, on any mesh."""
+
+import jax
+import pytest
+import recipes
+
+from jllama import cli
+from jllama import config as configs
+from jllama.config import MeshConfig
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
+from jllama.train.checkpoint import Checkpoints
+from jllama.train.fingerprint import fingerprint
+from jllama.train.state import define_state, init_state
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with the steps 1 and 2, and their digests."""
+    folder, config = tmp_path_factory.mktemp("run"), recipes.in_memory()
+    (folder / "config.yaml").write_text(configs.to_yaml(config))
+    placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
+    definition = define_state(config, placement)
+    checkpoints, digests = Checkpoints(folder, keep=2), {}
+    for step in (1, 2):
+        state = init_state(definition, step)
+        checkpoints.save(step, state)
+        digests[step] = fingerprint(state)
+    checkpoints.close()
+    return folder, digests
+
+
+@pytest.mark.parametrize(
+    ("args", "step"),
+    [
+        ([], 2),
+        (["--step", "1"], 1),
+        (["--mesh", "fsdp=4", "--mesh", "tensor=2"], 2),
+    ],
+    ids=str,
+)
+def test_it_prints_the_digest_of_the_state(run, args, step, capsys):
+    folder, digests = run
+    assert digests[1] != digests[2]
+    assert cli.main(["fingerprint", str(folder), *args]) == 0
+    assert capsys.readouterr().out == f"{digests[step]}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--step", "9"], "no step 9; there are: 1, 2"),
+        (["--mesh", "fsdp=3"], "does not fill 8 devices"),
+        (["--mesh", "width=3"], "mesh.width: unknown key"),
+        (["--mesh", "fsdp"], "key=value"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line(run, args, said, capsys):
+    assert cli.main(["fingerprint", str(run[0]), *args]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_folder_without_checkpoint_or_run_is_an_error(run, tmp_path, capsys):
+    assert cli.main(["fingerprint", str(tmp_path)]) == 2
+    assert "config.yaml is missing" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text((run[0] / "config.yaml").read_text())
+    assert cli.main(["fingerprint", str(tmp_path)]) == 2
+    assert "no checkpoint yet" in capsys.readouterr().err

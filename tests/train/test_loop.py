@@ -1,0 +1,265 @@
+"""A run in a folder: metrics, resuming bit for bit, evaluation, refusals, traces.
+
+On one device unless a test says otherwise. The programs themselves, with signals, are tested in
+test_train_script.py.
+"""
+
+import fcntl
+import functools
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import recipes
+from test_metrics import scalars
+
+import jllama
+from jllama import config as configs
+from jllama.errors import UserError
+from jllama.flops import train_flops_per_token
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
+from jllama.train import loop
+from jllama.train.checkpoint import load_state
+from jllama.train.fingerprint import fingerprint
+from jllama.train.metrics import read
+from jllama.train.state import define_state
+
+PEAK = 1e12
+STEP_METRICS = {
+    "step", "loss", "perplexity", "grad_norm", "learning_rate", "weight", "seconds",
+    "tokens_per_second", "model_flop_utilisation", "data_wait_seconds", "checkpoint_seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """The recipe's path, with its text, and what is prepared of it by the first run."""
+    return recipes.on_disk(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast():
+    """One device, no measurement of its peak; every step of every run is kept in `fast`."""
+    with pytest.MonkeyPatch.context() as patch:
+        steps, make = [], loop.make_train_step
+        one = functools.partial(make_mesh, devices=jax.devices()[:1])
+        patch.setattr(loop, "make_mesh", lambda config: one(config) if config.fsdp < 0 else EIGHT)
+        patch.setattr(loop, "peak_flops", lambda dtype: (PEAK, "published"))
+        patch.setattr(loop, "make_train_step", lambda *a: steps.append(make(*a)) or steps[-1])
+        yield steps
+
+
+EIGHT = make_mesh(configs.MeshConfig(fsdp=4, tensor=2))
+
+
+@pytest.fixture
+def recipe(text, tmp_path):
+    """Makes the recipe with overrides; runs go to the test's own folder."""
+    return lambda *overrides: configs.load(text, [f"run.folder={tmp_path}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """An uninterrupted run and its result."""
+    folder = tmp_path_factory.mktemp("whole")
+    return loop.train(configs.load(text, [f"run.folder={folder}", "eval.stride=9"]))
+
+
+def digest(folder, step=10):
+    config = configs.load(folder / "config.yaml")
+    placement = Placement(make_mesh(config.mesh, jax.devices()[:1]), config.sharding)
+    return fingerprint(load_state(folder, step, define_state(config, placement)))
+
+
+def steps_of(folder):
+    return [line for line in read(folder / "metrics.jsonl") if "loss" in line]
+
+
+def losses(folder):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in steps_of(folder)]
+
+
+def message(config):
+    with pytest.raises(UserError) as error:
+        loop.train(config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_every_metric_of_every_step_is_written(whole):
+    lines = steps_of(whole.folder)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    flops = train_flops_per_token(configs.load(whole.folder / "config.yaml").model, 24)
+    for line in lines:
+        assert set(line) == STEP_METRICS
+        assert all(math.isfinite(value) for value in line.values())
+        assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
+        assert line["tokens_per_second"] == pytest.approx(line["weight"] / line["seconds"])
+        used = line["tokens_per_second"] * flops / PEAK
+        assert line["model_flop_utilisation"] == pytest.approx(used)
+    assert any(line["checkpoint_seconds"] > 0 for line in lines)
+    assert lines[0]["loss"] == pytest.approx(math.log(320), rel=0.05)
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+
+
+def test_tensorboard_holds_the_same(whole):
+    board = scalars(whole.folder / "tensorboard")
+    lines = read(whole.folder / "metrics.jsonl")
+    wanted = {(k, line["step"]): v for line in lines for k, v in line.items() if k != "step"}
+    assert board.keys() == wanted.keys()
+    assert all(board[key] == pytest.approx(wanted[key], rel=1e-6) for key in wanted)
+
+
+def test_held_out_text_is_evaluated_on_the_way_and_at_the_end(whole):
+    lines = [x for x in read(whole.folder / "metrics.jsonl") if "eval_loss" in x]
+    assert [line["step"] for line in lines] == [5, 10]
+    assert lines[1] == {"step": 10} | {f"eval_{k}": v for k, v in whole.eval.items()}
+    assert (whole.steps, whole.done) == (10, True)
+    assert whole.tokens == sum(line["weight"] for line in steps_of(whole.folder))
+
+
+def test_the_step_compiles_once_in_a_run(whole, fast):
+    assert fast[0]._cache_size() == 1
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(recipe, whole, capfd):
+    stopped = loop.train(recipe("run.stop_after=6", "eval.stride=9"))
+    assert (stopped.steps, stopped.done, stopped.eval) == (6, False, None)
+    assert "stopped at step 6 of 10, checkpointed" in capfd.readouterr().err
+    # What changes no step may change.
+    free = ["checkpoint.keep=1", "run.log_every=7", "data.prefetch=0", "eval.every=3"]
+    result = loop.train(recipe("eval.stride=9", *free))
+    assert "resumed at step 6 of 10" in capfd.readouterr().err
+    assert (result.steps, result.done, result.eval) == (10, True, whole.eval)
+    assert losses(result.folder) == losses(whole.folder)
+    assert digest(result.folder) == digest(whole.folder)
+    assert [p.name for p in (result.folder / "checkpoints").iterdir()] == ["10"]
+
+
+def test_a_run_that_lost_its_last_checkpoint_goes_on_from_the_one_before(recipe, whole, tmp_path):
+    # As after a crash: later metrics are there, and half a line.
+    shutil.copytree(whole.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "10")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 11, "lo')
+    result = loop.train(recipe("eval.stride=9"))
+    assert losses(result.folder) == losses(whole.folder)
+    assert digest(result.folder) == digest(whole.folder)
+
+
+def test_a_finished_run_is_only_evaluated_again(recipe, whole, tmp_path):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    result = loop.train(recipe("eval.stride=9"))
+    assert (result.steps, result.done, result.eval) == (10, True, whole.eval)
+    assert losses(result.folder) == losses(whole.folder)
+
+
+def test_a_run_goes_on_on_another_mesh(recipe, whole):
+    loop.train(recipe("run.stop_after=6"))
+    result = loop.train(recipe("mesh.fsdp=4", "mesh.tensor=2", "eval.stride=9"))
+    np.testing.assert_allclose(losses(result.folder), losses(whole.folder), rtol=1e-4)
+    assert result.eval == pytest.approx(whole.eval, rel=1e-4)
+
+
+def test_a_finished_run_without_its_metrics_is_still_evaluated(recipe, whole, tmp_path):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    result = loop.train(recipe("eval.stride=9"))
+    assert (result.tokens, result.eval) == (0, whole.eval)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (["training.batch_size=16"], "training.batch_size: 8 there, 16 now"),
+        (["run.seed=3"], "run.seed: 0 there, 3 now"),
+        (["model.num_layers=1"], "model.num_layers: 2 there, 1 now"),
+        (["training.schedule={kind: constant, peak: 0.01, warmup_steps: 2}"], "schedule.floor: "),
+        (["data.train.0.weight=2"], "data.train.0.weight: 1.0 there, 2.0 now"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else None,
+)
+def test_another_config_in_the_folder_is_an_error_that_names_it(recipe, changes, named, tmp_path):
+    (tmp_path / "run").mkdir()
+    saved = configs.to_yaml(recipe())
+    (tmp_path / "run" / "config.yaml").write_text(saved)
+    said = message(recipe(*changes))
+    assert named in said
+    assert "another run.name" in said
+    assert (tmp_path / "run" / "config.yaml").read_text() == saved
+
+
+def test_a_second_process_in_the_folder_is_refused(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process trains here" in message(recipe())
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "must be writable" in message(recipe(f"run.folder={tmp_path / 'file'}"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(recipe, tmp_path):
+    huge = "training.schedule={kind: constant, peak: 1e30, warmup_steps: 0}"
+    said = message(recipe(huge, "checkpoint.every=2", "eval.every=0"))
+    assert "step 2: the loss is " in said
+    assert "lower training.schedule.peak" in said
+    assert "stays at step 0" in said
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+# A trace that reaches beyond the last step ends with it.
+@pytest.mark.parametrize("profile", ["2:4", "8:100"])
+def test_a_profile_holds_the_named_scopes_of_a_block(recipe, tmp_path, profile):
+    loop.train(recipe(f"run.profile={profile}", "eval.every=0", "checkpoint.every=0"))
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    content = trace.read_bytes()
+    for scope in (b"/attention/", b"/mlp/", b"/loss/", b"/optimizer/"):
+        assert scope in content, scope
+
+
+def nats(model, stream, starts, row_starts, length):
+    """-log p of each token of a stream that follows another of its document; float64.
+
+    `row_starts[p]` is the first token that target p may see; a document sees only itself.
+    """
+    texts = {}
+    for p in range(1, len(stream)):
+        first = max(row_starts[p], max(s for s in starts if s <= p))
+        if first < p:
+            texts.setdefault(first, []).append(p)
+    firsts = sorted(texts)
+    rows = np.zeros((len(firsts), length + 1), np.int32)
+    for row, first in zip(rows, firsts, strict=True):
+        known = stream[first : first + length + 1]
+        row[: len(known)] = known
+    logits = np.asarray(model.logits(rows), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return [
+        -log_p[i, p - first - 1, stream[p]] for i, first in enumerate(firsts) for p in texts[first]
+    ]
+
+
+@pytest.mark.parametrize("stride", [24, 9])
+def test_bits_per_byte_are_those_of_the_loaded_model(recipe, whole, tmp_path, stride):
+    model = jllama.load(whole.folder)
+    documents = recipes.texts(12, seed=2)
+    ids = [[1, *model.tokenizer.encode(text), 2] for text in documents]
+    ordered = ids[0::2] + ids[1::2]  # two shards, one after the other
+    stream = np.concatenate(ordered)
+    starts = np.cumsum([0, *map(len, ordered)])[:-1].tolist()
+    last = [-(-p // stride) * stride for p in range(len(stream))]  # of the row that scores p
+    found = nats(model, stream, starts, [max(0, x - 24) for x in last], 24)
+    assert len(found) == len(stream) - len(documents)
+    size = sum(len(text.encode()) for text in documents)
+    wanted = {"loss": np.mean(found), "bits_per_byte": sum(found) / math.log(2) / size}
+    got = whole.eval
+    if stride == 24:  # the same parameters, evaluated in whole rows
+        shutil.copytree(whole.folder, tmp_path / "run")
+        got = loop.train(recipe()).eval
+    assert got == pytest.approx(wanted, rel=1e-5)
