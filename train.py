@@ -34,8 +34,14 @@ def report(config: configs.Config, result: Result) -> None:
         "eval": dict(result.eval or {}),
         "sample": None,
     }
+
+    def save() -> None:
+        (result.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+    save()  # whatever comes after may fail
     if result.eval and config.eval.compare_xz:
         summary["eval"] |= xz_bits_per_byte(config.data)
+        save()
     for key, value in summary["eval"].items():
         print(f"{key:30} {value:.4f}")
     if config.sample.max_new_tokens:
@@ -49,7 +55,7 @@ def report(config: configs.Config, result: Result) -> None:
             print(piece, end="", flush=True)
         print()
         summary["sample"] = prompt + "".join(pieces)
-    (result.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        save()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             implementation = importlib.import_module(module)
             implementation.add_arguments(command)
             command.set_defaults(run=implementation.run)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(args, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.overrides = rest
     return exit_status(args.run, args)
 
 

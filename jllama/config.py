@@ -149,7 +149,9 @@ class ComputeConfig:
     """
 
     dtype: Literal["float32", "bfloat16"] = _doc("activations and matrix multiplications")
-    param_dtype: Literal["float32", "bfloat16"] = _default("stored parameters", "float32")
+    param_dtype: Literal["float32", "bfloat16"] = _default(
+        "stored parameters; bfloat16 loses updates below 1/256 of a weight", "float32"
+    )
     remat: Literal["none", "dots", "full"] = _default(
         "the backward pass recomputes: none; dots = all but matrix products; full = each block",
         "none",

@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
             axis.plot(step, value, color=color, label=name, linewidth=1.4)
             if key == "loss":
                 step, value = _series(metrics, "eval_loss")
-                axis.plot(step, value, "o--", color=color, markersize=4, label=f"{name}, held out")
+                label = f"{name}, held out" if len(step) else None
+                axis.plot(step, value, "o--", color=color, markersize=4, label=label)
         axis.set(xlabel="step", title=title)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")

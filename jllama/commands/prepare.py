@@ -9,15 +9,13 @@ from jllama.data.prepared import Prepared
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="the recipe, as for train.py"
+        "--config", required=True, metavar="FILE", help="the recipe; keys follow as for train.py"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="keys of the recipe to override"
-    )
+    parser.set_defaults(overrides=[])  # it takes what is no argument of its own
 
 
 def run(args: argparse.Namespace) -> None:
-    recipe = config.load(args.config, args.overrides)
+    recipe = config.from_arguments(["--config", args.config, *args.overrides])
     tokenizer = open_tokenizer(recipe)
     data = open_data(recipe, tokenizer)
     for part, sources in (("train", data.sources), ("held_out", data.held_out)):

@@ -74,7 +74,9 @@ class Llama(nn.Module):
 
         block = Block
         if self.compute.remat != "none" and cache is None:
-            block = nn.remat(block, policy=_REMAT[self.compute.remat], prevent_cse=False)
+            block = nn.remat(
+                block, policy=_REMAT[self.compute.remat], prevent_cse=self.compute.scan_unroll > 1
+            )
         layers = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -54,9 +54,13 @@ class Checkpoints:
         """
         return _restore_state(self._manager, self._folder / str(step), step, definition)
 
-    def close(self) -> None:
-        """Waits until what was saved is on disk."""
+    def wait(self) -> None:
+        """Returns once what was saved is on disk."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the folder."""
+        self.wait()
         self._manager.close()
 
 

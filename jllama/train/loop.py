@@ -8,7 +8,9 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import json
 import math
+import os
 import signal
 import statistics
 import time
@@ -20,13 +22,14 @@ import jax
 
 from jllama import config as configs
 from jllama.config import Config
-from jllama.data.dataset import eval_batches, open_data, open_tokenizer
+from jllama.data.dataset import Data, eval_batches, open_data, open_tokenizer
 from jllama.data.pack import CutRows
 from jllama.errors import UserError
 from jllama.flops import train_flops_per_token
 from jllama.hardware import peak_flops, use_compilation_cache
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
+from jllama.text.tokenizer import load_tokenizer
 from jllama.train.checkpoint import Checkpoints
 from jllama.train.loss import causal_lm_loss
 from jllama.train.metrics import Metrics
@@ -74,16 +77,22 @@ def train(config: Config) -> Result:
     placement = Placement(make_mesh(config.mesh), config.sharding)
     definition = define_state(config, placement)
     folder = Path(config.run.folder).expanduser() / config.run.name
-    with _open_folder(folder, config):
-        tokenizer = open_tokenizer(config)
-        data = open_data(config, tokenizer)
-        tokenizer.save(folder / "tokenizer.model")
+    with _locked(folder):
         checkpoints = Checkpoints(folder, config.checkpoint.keep)
         start = checkpoints.latest() or 0
         if start:
+            _check_same_config(folder, config)
+            tokenizer = load_tokenizer(folder)  # the run's own, whatever the recipe's is by now
+            data = open_data(config, tokenizer)
+            _check_same_data(folder, data)
             state = checkpoints.restore(start, definition)
         else:
+            tokenizer = open_tokenizer(config)
+            data = open_data(config, tokenizer)
+            tokenizer.save(folder / "tokenizer.model")
+            _write(folder / _DATA, json.dumps(_digests(data), indent=1))
             state = init_state(definition, config.run.seed)
+        _write(folder / "config.yaml", configs.to_yaml(config))
         metrics = Metrics(folder, start, config.training.steps, config.run.log_every)
         if start:
             metrics.say(f"resumed at step {start} of {config.training.steps}")
@@ -104,6 +113,8 @@ class _Run:
         loss = functools.partial(causal_lm_loss, config)
         self.step = make_train_step(config, loss, definition, placement)
         self.eval_step = make_eval_step(loss, placement)
+        # What the evaluation needs is known before the training, not after it.
+        placement.sharding((config.eval.batch_size,), ("batch",), "eval.batch_size")
         self.flops = train_flops_per_token(config.model, config.data.length)
         self.peak = peak_flops(config.compute.dtype)[0] * placement.mesh.size
 
@@ -134,11 +145,12 @@ class _Run:
                 "checkpoint_seconds": saving,
             }
             arrived, waiting, saving = now, 0.0, 0.0
-            if not math.isfinite(values["loss"]):
-                raise UserError(
-                    f"step {step}: the loss is {values['loss']}; lower training.schedule.peak or"
-                    f" check the data; {self.folder} stays at step {saved}"
-                )
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(values[name]):
+                    raise UserError(
+                        f"step {step}: {name} is {values[name]}; lower training.schedule.peak or"
+                        f" check the data; {self.folder} stays at step {saved}"
+                    )
             self.metrics.write(step, values)
 
         def save(step: int) -> None:
@@ -181,14 +193,17 @@ class _Run:
             fetch()
             if step > saved:
                 save(step)
+            if tracing:
+                jax.profiler.stop_trace()
             if step < last:
                 why = f"{stopped[0].name}: " if stopped else ""
                 self.metrics.say(f"{why}stopped at step {step} of {last}, checkpointed")
-        held_out = None
-        if step == last:
-            held_out = self.evaluate(state, 0, config.eval.stride)
-            if held_out is not None:
-                self.metrics.write_eval(step, held_out)
+            held_out = None
+            if step == last:
+                held_out = self.evaluate(state, 0, config.eval.stride)
+                if held_out is not None:
+                    self.metrics.write_eval(step, held_out)
+            self.checkpoints.wait()  # before a signal may end the process again
         return self.result(step, held_out)
 
     def result(self, step: int, held_out: dict[str, float] | None) -> Result:
@@ -200,34 +215,66 @@ class _Run:
             done=step == self.config.training.steps,
             tokens=int(sum(x["weight"] for x in lines)),
             seconds=sum(x["seconds"] for x in lines),
-            tokens_per_second=statistics.median(x["tokens_per_second"] for x in lines),
+            tokens_per_second=statistics.median(x["tokens_per_second"] for x in lines)
+            if lines
+            else 0.0,
             eval=held_out,
         )
 
     def evaluate(self, state: Any, max_rows: int, stride: int = 0) -> dict[str, float] | None:
         """Loss over all held-out sources, in nats per token, and their bits per byte of text."""
-        nll = weight = tokens = size = 0.0
+        nll = weight = bits = size = 0.0
         for name, prepared in self.data.held_out.items():
             rows = self.data.held_out_rows[name]
             if stride and isinstance(rows, CutRows):
                 rows = CutRows(prepared, self.config.data.length, stride=stride)
+            here = [0.0, 0.0]
             for batch in eval_batches(rows, self.config.eval.batch_size, max_rows):
                 out = self.eval_step(state.trainable, (), self.placement.put_batch(batch))
-                a, b = jax.device_get(out)
-                nll, weight = nll + float(a), weight + float(b)
-            # A document's BOS is given, not predicted.
-            tokens += prepared.tokens - prepared.documents
+                here = [a + float(b) for a, b in zip(here, jax.device_get(out), strict=True)]
+            if not here[1]:
+                continue
+            nll, weight = nll + here[0], weight + here[1]
+            # A document's BOS is given, not predicted. Rows left out are taken to be like the rest.
+            predicted = prepared.tokens - prepared.documents
+            bits += here[0] / here[1] / math.log(2) * predicted
             size += prepared.bytes
-        if not weight:
-            return None
-        loss = nll / weight
-        return {"loss": loss, "bits_per_byte": loss / math.log(2) * tokens / size}
+        return {"loss": nll / weight, "bits_per_byte": bits / size} if weight else None
+
+
+_DATA = "data.json"
+
+
+def _digests(data: Data) -> dict[str, dict[str, str]]:
+    """What the run's tokens are, by source."""
+    parts = {"train": data.sources, "held_out": data.held_out}
+    return {p: {name: x.digest for name, x in some.items()} for p, some in parts.items()}
+
+
+def _check_same_data(folder: Path, data: Data) -> None:
+    try:
+        before = json.loads((folder / _DATA).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder / _DATA}: not readable, the run's data is unknown: {e}") from None
+    for part, digests in _digests(data).items():
+        for name, digest in digests.items():
+            if before[part].get(name, digest) != digest:
+                raise UserError(
+                    f"{folder}: the {part} source {name} is not the text that this run began with"
+                    " (a changed file, or another Python's standard library); choose another"
+                    " run.name or bring the text back"
+                )
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 @contextlib.contextmanager
-def _open_folder(folder: Path, config: Config) -> Iterator[None]:
-    """Makes or checks the run folder, and keeps other processes of this machine out of it."""
-    path = folder / "config.yaml"
+def _locked(folder: Path) -> Iterator[None]:
+    """Makes the run folder, and keeps other processes of this machine out of it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115
@@ -240,15 +287,12 @@ def _open_folder(folder: Path, config: Config) -> Iterator[None]:
             raise UserError(
                 f"{folder}: another process trains here; choose another run.name"
             ) from None
-        if path.is_file():
-            _check_same(folder, configs.load(path), config)
-        else:
-            path.write_text(configs.to_yaml(config), encoding="utf-8")
         yield
 
 
-def _check_same(folder: Path, old: Config, new: Config) -> None:
-    before, after = flatten(configs.to_dict(old)), flatten(configs.to_dict(new))
+def _check_same_config(folder: Path, config: Config) -> None:
+    old = configs.load(folder / "config.yaml")
+    before, after = flatten(configs.to_dict(old)), flatten(configs.to_dict(config))
     changed = [
         f"{key}: {before.get(key, 'absent')} there, {after.get(key, 'absent')} now"
         for key in sorted(before.keys() | after.keys())

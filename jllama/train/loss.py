@@ -17,10 +17,14 @@ from jllama.parallel.sharding import constrain
 Batch = dict[str, jax.Array]
 
 
-def _blocks(x: jax.Array, count: int) -> jax.Array:
-    """[B, T, ...] -> [count, B, T/count, ...]: cut along T, so that rows stay on their device."""
+def _blocks(x: jax.Array, block: int) -> jax.Array:
+    """[B, T, ...] -> [T/block, B, block, ...]: cut along T, so that rows stay on their device.
+
+    T is filled up with zeros to a multiple of `block`: positions of weight 0.
+    """
     B, T = x.shape[:2]
-    return jnp.moveaxis(x.reshape(B, count, T // count, *x.shape[2:]), 1, 0)
+    x = jnp.pad(x, ((0, 0), (0, -T % block), *((0, 0) for _ in x.shape[2:])))
+    return jnp.moveaxis(x.reshape(B, -1, block, *x.shape[2:]), 1, 0)
 
 
 def _block_logits(hidden: jax.Array, weight: jax.Array) -> jax.Array:
@@ -51,7 +55,7 @@ def cross_entropy(
     has a gradient; z_loss is from PaLM (arXiv:2204.02311, section 5).
 
     Args:
-      hidden: [B,T,D]; `weight` [V,D] in the same dtype.
+      hidden: [B,T,D], whose dtype is that of the products; `weight` [V,D].
       targets: [B,T] int32; `weights` [B,T] float32.
 
     Returns:
@@ -61,13 +65,14 @@ def cross_entropy(
 
 
 def _forward(hidden, weight, targets, weights, z_loss, block, gradients):
-    T = hidden.shape[1]
-    count = next(n for n in range(-(-T // block), T + 1) if T % n == 0)
+    B, T, D = hidden.shape
+    block = min(block, T)
+    head = weight.astype(hidden.dtype)
     vocab = lax.broadcasted_iota(jnp.int32, (1, 1, weight.shape[0]), 2)
 
     def one(carry, xs):
         h, y, w = xs
-        logits = _block_logits(h, weight)
+        logits = _block_logits(h, head)
         log_z, exp, total = _log_z(logits)
         hit = vocab == y[..., None]
         chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
@@ -78,17 +83,17 @@ def _forward(hidden, weight, targets, weights, z_loss, block, gradients):
             return sums, None
         scale = w[..., None] * (1.0 + 2.0 * z_loss * log_z) / total
         d_logits = (exp * scale - jnp.where(hit, w[..., None], 0.0)).astype(h.dtype)
-        d_h = jnp.einsum("BTV,VD->BTD", d_logits, weight)
+        d_h = jnp.einsum("BTV,VD->BTD", d_logits, head)
         d_weight = jnp.einsum("BTD,BTV->DV", h, d_logits, preferred_element_type=jnp.float32)
         return (*sums, carry[2] + d_weight), d_h
 
     zero = jnp.zeros((), jnp.float32)
     carry = (zero, zero, jnp.zeros(weight.T.shape, jnp.float32)) if gradients else (zero, zero)
-    xs = tuple(_blocks(x, count) for x in (hidden, targets, weights))
+    xs = tuple(_blocks(x, block) for x in (hidden, targets, weights))
     carry, d_hidden = lax.scan(one, carry, xs)
     if not gradients:
         return carry, None
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, D)[:, :T]
     return carry[:2], (d_hidden, carry[2].T)
 
 
@@ -130,7 +135,7 @@ def causal_lm_loss(
         trainable, config.model, config.compute, tokens[:, :-1], row_positions(inputs), inputs
     )
     with jax.named_scope("loss"):
-        head = llama.head_weight(trainable, config.model).astype(hidden.dtype)
+        head = llama.head_weight(trainable, config.model)
         loss, nll = cross_entropy(
             hidden, head, tokens[:, 1:], weights[:, 1:],
             config.training.z_loss, config.compute.loss_block,

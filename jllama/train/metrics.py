@@ -1,6 +1,7 @@
 """Where metrics go: `metrics.jsonl`, TensorBoard, and a person's eyes."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ class Metrics:
     def __init__(self, run: Path, start: int, steps: int, log_every: int):
         path = run / "metrics.jsonl"
         kept = [line for line in read(path) if line["step"] <= start]
-        with open(path, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(line) + "\n" for line in kept)
+        # Written beside and put in place at once: a kill here loses nothing.
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(part, path)
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # a line at a time  # noqa: SIM115
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=None, smoothing=0.05)
@@ -59,7 +62,7 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off is left out."""
+    """The lines of a metrics.jsonl; one that was cut off by a kill is left out."""
     if not path.is_file():
         return []
     lines = []
@@ -67,5 +70,5 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(line))
         except ValueError:
-            break
+            continue
     return lines

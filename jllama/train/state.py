@@ -78,7 +78,8 @@ def _like_parameters(opt_state: Any, specs: Any, shardings: Any, placement: Plac
             shape, sharding = places.get(path[start:], (None, None))
             if shape == leaf.shape:
                 return sharding
-        assert leaf.size < 1024, f"{dotted(path)} {leaf.shape} belongs to no parameter"
+        if leaf.size >= 1024:
+            raise ValueError(f"{dotted(path)} {leaf.shape} is like no parameter")
         return placement.replicated()
 
     return jax.tree_util.tree_map_with_path(place, opt_state)

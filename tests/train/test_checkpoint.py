@@ -1,5 +1,6 @@
 """Checkpoints: bit-equal on any mesh, the newest kept, and errors that say what is wrong."""
 
+import gc
 import math
 import shutil
 
@@ -98,11 +99,18 @@ def test_saving_goes_on_while_the_state_is_donated(tmp_path):
     assert fingerprint(load_state(tmp_path, 1, where)) == digest
 
 
+# Orbax leaves what it opened to the garbage collector when reading fails.
+UNCLOSED = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
 def one_line(run, step, config=CONFIG):
     with pytest.raises(UserError) as error:
         load_state(run, step, definition(config))
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    said = str(error.value)
+    del error
+    gc.collect()
+    assert "\n" not in said
+    return said
 
 
 def test_a_missing_step_is_an_error_that_lists_those_there_are(run):
@@ -113,6 +121,7 @@ def test_a_run_without_checkpoints_is_an_error(tmp_path):
     assert "no step 1; there are: none" in one_line(tmp_path, 1)
 
 
+@UNCLOSED
 @pytest.mark.parametrize("gone", ["trainable", "rest"])
 def test_a_broken_checkpoint_is_an_error(run, tmp_path, gone):
     broken = tmp_path / "run"
@@ -121,6 +130,7 @@ def test_a_broken_checkpoint_is_an_error(run, tmp_path, gone):
     assert "checkpoints/6: not readable" in one_line(broken, 6)
 
 
+@UNCLOSED
 @pytest.mark.parametrize(
     "changes",
     [{"ffn_dim": 96}, {"num_layers": 3}, {"tie_embeddings": True}, {"qk_norm": True}],
@@ -134,5 +144,3 @@ def test_parameters_load_alone(run):
     config = recipes.replace(CONFIG, mesh={"fsdp": 4, "tensor": 2})
     params = load_params(run, 6, config)
     jax.tree.map(np.testing.assert_array_equal, params, state(definition(), 6).trainable)
-    shutil_free = load_params(run, 4, config)
-    assert fingerprint(shutil_free) != fingerprint(params)
