@@ -17,6 +17,7 @@ import yaml
 
 from jllama import cli
 from jllama import config as configs
+from jllama.train.checkpoint import latest_step
 from jllama.train.loop import flatten
 from jllama.train.metrics import read
 
@@ -74,7 +75,7 @@ def test_killed_stopped_and_resumed_it_ends_where_an_uninterrupted_run_ends(reci
     folder = recipe.parent / "runs" / "stopped"
     process = start(recipe, "stopped")
     until(process, 1)
-    while not list((folder / "checkpoints").glob("[0-9]*")):
+    while latest_step(folder) is None:
         assert process.poll() is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
