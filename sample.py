@@ -7,18 +7,15 @@ import argparse
 import sys
 
 import jllama
-from jllama.cli import exit_status
+from jllama.cli import Parser, exit_status
 from jllama.config import SampleConfig
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, as every other bad input
-        raise jllama.UserError(f"{message}; see --help")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     default = SampleConfig()
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="a run folder, or RUN/checkpoints/STEP")
     add("--prompt", default="", help="text to continue [none: the beginning of a text]")

@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jllama.errors import UserError
 
@@ -22,12 +22,22 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are one line, as every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    return exit_status(_run, sys.argv[1:] if argv is None else list(argv))
+
+
+def _run(argv: list[str]) -> None:
     # The tables of help and usage need no module but the called one: jax takes seconds to import.
     called = next((arg for arg in argv if not arg.startswith("-")), None)
-    parser = argparse.ArgumentParser(prog="jllama", description="The LLaMA family in JAX.")
+    parser = Parser(prog="jllama", description="The LLaMA family in JAX.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
@@ -39,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not hasattr(args, "overrides"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = rest
-    return exit_status(args.run, args)
+    args.run(args)
 
 
 def exit_status(run: Callable[..., Any], *args: Any) -> int:

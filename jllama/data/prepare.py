@@ -10,6 +10,7 @@ that the dataset is whole and what it was made from: a folder without it is made
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -66,9 +67,10 @@ def prepare(
                     _wipe(folder)
                     _make(folder, key, source, tokenizer, config)
         except OSError as e:
-            raise UserError(
-                f"{e.filename or folder}: {e.strerror}; prepare.folder must be writable"
-            ) from None
+            fix = "data.prepare.folder must be writable"
+            if e.errno == errno.EMFILE:
+                fix = "raise ulimit -n or lower data.prepare.shards"
+            raise UserError(f"{e.filename or folder}: {e.strerror}; {fix}") from None
         prepared = prepared or Prepared.open(folder)
         assert prepared is not None
     _check(prepared, source, config)
