@@ -75,7 +75,7 @@ def make_train_step(
                 )  # fmt: skip
             metrics = {
                 "loss": sums["nll_sum"] * scale,
-                "grad_norm": optax.global_norm(grads),
+                "grad_norm": optax.tree.norm(grads),
                 "learning_rate": lr,
                 "weight": weight,
             }

@@ -24,13 +24,13 @@ def test_a_second_time_does_nothing_and_says_the_same(tmp_path, capsys):
     assert capsys.readouterr().out == first.out
     assert files(tmp_path / "prepared") == made
     # Another length of rows is not another preparation.
-    assert cli.main([*command, "data.length=32"]) == 0
+    assert cli.main([*command, "--data.length=32"]) == 0
     assert files(tmp_path / "prepared") == made
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
     recipe = str(recipes.on_disk(tmp_path))
-    assert cli.main(["prepare", "--config", recipe, "data.lenght=32"]) == 2
+    assert cli.main(["prepare", "--config", recipe, "--data.lenght=32"]) == 2
     assert "data.lenght: unknown key; did you mean length?" in capsys.readouterr().err
     (tmp_path / "train.txt").unlink()
     assert cli.main(["prepare", "--config", recipe]) == 2

@@ -182,14 +182,36 @@ def test_a_finished_run_without_its_metrics_is_still_evaluated(recipe, whole, tm
     ],
     ids=lambda x: x[0] if isinstance(x, list) else None,
 )
-def test_another_config_in_the_folder_is_an_error_that_names_it(recipe, changes, named, tmp_path):
-    (tmp_path / "run").mkdir()
-    saved = configs.to_yaml(recipe())
-    (tmp_path / "run" / "config.yaml").write_text(saved)
-    said = message(recipe(*changes))
+def test_another_config_in_the_folder_is_an_error_that_names_it(
+    recipe, whole, changes, named, tmp_path
+):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").glob("*.*")}
+    said = message(recipe("eval.stride=9", *changes))
     assert named in said
     assert "another run.name" in said
-    assert (tmp_path / "run" / "config.yaml").read_text() == saved
+    assert {p: p.read_bytes() for p in (tmp_path / "run").glob("*.*")} == before
+
+
+def test_a_folder_without_a_checkpoint_takes_any_config(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(configs.to_yaml(recipe("run.seed=3")))
+    loop.train(recipe("run.stop_after=1"))
+    assert configs.load(tmp_path / "run" / "config.yaml").run.seed == 0
+
+
+def test_other_text_behind_the_same_names_is_an_error(text, tmp_path):
+    shutil.copytree(text.parent, tmp_path / "text")
+    moved = [
+        f"run.folder={tmp_path}",
+        f"data.prepare.folder={tmp_path / 'prepared'}",
+        f"data.train.0.source.files=[{tmp_path / 'text' / 'train.txt'}]",
+    ]
+    loop.train(configs.load(text, [*moved, "run.stop_after=1"]))
+    (tmp_path / "text" / "train.txt").write_text("Something else.\f" * 99)
+    shutil.rmtree(tmp_path / "prepared")
+    said = message(configs.load(text, moved))
+    assert "the train source train is not the text that this run began with" in said
 
 
 def test_a_second_process_in_the_folder_is_refused(recipe, tmp_path):
@@ -207,8 +229,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(recipe, tmp_path):
 def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(recipe, tmp_path):
     huge = "training.schedule={kind: constant, peak: 1e30, warmup_steps: 0}"
     said = message(recipe(huge, "checkpoint.every=2", "eval.every=0"))
-    assert "step 2: the loss is 5." in said  # the gradient is the first to overflow
-    assert "norm nan" in said
+    assert "step 2: grad_norm is nan" in said  # the gradient is the first to overflow
     assert "lower training.schedule.peak" in said
     assert "stays at step 0" in said
     assert [line["step"] for line in steps_of(tmp_path / "run")] == [1]
