@@ -3,7 +3,6 @@
 Any key of the recipe can be overridden: --section.key=value. With the same run folder it resumes.
 """
 
-import dataclasses
 import json
 import sys
 
@@ -45,16 +44,14 @@ def report(config: configs.Config, result: Result) -> None:
     for key, value in summary["eval"].items():
         print(f"{key:30} {value:.4f}")
     if config.sample.max_new_tokens:
-        wanted = dataclasses.asdict(config.sample)
-        prompt = wanted.pop("prompt")
-        model = jllama.load(result.folder)
+        wanted = configs.to_dict(config.sample)
+        prompt = summary["sample"] = wanted.pop("prompt")
         print(f"--- a sample, after {prompt!r}")
-        pieces = []
+        model = jllama.load(result.folder)
         for piece in model.stream(prompt, seed=config.run.seed, **wanted):
-            pieces.append(piece)
+            summary["sample"] += piece
             print(piece, end="", flush=True)
         print()
-        summary["sample"] = prompt + "".join(pieces)
         save()
 
 

@@ -74,6 +74,15 @@ def test_eight_devices_equal_one(sizes, one_device):
     check_same(got, one_device)
 
 
+def test_muon_on_eight_devices_equals_one():
+    muon = (
+        "training.optimizer={kind: muon, momentum: 0.9, beta1: 0.9, beta2: 0.95, eps: 1e-8,"
+        " weight_decay: 0.1, clip_norm: 1.0}"
+    )
+    config = recipes.in_memory(muon)
+    check_same(train(config, fsdp=4, tensor=2), train(config))
+
+
 @pytest.mark.parametrize("accumulate", [2, 8])
 def test_accumulation_equals_the_large_batch(accumulate, one_device):
     config = recipes.in_memory(f"training.accumulate={accumulate}")
