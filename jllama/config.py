@@ -447,7 +447,7 @@ class EvalConfig:
     batch_size: PositiveInt = _default("rows at a time", 16)
     max_rows: Count = _default("rows per evaluation while training; 0 is all", 0)
     stride: Count = _default(
-        "at the end: new tokens scored per row, the rest being context; 0 is the whole row", 0
+        "at the end: new tokens scored per row, the rest being context; 0 is all of them", 0
     )
     compare_xz: bool = _default("at the end: also compress the held-out text with xz -9", False)
 
@@ -520,10 +520,6 @@ class Config:
         if self.data.length > self.model.max_length:
             raise ValueError(
                 f"data.length={self.data.length} is above model.max_length={self.model.max_length}"
-            )
-        if self.eval.stride > self.data.length:
-            raise ValueError(
-                f"eval.stride={self.eval.stride} is above data.length={self.data.length}"
             )
         if self.sample.max_new_tokens >= self.model.max_length:
             raise ValueError(

@@ -50,9 +50,7 @@ def test_info_of_a_yaml_file(tmp_path, capsys):
 
 
 def test_info_of_a_run_folder_uses_the_length_of_its_rows(tmp_path, capsys):
-    recipe = config.load(
-        config.configs_folder() / "train" / "tiny.yaml", ["data.length=32", "eval.stride=0"]
-    )
+    recipe = config.load(config.configs_folder() / "train" / "tiny.yaml", ["data.length=32"])
     (tmp_path / "config.yaml").write_text(config.to_yaml(recipe))
     assert cli.main(["info", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["length"] == 32

@@ -226,7 +226,7 @@ class _Run:
         nll = weight = bits = size = 0.0
         for name, prepared in self.data.held_out.items():
             rows = self.data.held_out_rows[name]
-            if stride and isinstance(rows, CutRows):
+            if 0 < stride < rows.length and isinstance(rows, CutRows):
                 rows = CutRows(prepared, self.config.data.length, stride=stride)
             here = [0.0, 0.0]
             for batch in eval_batches(rows, self.config.eval.batch_size, max_rows):

@@ -28,7 +28,8 @@ STEPS = (3, 7)
 def recipe():
     # More rows in the model's vocabulary than the tokenizer has; and a mesh that is not here.
     model = dataclasses.replace(tiny.config(vocab_size=448, num_layers=2), max_length=96)
-    recipe = configs.load(configs.configs_folder() / "train" / "tiny.yaml", ["data.length=64"])
+    path = configs.configs_folder() / "train" / "tiny.yaml"
+    recipe = configs.load(path, ["data.length=64", "sample.max_new_tokens=0"])
     tokenizer = TrainedTokenizer(kind="train", vocab_size=400)
     mesh = MeshConfig(fsdp=64, tensor=64)
     return dataclasses.replace(recipe, model=model, tokenizer=tokenizer, mesh=mesh)
