@@ -4,6 +4,8 @@ A newline ends each of several samples on stdout and a line --- separates them o
 """
 
 import argparse
+import os
+import signal
 import sys
 
 import jllama
@@ -45,5 +47,12 @@ def main(argv: list[str] | None = None) -> None:
             print(flush=True)
 
 
+def interrupted(*_) -> None:
+    # Not an exception, which a callback from compiled code may swallow; every piece is flushed.
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupted)
     sys.exit(exit_status(main))
