@@ -199,7 +199,7 @@ def test_tracing_and_compiling_take_no_longer_for_80_layers_than_for_8():
     try:
         build(2)  # what is done once for all is not counted
         shallow, deep = build(8), build(80)
-        for _ in range(2):
+        for _ in range(4):  # a shared machine is noisy; the least of several counts
             if deep[0] <= 1.3 * shallow[0]:
                 break
             shallow = min(shallow, build(8))
