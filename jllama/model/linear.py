@@ -18,7 +18,7 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     So a float32 kernel has a float32 gradient, summed over devices in float32, under bfloat16 too.
 
     Autodiff forms it as `(dy^T x)^T`, for which XLA's CPU backend transposes dy inside the fusion
-    that makes it: 10% of a small model's step. On GPU and TPU both are the same product.
+    that makes it: 8% of a small model's step. On GPU and TPU both are the same product.
     """
     return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
 
