@@ -7,23 +7,24 @@ import json
 import sys
 
 import jllama
-from jllama import config as configs
+from jllama import recipe
 from jllama.cli import exit_status
+from jllama.config import Config
 from jllama.evaluate.compress import xz_bits_per_byte
 from jllama.train.loop import Result, train
 
 
 def main(argv: list[str]) -> None:
     if "-h" in argv or "--help" in argv:
-        print(f"{__doc__}\n{configs.help_text()}")
+        print(f"{__doc__}\n{recipe.help_text()}")
         return
-    config = configs.from_arguments(argv)
+    config = recipe.from_arguments(argv)
     result = train(config)
     if result.done:
         report(config, result)
 
 
-def report(config: configs.Config, result: Result) -> None:
+def report(config: Config, result: Result) -> None:
     """Writes summary.json, and prints the figures and the sample."""
     summary = {
         "steps": result.steps,
@@ -44,7 +45,7 @@ def report(config: configs.Config, result: Result) -> None:
     for key, value in summary["eval"].items():
         print(f"{key:30} {value:.4f}")
     if config.sample.max_new_tokens:
-        wanted = configs.to_dict(config.sample)
+        wanted = recipe.to_dict(config.sample)
         prompt = summary["sample"] = wanted.pop("prompt")
         print(f"--- a sample, after {prompt!r}")
         model = jllama.load(result.folder)

@@ -13,7 +13,8 @@ import time
 import jax
 import numpy as np
 
-from jllama import config as configs
+from jllama import recipe as recipes
+from jllama.config import Config
 from jllama.errors import UserError
 from jllama.flops import train_flops_per_token
 from jllama.hardware import measured_matmul_flops
@@ -24,16 +25,20 @@ from jllama.train.state import define_state, init_state
 from jllama.train.step import make_train_step
 
 
-def recipe(args: argparse.Namespace) -> configs.Config:
+def recipe(args: argparse.Namespace) -> Config:
     """The recipe of the run: the model's own config with the published optimizer."""
-    model = configs.to_dict(configs.load_model(args.model))
+    model = recipes.to_dict(recipes.load_model(args.model))
     optimizer = {"kind": "adamw", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8,
                  "weight_decay": 0.1, "clip_norm": 1.0}  # fmt: skip
     source = {"name": "random", "source": {"kind": "text", "files": ["unused"]}}
     data = {
         "model": model,
         # Blocks that stay in a CPU's cache; --set changes them.
-        "compute": {"dtype": args.dtype, "loss_block": 32, "attention_block": 128},
+        "compute": {
+            "dtype": args.dtype,
+            "loss_block": 32,
+            "attention": {"kind": "auto", "block": 128},
+        },
         "tokenizer": {"kind": "sentencepiece", "path": "unused"},
         "data": {"length": args.length, "packing": {"kind": "cut"}, "train": [source]},
         "training": {
@@ -45,8 +50,8 @@ def recipe(args: argparse.Namespace) -> configs.Config:
         "run": {"name": "benchmark"},
     }
     for item in args.set:
-        data = configs.override(data, [item])
-    return configs.from_dict(data, "benchmark")
+        data = recipes.override(data, [item])
+    return recipes.from_dict(data, "benchmark")
 
 
 def main() -> int:

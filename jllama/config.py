@@ -1,28 +1,15 @@
-"""Every configuration dataclass; how they are loaded, overridden, described and saved.
+"""Every configuration dataclass: frozen, hashable, validated by pydantic.
 
-A recipe is YAML. OmegaConf merges it with dotted overrides, then pydantic validates the result into
-frozen, hashable dataclasses: unknown keys, wrong types and impossible values raise `UserError`, one
-line that names the key. A choice between variants is a sum type with a mandatory `kind`.
+A choice between variants is a sum type with a mandatory `kind`. `jllama.recipe` loads, overrides
+and saves them.
 """
 
 import dataclasses
-import difflib
 import functools
-import json
-import re
-import types
-import typing
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
-
-from jllama.errors import UserError
 
 _PYDANTIC = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 _config = functools.partial(
@@ -142,6 +129,50 @@ class ModelConfig:
 
 
 @_config
+class AutoAttention:
+    """Splash on TPU, cuDNN on GPU where rows are one segment, blockwise elsewhere."""
+
+    kind: Literal["auto"] = _doc("the best kernel for the platform")
+    block: PositiveInt = _default("queries and keys at a time", 512)
+
+
+@_config
+class ReferenceAttention:
+    """All scores of a row at once: memory grows with the square of the length."""
+
+    kind: Literal["reference"] = _doc("all scores at once, for tests and comparisons")
+
+
+@_config
+class BlockwiseAttention:
+    """XLA, with an online softmax over blocks (arXiv:2205.14135): memory grows with the length."""
+
+    kind: Literal["blockwise"] = _doc("XLA, block by block: any platform, any segments")
+    block: PositiveInt = _default("queries and keys at a time", 512)
+
+
+@_config
+class CudnnAttention:
+    """cuDNN's flash attention; it knows no segments, so data.document_mask must be off."""
+
+    kind: Literal["cudnn"] = _doc("cuDNN flash attention on NVIDIA GPUs, without segments")
+
+
+@_config
+class SplashAttention:
+    """Splash attention, jax's Pallas kernel for TPU, with segments."""
+
+    kind: Literal["splash"] = _doc("Pallas kernel for TPU")
+    block: PositiveInt = _default("queries and keys at a time; a multiple of 128", 512)
+
+
+Attention = Annotated[
+    AutoAttention | ReferenceAttention | BlockwiseAttention | CudnnAttention | SplashAttention,
+    Field(discriminator="kind"),
+]
+
+
+@_config
 class ComputeConfig:
     """How the function is computed; the architecture does not depend on it.
 
@@ -152,20 +183,31 @@ class ComputeConfig:
     param_dtype: Literal["float32", "bfloat16"] = _default(
         "stored parameters; bfloat16 loses updates below 1/256 of a weight", "float32"
     )
-    remat: Literal["none", "dots", "full"] = _default(
-        "the backward pass recomputes: none; dots = all but matrix products; full = each block",
+    remat: Literal["none", "dots", "attention", "full", "offload"] = _default(
+        "the backward pass recomputes: none = nothing; dots = all but products and attention;"
+        " attention = all but attention; full = each block; offload = each block, whose input"
+        " waits in the host's memory",
         "none",
     )
-    attention_block: PositiveInt = _default(
-        "queries attended at a time without a cache: memory grows with this times the length",
-        512,
-    )
+    attention: Attention = _default("attention without a cache", AutoAttention(kind="auto"))
     loss_block: PositiveInt = _default(
         "positions of each row whose logits exist at a time in the loss", 256
     )
     scan_unroll: PositiveInt = _default(
         "layers per iteration of the layer loop: more compiles longer and may run faster", 1
     )
+
+
+@_config
+class DistributedConfig:
+    """Processes of one run. Found by JAX on a TPU pod, under SLURM, Open MPI and Kubernetes."""
+
+    detect: bool = _default("look for a cluster; without one the run is a single process", True)
+    coordinator: str = _default("host:port of process 0, to say it by hand; empty is to detect", "")
+    num_processes: Count = _default("with coordinator: processes in all", 0)
+    process_id: int = _default("with coordinator: which of them this is, from 0", -1)
+    heartbeat_seconds: PositiveInt = _default("silence after which a process counts as dead", 100)
+    start_seconds: PositiveInt = _default("wait for all processes to come up", 300)
 
 
 @_config
@@ -194,7 +236,10 @@ class ShardingConfig:
     """Logical axis -> ordered candidates of mesh axes; see `jllama.parallel.sharding`."""
 
     batch: Candidates = _default("rows of a batch", (("replica", "fsdp"),))
-    seq: Candidates = _default("positions of an activation", (("context",), None))
+    seq: Candidates = _default("positions inside attention and MLP", (("context",), None))
+    block_seq: Candidates = _default(
+        "positions between blocks", (("context", "tensor"), ("context",), None)
+    )
     act_embed: Candidates = _default("width of an activation", (None,))
     act_heads: Candidates = _default("heads of an activation", (("tensor",), None))
     act_kv_heads: Candidates = _default("key/value heads of an activation", (("tensor",), None))
@@ -318,6 +363,10 @@ class DataConfig:
 
     length: PositiveInt = _doc("predicted tokens per row")
     packing: Packing = _doc("how documents fill rows")
+    document_mask: bool = _default(
+        "attention and positions stay within a document; false: within the row, as LLaMA 1 and 2",
+        True,
+    )
     train: tuple[SourceConfig, ...] = _doc("training sources", min_length=1)
     held_out: tuple[SourceConfig, ...] = _default("sources for evaluation", ())
     prepare: PrepareConfig = _default("tokenisation on disk", PrepareConfig())
@@ -502,6 +551,7 @@ class Config:
 
     model: ModelConfig = _doc("architecture: a name in configs/model, a YAML file, or its keys")
     compute: ComputeConfig = _doc("how it is computed")
+    distributed: DistributedConfig = _default("processes", DistributedConfig())
     mesh: MeshConfig = _default("devices", MeshConfig())
     sharding: ShardingConfig = _default("placement of parameters and activations", ShardingConfig())
     tokenizer: Tokenizer = _doc("text to tokens")
@@ -526,305 +576,3 @@ class Config:
                 f"sample.max_new_tokens={self.sample.max_new_tokens} leaves no room for a prompt in"
                 f" model.max_length={self.model.max_length}"
             )
-
-
-# ---------------------------------------------------------------------------- load, override, save
-
-T = typing.TypeVar("T")
-
-
-def configs_folder() -> Path:
-    """The shipped recipes: `configs/` of the checkout, or the copy inside an installed wheel."""
-    package = Path(__file__).resolve().parent
-    for folder in (package.parent / "configs", package / "configs"):
-        if (folder / "model").is_dir():
-            return folder
-    raise UserError("the shipped configs are missing: reinstall jllama")
-
-
-def model_names() -> list[str]:
-    """Names of the shipped models, as `model: NAME` takes them."""
-    return sorted(p.stem for p in (configs_folder() / "model").glob("*.yaml"))
-
-
-def _read_yaml(path: Path) -> dict:
-    try:
-        data = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as e:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected keys and values at the top level")
-    return data
-
-
-def _model_dict(name: str) -> dict:
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = configs_folder() / "model" / f"{name}.yaml"
-        if not path.is_file():
-            raise UserError(f"model: no {name!r}; shipped models: {', '.join(model_names())}")
-    return _read_yaml(path)
-
-
-def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
-    """A shipped model by name, or a YAML file; `overrides` are dotted `key=value`."""
-    return _validate(ModelConfig, override(_model_dict(name), overrides), where=name)
-
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a recipe, applies dotted overrides (`model.num_layers=4`), validates."""
-    path = Path(path)
-    data = _read_yaml(path)
-    # `model=NAME` is the model's whole file, wherever it stands; other overrides go on top of it.
-    rest = []
-    for item in overrides:
-        key, _, value = item.partition("=")
-        if key == "model" and not value.lstrip().startswith("{"):
-            data["model"] = value
-        else:
-            rest.append(item)
-    if isinstance(data.get("model"), str):
-        data["model"] = _model_dict(data["model"])
-    return _validate(Config, override(data, rest), where=str(path))
-
-
-def override(data: dict, overrides: Sequence[str]) -> dict:
-    """Sets dotted `key=value` in plain nested values, in place, before validation."""
-    given: set[str] = set()
-    for item in overrides:
-        key, eq, text = item.partition("=")
-        if not eq or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
-            raise UserError(f"{item!r}: an override is written key=value, with dots inside the key")
-        try:
-            value = OmegaConf.to_container(OmegaConf.create({"v": _scalar(text)}))["v"]
-        except (yaml.YAMLError, OmegaConfBaseException) as e:
-            raise UserError(
-                f"{key}: {text!r} is not a YAML value: {' '.join(str(e).split())}"
-            ) from None
-        _assign(data, key, value, given)
-        given.add(key)
-    return data
-
-
-def _scalar(text: str) -> Any:
-    # OmegaConf's own dotlist parser reads 1e-3 as a number, which plain YAML 1.1 does not.
-    if re.fullmatch(r"(\d+:\d+)?", text):
-        return text  # nothing is no null; YAML 1.1 takes FROM:TO for a number in base 60
-    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"v={text}"]))["v"]
-    # Plain text is taken as it stands: YAML would drop spaces at its ends and what follows " #".
-    plain = isinstance(value, str) and not text.lstrip().startswith(("'", '"', "|", ">", "&", "!"))
-    return text if plain else value
-
-
-def _assign(data: dict, key: str, value: Any, given: set[str]) -> None:
-    node: Any = data
-    *parents, last = key.split(".")
-    for i, name in enumerate(parents):
-        if isinstance(node, list):
-            node = node[_index(node, name, ".".join(parents[: i + 1]))]
-        else:
-            if node.get(name) is None:
-                node[name] = {}
-            node = node[name]
-        if not isinstance(node, (dict, list)):
-            raise UserError(f"{key}: {'.'.join(parents[: i + 1])} is a single value, without keys")
-    if isinstance(node, list):
-        node[_index(node, last, key)] = value
-    elif last == "kind" and node.get("kind") != value:
-        # Another member of a sum type: the keys of the old one mean nothing in it. Those that an
-        # earlier override set are meant for the new one.
-        kept = {k: v for k, v in node.items() if ".".join([*parents, k]) in given}
-        node.clear()
-        node |= kept | {"kind": value}
-    else:
-        node[last] = value
-
-
-def _index(node: list, name: str, key: str) -> int:
-    if not name.isdigit() or int(name) >= len(node):
-        raise UserError(f"{key}: a list of {len(node)} takes an index below {len(node)}")
-    return int(name)
-
-
-def _validate(cls: type[T], data: dict, where: str) -> T:
-    try:
-        # JSON mode: strict about types, and lists still become tuples.
-        return pydantic.TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
-    except (TypeError, ValueError) as e:
-        if isinstance(e, pydantic.ValidationError):
-            raise UserError(f"{where}: {_explain(cls, e)}") from None
-        raise UserError(f"{where}: not plain values: {e}") from None
-
-
-def _explain(cls: type, error: pydantic.ValidationError) -> str:
-    # An unknown key is the likeliest mistake and the likeliest cause of the others.
-    errors = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
-    first = errors[0]
-    path, allowed, tags = _walk(cls, first["loc"])
-    key = ".".join(path) or "config"
-    kind = first["type"]
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = difflib.get_close_matches(path[-1], allowed, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        text = f"unknown key; {hint}allowed: {', '.join(allowed)}"
-    elif kind in ("missing", "missing_argument"):
-        text = "is required and missing"
-    elif kind == "union_tag_not_found":
-        text = f"needs a kind; allowed: {', '.join(map(repr, tags))}"
-    elif kind == "union_tag_invalid":
-        text = f"kind {first['ctx']['tag']!r} is unknown; allowed: {first['ctx']['expected_tags']}"
-    elif kind == "value_error":
-        text = str(first["ctx"]["error"])
-    else:
-        text = first["msg"][0].lower() + first["msg"][1:] + f", not {json.dumps(first['input'])}"
-        if kind == "string_type" and not isinstance(first["input"], dict | list):
-            text += "; put text that YAML reads as something else in double quotes"
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return f"{key}: {text}{more}"
-
-
-def _walk(cls: Any, loc: Sequence[str | int]) -> tuple[list[str], list[str], list[str]]:
-    """Pydantic's location without the sum types' tags; the keys and the kinds allowed there."""
-    path: list[str] = []
-    allowed: list[str] = []
-    members = _members(cls)
-    for part in loc:
-        tag = next((m for m in members if _tag(m) == part), None)
-        if tag is not None and len(members) > 1:
-            members = (tag,)
-            continue
-        path.append(str(part))
-        fields = {f.name: f for m in members if dataclasses.is_dataclass(m) for f in _fields(m)}
-        allowed = list(fields) or allowed
-        if isinstance(part, str) and part in fields:
-            members = _members(_hints_of(members, part))
-    return path, allowed, [t for m in members if (t := _tag(m))]
-
-
-def _fields(cls: type) -> tuple:
-    return dataclasses.fields(cls)
-
-
-def _hints_of(members: Sequence[type], name: str) -> Any:
-    owner = next(m for m in members if name in {f.name for f in _fields(m)})
-    return typing.get_type_hints(owner, include_extras=True)[name]
-
-
-def _strip(hint: Any) -> Any:
-    while typing.get_origin(hint) is Annotated:
-        hint = typing.get_args(hint)[0]
-    return hint
-
-
-def _members(hint: Any) -> tuple[type, ...]:
-    """The dataclasses that a type hint admits: itself, a union's members, or a tuple's items."""
-    hint = _strip(hint)
-    if dataclasses.is_dataclass(hint):
-        return (hint,)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType, tuple):
-        return tuple(m for a in typing.get_args(hint) if a is not Ellipsis for m in _members(a))
-    return ()
-
-
-def _tag(cls: type) -> str | None:
-    kind = typing.get_type_hints(cls).get("kind") if dataclasses.is_dataclass(cls) else None
-    return typing.get_args(kind)[0] if kind is not None else None
-
-
-def to_dict(config: Any) -> Any:
-    """Plain nested values of a config, fit for YAML and JSON."""
-    return json.loads(pydantic.TypeAdapter(type(config)).dump_json(config))
-
-
-def from_dict(data: dict, where: str) -> Config:
-    """The inverse of `to_dict` for a whole recipe; `where` names the file in errors."""
-    return _validate(Config, data, where)
-
-
-def to_yaml(config: Any) -> str:
-    """The resolved config as YAML; `load` reads it back to an equal config."""
-    # OmegaConf's own writer: it quotes every text that its reader would take for a number.
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(to_dict(config))))
-
-
-def _escaped(value: Any) -> Any:
-    """Nested values in which no text is an interpolation: `load` would resolve `${...}`."""
-    match value:
-        case dict():
-            return {k: _escaped(v) for k, v in value.items()}
-        case list():
-            return [_escaped(v) for v in value]
-        case str():
-            return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
-    return value
-
-
-def describe(cls: type = Config, prefix: str = "") -> list[tuple[str, str, str]]:
-    """Every key of a recipe, as (dotted key, type, meaning with its default)."""
-    rows = []
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for field in _fields(cls):
-        hint, key = hints[field.name], prefix + field.name
-        members = _members(hint)
-        many = typing.get_origin(_strip(hint)) is tuple
-        info = field.default  # pydantic keeps its FieldInfo here
-        meaning = info.description
-        if not members:
-            if not info.is_required():
-                meaning += f" [{pydantic.TypeAdapter(hint).dump_json(info.default).decode()}]"
-            rows.append((key, _type_name(hint), meaning))
-            continue
-        kinds = [k for m in members if (k := _tag(m))]
-        rows.append((key, "list" if many else " | ".join(kinds) or "keys", meaning))
-        for member in members:
-            inner = f"{key}.0." if many else f"{key}."
-            tag = _tag(member)
-            for k, t, m in describe(member, inner):
-                rows.append((k, t, f"({tag}) {m}" if len(kinds) > 1 and tag else m))
-    return rows
-
-
-def _type_name(hint: Any) -> str:
-    hint = _strip(hint)
-    if typing.get_origin(hint) is Literal:
-        return "|".join(str(a) for a in typing.get_args(hint))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        names = [_type_name(a) for a in typing.get_args(hint)]
-        return "|".join(names)
-    if typing.get_origin(hint) is tuple:
-        return "list"
-    return {type(None): "null"}.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def from_arguments(argv: Sequence[str]) -> Config:
-    """The recipe of a command line: `--config F --section.key=value --section.key value ...`."""
-    pairs, rest = [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise UserError(f"{word!r}: expected --config FILE or --section.key=value")
-        key, eq, value = word[2:].partition("=")
-        if not eq:
-            if not rest or rest[0].startswith("--"):
-                raise UserError(f"--{key}: needs a value")
-            value = rest.pop(0)
-        pairs.append((key, value))
-    files = [value for key, value in pairs if key == "config"]
-    if len(files) != 1:
-        raise UserError(f"--config FILE: give it once; shipped: {', '.join(_recipes())}")
-    return load(files[0], [f"{key}={value}" for key, value in pairs if key != "config"])
-
-
-def _recipes() -> list[str]:
-    return [f"configs/train/{p.name}" for p in sorted((configs_folder() / "train").glob("*.yaml"))]
-
-
-def help_text() -> str:
-    """Every key of a recipe with its type, meaning and default, one a line."""
-    rows = [(f"--{key}", kind, meaning) for key, kind, meaning in describe()]
-    width = max(len(key) for key, _, _ in rows)
-    lines = [f"{key:{width}}  {kind}: {meaning}" for key, kind, meaning in rows]
-    recipes = "\n  ".join(_recipes())
-    return f"--config FILE: the recipe; shipped:\n  {recipes}\n\nKeys:\n" + "\n".join(lines)

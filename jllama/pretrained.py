@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jllama import config as configs
+from jllama import recipe as recipes
 from jllama.config import ComputeConfig, MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.generate import engine
@@ -183,7 +183,7 @@ def load(path: str | Path, dtype: str | None = None) -> Llama:
       UserError: if the path is neither, the run has no checkpoint, or the dtype is another.
     """
     run, step = _locate(Path(path).expanduser())
-    recipe = configs.load(run / "config.yaml")
+    recipe = recipes.load(run / "config.yaml")
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
     use_compilation_cache(recipe.run.compilation_cache)

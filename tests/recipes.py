@@ -8,7 +8,7 @@ import numpy as np
 import tiny
 import yaml
 
-from jllama import config as configs
+from jllama import recipe as recipes
 from jllama.config import Config
 
 _OPTIMIZER = {
@@ -25,7 +25,7 @@ def in_memory(*overrides: str, **model) -> Config:
     """A recipe whose batches are `batch`; overrides are dotted key=value."""
     sizes = {"vocab_size": 96, "num_layers": 2, "num_kv_heads": 2, "max_length": 64} | model
     data = {
-        "model": configs.to_dict(tiny.config(**sizes)),
+        "model": recipes.to_dict(tiny.config(**sizes)),
         "compute": {"dtype": "float32"},
         "tokenizer": {"kind": "sentencepiece", "path": "unused"},
         "data": {
@@ -41,7 +41,7 @@ def in_memory(*overrides: str, **model) -> Config:
         },
         "run": {"name": "test"},
     }
-    return configs.from_dict(configs.override(data, overrides), "test")
+    return recipes.from_dict(recipes.override(data, overrides), "test")
 
 
 def batch(config: Config, step: int = 0) -> dict[str, np.ndarray]:
@@ -93,7 +93,7 @@ def on_disk(folder: Path, **model) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, count, seed in (("train", 200, 1), ("held_out", 12, 2)):
         (folder / f"{name}.txt").write_text("\f".join(texts(count, seed)), encoding="utf-8")
-    data = configs.to_dict(in_memory(**{"vocab_size": 320, "max_length": 48, **model}))
+    data = recipes.to_dict(in_memory(**{"vocab_size": 320, "max_length": 48, **model}))
 
     def source(name):
         text = {"kind": "text", "files": [str(folder / f"{name}.txt")], "separator": "\f"}

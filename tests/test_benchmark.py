@@ -10,7 +10,7 @@ import jax
 import pytest
 import tiny
 
-from jllama import config as configs
+from jllama import recipe
 from jllama.flops import train_flops_per_token
 from jllama.parallel.mesh import make_mesh
 
@@ -23,7 +23,7 @@ def test_it_prints_its_figures_as_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "measured_matmul_flops", lambda dtype: 4e9)
     model = tiny.config(num_layers=1)
     path = tmp_path / "model.yaml"
-    path.write_text(configs.to_yaml(model))
+    path.write_text(recipe.to_yaml(model))
     args = f"--model {path} --batch 2 --length 16 --dtype float32 --steps 3 --json"
     monkeypatch.setattr(sys, "argv", ["train_step", *args.split()])
     assert benchmark.main() == 0

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from jllama import cli, config
+from jllama import cli
+from jllama import recipe as recipes
 from jllama.errors import UserError
 
 
@@ -37,21 +38,21 @@ def test_info_for_people(capsys):
 def test_info_lists_every_shipped_model(args, capsys):
     assert cli.main(["info", *args]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines[1:]} == set(config.model_names())
+    assert {line.split()[0] for line in lines[1:]} == set(recipes.model_names())
     assert len({len(line) for line in lines}) == 1, "columns are aligned"
 
 
 def test_info_of_a_yaml_file(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
-    file.write_text(config.to_yaml(config.load_model("stories-15m", ["num_layers=1"])))
+    file.write_text(recipes.to_yaml(recipes.load_model("stories-15m", ["num_layers=1"])))
     assert cli.main(["info", str(file), "--json"]) == 0
     saved = 5 * (4 * 288 * 288 + 3 * 288 * 768 + 2 * 288)
     assert json.loads(capsys.readouterr().out)["parameters"] == 15_191_712 - saved
 
 
 def test_info_of_a_run_folder_uses_the_length_of_its_rows(tmp_path, capsys):
-    recipe = config.load(config.configs_folder() / "train" / "tiny.yaml", ["data.length=32"])
-    (tmp_path / "config.yaml").write_text(config.to_yaml(recipe))
+    recipe = recipes.load(recipes.configs_folder() / "train" / "tiny.yaml", ["data.length=32"])
+    (tmp_path / "config.yaml").write_text(recipes.to_yaml(recipe))
     assert cli.main(["info", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["length"] == 32
 

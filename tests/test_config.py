@@ -11,11 +11,15 @@ import annotated_types
 import pytest
 
 from jllama import config
+from jllama import recipe as recipes
 from jllama.config import (
     AdamWConfig,
+    AutoAttention,
+    BlockwiseAttention,
     Config,
     ConstantSchedule,
     CosineSchedule,
+    CudnnAttention,
     CutPacking,
     FanInInit,
     JsonlSource,
@@ -25,6 +29,8 @@ from jllama.config import (
     MuonConfig,
     NoRopeScaling,
     ParquetSource,
+    ReferenceAttention,
+    SplashAttention,
     StdlibSource,
     TextSource,
     TfdsSource,
@@ -87,6 +93,11 @@ MEMBERS = {
     },
     TruncatedNormalInit: {"std": 0.02, "scale_residual": True},
     FanInInit: {"embedding_std": 0.5, "scale_residual": False},
+    AutoAttention: {},
+    ReferenceAttention: {},
+    BlockwiseAttention: {},
+    CudnnAttention: {},
+    SplashAttention: {},
     StdlibSource: {"split": "train"},
     TfdsSource: {"name": "c4/en:3.1.0", "split": "train"},
     TextSource: {"files": ["a.txt", "b/*.txt"]},
@@ -202,7 +213,7 @@ def test_every_member_and_every_chosen_key_exists():
     found = {m for m in vars(config).values() if dataclasses.is_dataclass(m) and tag(m)}
     assert found == set(MEMBERS)
     assert {key for _, key, _ in LEAVES} >= set(CHOSEN)
-    described = {key for key, _, _ in config.describe() if not key.endswith("kind")}
+    described = {key for key, _, _ in recipes.describe() if not key.endswith("kind")}
     assert described >= {key for _, key, _ in LEAVES}
 
 
@@ -212,15 +223,15 @@ def test_every_member_and_every_chosen_key_exists():
     ids=[":".join([*re.findall(r'kind": "(\w+)', "".join(s)), k]) for s, k, _ in LEAVES],
 )
 def test_an_override_changes_its_key_and_no_other(recipe, setup, key, hint):
-    before = flatten(config.to_dict(config.load(recipe, setup)))
+    before = flatten(recipes.to_dict(recipes.load(recipe, setup)))
     new = CHOSEN[key] if key in CHOSEN else another(hint, before[key])
     assert new != before[key]
-    after = flatten(config.to_dict(config.load(recipe, [*setup, f"{key}={json.dumps(new)}"])))
+    after = flatten(recipes.to_dict(recipes.load(recipe, [*setup, f"{key}={json.dumps(new)}"])))
     assert after == {**before, key: new}
 
 
 def test_an_override_reads_numbers_and_words_as_people_write_them(recipe):
-    loaded = config.load(
+    loaded = recipes.load(
         recipe,
         ["training.schedule.peak=3e-4", "run.name=b-2", "data.held_out=[]", "eval.compare_xz=true"],
     )
@@ -231,7 +242,7 @@ def test_an_override_reads_numbers_and_words_as_people_write_them(recipe):
 
 
 def test_another_kind_drops_the_keys_of_the_old_one(recipe):
-    loaded = config.load(
+    loaded = recipes.load(
         recipe,
         ["tokenizer.kind=sentencepiece", "tokenizer.path=m.model", "tokenizer.kind=sentencepiece"],
     )
@@ -239,8 +250,8 @@ def test_another_kind_drops_the_keys_of_the_old_one(recipe):
 
 
 def test_a_model_is_overridden_by_name_then_by_key(recipe):
-    loaded = config.load(recipe, ["model.num_layers=3", "model=stories-15m"])
-    assert loaded.model == config.load_model("stories-15m", ["num_layers=3"])
+    loaded = recipes.load(recipe, ["model.num_layers=3", "model=stories-15m"])
+    assert loaded.model == recipes.load_model("stories-15m", ["num_layers=3"])
 
 
 @pytest.mark.parametrize(
@@ -285,7 +296,7 @@ def test_a_model_is_overridden_by_name_then_by_key(recipe):
 )
 def test_a_mistake_is_one_line_with_the_key_and_what_is_allowed(recipe, overrides, said):
     with pytest.raises(UserError) as caught:
-        config.load(recipe, overrides)
+        recipes.load(recipe, overrides)
     message = str(caught.value)
     assert re.search(said, message), message
     assert "\n" not in message
@@ -307,40 +318,40 @@ def test_a_bad_file_is_named(tmp_path, text, said):
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError) as caught:
-        config.load(path)
+        recipes.load(path)
     assert str(caught.value).startswith(str(path))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "path", sorted((config.configs_folder() / "train").glob("*.yaml")), ids=lambda p: p.stem
+    "path", sorted((recipes.configs_folder() / "train").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_a_saved_recipe_loads_to_an_equal_one(path, tmp_path):
-    loaded = config.load(path)
+    loaded = recipes.load(path)
     saved = tmp_path / "config.yaml"
-    saved.write_text(config.to_yaml(loaded))
-    again = config.load(saved)
-    assert again == loaded == config.from_dict(config.to_dict(loaded), "test")
+    saved.write_text(recipes.to_yaml(loaded))
+    again = recipes.load(saved)
+    assert again == loaded == recipes.from_dict(recipes.to_dict(loaded), "test")
     assert hash(again) == hash(loaded)
 
 
 def test_configs_are_frozen_and_serve_as_keys():
-    model = config.load_model("tiny")
+    model = recipes.load_model("tiny")
     with pytest.raises(dataclasses.FrozenInstanceError):
         model.num_layers = 3
-    assert {model: "found"}[config.load_model("tiny")] == "found"
+    assert {model: "found"}[recipes.load_model("tiny")] == "found"
     assert dataclasses.replace(model, num_layers=99) not in {model}
 
 
 def test_constructing_a_config_in_code_is_validated_too():
-    values = config.to_dict(config.load_model("tiny"))
+    values = recipes.to_dict(recipes.load_model("tiny"))
     with pytest.raises(ValueError, match="must divide"):
         ModelConfig(**{**values, "num_kv_heads": values["num_heads"] + 1})
 
 
 def test_every_key_is_described():
-    for key, kind, meaning in config.describe():
+    for key, kind, meaning in recipes.describe():
         assert key
         assert kind
         assert meaning, f"{key} has no meaning"

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jllama import config, flops
-from jllama.config import ComputeConfig, ModelConfig, NoRopeScaling
+from jllama import flops
+from jllama import recipe as recipes
+from jllama.config import BlockwiseAttention, ComputeConfig, ModelConfig, NoRopeScaling
 from jllama.model.cache import init_cache
 from jllama.model.llama import apply, init_params, logits
 
@@ -43,7 +44,10 @@ def _masked(model: ModelConfig, block: int) -> float:
 def _xla_flops(model: ModelConfig, length: int, block: int, *, train: bool) -> float:
     # XLA counts the body of a loop once: unroll the layers.
     compute = ComputeConfig(
-        dtype="float32", scan_unroll=model.num_layers, attention_block=block, loss_block=length
+        dtype="float32",
+        scan_unroll=model.num_layers,
+        attention=BlockwiseAttention(kind="blockwise", block=block),
+        loss_block=length,
     )
     params = jax.eval_shape(lambda: init_params(model, compute, jax.random.key(0)))
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
@@ -76,7 +80,7 @@ def test_training_flops_of_llama2_7b_by_hand():
     # 6 FLOPs per parameter that is multiplied, and 12 L D (T+1)/2 for attention.
     multiplied = 6_738_415_616 - 32_000 * 4096 - (2 * 32 + 1) * 4096
     expected = 6 * multiplied + 12 * 32 * 4096 * 4097 / 2
-    assert flops.train_flops_per_token(config.load_model("llama2-7b"), 4096) == expected
+    assert flops.train_flops_per_token(recipes.load_model("llama2-7b"), 4096) == expected
 
 
 def test_one_position_of_the_cache_has_the_bytes_of_one_token():

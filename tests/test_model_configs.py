@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 
-from jllama import config
+from jllama import recipe as recipes
 from jllama.config import ComputeConfig
 from jllama.flops import parameter_count
 from jllama.model.llama import init_params
@@ -66,33 +66,33 @@ def _count(model) -> int:
 
 
 def test_every_shipped_model_is_checked():
-    assert set(config.model_names()) == {*PUBLISHED, "tiny"}
+    assert set(recipes.model_names()) == {*PUBLISHED, "tiny"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_of_the_model_are_the_published_ones(name):
-    assert _count(config.load_model(name)) == PUBLISHED[name]
+    assert _count(recipes.load_model(name)) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_analytic_count_is_the_published_one(name):
-    assert parameter_count(config.load_model(name)) == PUBLISHED[name]
+    assert parameter_count(recipes.load_model(name)) == PUBLISHED[name]
 
 
 def test_analytic_count_follows_qk_norm():
-    model = dataclasses.replace(config.load_model("llama3.2-1b"), qk_norm=True)
+    model = dataclasses.replace(recipes.load_model("llama3.2-1b"), qk_norm=True)
     assert parameter_count(model) == _count(model) == PUBLISHED["llama3.2-1b"] + 16 * 2 * 64
 
 
 @pytest.mark.parametrize("name", NUMERICS)
 def test_length_epsilon_and_theta(name):
-    model = config.load_model(name)
+    model = recipes.load_model(name)
     assert (model.max_length, model.rms_norm_eps, model.rope_theta) == NUMERICS[name]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_only_llama_3_1_and_later_scale_their_frequencies(name):
-    rope = config.to_dict(config.load_model(name).rope)
+    rope = recipes.to_dict(recipes.load_model(name).rope)
     factor = {"llama3.1": 8.0, "llama3.2": 32.0}.get(name.split("-")[0])
     if factor is None:
         assert rope == {"kind": "none"}
@@ -115,7 +115,7 @@ def test_only_llama_3_1_and_later_scale_their_frequencies(name):
     ],
 )
 def test_pretraining_recipes_follow_the_papers(recipe, tokens, peak, warmup, floor):
-    loaded = config.load(config.configs_folder() / "train" / f"{recipe}.yaml")
+    loaded = recipes.load(recipes.configs_folder() / "train" / f"{recipe}.yaml")
     assert recipe == f"pretrain-{loaded.run.name.removeprefix('pretrain-')}"
     training = loaded.training
     tokens_per_step = training.batch_size * loaded.data.length

@@ -16,7 +16,7 @@ import recipes
 import yaml
 
 from jllama import cli
-from jllama import config as configs
+from jllama import recipe as configs
 from jllama.train.checkpoint import latest_step
 from jllama.train.loop import flatten
 from jllama.train.metrics import read

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jllama import config
+from jllama import recipe as recipes
 from jllama.errors import UserError
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.run_folder)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: no run folder, config.yaml is missing")
-    recipe = config.load(folder / "config.yaml", [f"mesh.{size}" for size in args.mesh])
+    recipe = recipes.load(folder / "config.yaml", [f"mesh.{size}" for size in args.mesh])
     step = latest_step(folder) if args.step is None else args.step
     if step is None:
         raise UserError(f"{folder}: the run has no checkpoint yet; train it first")

@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jllama import config, flops
+from jllama import flops
+from jllama import recipe as recipes
+from jllama.config import ModelConfig
 from jllama.errors import UserError
 
 
@@ -34,25 +36,25 @@ def run(args: argparse.Namespace) -> None:
         figures = describe(args.model, *_load(args.model), length=args.length)
         print(json.dumps(figures, indent=2) if args.json else _page(figures))
         return
-    shipped = [describe(name, *_load(name), length=args.length) for name in config.model_names()]
+    shipped = [describe(name, *_load(name), length=args.length) for name in recipes.model_names()]
     shipped.sort(key=lambda figures: figures["parameters"])
     print(json.dumps(shipped, indent=2) if args.json else _table(shipped))
 
 
-def _load(model: str) -> tuple[config.ModelConfig, int]:
+def _load(model: str) -> tuple[ModelConfig, int]:
     """The model, and the length of the rows it is trained on."""
     folder = Path(model)
-    if model not in config.model_names() and folder.is_dir():
+    if model not in recipes.model_names() and folder.is_dir():
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{model}: no run folder, config.yaml is missing")
-        recipe = config.load(folder / "config.yaml")
+        recipe = recipes.load(folder / "config.yaml")
         return recipe.model, recipe.data.length
-    found = config.load_model(model)
+    found = recipes.load_model(model)
     return found, found.max_length
 
 
 def describe(
-    name: str, model: config.ModelConfig, row_length: int, length: int | None = None
+    name: str, model: ModelConfig, row_length: int, length: int | None = None
 ) -> dict[str, Any]:
     """The figures of `--json`."""
     length = row_length if length is None else length

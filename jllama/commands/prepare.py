@@ -2,7 +2,7 @@
 
 import argparse
 
-from jllama import config
+from jllama import recipe as recipes
 from jllama.data.dataset import open_data, open_tokenizer
 from jllama.data.prepared import Prepared
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    recipe = config.from_arguments(["--config", args.config, *args.overrides])
+    recipe = recipes.from_arguments(["--config", args.config, *args.overrides])
     tokenizer = open_tokenizer(recipe)
     data = open_data(recipe, tokenizer)
     for part, sources in (("train", data.sources), ("held_out", data.held_out)):

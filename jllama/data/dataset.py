@@ -24,13 +24,13 @@ from jllama.config import (
     TokenizerFile,
     TrainedTokenizer,
     WholePacking,
-    to_dict,
 )
 from jllama.data import source as sources
 from jllama.data.pack import CutRows, Row, Rows, WholeRows, empty_row
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError
+from jllama.recipe import to_dict
 from jllama.text.tokenizer import SentencePieceTokenizer, load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
 

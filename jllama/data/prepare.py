@@ -26,12 +26,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jllama.config import PrepareConfig, SourceConfig, to_dict
+from jllama.config import PrepareConfig, SourceConfig
 from jllama.data import files, worker
 from jllama.data import source as sources
 from jllama.data.prepared import FORMAT, MARKER, Prepared
 from jllama.data.records import ShardWriter, write_tfds_metadata
 from jllama.errors import UserError
+from jllama.recipe import to_dict
 from jllama.text.tokenizer import SentencePieceTokenizer
 
 _CHUNK_CHARACTERS = 1 << 18  # text that goes to a process at a time

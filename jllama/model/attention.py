@@ -96,7 +96,7 @@ class Attention(nn.Module):
         v = constrain(v, "batch", "seq", "act_kv_heads", None)
 
         if cache is None:
-            out = attend_row(q, k, v, segments, self.compute.attention_block)
+            out = attend_row(q, k, v, segments, getattr(self.compute.attention, "block", 512))
         else:
             rows = jnp.arange(x.shape[0])[:, None]
             cache = Cache(

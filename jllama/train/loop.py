@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from jllama import config as configs
+from jllama import recipe as recipes
 from jllama.config import Config
 from jllama.data.dataset import Data, eval_batches, open_data, open_tokenizer
 from jllama.data.pack import CutRows
@@ -92,7 +92,7 @@ def train(config: Config) -> Result:
             tokenizer.save(folder / "tokenizer.model")
             _write(folder / _DATA, json.dumps(_digests(data), indent=1))
             state = init_state(definition, config.run.seed)
-        _write(folder / "config.yaml", configs.to_yaml(config))
+        _write(folder / "config.yaml", recipes.to_yaml(config))
         metrics = Metrics(folder, start, config.training.steps, config.run.log_every)
         if start:
             metrics.say(f"resumed at step {start} of {config.training.steps}")
@@ -291,8 +291,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _check_same_config(folder: Path, config: Config) -> None:
-    old = configs.load(folder / "config.yaml")
-    before, after = flatten(configs.to_dict(old)), flatten(configs.to_dict(config))
+    old = recipes.load(folder / "config.yaml")
+    before, after = flatten(recipes.to_dict(old)), flatten(recipes.to_dict(config))
     changed = [
         f"{key}: {before.get(key, 'absent')} there, {after.get(key, 'absent')} now"
         for key in sorted(before.keys() | after.keys())

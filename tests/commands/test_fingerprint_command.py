@@ -4,8 +4,7 @@ import jax
 import pytest
 import recipes
 
-from jllama import cli
-from jllama import config as configs
+from jllama import cli, recipe
 from jllama.config import MeshConfig
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
@@ -18,7 +17,7 @@ from jllama.train.state import define_state, init_state
 def run(tmp_path_factory):
     """A run folder with the steps 1 and 2, and their digests."""
     folder, config = tmp_path_factory.mktemp("run"), recipes.in_memory()
-    (folder / "config.yaml").write_text(configs.to_yaml(config))
+    (folder / "config.yaml").write_text(recipe.to_yaml(config))
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
     definition = define_state(config, placement)
     checkpoints, digests = Checkpoints(folder, keep=2), {}

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from jllama import config as configs
+from jllama import recipe as recipes
 from jllama.data.dataset import Dataset, eval_batches, open_data, open_tokenizer
 from jllama.data.pack import CutRows
 from jllama.errors import UserError
@@ -116,14 +116,14 @@ def recipe(tmp_path, texts, write_jsonl):
     data = {
         "length": 16,
         "packing": {"kind": "cut"},
-        "train": [configs.to_dict(write_jsonl(texts[:50], "train"))],
-        "held_out": [configs.to_dict(write_jsonl(texts[50:], "held_out"))],
+        "train": [recipes.to_dict(write_jsonl(texts[:50], "train"))],
+        "held_out": [recipes.to_dict(write_jsonl(texts[50:], "held_out"))],
         "prepare": {"folder": str(tmp_path / "prepared"), "workers": 1},
     }
-    path = configs.configs_folder() / "train" / "tiny.yaml"
-    whole = configs.to_dict(configs.load(path, ["tokenizer.vocab_size=300"]))
+    path = recipes.configs_folder() / "train" / "tiny.yaml"
+    whole = recipes.to_dict(recipes.load(path, ["tokenizer.vocab_size=300"]))
     whole["data"] = data
-    return configs.from_dict(whole, "recipe")
+    return recipes.from_dict(whole, "recipe")
 
 
 def test_a_recipe_opens_to_training_and_held_out_rows(recipe, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import recipes
 
-from jllama import config as configs
+from jllama import recipe
 from jllama.evaluate.compress import xz_bits_per_byte
 
 
@@ -19,7 +19,7 @@ def xz(text: bytes) -> int:
 
 
 def test_it_is_xz_of_the_concatenated_documents(tmp_path):
-    data = configs.load(recipes.on_disk(tmp_path)).data
+    data = recipe.load(recipes.on_disk(tmp_path)).data
     train = "".join(recipes.texts(200, seed=1)).encode()
     held_out = "".join(recipes.texts(12, seed=2)).encode()
     got = xz_bits_per_byte(data)

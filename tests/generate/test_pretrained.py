@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 import jllama
-from jllama import config as configs
+from jllama import recipe as recipes
 from jllama.config import MeshConfig, TrainedTokenizer
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
@@ -28,8 +28,8 @@ STEPS = (3, 7)
 def recipe():
     # More rows in the model's vocabulary than the tokenizer has; and a mesh that is not here.
     model = dataclasses.replace(tiny.config(vocab_size=448, num_layers=2), max_length=96)
-    path = configs.configs_folder() / "train" / "tiny.yaml"
-    recipe = configs.load(path, ["data.length=64", "sample.max_new_tokens=0"])
+    path = recipes.configs_folder() / "train" / "tiny.yaml"
+    recipe = recipes.load(path, ["data.length=64", "sample.max_new_tokens=0"])
     tokenizer = TrainedTokenizer(kind="train", vocab_size=400)
     mesh = MeshConfig(fsdp=64, tensor=64)
     return dataclasses.replace(recipe, model=model, tokenizer=tokenizer, mesh=mesh)
@@ -39,8 +39,8 @@ def recipe():
 def run(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     folder.mkdir()
-    (folder / "config.yaml").write_text(configs.to_yaml(recipe))
-    text = Path(configs.__file__).read_text()
+    (folder / "config.yaml").write_text(recipes.to_yaml(recipe))
+    text = Path(__file__).read_text()
     train_sentencepiece([text], recipe.tokenizer, folder / "tokenizer.model")
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), recipe.sharding)
     definition = define_state(recipe, placement)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
+from jllama.config import BlockwiseAttention
 from jllama.model import llama
 
 T = 29
@@ -48,12 +49,12 @@ def check(case, segments="segments", **compute):
 
 @pytest.mark.parametrize(("block", "segments"), [(8, "segments"), (13, "whole")])
 def test_attention_in_blocks_equals_one_block(case, block, segments):
-    check(case, segments, attention_block=block)
+    check(case, segments, attention=BlockwiseAttention(kind="blockwise", block=block))
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_no_gradient(case, remat):
-    check(case, remat=remat, attention_block=16)
+    check(case, remat=remat, attention=BlockwiseAttention(kind="blockwise", block=16))
 
 
 @pytest.mark.parametrize("unroll", [2])

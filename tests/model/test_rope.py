@@ -6,8 +6,9 @@ import pytest
 import reference
 import tiny
 
-from jllama.config import Llama3RopeScaling, load_model
+from jllama.config import Llama3RopeScaling
 from jllama.model.rope import apply_rope, inverse_frequencies, rope_tables
+from jllama.recipe import load_model
 
 
 @pytest.mark.parametrize("name", tiny.VARIANTS)

@@ -16,7 +16,8 @@ import recipes
 from test_metrics import scalars
 
 import jllama
-from jllama import config as configs
+from jllama import recipe as configs
+from jllama.config import MeshConfig
 from jllama.errors import UserError
 from jllama.flops import train_flops_per_token
 from jllama.parallel.mesh import make_mesh
@@ -52,7 +53,7 @@ def fast():
         yield steps
 
 
-EIGHT = make_mesh(configs.MeshConfig(fsdp=4, tensor=2))
+EIGHT = make_mesh(MeshConfig(fsdp=4, tensor=2))
 
 
 @pytest.fixture
