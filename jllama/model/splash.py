@@ -44,7 +44,7 @@ def causal_mask(length: int, ways: int, balanced: bool, most: int, interpret: bo
          "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
         block_size(chunk, most),
     )  # fmt: skip
-    with jax.ensure_compile_time_eval():  # the mask outlives the trace that first asks for it
+    with jax.core.eval_context():  # this outlives the trace that first asks for it
         kernel = kernels.make_splash_mha(
             masks.MultiHeadMask([_Causal(order)]),
             block_sizes=kernels.BlockSizes(**sizes),
