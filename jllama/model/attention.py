@@ -16,6 +16,7 @@ from jllama.model.param import matrix_init
 from jllama.model.rope import apply_rope
 from jllama.parallel.sharding import constrain
 
+
 class Attention(nn.Module):
     """x [B,T,D] -> ([B,T,D], the cache with slots of `layer` written); see `apply`."""
 

@@ -81,9 +81,7 @@ def _forward(q, k, v, rows, first, block):
 
 def _blockwise_fwd(q, k, v, rows, first, block):
     # Named, so that a rematerialisation policy can save what this loop makes.
-    out, log_z = (
-        checkpoint_name(x, "attention") for x in _forward(q, k, v, rows, first, block)
-    )
+    out, log_z = (checkpoint_name(x, "attention") for x in _forward(q, k, v, rows, first, block))
     return out, (q, k, v, rows, first, out, log_z)
 
 
@@ -155,9 +153,9 @@ def _query_blocks(x: jax.Array, K: int, t: int) -> jax.Array:
 
 def _query_rows(x: jax.Array, T: int) -> jax.Array:
     """[I,B,K,G,t,...] -> [B,T,H,...]: the inverse of `_query_blocks`."""
-    I, B, K, G, t = x.shape[:5]
     x = jnp.moveaxis(x, (1, 0, 4, 2, 3), (0, 1, 2, 3, 4))
-    return x.reshape(B, I * t, K * G, *x.shape[5:])[:, :T]
+    B, blocks, t, K, G = x.shape[:5]
+    return x.reshape(B, blocks * t, K * G, *x.shape[5:])[:, :T]
 
 
 def _key_blocks(x: jax.Array, s: int) -> jax.Array:
