@@ -31,6 +31,11 @@ class Placement:
     mesh: Mesh
     rules: ShardingConfig
 
+    @property
+    def platform(self) -> str:
+        """Of the mesh's devices: "cpu", "gpu" or "tpu"; they need not be attached."""
+        return self.mesh.devices.flat[0].platform
+
     def spec(self, shape: Sequence[int], axes: Sequence[str | None], name: str) -> PartitionSpec:
         """The partition of an array of `shape` with logical `axes`; `name` is for errors.
 
@@ -92,6 +97,11 @@ class Placement:
             yield
         finally:
             _active.reset(token)
+
+
+def active_placement() -> Placement | None:
+    """The placement whose `active` surrounds this call."""
+    return _active.get()
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
