@@ -16,7 +16,7 @@ class Collective:
     Attributes:
       kind: "all-gather" and so on; an all-reduce that TPU's compiler fused with the slice of its
         result is a "reduce-scatter".
-      array: the result on one device, as in "f32[7,64]".
+      array: the result on one device, as in "f32[7,64]"; `shape` and `dtype` are its parts.
       groups: which devices take part, as the program writes it.
       name: where in the traced function it comes from.
       times: how often it runs.
@@ -27,6 +27,14 @@ class Collective:
     groups: str
     name: str
     times: int
+
+    @property
+    def dtype(self) -> str:
+        return self.array.split("[")[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(n) for n in re.findall(r"\d+", self.array.split("[")[1]))
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
