@@ -79,10 +79,10 @@ def collectives(text: str) -> list[Collective]:
                     r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|mesh\S* \{[^}]*\}|\S*\])",
                     line,
                 )
-                # An asynchronous collective of the TPU is written several times, as one channel.
-                channel = re.search(r"channel_id=(\d+)", line)
+                # An asynchronous collective of the TPU is written several times, as one chain.
+                chain = re.search(r'chain_id="\d+"', line)
                 for i, (dtype, shape) in enumerate(_ARRAY.findall(match["type"])):
-                    key = (path, channel[1] if channel else (computation, number), i)
+                    key = (path, chain[0] if chain else (computation, number), i)
                     found[key] = Collective(
                         kind, f"{dtype}[{shape}]", groups[1] if groups else "", here, times
                     )
