@@ -1,6 +1,6 @@
 """Writes docs/plans.md: `jllama plan` on models and slices that people train on.
 
-    python -m benchmarks.plans docs/plans.md     # or: make plans
+python -m benchmarks.plans docs/plans.md     # or: make plans
 """
 
 import json
@@ -78,8 +78,8 @@ def page(reports: list[dict[str, Any]]) -> str:
     lines = [
         "# Plans",
         "",
-        f"Written by `make plans` ({'; '.join(versions)}). No TPU took part: these are compilations of"
-        " the real train step, one per row.",
+        f"Written by `make plans` ({'; '.join(versions)}). No TPU took part: these are compilations"
+        " of the real train step, one per row.",
         "[planning.md](planning.md) says what each figure means.",
         "",
         f"| {' | '.join(_HEAD)} |",

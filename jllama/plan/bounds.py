@@ -22,13 +22,28 @@ class Parameter:
 
     Attributes:
       name: dotted path.
-      elements: of the whole of it.
-      axes: the mesh axes that share it out.
+      shape: of the whole of it.
+      parts: the mesh axes that share out each dimension.
     """
 
     name: str
-    elements: int
-    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    parts: tuple[tuple[str, ...], ...]
+
+    @property
+    def is_table(self) -> bool:
+        """Embedding or head, [V,D]."""
+        return self.name.split(".")[0] in ("embedding", "head")
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return tuple(axis for part in self.parts for axis in part)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Axes whose devices multiply with their own part; over the others it is gathered."""
+        axes = self.parts[0] if self.is_table else self.axes
+        return tuple(axis for axis in axes if axis == "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,53 +83,57 @@ def traffic(
     hbm = 2.0 * state_bytes
     links = network = 0.0
     for p in parameters:
-        # Tensor parallel devices multiply with their own part; the others gather the rest.
-        own = p.elements / _ways(mesh, [a for a in p.axes if a == "tensor"])
-        gathered = _ways(mesh, [a for a in p.axes if a != "tensor"])
+        own = math.prod(p.shape) / _ways(mesh, p.kept)
+        gathered = _ways(mesh, [a for a in p.axes if a not in p.kept])
         stored = own / gathered
         hbm += 2 * stored * _GRADIENT
-        # Rows of the embedding are looked up where they lie; the head, like a tied embedding, is
-        # gathered once a pass, for the loss makes its gradient in the forward pass.
-        table = p.name.partition(".")[0] in ("embedding", "head")
-        multiplied = not table or p.name.startswith("head") or config.model.tie_embeddings
-        uses = 0 if not multiplied else 1 if table else 2
+        # The head, like a tied embedding, is gathered once a pass: the loss makes its gradient in
+        # the forward pass. Rows of an embedding are looked up, and summed, where they lie.
+        multiplied = not p.is_table or p.name.startswith("head") or config.model.tie_embeddings
+        uses = (1 if p.is_table else 2) if multiplied else 0
         hbm += passes * uses * own * item
+        links += passes * uses * _share(own * item, gathered)
         if multiplied:
-            links += passes * uses * _gather(own * item, gathered)
-            links += passes * _gather(own * _GRADIENT, gathered)
+            links += passes * _share(own * _GRADIENT, gathered)
         # Devices with the same part and other rows add up their gradients.
         same = [a for a in ("replica", "fsdp", "context") if a not in p.axes]
-        inside = _ways(mesh, same) // (slices if "replica" in same else 1)
-        links += passes * 2 * _gather(stored * _GRADIENT, inside)
-        network += passes * 2 * _gather(stored * _GRADIENT / inside, slices)
-    links += _activations(config, mesh)
-    return Traffic(hbm, links, network)
+        across = slices if "replica" in same else 1
+        inside = _ways(mesh, same) // across
+        links += passes * 2 * _share(stored * _GRADIENT, inside)
+        network += passes * 2 * _share(stored * _GRADIENT / inside, across)
+    return Traffic(hbm, links + _activations(config, mesh, parameters), network)
 
 
-def _activations(config: Config, mesh: Mapping[str, int]) -> float:
+def _activations(config: Config, mesh: Mapping[str, int], parameters: Sequence[Parameter]) -> float:
     """Bytes of a step's activations that one device sends."""
     m, item = config.model, BYTES[config.compute.dtype]
     tensor, context = mesh["tensor"], mesh["context"]
     rows = config.training.batch_size / (mesh["replica"] * mesh["fsdp"])
-    # Attention and MLP each gather their input over `tensor` and scatter their output's sum; the
-    # backward pass does the same, and so does the loss once.
     stream = rows * config.data.length / context * m.hidden_dim * item
-    sent = (8 * m.num_layers + 2) * _gather(stream, tensor)
+    # Attention and MLP each gather their input over `tensor` and scatter their output's sum; the
+    # backward pass does the same.
+    sent = 8 * m.num_layers * _share(stream, tensor)
+    for p in parameters:
+        if p.is_table and (p.name.startswith("head") or m.tie_embeddings):
+            sent += 2 * _share(stream, _ways(mesh, p.kept))  # so does the loss, once
+        if p.name.startswith("embedding"):
+            # What was looked up by width goes to its rows, and its gradient back.
+            sent += 2 * _share(stream / tensor, _ways(mesh, p.parts[1]))
     # Keys and values are gathered over `context`, again for the backward pass, and their gradients
     # are summed. Fewer heads than tensor ways: each device has those of its own queries.
     heads = m.num_kv_heads / math.gcd(m.num_kv_heads, tensor)
     keys_values = 2 * rows * config.data.length * heads * m.head_dim * item
-    return sent + 3 * m.num_layers * _gather(keys_values, context)
+    return sent + 3 * m.num_layers * _share(keys_values, context)
 
 
 def _ways(mesh: Mapping[str, int], axes: Sequence[str]) -> int:
     return math.prod(mesh[a] for a in axes)
 
 
-def _gather(size: float, ways: int) -> float:
-    """Bytes that each of `ways` devices sends so that all have `size` of which each had a part.
+def _share(size: float, ways: int) -> float:
+    """Bytes that each of `ways` devices sends so that all have `size`, of which each had a part.
 
-    As many to add up `size` from each, and leave each a part of the sum; both, to leave all of it.
+    As many to add up `size` from each and leave each a part of the sum; both to leave all of it.
     """
     return size * (ways - 1) / ways
 

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -116,14 +117,10 @@ def bytes_per_device(tree: Any) -> int:
 
 def _parameters(state: TrainState) -> list[bounds.Parameter]:
     def of(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> bounds.Parameter:
-        axes = [a for part in x.sharding.spec if part for a in _tuple(part)]
-        return bounds.Parameter(dotted(path), math.prod(x.shape), tuple(axes))
+        parts = [(p,) if isinstance(p, str) else tuple(p or ()) for p in x.sharding.spec]
+        return bounds.Parameter(dotted(path), x.shape, tuple(parts))
 
     return [of(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state.trainable)]
-
-
-def _tuple(part: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else part
 
 
 def _memory(step: Any, state: Any, batch: Any, known: dict[str, int]) -> dict[str, Any]:
@@ -198,7 +195,15 @@ def _compiler(topology: Topology) -> str:
     return names[0]
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process when the one that started it is gone: a compilation takes minutes."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main() -> int:
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     # Whatever libraries print on stdout goes to stderr: stdout is the report's.
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
