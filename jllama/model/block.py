@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.model.attention import Attention
@@ -37,6 +38,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     compute: ComputeConfig
+    balanced: bool = False
 
     @nn.compact
     def __call__(
@@ -48,6 +50,7 @@ class Block(nn.Module):
         segments: jax.Array | None,
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         x, cache = carry
+        x = checkpoint_name(x, "block_input")
         c, param_dtype = self.config, self.compute.param_dtype
 
         def norm(name):
@@ -63,7 +66,7 @@ class Block(nn.Module):
 
         with jax.named_scope("attention"):
             h = whole(norm("attention_norm")(x))
-            h, cache = Attention(c, self.compute, name="attention")(
+            h, cache = Attention(c, self.compute, self.balanced, name="attention")(
                 h, cache, layer, rope, positions, segments
             )
             x = x + spread(h)

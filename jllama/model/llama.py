@@ -27,10 +27,31 @@ from jllama.parallel.sharding import constrain
 
 Params = dict[str, Any]
 
-# What `compute.remat` saves in the forward pass; "full" saves the input of each block only.
+_policies = jax.checkpoint_policies
+
+
+def _cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
+    # cuDNN's log-sum-exp has no name that a policy could save; the primitive that makes it has.
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+# What `compute.remat` keeps of each block for the backward pass beside the block's input, which
+# "offload" keeps in the host's memory; the rest is computed again. The names are given where the
+# values are made: Linear's products, and the result and log-sum-exp of attention.
 _REMAT = {
-    "dots": jax.checkpoint_policies.save_only_these_names("matmul"),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.save_only_these_names("matmul", "attention"), _cudnn_forward
+    ),
+    "attention": _policies.save_from_both_policies(
+        _policies.save_only_these_names("attention"), _cudnn_forward
+    ),
+    "full": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -59,6 +80,7 @@ class Llama(nn.Module):
 
     config: ModelConfig
     compute: ComputeConfig
+    balanced: bool = False
 
     @nn.compact
     def __call__(
@@ -92,7 +114,7 @@ class Llama(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         # The cache is carried, and so written in place; as scanned data it would be copied.
-        (x, cache), _ = layers(c, self.compute, name="layers")(
+        (x, cache), _ = layers(c, self.compute, self.balanced, name="layers")(
             (x, cache), jnp.arange(c.num_layers), rope, positions, segments
         )
         x = RMSNorm(c.rms_norm_eps, "norm", self.compute.param_dtype, name="final_norm")(x)
@@ -138,6 +160,7 @@ def apply(
     positions: jax.Array,
     segments: jax.Array | None = None,
     cache: Cache | None = None,
+    balanced: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
     """The final hidden state.
 
@@ -145,11 +168,14 @@ def apply(
       tokens, positions: [B,T] int32; positions drive RoPE and, with a cache, the slot written.
       segments: [B,T] int32 or None; without a cache, positions attend within their own segment.
       cache: None for a whole row, else the cache to read and to write.
+      balanced: tokens, positions and segments, and so the result, are in the balanced order of
+        `jllama.parallel.context` and not in that of the text.
 
     Returns:
       hidden [B,T,D] in the compute dtype, after the final norm, and the updated cache.
     """
-    return Llama(config, compute).apply({"params": params}, tokens, positions, segments, cache)
+    model = Llama(config, compute, balanced)
+    return model.apply({"params": params}, tokens, positions, segments, cache)
 
 
 def head_weight(params: Params, config: ModelConfig) -> jax.Array:

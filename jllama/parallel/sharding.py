@@ -31,6 +31,11 @@ class Placement:
     mesh: Mesh | AbstractMesh
     rules: ShardingConfig
 
+    @property
+    def platform(self) -> str:
+        """Of the mesh's devices: "cpu", "gpu" or "tpu"; they need not be attached."""
+        return self.mesh.devices.flat[0].platform
+
     def mesh_axes(
         self, shape: Sequence[int], axes: Sequence[str | None], name: str
     ) -> tuple[tuple[str, ...], ...]:
@@ -122,7 +127,7 @@ class Placement:
 
 
 def active_placement() -> Placement | None:
-    """The placement that `constrain` uses, if any."""
+    """The placement whose `active` surrounds this call."""
     return _active.get()
 
 

@@ -11,6 +11,7 @@ from jax import lax
 
 from jllama.config import Config
 from jllama.model import llama
+from jllama.parallel.context import balanced_order, sequence_ways
 from jllama.train.cross_entropy import cross_entropy
 
 Batch = dict[str, jax.Array]
@@ -32,15 +33,29 @@ def causal_lm_loss(
       loss_sum, weight_sum and {"nll_sum"}: float32 scalars, sums over predicted tokens, in nats.
     """
     del frozen, key
-    tokens, segments, weights = batch["tokens"], batch["segments"], batch["weights"]
-    inputs = segments[:, :-1]
+    segments = batch["segments"][:, :-1]
+    if config.data.document_mask:
+        positions = row_positions(segments)
+    else:
+        # Padding is at the end of a row, where causality alone hides it.
+        positions = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+        segments = None
+    inputs = (batch["tokens"][:, :-1], positions, segments)
+    targets, weights = batch["tokens"][:, 1:], batch["weights"][:, 1:]
+    # Nothing but attention looks from one position to another: when rows are spread over devices,
+    # all that belongs to a position moves once, here, to where attention is the same work for all.
+    order = balanced_order(targets.shape[1], sequence_ways(*targets.shape))
+    if order is not None:
+        inputs, targets, weights = jax.tree.map(
+            lambda x: jnp.take(x, order, axis=1), (inputs, targets, weights)
+        )
     hidden, _ = llama.apply(
-        trainable, config.model, config.compute, tokens[:, :-1], row_positions(inputs), inputs
+        trainable, config.model, config.compute, *inputs, balanced=order is not None
     )
     with jax.named_scope("loss"):
         head = llama.head_weight(trainable, config.model)
         loss, nll = cross_entropy(
-            hidden, head, tokens[:, 1:], weights[:, 1:],
+            hidden, head, targets, weights,
             config.training.z_loss, config.compute.loss_block,
         )  # fmt: skip
-        return loss, jnp.sum(weights[:, 1:]), {"nll_sum": nll}
+        return loss, jnp.sum(weights), {"nll_sum": nll}
