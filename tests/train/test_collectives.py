@@ -3,6 +3,7 @@
 import collections
 import functools
 import math
+import re
 
 import hlo
 import jax
@@ -164,3 +165,15 @@ def test_fully_sharded_on_tpu(without_cache):
     assert around.pop(("all-gather", "table")) == 1
     assert around.pop(("reduce-scatter", "other")) == 1
     assert not large(around)
+
+
+def test_only_own_parts_go_from_slice_to_slice(without_cache):
+    chips = tpu.devices("v5e:2x4", num_slices=2)
+    text = compiled(chips, LARGE, {"replica": 2, "fsdp": 8})
+    # Collectives stay within a slice; what leaves it is sent, a device's own part of each gradient.
+    assert {c.groups for c in hlo.collectives(text)} == {"{{0,1,2,3,4,5,6,7}}"}
+    sent = [
+        math.prod(map(int, n.split(","))) for n in re.findall(r"= \(f32\[([\d,]+)\].* send\(", text)
+    ]
+    kernels = max(LARGE["D"] * LARGE["F"], LARGE["D"] * LARGE["H"] * LARGE["N"])
+    assert 0 < max(sent) == max(kernels, LARGE["D"] * LARGE["V"]) // 8
