@@ -82,8 +82,8 @@ def tpu():
 
 def compiled_step(devices, *overrides, **sizes):
     config = recipes.in_memory(
-        "compute.dtype=bfloat16", "data.length=512", "training.batch_size=8", "training.accumulate=2", *overrides,
-        max_length=512, head_dim=64, num_kv_heads=2,
+        "compute.dtype=bfloat16", "data.length=512", "training.batch_size=8",
+        "training.accumulate=2", *overrides, max_length=512, head_dim=64,
     )  # fmt: skip
     placement = Placement(make_mesh(MeshConfig(**sizes), devices), config.sharding)
     definition = define_state(config, placement)
