@@ -56,13 +56,21 @@ class Block(nn.Module):
         def norm(name):
             return RMSNorm(c.rms_norm_eps, "norm", param_dtype, name=name)
 
+        # Positions between blocks are spread over the tensor devices too (arXiv:2205.05198): none
+        # repeats another's norms and sums. The products take every position of their context.
+        def whole(h):
+            return constrain(h, "batch", "seq", "act_embed")
+
+        def spread(h):
+            return constrain(h, "batch", "block_seq", "act_embed")
+
         with jax.named_scope("attention"):
-            h = norm("attention_norm")(x)
+            h = whole(norm("attention_norm")(x))
             h, cache = Attention(c, self.compute, self.balanced, name="attention")(
                 h, cache, layer, rope, positions, segments
             )
-            x = constrain(x + h, "batch", "seq", "act_embed")
+            x = x + spread(h)
         with jax.named_scope("mlp"):
-            h = MLP(c, self.compute, name="mlp")(norm("ffn_norm")(x))
-            x = constrain(x + h, "batch", "seq", "act_embed")
+            h = MLP(c, self.compute, name="mlp")(whole(norm("ffn_norm")(x)))
+            x = x + spread(h)
         return (x, cache), None

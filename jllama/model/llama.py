@@ -22,6 +22,7 @@ from jllama.model.cache import Cache
 from jllama.model.norm import RMSNorm
 from jllama.model.param import Declared, declare, embedding_init
 from jllama.model.rope import rope_tables
+from jllama.parallel.lookup import take_rows
 from jllama.parallel.sharding import constrain
 
 Params = dict[str, Any]
@@ -54,6 +55,10 @@ _REMAT = {
 }
 
 
+# Logical axes of the embedding and of the head.
+TABLE_AXES = ("vocab", "table_embed")
+
+
 class Embedding(nn.Module):
     """A table [V,D]: the token embedding, or the head (then it is only declared here)."""
 
@@ -64,7 +69,7 @@ class Embedding(nn.Module):
     def __call__(self) -> jax.Array:
         return self.param(
             "weight",
-            declare(embedding_init(self.config.init), ("vocab", "embed"), decay=True),
+            declare(embedding_init(self.config.init), TABLE_AXES, decay=True),
             (self.config.vocab_size, self.config.hidden_dim),
             self.compute.param_dtype,
         )
@@ -90,8 +95,8 @@ class Llama(nn.Module):
         if not c.tie_embeddings:
             Embedding(c, self.compute, name="head")()  # used by `logits` and by the loss
         with jax.named_scope("embedding"):
-            x = jnp.take(table, tokens, axis=0).astype(self.compute.dtype)
-            x = constrain(x, "batch", "seq", "act_embed")
+            x = take_rows(table, tokens, TABLE_AXES, self.compute.dtype)
+            x = constrain(x, "batch", "block_seq", "act_embed")
         rope = rope_tables(c, positions)
 
         block = Block

@@ -128,9 +128,7 @@ def spread(
         parts = mask.manual_sharding_spec(queries)
     # Segments are whole along a row on every device: they are read there, and are small.
     specs = (spec, spec, spec, PartitionSpec(batch), parts)
-    return jax.shard_map(
-        local, mesh=placement.mesh, in_specs=specs, out_specs=spec, check_vma=False
-    )(q, k, v, segments, mask)
+    return placement.per_device(local, specs, spec)(q, k, v, segments, mask)
 
 
 def _spec(placement: Placement, shape: tuple[int, ...]) -> PartitionSpec:
