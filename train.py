@@ -11,6 +11,7 @@ from jllama import recipe
 from jllama.cli import exit_status
 from jllama.config import Config
 from jllama.evaluate.compress import xz_bits_per_byte
+from jllama.parallel import distributed
 from jllama.train.loop import Result, train
 
 
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> None:
         return
     config = recipe.from_arguments(argv)
     result = train(config)
-    if result.done:
+    if result.done and distributed.leader():
         report(config, result)
 
 

@@ -20,6 +20,8 @@ from jllama.generate import engine
 from jllama.generate.sampling import Sampling
 from jllama.hardware import use_compilation_cache
 from jllama.model import llama
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
 from jllama.text.tokenizer import load_tokenizer
 from jllama.train.checkpoint import latest_step, load_params
 
@@ -187,11 +189,12 @@ def load(path: str | Path, dtype: str | None = None) -> Llama:
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
     use_compilation_cache(recipe.run.compilation_cache)
-    # The devices here are not those of the training: the run's mesh and placement say nothing.
-    recipe = dataclasses.replace(recipe, mesh=MeshConfig(), sharding=ShardingConfig())
+    # The devices here are not those of the training: the run's mesh and placement say nothing. And
+    # a process among several has only its own.
+    placement = Placement(make_mesh(MeshConfig(), jax.local_devices()), ShardingConfig())
     compute = dataclasses.replace(recipe.compute, dtype=dtype or recipe.compute.dtype)
     tokenizer = load_tokenizer(run / "tokenizer.model")
-    params = load_params(run, step, recipe)
+    params = load_params(run, step, recipe, placement)
     return Llama(recipe.model, _cast(params, compute.dtype), tokenizer, compute)
 
 

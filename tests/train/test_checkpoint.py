@@ -141,6 +141,6 @@ def test_another_model_is_an_error_that_names_the_place(run, changes):
 
 
 def test_parameters_load_alone(run):
-    config = recipes.replace(CONFIG, mesh={"fsdp": 4, "tensor": 2})
-    params = load_params(run, 6, config)
+    placement = Placement(make_mesh(MeshConfig(fsdp=4, tensor=2)), CONFIG.sharding)
+    params = load_params(run, 6, CONFIG, placement)
     jax.tree.map(np.testing.assert_array_equal, params, state(definition(), 6).trainable)
