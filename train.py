@@ -19,8 +19,7 @@ def main(argv: list[str]) -> None:
     if "-h" in argv or "--help" in argv:
         print(f"{__doc__}\n{recipe.help_text()}")
         return
-    config = recipe.from_arguments(argv)
-    result = train(config)
+    result = train(config := recipe.from_arguments(argv))
     if result.done and distributed.leader():
         report(config, result)
 

@@ -55,7 +55,8 @@ def _run(argv: list[str]) -> None:
 def exit_status(run: Callable[..., Any], *args: Any) -> int:
     """Calls a program's body; what a user may meet becomes one line and an exit status.
 
-    0 is success, 2 bad input, 3 another process of the run lost (train.py), 130 an interrupt, 141 a reader of stdout that went away.
+    0 is success, 2 bad input, 130 an interrupt, 141 a reader of stdout that went away.
+    Where several processes train, `jllama.parallel.distributed` ends one that lost another: 3.
     """
     try:
         run(*args)

@@ -282,9 +282,9 @@ class _Run:
             if 0 < stride < rows.length and isinstance(rows, CutRows):
                 rows = CutRows(prepared, self.config.data.length, stride=stride)
             here = [0.0, 0.0]
-            size = self.config.eval.batch_size
-            for batch in eval_batches(rows, size, max_rows, self.eval_rows):
-                batch = self.placement.put_batch(batch, size)
+            wide = self.config.eval.batch_size
+            for batch in eval_batches(rows, wide, max_rows, self.eval_rows):
+                batch = self.placement.put_batch(batch, wide)
                 out = self.eval_step(state.trainable, (), batch)
                 here = [a + float(b) for a, b in zip(here, jax.device_get(out), strict=True)]
             if not here[1]:
