@@ -23,6 +23,8 @@ from jllama.train.state import StateDef, TrainState, define_state, dotted
 # Orbax tells every save at INFO and WARNING; what a user needs to know is said here.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
+_CHUNK_BYTES = 32 << 20
+
 
 class Checkpoints:
     """The checkpoints of one run. Saves are asynchronous; `close` waits for them.
@@ -45,8 +47,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                trainable=ocp.args.StandardSave(state.trainable),
-                rest=ocp.args.StandardSave(_rest(state)),
+                trainable=_in_chunks(state.trainable), rest=_in_chunks(_rest(state))
             ),
         )
 
@@ -69,6 +70,15 @@ class Checkpoints:
 
 def _rest(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state}
+
+
+def _in_chunks(tree: Any) -> ocp.args.StandardSave:
+    """Stored in pieces of at most `_CHUNK_BYTES`, and not of a device's part.
+
+    A piece is read whole: what one device saved, each of many would have to read in full.
+    """
+    args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+    return ocp.args.StandardSave(tree, args)
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:
