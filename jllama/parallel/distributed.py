@@ -191,9 +191,12 @@ def together(action: Callable[[], _T]) -> _T:
         if not several():
             raise
         said = str(e)
-    for number, line in enumerate(tell(said)):
+    lines = tell(said)
+    if said and len(set(lines)) == 1:
+        raise SharedError(said)
+    for number, line in enumerate(lines):
         if line:
-            raise SharedError(f"process {number} of {jax.process_count()}: {line}")
+            raise SharedError(f"process {number} of {len(lines)}: {line}")
     return result
 
 
