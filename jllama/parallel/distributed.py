@@ -27,7 +27,7 @@ from orbax.checkpoint import multihost
 from jllama.config import DistributedConfig
 from jllama.errors import UserError
 
-LOST = 3  # exit status of a process that lost another one
+LOST = 3  # exit status of a process that lost another one, or waited for it in vain
 
 _WEEK = 7 * 24 * 3600
 _TOLD = 2000  # bytes of a text that processes tell each other
@@ -43,8 +43,8 @@ def start(config: DistributedConfig) -> None:
     """Joins the run's processes; call it before anything that asks JAX for devices.
 
     Does nothing when this is a single process, or when it has joined already. Raises `UserError`
-    for numbers that cannot be, and ends the process with status 2 when the others do not come up
-    within `start_seconds`.
+    for numbers that cannot be, and ends the process with status `LOST` when the others do not come
+    up within `start_seconds`.
     """
     if jax.distributed.is_initialized():
         return
@@ -146,7 +146,7 @@ def detect(environ: Mapping[str, str]) -> str | None:
 def _not_all_came(config: DistributedConfig) -> None:
     where = f" at {config.coordinator}" if config.coordinator else ""
     _leave(
-        2,
+        LOST,
         f"error: distributed: the processes did not all come up{where} within"
         f" {config.start_seconds} s; check that every one was started, that process 0 can be"
         " reached on that port, and distributed.start_seconds",

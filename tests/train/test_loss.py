@@ -136,7 +136,9 @@ def test_the_loss_of_a_batch_is_that_of_a_float64_llama():
 
 
 def test_gradients_are_those_of_the_naive_loss():
-    config = recipes.in_memory("compute.loss_block=5", "compute.attention={kind: blockwise, block: 6}")
+    config = recipes.in_memory(
+        "compute.loss_block=5", "compute.attention={kind: blockwise, block: 6}"
+    )
     params, batch = tiny.params(config.model, 5.0), recipes.batch(config)
 
     def naive(params):
