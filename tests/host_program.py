@@ -63,10 +63,9 @@ def rows(mesh, axes):
 
 
 def bytes_read():
-    (metric,) = tensorstore.experimental_collect_matching_metrics(
-        "/tensorstore/kvstore/file/bytes_read"
-    )
-    return metric["values"][0]["value"]
+    name = "/tensorstore/kvstore/file/bytes_read"  # absent until something was read
+    found = tensorstore.experimental_collect_matching_metrics(name)
+    return sum(value["value"] for metric in found for value in metric["values"])
 
 
 def restored(folder):

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import hosts
 import pytest
@@ -200,13 +202,16 @@ def test_a_pod_that_is_told_to_end_lets_its_process_finish(tmp_path, manifest):
     assert shell.returncode == 0
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing(tmp_path, manifest):
     snippet = tmp_path / "pod.sh"
     container = manifest[1]["spec"]["template"]["spec"]["containers"][0]
     snippet.write_text(f"#!/bin/sh\n{container['args'][0]}")
     scripts = [str(p) for p in SCRIPTS if p.suffix in (".sh", ".sbatch")]
     done = subprocess.run(
-        ["shellcheck", *scripts, str(snippet)], capture_output=True, text=True, timeout=60
+        [SHELLCHECK, *scripts, str(snippet)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stdout
