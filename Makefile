@@ -2,6 +2,9 @@
 
 PYTHON ?= python3
 VENV := .venv
+PEERS := .venv-peers
+# The peers' own wheels; PyPI's torch for Linux brings gigabytes of CUDA.
+PEER_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 EXTRAS := cuda tpu plan serve beam dev
 
@@ -11,7 +14,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --for
 	--no-annotate --custom-compile-command "make lock" pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint format lock clean
+.PHONY: help install train test bench lint format lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +28,9 @@ train: $(VENV)/.default  ## train the default recipe on real text and print a sa
 
 test: $(VENV)/.dev  ## the tests, on the CPU
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+bench: $(VENV)/.default $(PEERS)/.cpu  ## the train step beside PyTorch (an hour on two quiet cores)
+	$(BIN)/python -m benchmarks.compare --peers $(PEERS)/bin/python
 
 lint: $(VENV)/.dev  ## format and rules; every extra resolves over the lock
 	$(BIN)/ruff format --check .
@@ -53,7 +59,7 @@ lock: $(VENV)/.dev  ## renew requirements*.txt (UPGRADE=--upgrade takes the newe
 	$(COMPILE) --constraints $(VENV)/all.txt --extra dev --output-file requirements-dev.txt
 
 clean:  ## remove .venv, caches and build products; runs and prepared data stay
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv resolves from metadata alone, without downloading gigabytes of CUDA; it reads no pip
@@ -81,4 +87,14 @@ $(VENV)/.default: requirements.txt pyproject.toml | $(BIN)/python
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.default
 	@echo "installing requirements-dev.txt into $(VENV) ..."
 	$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.cuda: $(VENV)/.default
+	$(PIP) install -c requirements.txt --editable '.[cuda]'
+	@touch $@
+
+$(PEERS)/.cpu $(PEERS)/.cuda: | $(BIN)/python
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install torch==2.13.0 transformers==5.23.0 \
+		$(if $(findstring .cpu,$@),$(PEER_INDEX))
 	@touch $@

@@ -6,6 +6,7 @@
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import time
@@ -92,15 +93,20 @@ def main() -> int:
     peaks.append(measured_matmul_flops(args.dtype) / 1e9)
     flops = train_flops_per_token(config.model, args.length) * args.batch * args.length
     median = statistics.median(seconds)
+    on_device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {
         "model": args.model,
         "batch": args.batch,
         "length": args.length,
         "dtype": args.dtype,
         "platform": jax.default_backend(),
+        "loss": float(metrics["loss"]),
         "compile_seconds": round(compile_seconds, 2),
         "seconds_per_step": round(median, 4),
         "seconds_per_step_min": round(min(seconds), 4),
+        # Of the process on a CPU, Python and compiler included; of the device's allocator elsewhere.
+        "peak_memory_bytes": on_device or resident,
         "tokens_per_second": round(args.batch * args.length / median, 1),
         "gflops_per_second": round(flops / median / 1e9, 1),
         "matmul_peak_gflops_per_second": round(statistics.mean(peaks), 1),

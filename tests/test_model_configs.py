@@ -40,6 +40,7 @@ PUBLISHED = {
     "chinese-llama2-13b": 13_015_864_320 + 2 * 23_296 * 5120,
     "chinese-alpaca2-13b": 13_015_864_320 + 2 * 23_296 * 5120,
     "stories-15m": 15_191_712,
+    "stories-110m": 109_529_856,
 }
 # What a parameter count does not show: length, eps, theta.
 NUMERICS = {

@@ -46,7 +46,7 @@ def learning_rate(config: Schedule, steps: int) -> Callable[[jax.Array], jax.Arr
 
 
 def make_optimizer(config: Optimizer, specs: Any) -> optax.GradientTransformation:
-    """Gradient -> direction, to be multiplied by minus the learning rate.
+    """Gradient, clipped already -> direction, to be multiplied by minus the learning rate.
 
     `specs` is the tree of `ParamSpec`: what decays and what is a matrix is decided where each
     parameter is declared. State and arithmetic are float32 when the parameters handed in are.
@@ -61,7 +61,6 @@ def make_optimizer(config: Optimizer, specs: Any) -> optax.GradientTransformatio
                 jax.tree.map(lambda s: s.inputs > 0, specs),
             )
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
         direction,
         optax.add_decayed_weights(config.weight_decay, mask=jax.tree.map(_decays, specs)),
     )

@@ -64,9 +64,13 @@ def make_train_step(
             key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
             grads, weight, sums = accumulated(state.trainable, frozen, batch, key)
             scale = 1.0 / jnp.maximum(weight, 1.0)
-            grads = jax.tree.map(lambda g: g * scale, grads)
+            norm = optax.tree.norm(grads) * scale
             with jax.named_scope("optimizer"):
                 lr = rate(state.step)
+                # Mean and clipping are one factor, so that no second copy of the gradient is made.
+                clip = config.training.optimizer.clip_norm
+                factor = scale * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-30))
+                grads = jax.tree.map(lambda g: g * factor, grads)
                 params = as_float32(state.trainable)
                 direction, opt_state = optimizer.update(grads, state.opt_state, params)
                 trainable = jax.tree.map(
@@ -75,7 +79,7 @@ def make_train_step(
                 )  # fmt: skip
             metrics = {
                 "loss": sums["nll_sum"] * scale,
-                "grad_norm": optax.tree.norm(grads),
+                "grad_norm": norm,
                 "learning_rate": lr,
                 "weight": weight,
             }
