@@ -57,6 +57,7 @@ def exit_status(run: Callable[..., Any], *args: Any) -> int:
     """Calls a program's body; what a user may meet becomes one line and an exit status.
 
     0 is success, 2 bad input, 130 an interrupt, 141 a reader of stdout that went away.
+    Where several processes train, `jllama.parallel.distributed` ends one that lost another: 3.
     """
     try:
         run(*args)
