@@ -1,6 +1,5 @@
 """Files by pattern, their bytes streamed, decompressed and split. Every problem is a UserError."""
 
-import glob
 import gzip
 import hashlib
 import zlib
@@ -10,6 +9,7 @@ from typing import BinaryIO
 
 import zstandard
 
+from jllama import storage
 from jllama.errors import UserError
 
 _CHUNK = 1 << 18
@@ -19,10 +19,7 @@ def matches(patterns: tuple[str, ...]) -> list[str]:
     """Sorted paths, as spelt by the patterns. UserError for a pattern that matches no file."""
     found = set()
     for pattern in patterns:
-        # A path that exists is itself, even with brackets in its name.
-        here = Path(pattern).expanduser()
-        names = [str(here)] if here.exists() else glob.glob(str(here), recursive=True)
-        names = [n for n in names if not Path(n).is_dir()]
+        names = storage.matches(pattern)
         if not names:
             raise UserError(f"{pattern}: no file matches; check the path")
         found.update(names)
@@ -37,9 +34,9 @@ def digest(path: Path) -> str:
 
 def _opened(path: Path) -> BinaryIO:
     try:
-        return open(path, "rb")
-    except OSError as e:
-        raise UserError(f"{path}: not readable: {e.strerror}") from None
+        return storage.open_read(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
 
 
 def chunks(path: Path) -> Iterator[bytes]:
@@ -60,7 +57,7 @@ def chunks(path: Path) -> Iterator[bytes]:
     except EOFError:
         raise UserError(f"{path}: compressed data ends early; get the file again") from None
     except OSError as e:
-        raise UserError(f"{path}: not readable: {e.strerror}") from None
+        raise UserError(f"{path}: not readable: {e.strerror or e}") from None
 
 
 def _unzstd(file: BinaryIO) -> Iterator[bytes]:

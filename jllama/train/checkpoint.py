@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jllama import storage
 from jllama.config import Config
 from jllama.errors import UserError
 from jllama.model import llama
@@ -30,7 +31,7 @@ class Checkpoints:
     def __init__(self, run: Path, keep: int):
         self._folder = run / "checkpoints"
         self._manager = ocp.CheckpointManager(
-            self._folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+            storage.absolute(self._folder), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
         )
 
     def latest(self) -> int | None:
@@ -107,7 +108,7 @@ def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: An
 def latest_step(run: Path) -> int | None:
     """The newest complete checkpoint of a run folder; None if there is none."""
     folder = run / "checkpoints"
-    if not folder.is_dir():
+    if not storage.is_folder(folder):
         return None
     with _reader(folder) as manager:
         return manager.latest_step()
@@ -133,14 +134,14 @@ def load_state(run: Path, step: int, definition: StateDef) -> TrainState:
 @contextlib.contextmanager
 def _open_step(run: Path, step: int) -> Iterator[tuple[ocp.CheckpointManager, Path]]:
     folder = run / "checkpoints"
-    if not (folder / str(step)).is_dir():
+    if not storage.is_folder(folder / str(step)):
         raise UserError(f"{folder}: no step {step}; there are: {_steps(folder)}")
     with _reader(folder) as manager:
         yield manager, folder / str(step)
 
 
 def _steps(folder: Path) -> str:
-    if not folder.is_dir():
+    if not storage.is_folder(folder):
         return "none"
     with _reader(folder) as manager:
         return ", ".join(map(str, manager.all_steps())) or "none"
@@ -148,4 +149,4 @@ def _steps(folder: Path) -> str:
 
 def _reader(folder: Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(read_only=True)
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    return ocp.CheckpointManager(storage.absolute(folder), options=options)

@@ -6,11 +6,9 @@ RUN/tokenizer.model                       RUN/metrics.jsonl, RUN/tensorboard
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import math
-import os
 import signal
 import statistics
 import time
@@ -21,6 +19,7 @@ from typing import Any
 import jax
 
 from jllama import recipe as recipes
+from jllama import storage
 from jllama.config import Config
 from jllama.data.dataset import Data, eval_batches, open_data, open_tokenizer
 from jllama.data.pack import CutRows
@@ -34,6 +33,7 @@ from jllama.train.checkpoint import Checkpoints
 from jllama.train.loss import causal_lm_loss
 from jllama.train.metrics import Metrics
 from jllama.train.metrics import read as metrics_of
+from jllama.train.mirror import Mirror
 from jllama.train.state import define_state, init_state
 from jllama.train.step import make_eval_step, make_train_step
 
@@ -42,7 +42,7 @@ from jllama.train.step import make_eval_step, make_train_step
 _FREE = (
     "run.folder", "run.name", "run.log_every", "run.profile", "run.stop_after",
     "run.compilation_cache", "checkpoint.", "data.prefetch", "data.prepare.folder",
-    "data.prepare.workers", "mesh.", "sharding.", "eval.", "sample.",
+    "data.prepare.cache", "data.prepare.workers", "mesh.", "sharding.", "eval.", "sample.",
 )  # fmt: skip
 
 
@@ -76,8 +76,8 @@ def train(config: Config) -> Result:
     use_compilation_cache(config.run.compilation_cache)
     placement = Placement(make_mesh(config.mesh), config.sharding)
     definition = define_state(config, placement)
-    folder = Path(config.run.folder).expanduser() / config.run.name
-    with _locked(folder):
+    folder = storage.path(config.run.folder) / config.run.name
+    with storage.locked(folder, busy="another process trains here; choose another run.name"):
         checkpoints = Checkpoints(folder, config.checkpoint.keep)
         start = checkpoints.latest() or 0
         if start:
@@ -90,9 +90,9 @@ def train(config: Config) -> Result:
             tokenizer = open_tokenizer(config)
             data = open_data(config, tokenizer)
             tokenizer.save(folder / "tokenizer.model")
-            _write(folder / _DATA, json.dumps(_digests(data), indent=1))
+            storage.write_text(folder / _DATA, json.dumps(_digests(data), indent=1))
             state = init_state(definition, config.run.seed)
-        _write(folder / "config.yaml", recipes.to_yaml(config))
+        storage.write_text(folder / "config.yaml", recipes.to_yaml(config))
         metrics = Metrics(folder, start, config.training.steps, config.run.log_every)
         if start:
             metrics.say(f"resumed at step {start} of {config.training.steps}")
@@ -157,6 +157,7 @@ class _Run:
             nonlocal saved, saving
             fetch()  # a state that is not finite is not kept
             before = time.perf_counter()
+            self.metrics.sync()  # a resumed run has the lines of every step before it
             self.checkpoints.save(step, state)
             saved, saving = step, time.perf_counter() - before
 
@@ -165,7 +166,8 @@ class _Run:
             while step < end and not stopped:
                 if step == trace_from:
                     fetch()
-                    jax.profiler.start_trace(str(self.folder / "profile"))
+                    trace = Mirror(self.folder / "profile")
+                    jax.profiler.start_trace(str(trace.local))
                     tracing = True
                 before = time.perf_counter()
                 at, batch = next(batches)
@@ -179,6 +181,7 @@ class _Run:
                 if tracing and step in (trace_to, end):
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
+                    trace.close()
                     tracing = False
                 every = config.checkpoint.every
                 if step < end and every and step % every == 0:
@@ -195,6 +198,7 @@ class _Run:
                 save(step)
             if tracing:
                 jax.profiler.stop_trace()
+                trace.close()
             if step < last:
                 why = f"{stopped[0].name}: " if stopped else ""
                 self.metrics.say(f"{why}stopped at step {step} of {last}, checkpointed")
@@ -253,8 +257,8 @@ def _digests(data: Data) -> dict[str, dict[str, str]]:
 
 def _check_same_data(folder: Path, data: Data) -> None:
     try:
-        before = json.loads((folder / _DATA).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        before = json.loads(storage.read_text(folder / _DATA))
+    except (FileNotFoundError, ValueError) as e:
         raise UserError(f"{folder / _DATA}: not readable, the run's data is unknown: {e}") from None
     for part, digests in _digests(data).items():
         for name, digest in digests.items():
@@ -264,30 +268,6 @@ def _check_same_data(folder: Path, data: Data) -> None:
                     " (a changed file, or another Python's standard library); choose another"
                     " run.name or bring the text back"
                 )
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Makes the run folder, and keeps other processes of this machine out of it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as e:
-        raise UserError(f"{folder}: {e.strerror}; run.folder must be writable") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process trains here; choose another run.name"
-            ) from None
-        yield
 
 
 def _check_same_config(folder: Path, config: Config) -> None:

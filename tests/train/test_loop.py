@@ -224,7 +224,7 @@ def test_a_second_process_in_the_folder_is_refused(recipe, tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_an_error(recipe, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "must be writable" in message(recipe(f"run.folder={tmp_path / 'file'}"))
+    assert "not writable" in message(recipe(f"run.folder={tmp_path / 'file'}"))
 
 
 def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(recipe, tmp_path):
