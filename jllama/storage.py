@@ -132,6 +132,11 @@ def matches(pattern: str) -> list[str]:
     return sorted(f"{scheme}://{name}" for name, info in found.items() if info["type"] == "file")
 
 
+def reading(file: Path) -> contextlib.AbstractContextManager[None]:
+    """What goes wrong while a file is read becomes a UserError that names it."""
+    return _errors(file, _NOT_READABLE)
+
+
 def open_read(file: Path) -> BinaryIO:
     """A seekable stream of a file's bytes."""
     with _errors(file, _NOT_READABLE):

@@ -212,6 +212,7 @@ def _read_parquet(source: ParquetSource) -> Iterator[tuple[str, str | _Skipped]]
     for file in source_files(source):
         try:
             with (
+                storage.reading(file.path),
                 storage.open_read(file.path) as opened,
                 pyarrow.parquet.ParquetFile(opened) as parquet,
             ):
