@@ -17,6 +17,7 @@ COMMANDS = {
     # name: (module, what it does)
     "info": ("jllama.commands.info", "parameters, bytes, FLOPs and KV-cache bytes of a model"),
     "prepare": ("jllama.commands.prepare", "tokenise a recipe's text ahead of training"),
+    "sharding": ("jllama.commands.sharding", "where each parameter lies on a mesh, and its bytes"),
     "fingerprint": ("jllama.commands.fingerprint", "one digest of a checkpoint's bits"),
     "plot": ("jllama.commands.plot", "loss, learning rate and throughput of runs as a PNG"),
 }

@@ -247,7 +247,11 @@ class ShardingConfig:
     act_vocab: Candidates = _default("logits of a position", (("tensor",), None))
     layers: Candidates = _default("stacked layers", (None,))
     vocab: Candidates = _default("rows of embedding and head", (("tensor",), None))
-    embed: Candidates = _default("model width of a parameter", (("fsdp",), None))
+    table_embed: Candidates = _default(
+        "model width of embedding and head; takes tensor where the vocabulary cannot",
+        (("tensor", "fsdp"), ("fsdp",)),
+    )
+    embed: Candidates = _default("model width of a parameter", (("fsdp",),))
     heads: Candidates = _default("query heads of a parameter", (("tensor",),))
     kv_heads: Candidates = _default("key/value heads of a parameter", (("tensor",), None))
     head_dim: Candidates = _default("width of one head", (None,))

@@ -15,7 +15,7 @@ import numpy as np
 
 from jllama import recipe as recipes
 from jllama import storage
-from jllama.config import ComputeConfig, MeshConfig, ModelConfig, ShardingConfig
+from jllama.config import AutoAttention, ComputeConfig, MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.generate import engine
 from jllama.generate.sampling import Sampling
@@ -189,9 +189,14 @@ def load(path: str | Path, dtype: str | None = None) -> Llama:
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
     use_compilation_cache(recipe.run.compilation_cache)
-    # The devices here are not those of the training: the run's mesh and placement say nothing.
+    # The devices here are not those of the training: the run's mesh, placement and attention kernel
+    # say nothing.
     recipe = dataclasses.replace(recipe, mesh=MeshConfig(), sharding=ShardingConfig())
-    compute = dataclasses.replace(recipe.compute, dtype=dtype or recipe.compute.dtype)
+    compute = dataclasses.replace(
+        recipe.compute,
+        dtype=dtype or recipe.compute.dtype,
+        attention=AutoAttention(kind="auto"),
+    )
     tokenizer = load_tokenizer(run / "tokenizer.model")
     params = load_params(run, step, recipe)
     return Llama(recipe.model, _cast(params, compute.dtype), tokenizer, compute)

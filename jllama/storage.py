@@ -174,6 +174,18 @@ def write_text(file: Path, text: str) -> None:
     write_bytes(file, text.encode("utf-8"))
 
 
+def remove(file: Path) -> None:
+    """Removes an object at a URL, if it is there."""
+    with _errors(file, _NOT_WRITABLE), contextlib.suppress(FileNotFoundError):
+        _system(file).rm_file(os.fspath(file))
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes the objects at a URL whose names go on from this one with a slash."""
+    with _errors(folder, _NOT_WRITABLE), contextlib.suppress(FileNotFoundError):
+        _system(folder).rm(os.fspath(folder), recursive=True)
+
+
 def upload(local: Path, file: Path) -> None:
     """Copies a local file to a URL."""
     with _errors(file, _NOT_WRITABLE):

@@ -22,6 +22,20 @@ def logits(params, config, tokens, positions=None, segments=None):
     return np.stack(rows)
 
 
+def cross_entropy(hidden, weight, targets, weights, z_loss):
+    """Loss with and without the z term, and the gradients of the first, all in float64."""
+    h, w = hidden.astype(np.float64), weight.astype(np.float64)
+    logits = h @ w.T
+    top = logits.max(-1, keepdims=True)
+    log_z = np.log(np.exp(logits - top).sum(-1, keepdims=True)) + top
+    onehot = np.eye(len(w))[targets]
+    nll = (weights * (log_z[..., 0] - (logits * onehot).sum(-1))).sum()
+    loss = nll + z_loss * (weights * log_z[..., 0] ** 2).sum()
+    p = np.exp(logits - log_z)
+    d_logits = weights[..., None] * (p * (1 + 2 * z_loss * log_z) - onehot)
+    return loss, nll, d_logits @ w, np.einsum("btv,btd->vd", d_logits, h)
+
+
 def _float64(tree):
     if isinstance(tree, dict):
         return {name: _float64(branch) for name, branch in tree.items()}

@@ -59,6 +59,11 @@ class Prepared:
         `cache` is a local folder for copies of a dataset at a URL; s3:// needs one.
         """
         folder = storage.path(folder)
+        if str(folder).startswith("s3://") and not cache:
+            raise UserError(
+                f"{folder}: array_record reads local files and gs:// alone; name a local folder for"
+                " copies in data.prepare.cache"
+            )
         try:
             identity = json.loads(storage.read_text(folder / MARKER))
         except (FileNotFoundError, ValueError):
@@ -99,16 +104,9 @@ class Prepared:
 
 
 def _copies(folder: Path, identity: dict, cache: str) -> Path | None:
-    """The local folder that has the files of a dataset at a URL, fetched if need be."""
-    if not storage.is_remote(folder):
+    """The local folder with copies of a dataset at a URL, fetched if need be; None without."""
+    if not (storage.is_remote(folder) and cache):
         return None
-    if not cache:
-        if str(folder).startswith("gs://"):
-            return None
-        raise UserError(
-            f"{folder}: array_record reads local files and gs:// alone; name a local folder for"
-            " copies in data.prepare.cache"
-        )
     # By URL and content: the same name may stand for other bytes elsewhere, or later.
     key = hashlib.sha256(f"{folder} {identity['content']}".encode()).hexdigest()
     copies = storage.path(cache) / f"{folder.name}-{key[:16]}"

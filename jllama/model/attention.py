@@ -1,7 +1,6 @@
-"""Grouped-query causal attention, isolated by segment.
+"""The attention layer: grouped queries (arXiv:2305.13245), turned by RoPE.
 
-B batch, T query positions, S key positions, D model width, H query heads, K key/value heads,
-G = H/K, N head width.
+B batch, T positions, D model width, H query heads, K key/value heads, N head width.
 """
 
 import flax.linen as nn
@@ -10,57 +9,12 @@ import jax.numpy as jnp
 
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.model.cache import Cache
+from jllama.model.kernels import attend, attend_row
 from jllama.model.linear import Linear
 from jllama.model.norm import RMSNorm
 from jllama.model.param import matrix_init
 from jllama.model.rope import apply_rope
 from jllama.parallel.sharding import constrain
-
-# Finite, so that a row with nothing to attend to gives a mean and not NaN.
-MASKED = -1e30
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention; q [B,T,H,N], k and v [B,S,K,N], mask [B,T,S] bool -> [B,T,H,N].
-
-    Scores and softmax are float32.
-    """
-    B, T, H, N = q.shape
-    K = k.shape[2]
-    q = q.reshape(B, T, K, H // K, N)
-    scores = jnp.einsum("BTKGN,BSKN->BKGTS", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * N**-0.5, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKN->BTKGN", weights, v).reshape(B, T, H, N)
-
-
-def attend_row(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, block: int
-) -> jax.Array:
-    """Causal attention within a row of T positions, `block` queries at a time.
-
-    A block never looks at keys beyond its last query, which saves up to half of the work, and its
-    scores are computed again in the backward pass, so memory grows with block * T and not T * T.
-    segments [B,T] int32: positions attend only within their own segment; None is one segment.
-    """
-    B, T = q.shape[:2]
-
-    @jax.checkpoint
-    def one(q, k, v, start, segments):
-        t, s = q.shape[1], k.shape[1]
-        mask = (start + jnp.arange(t))[:, None] >= jnp.arange(s)
-        mask = jnp.broadcast_to(mask, (B, t, s))
-        if segments is not None:
-            own = jax.lax.dynamic_slice_in_dim(segments, start, t, axis=1)
-            mask &= own[:, :, None] == segments[:, None, :]
-        return attend(q, k, v, mask)
-
-    outs = []
-    for start in range(0, T, block):
-        end = min(start + block, T)
-        seen = None if segments is None else segments[:, :end]
-        outs.append(one(q[:, start:end], k[:, :end], v[:, :end], start, seen))
-    return jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0]
 
 
 class Attention(nn.Module):
@@ -68,6 +22,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     compute: ComputeConfig
+    balanced: bool = False
 
     @nn.compact
     def __call__(
@@ -95,8 +50,10 @@ class Attention(nn.Module):
         k = constrain(apply_rope(k, *rope), "batch", "seq", "act_kv_heads", None)
         v = constrain(v, "batch", "seq", "act_kv_heads", None)
 
-        if cache is None:
-            out = attend_row(q, k, v, segments, getattr(self.compute.attention, "block", 512))
+        if self.is_initializing():
+            out = q  # of a single position, whose length no kernel needs to like
+        elif cache is None:
+            out = attend_row(q, k, v, segments, self.compute.attention, self.balanced)
         else:
             rows = jnp.arange(x.shape[0])[:, None]
             cache = Cache(

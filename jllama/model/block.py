@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.model.attention import Attention
@@ -37,6 +38,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     compute: ComputeConfig
+    balanced: bool = False
 
     @nn.compact
     def __call__(
@@ -48,18 +50,27 @@ class Block(nn.Module):
         segments: jax.Array | None,
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         x, cache = carry
+        x = checkpoint_name(x, "block_input")
         c, param_dtype = self.config, self.compute.param_dtype
 
         def norm(name):
             return RMSNorm(c.rms_norm_eps, "norm", param_dtype, name=name)
 
+        # Positions between blocks are spread over the tensor devices too (arXiv:2205.05198): none
+        # repeats another's norms and sums. The products take every position of their context.
+        def whole(h):
+            return constrain(h, "batch", "seq", "act_embed")
+
+        def spread(h):
+            return constrain(h, "batch", "block_seq", "act_embed")
+
         with jax.named_scope("attention"):
-            h = norm("attention_norm")(x)
-            h, cache = Attention(c, self.compute, name="attention")(
+            h = whole(norm("attention_norm")(x))
+            h, cache = Attention(c, self.compute, self.balanced, name="attention")(
                 h, cache, layer, rope, positions, segments
             )
-            x = constrain(x + h, "batch", "seq", "act_embed")
+            x = x + spread(h)
         with jax.named_scope("mlp"):
-            h = MLP(c, self.compute, name="mlp")(norm("ffn_norm")(x))
-            x = constrain(x + h, "batch", "seq", "act_embed")
+            h = MLP(c, self.compute, name="mlp")(whole(norm("ffn_norm")(x)))
+            x = x + spread(h)
         return (x, cache), None

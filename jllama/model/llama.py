@@ -22,15 +22,41 @@ from jllama.model.cache import Cache
 from jllama.model.norm import RMSNorm
 from jllama.model.param import Declared, declare, embedding_init
 from jllama.model.rope import rope_tables
+from jllama.parallel.lookup import take_rows
 from jllama.parallel.sharding import constrain
 
 Params = dict[str, Any]
 
-# What `compute.remat` saves in the forward pass; "full" saves the input of each block only.
+_policies = jax.checkpoint_policies
+
+
+def _cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
+    # cuDNN's log-sum-exp has no name that a policy could save; the primitive that makes it has.
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+# What `compute.remat` keeps of each block for the backward pass beside the block's input, which
+# "offload" keeps in the host's memory; the rest is computed again. The names are given where the
+# values are made: Linear's products, and the result and log-sum-exp of attention.
 _REMAT = {
-    "dots": jax.checkpoint_policies.save_only_these_names("matmul"),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.save_only_these_names("matmul", "attention"), _cudnn_forward
+    ),
+    "attention": _policies.save_from_both_policies(
+        _policies.save_only_these_names("attention"), _cudnn_forward
+    ),
+    "full": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
+
+
+# Logical axes of the embedding and of the head.
+TABLE_AXES = ("vocab", "table_embed")
 
 
 class Embedding(nn.Module):
@@ -43,7 +69,7 @@ class Embedding(nn.Module):
     def __call__(self) -> jax.Array:
         return self.param(
             "weight",
-            declare(embedding_init(self.config.init), ("vocab", "embed"), decay=True),
+            declare(embedding_init(self.config.init), TABLE_AXES, decay=True),
             (self.config.vocab_size, self.config.hidden_dim),
             self.compute.param_dtype,
         )
@@ -54,6 +80,7 @@ class Llama(nn.Module):
 
     config: ModelConfig
     compute: ComputeConfig
+    balanced: bool = False
 
     @nn.compact
     def __call__(
@@ -68,8 +95,8 @@ class Llama(nn.Module):
         if not c.tie_embeddings:
             Embedding(c, self.compute, name="head")()  # used by `logits` and by the loss
         with jax.named_scope("embedding"):
-            x = jnp.take(table, tokens, axis=0).astype(self.compute.dtype)
-            x = constrain(x, "batch", "seq", "act_embed")
+            x = take_rows(table, tokens, TABLE_AXES, self.compute.dtype)
+            x = constrain(x, "batch", "block_seq", "act_embed")
         rope = rope_tables(c, positions)
 
         block = Block
@@ -87,7 +114,7 @@ class Llama(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         # The cache is carried, and so written in place; as scanned data it would be copied.
-        (x, cache), _ = layers(c, self.compute, name="layers")(
+        (x, cache), _ = layers(c, self.compute, self.balanced, name="layers")(
             (x, cache), jnp.arange(c.num_layers), rope, positions, segments
         )
         x = RMSNorm(c.rms_norm_eps, "norm", self.compute.param_dtype, name="final_norm")(x)
@@ -133,6 +160,7 @@ def apply(
     positions: jax.Array,
     segments: jax.Array | None = None,
     cache: Cache | None = None,
+    balanced: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
     """The final hidden state.
 
@@ -140,11 +168,14 @@ def apply(
       tokens, positions: [B,T] int32; positions drive RoPE and, with a cache, the slot written.
       segments: [B,T] int32 or None; without a cache, positions attend within their own segment.
       cache: None for a whole row, else the cache to read and to write.
+      balanced: tokens, positions and segments, and so the result, are in the balanced order of
+        `jllama.parallel.context` and not in that of the text.
 
     Returns:
       hidden [B,T,D] in the compute dtype, after the final norm, and the updated cache.
     """
-    return Llama(config, compute).apply({"params": params}, tokens, positions, segments, cache)
+    model = Llama(config, compute, balanced)
+    return model.apply({"params": params}, tokens, positions, segments, cache)
 
 
 def head_weight(params: Params, config: ModelConfig) -> jax.Array:

@@ -1,28 +1,69 @@
 """Devices to mesh."""
 
 import math
+from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jllama.config import MeshConfig
 from jllama.errors import UserError
 
-AXES = ("replica", "fsdp", "tensor", "context")
+# From the slowest network to the fastest: neighbours on the last axes are neighbours on the chip.
+AXES = ("replica", "fsdp", "context", "tensor")
+# make_mesh defaults to Explicit axes; the placement here is by constraints.
+_TYPES = (AxisType.Auto,) * len(AXES)
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices` (default: all), axes `AXES`; a size of -1 takes what is left.
 
-    Raises `UserError` when the sizes do not multiply to the number of devices.
+    On TPU the order follows the links between the chips. Several slices (`slice_index`) are joined
+    by the data-centre network, which only `replica` crosses: all else stays within a slice. The
+    devices may be those of a topology that is only compiled for.
+
+    Raises `UserError` when the sizes do not multiply to the number of devices, or when `replica`
+    does not divide over the slices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = _sizes(config, len(devices))
+    # Elsewhere an index says which machine a device is in, and any axis may cross machines.
+    on_tpu = devices[0].platform == "tpu"
+    slices = {getattr(d, "slice_index", 0) for d in devices} if on_tpu else {0}
+    replica, rest = sizes[0], sizes[1:]
+    if replica % len(slices):
+        raise UserError(
+            f"mesh.replica={replica}: the {len(devices)} devices are {len(slices)} slices, and only"
+            f" replica goes from slice to slice; set mesh.replica to {len(slices)} or a multiple"
+        )
+    if len(slices) > 1:
+        inner, outer = (replica // len(slices), *rest), (len(slices),) + (1,) * len(rest)
+        ordered = _arrange(mesh_utils.create_hybrid_device_mesh, inner, outer, devices)
+    else:
+        ordered = _arrange(mesh_utils.create_device_mesh, sizes, devices)
+    return Mesh(ordered, AXES, axis_types=_TYPES)
+
+
+def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
+    """The mesh of `count` devices that are not there: enough to say where an array would lie."""
+    return AbstractMesh(_sizes(config, count), AXES, axis_types=_TYPES)
+
+
+def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
     sizes = [getattr(config, name) for name in AXES]
-    fixed = math.prod(s for s in sizes if s > 0)
     if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    if math.prod(sizes) != len(devices):
+        sizes[sizes.index(-1)] = count // math.prod(s for s in sizes if s > 0)
+    if math.prod(sizes) != count:
         asked = ", ".join(f"{n}={getattr(config, n)}" for n in AXES)
-        raise UserError(f"mesh: {asked} does not fill {len(devices)} devices; set one size to -1")
-    # make_mesh defaults to Explicit axes; the placement here is by constraints.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        raise UserError(f"mesh: {asked} does not fill {count} devices; set one size to -1")
+    return tuple(sizes)
+
+
+def _arrange(create, *args) -> np.ndarray:
+    try:
+        return create(*args)
+    except NotImplementedError:
+        # No axis of chips has that size: part of one then, whose links carry two mesh axes.
+        return create(*args, allow_split_physical_axes=True)

@@ -10,11 +10,11 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jllama.config import ShardingConfig
 from jllama.errors import UserError
@@ -28,34 +28,50 @@ _active: contextvars.ContextVar["Placement | None"] = contextvars.ContextVar(
 class Placement:
     """A mesh and the rules that place arrays on it."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: ShardingConfig
 
-    def spec(self, shape: Sequence[int], axes: Sequence[str | None], name: str) -> PartitionSpec:
-        """The partition of an array of `shape` with logical `axes`; `name` is for errors.
+    @property
+    def platform(self) -> str:
+        """Of the mesh's devices: "cpu", "gpu" or "tpu"; they need not be attached."""
+        return self.mesh.devices.flat[0].platform
 
-        An axis of None is whole on every device.
+    def mesh_axes(
+        self, shape: Sequence[int], axes: Sequence[str | None], name: str
+    ) -> tuple[tuple[str, ...], ...]:
+        """The mesh axes that share out each dimension of an array of `shape` with logical `axes`.
+
+        None has none: the dimension is whole on every device. `name` is for errors.
         """
         if len(shape) != len(axes):
             raise UserError(f"{name}: shape {tuple(shape)} has not the logical axes {tuple(axes)}")
         used: set[str] = set()
-        parts: list[tuple[str, ...] | None] = []
+        parts: list[tuple[str, ...]] = []
         for size, axis in zip(shape, axes, strict=True):
-            choice = None if axis is None else self._choose(size, axis, used, shape, name)
-            used.update(choice or ())
+            choice = () if axis is None else self._choose(size, axis, used, shape, name)
+            used.update(choice)
             parts.append(choice)
-        return PartitionSpec(*parts)
+        return tuple(parts)
+
+    def spec(self, shape: Sequence[int], axes: Sequence[str | None], name: str) -> PartitionSpec:
+        """`mesh_axes` as a partition."""
+        return self.partition(*self.mesh_axes(shape, axes, name))
+
+    @staticmethod
+    def partition(*parts: tuple[str, ...]) -> PartitionSpec:
+        """The partition of an array whose dimensions are shared out over `parts`."""
+        return PartitionSpec(*(part or None for part in parts))
 
     def _choose(
         self, size: int, axis: str, used: set[str], shape: Sequence[int], name: str
-    ) -> tuple[str, ...] | None:
+    ) -> tuple[str, ...]:
         candidates = getattr(self.rules, axis, None)
         if candidates is None:
             raise UserError(f"{name}: logical axis {axis!r} has no rule in the sharding config")
         tried = []
         for candidate in candidates:
             if candidate is None:
-                return None
+                return ()
             ways = math.prod(self.mesh.shape[a] for a in candidate)
             if size % ways == 0 and not used.intersection(candidate):
                 return tuple(candidate)
@@ -84,6 +100,22 @@ class Placement:
             for k, v in batch.items()
         }
 
+    def pin(self, x: jax.Array, *parts: tuple[str, ...]) -> jax.Array:
+        """x, each of its dimensions shared out over the mesh axes of `parts`."""
+        sharding = NamedSharding(self.mesh, self.partition(*parts))
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def per_device(
+        self, f: Callable[..., Any], in_parts: Any, out_parts: Any
+    ) -> Callable[..., Any]:
+        """`f` as what one device does with its parts, between partitions made by `partition`.
+
+        Inside, the collectives are those that `f` says.
+        """
+        return jax.shard_map(
+            f, mesh=self.mesh, in_specs=in_parts, out_specs=out_parts, check_vma=False
+        )
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Makes `constrain` use this placement; entered inside every jitted function."""
@@ -92,6 +124,11 @@ class Placement:
             yield
         finally:
             _active.reset(token)
+
+
+def active_placement() -> Placement | None:
+    """The placement that `constrain` uses, if any."""
+    return _active.get()
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

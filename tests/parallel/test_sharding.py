@@ -127,18 +127,6 @@ def test_logits_on_a_mesh_equal_one_device(sizes):
     assert tiny.relative_error(got, tiny.logits(params, model, tokens)) < 1e-6
 
 
-def test_minus_one_takes_what_is_left():
-    mesh = make_mesh(MeshConfig(fsdp=-1, tensor=2), jax.devices()[:8])
-    assert dict(mesh.shape) == {"replica": 1, "fsdp": 4, "tensor": 2, "context": 1}
-    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape)["fsdp"] == 1
-
-
-@pytest.mark.parametrize("sizes", [{"fsdp": 3}, {"fsdp": -1, "tensor": 3}, {"tensor": 16}])
-def test_a_mesh_that_does_not_fill_the_devices_is_an_error(sizes):
-    with pytest.raises(UserError, match="does not fill 8 devices"):
-        make_mesh(MeshConfig(**sizes), jax.devices()[:8])
-
-
 def test_every_rule_of_the_config_names_mesh_axes():
     rules = ShardingConfig()
     for field in dataclasses.fields(rules):

@@ -1,0 +1,169 @@
+"""Causal attention block by block, in plain XLA: memory grows with the length, not its square.
+
+Forward by an online softmax over blocks of keys (arXiv:2205.14135); backward from the saved
+log-sum-exp, computing the scores again (arXiv:2307.08691).
+
+What a query sees is a window of keys, `first[b, t] <= s <= rows[t]`: causality gives its end, and
+its segment, a run of equal numbers, its start. So two bounds say which blocks of keys a block of
+queries visits, and what lies outside costs nothing.
+
+B batch, T query positions, S key positions, H query heads, K key/value heads, G = H/K, N head
+width; I blocks of t queries, J blocks of s keys.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+# Finite, so that a block without a single visible key gives no NaN: what comes of it has weight 0.
+MASKED = -1e30
+
+
+def segment_starts(segments: jax.Array) -> jax.Array:
+    """Index at which the run of equal numbers around each position starts: [B,S] -> [B,S] int32."""
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def visits(rows: jax.Array, first: jax.Array, t: int, s: int) -> tuple[jax.Array, jax.Array]:
+    """The blocks of s keys [low, high) that each block of t queries visits: two [I] int32."""
+    low = jnp.min(_cut(first, 1, t, mode="edge"), axis=(1, 2)) // s
+    high = jnp.max(_cut(rows, 0, t, mode="edge"), axis=1) // s + 1
+    return low, high
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def blockwise(
+    q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, first: jax.Array, block: int
+) -> jax.Array:
+    """Softmax attention; q [B,T,H,N], k and v [B,S,K,N] -> [B,T,H,N].
+
+    Scores, softmax and sums are float32; the products take the dtype of q.
+
+    Args:
+      rows: [T] int32, the index of each query among the keys: the last key that it sees.
+      first: [B,T] int32, the first key that it sees; at most `rows`.
+      block: queries and keys at a time.
+    """
+    return _forward(q, k, v, rows, first, block)[0]
+
+
+def _forward(q, k, v, rows, first, block):
+    T, K = q.shape[1], k.shape[2]
+    t, s = min(block, T), min(block, k.shape[1])
+    keys, values = _key_blocks(k, s), _key_blocks(v, s)
+
+    def one(_, xs):
+        q, rows, first, low, high = xs
+
+        def visit(j, carry):
+            top, total, out = carry
+            scores = _scores(q, keys[j], rows, first, j)
+            new = jnp.maximum(top, jnp.max(scores, axis=-1))
+            weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
+            more = _product("BKGTS,BKSN->BKGTN", weights.astype(v.dtype), values[j])
+            total = total * shrink + jnp.sum(weights, axis=-1)
+            return new, total, out * shrink[..., None] + more
+
+        zeros = jnp.zeros(q.shape, jnp.float32)
+        carry = (jnp.full_like(zeros[..., 0], MASKED), zeros[..., 0], zeros)
+        top, total, out = lax.fori_loop(low, high, visit, carry)
+        return None, ((out / total[..., None]).astype(v.dtype), top + jnp.log(total))
+
+    xs = (_query_blocks(q, K, t), *_bounds(rows, first, t, s))
+    _, (out, log_z) = lax.scan(one, None, xs)
+    return _query_rows(out, T), _query_rows(log_z, T)
+
+
+def _blockwise_fwd(q, k, v, rows, first, block):
+    # Named, so that a rematerialisation policy can save what this loop makes.
+    out, log_z = (checkpoint_name(x, "attention") for x in _forward(q, k, v, rows, first, block))
+    return out, (q, k, v, rows, first, out, log_z)
+
+
+def _blockwise_bwd(block, saved, d_out):
+    q, k, v, rows, first, out, log_z = saved
+    (_, T, _, N), (S, K) = q.shape, k.shape[1:3]
+    t, s = min(block, T), min(block, S)
+    keys, values = _key_blocks(k, s), _key_blocks(v, s)
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+
+    def one(carry, xs):
+        q, d_out, log_z, delta, rows, first, low, high = xs
+
+        def visit(j, carry):
+            d_q, d_keys, d_values = carry
+            weights = jnp.exp(_scores(q, keys[j], rows, first, j) - log_z[..., None])
+            d_v = _product("BKGTS,BKGTN->BKSN", weights.astype(d_out.dtype), d_out)
+            d_weights = _product("BKGTN,BKSN->BKGTS", d_out, values[j])
+            d_scores = (weights * (d_weights - delta[..., None]) * N**-0.5).astype(q.dtype)
+            d_k = _product("BKGTS,BKGTN->BKSN", d_scores, q)
+            d_q += _product("BKGTS,BKSN->BKGTN", d_scores, keys[j])
+            return d_q, d_keys.at[j].add(d_k), d_values.at[j].add(d_v)
+
+        start = jnp.zeros(q.shape, jnp.float32)
+        d_q, *carry = lax.fori_loop(low, high, visit, (start, *carry))
+        return tuple(carry), d_q.astype(q.dtype)
+
+    queries = (_query_blocks(x, K, t) for x in (q, d_out, log_z, delta))
+    zeros = jnp.zeros(keys.shape, jnp.float32)
+    (d_k, d_v), d_q = lax.scan(one, (zeros, zeros), (*queries, *_bounds(rows, first, t, s)))
+    d_k, d_v = (_key_rows(x, S).astype(k.dtype) for x in (d_k, d_v))
+    return _query_rows(d_q, T), d_k, d_v, None, None
+
+
+blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
+
+
+def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
+
+
+def _scores(q: jax.Array, k: jax.Array, rows: jax.Array, first: jax.Array, j: jax.Array):
+    """q [B,K,G,t,N], k [B,K,s,N], rows [t], first [B,t] -> float32 [B,K,G,t,s]."""
+    index = j * k.shape[2] + jnp.arange(k.shape[2])
+    seen = (index <= rows[:, None]) & (index >= first[:, :, None])
+    scores = _product("BKGTN,BKSN->BKGTS", q, k) * q.shape[-1] ** -0.5
+    return jnp.where(seen[:, None, None], scores, MASKED)
+
+
+def _cut(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Array:
+    """Cuts `axis` into blocks of `size` on a new leading axis, after filling up its end."""
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, -x.shape[axis] % size)
+    x = jnp.pad(x, pad, mode=mode)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _bounds(rows: jax.Array, first: jax.Array, t: int, s: int) -> tuple[jax.Array, ...]:
+    """What each block of queries sees: rows [I,t], first [I,B,t], and its `visits`, [I] each."""
+    low, high = visits(rows, first, t, s)
+    return _cut(rows, 0, t, mode="edge"), _cut(first, 1, t, mode="edge"), low, high
+
+
+def _query_blocks(x: jax.Array, K: int, t: int) -> jax.Array:
+    """[B,T,H,...] -> [I,B,K,G,t,...]: query heads that share keys lie side by side."""
+    B, T, H = x.shape[:3]
+    return jnp.moveaxis(_cut(x.reshape(B, T, K, H // K, *x.shape[3:]), 1, t), 2, 4)
+
+
+def _query_rows(x: jax.Array, T: int) -> jax.Array:
+    """[I,B,K,G,t,...] -> [B,T,H,...]: the inverse of `_query_blocks`."""
+    x = jnp.moveaxis(x, (1, 0, 4, 2, 3), (0, 1, 2, 3, 4))
+    B, blocks, t, K, G = x.shape[:5]
+    return x.reshape(B, blocks * t, K * G, *x.shape[5:])[:, :T]
+
+
+def _key_blocks(x: jax.Array, s: int) -> jax.Array:
+    """[B,S,K,N] -> [J,B,K,s,N]."""
+    return jnp.moveaxis(_cut(x, 1, s), 2, 3)
+
+
+def _key_rows(x: jax.Array, S: int) -> jax.Array:
+    """[J,B,K,s,N] -> [B,S,K,N]: the inverse of `_key_blocks`."""
+    J, B, K, s, N = x.shape
+    return jnp.moveaxis(x, (1, 0, 3, 2, 4), (0, 1, 2, 3, 4)).reshape(B, J * s, K, N)[:, :S]

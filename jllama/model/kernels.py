@@ -1,0 +1,140 @@
+"""Attention over whole rows: which kernel computes it where, and how each is called.
+
+B batch, T positions, H query heads, K key/value heads, G = H/K, N head width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jllama.config import (
+    Attention,
+    AutoAttention,
+    BlockwiseAttention,
+    CudnnAttention,
+    ReferenceAttention,
+    SplashAttention,
+)
+from jllama.errors import UserError
+from jllama.model.blockwise import MASKED, blockwise, segment_starts
+from jllama.model.splash import LANES, causal_mask, splash
+from jllama.parallel import context
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention; q [B,T,H,N], k and v [B,S,K,N], mask [B,T,S] bool -> [B,T,H,N].
+
+    All scores at once, in float32, as is the softmax.
+    """
+    B, T, H, N = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, H // K, N)
+    scores = jnp.einsum("BTKGN,BSKN->BKGTS", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * N**-0.5, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKN->BTKGN", weights, v).reshape(B, T, H, N)
+
+
+def attend_row(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    config: Attention,
+    balanced: bool = False,
+) -> jax.Array:
+    """Causal attention within rows, each position within its own segment.
+
+    A segment is a run of equal numbers. Positions are seen by their place in the row.
+
+    Args:
+      q: [B,T,H,N]; k, v: [B,T,K,N]; segments: [B,T] int32, or None for one segment a row.
+      config: the kernel, or `auto`; see `choose`.
+      balanced: how the row lies on the devices; see `jllama.parallel.context`.
+    """
+    ways = context.sequence_ways(*q.shape[:2])
+    kind = choose(config, context.platform(), q.dtype, q.shape[1], ways, segments is not None)
+    mask = None
+    match kind:
+        case BlockwiseAttention(block=block):
+            kernel = functools.partial(_blockwise, block=block)
+        case CudnnAttention():
+            kernel = _cudnn
+        case SplashAttention(block=block):
+            kernel, mask = splash, causal_mask(q.shape[1], ways, balanced, block)
+        case ReferenceAttention():
+            kernel = _reference
+    return context.spread(kernel, q, k, v, segments, balanced, mask)
+
+
+def choose(
+    config: Attention, platform: str, dtype: jnp.dtype, length: int, ways: int, segments: bool
+) -> Attention:
+    """The kernel for rows of `length` positions over `ways` devices; `auto` picks by the platform.
+
+    `segments` says whether rows have them. Raises `UserError` where the kernel that was asked for
+    cannot do this.
+    """
+    no_splash = _why_no_splash(platform, length, ways)
+    no_cudnn = _why_no_cudnn(platform, dtype, ways, segments)
+    match config:
+        case AutoAttention(block=block) if platform == "tpu" and no_splash is None:
+            return SplashAttention(kind="splash", block=max(block, LANES))
+        case AutoAttention() if platform == "gpu" and no_cudnn is None:
+            return CudnnAttention(kind="cudnn")
+        case AutoAttention(block=block):
+            return BlockwiseAttention(kind="blockwise", block=block)
+        case SplashAttention() if no_splash is not None:
+            raise UserError(f"compute.attention.kind=splash: {no_splash}")
+        case CudnnAttention() if no_cudnn is not None:
+            raise UserError(f"compute.attention.kind=cudnn: {no_cudnn}")
+    return config
+
+
+def _why_no_splash(platform: str, length: int, ways: int) -> str | None:
+    if platform != "tpu":
+        return f"is for TPU and this is {platform}; set compute.attention.kind=auto"
+    if length % (LANES * ways):
+        return (
+            f"rows of {length} positions over {ways} device(s) are no multiple of {LANES} each;"
+            " change data.length, or set compute.attention.kind=blockwise"
+        )
+    return None
+
+
+def _why_no_cudnn(platform: str, dtype: jnp.dtype, ways: int, segments: bool) -> str | None:
+    if platform != "gpu":
+        return f"is for NVIDIA GPUs and this is {platform}; set compute.attention.kind=auto"
+    if segments:
+        return (
+            "knows no segments; set data.document_mask=false, or compute.attention.kind=blockwise"
+        )
+    if ways > 1:
+        return "knows no part of a row; set mesh.context=1, or compute.attention.kind=blockwise"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"does not take {dtype}; set compute.dtype=bfloat16"
+    return None
+
+
+def _reference(q, k, v, rows, segments, mask):
+    del mask
+    S = k.shape[1]
+    seen = jnp.broadcast_to(rows[:, None] >= jnp.arange(S), (len(q), len(rows), S))
+    if segments is not None:
+        seen &= jnp.take(segments, rows, axis=1)[:, :, None] == segments[:, None, :]
+    return attend(q, k, v, seen)
+
+
+def _blockwise(q, k, v, rows, segments, mask, *, block):
+    del mask
+    if segments is None:
+        first = jnp.zeros(q.shape[:2], jnp.int32)
+    else:
+        first = jnp.take(segment_starts(segments), rows, axis=1)
+    return blockwise(q, k, v, rows, first, block)
+
+
+def _cudnn(q, k, v, rows, segments, mask):
+    del rows, segments, mask  # whole rows of one segment
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")

@@ -1,0 +1,113 @@
+"""Splash attention: jax's own Pallas kernel for TPU, flash attention over a sparse mask.
+
+The one file that imports `jax.experimental.pallas`.
+
+B batch, T query positions, S key positions, H query heads, K key/value heads, N head width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from jllama.parallel.context import balanced_order, natural_order
+
+# Blocks of queries and keys are whole vector registers: 128 lanes.
+LANES = 128
+
+Mask = kernels.SplashAttentionKernel
+
+
+def block_size(length: int, most: int) -> int:
+    """The largest multiple of `LANES`, at most `most`, that divides `length`, itself a multiple."""
+    return max(b for b in range(LANES, max(most, LANES) + 1, LANES) if length % b == 0)
+
+
+@functools.lru_cache(maxsize=16)
+def causal_mask(length: int, ways: int, balanced: bool, most: int, interpret: bool = False) -> Mask:
+    """What the kernel must know ahead of time about rows of `length` positions over `ways` devices.
+
+    Args:
+      balanced: the layout of the positions; see `jllama.parallel.context`.
+      most: queries and keys at a time, at most; `length / ways` is a multiple of `LANES`.
+      interpret: run on any platform, slowly.
+    """
+    order = balanced_order(length, ways) if balanced else natural_order(length)
+    part = length // ways
+    # A block that does not cross from one chunk of the balanced layout into the other skips more.
+    chunk = part // 2 if balanced and part % (2 * LANES) == 0 else part
+    sizes = dict.fromkeys(
+        ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
+         "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
+        block_size(chunk, most),
+    )  # fmt: skip
+    with jax.core.eval_context():  # this outlives the trace that first asks for it
+        kernel = kernels.make_splash_mha(
+            masks.MultiHeadMask([_Causal(order)]),
+            block_sizes=kernels.BlockSizes(**sizes),
+            head_shards=1,
+            q_seq_shards=ways,
+            residual_checkpoint_name="attention",
+            interpret=interpret,
+        )
+        return jax.tree.map(np.asarray, kernel)
+
+
+def splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: jax.Array,
+    segments: jax.Array | None,
+    mask: Mask,
+) -> jax.Array:
+    """Softmax attention; q [B,T,H,N], k and v [B,S,K,N] -> [B,T,H,N].
+
+    Args:
+      rows: [T] int32, the index of each query among the keys.
+      segments: [B,S] int32 of the keys, or None.
+      mask: `causal_mask` of these queries.
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    if segments is not None:
+        segments = kernels.SegmentIds(q=jnp.take(segments, rows, axis=1), kv=segments)
+    return jnp.swapaxes(jax.vmap(mask)(q, k, v, segments), 1, 2)
+
+
+def _sees(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    return q >= k
+
+
+class _Causal(masks.Mask):
+    """Causality for queries in any order, block by block: never all of a T x T mask."""
+
+    def __init__(self, rows: np.ndarray):
+        # The kernel compares these in its own blocks instead of reading a mask.
+        self.q_sequence, self.mask_function = rows, _sees
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.q_sequence), len(self.q_sequence)
+
+    def __getitem__(self, at: tuple[slice, slice]) -> np.ndarray:
+        rows, keys = self.q_sequence[at[0]], np.arange(self.shape[1], dtype=np.int32)[at[1]]
+        # Nearly all blocks are one or the other, and a long row has tens of thousands of blocks.
+        if keys[-1] <= rows.min():
+            return _filled(True, len(rows), len(keys))
+        if keys[0] > rows.max():
+            return _filled(False, len(rows), len(keys))
+        return _sees(rows[:, None], keys)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Causal) and np.array_equal(self.q_sequence, other.q_sequence)
+
+    def __hash__(self) -> int:
+        return hash(self.q_sequence.tobytes())
+
+
+@functools.cache
+def _filled(value: bool, rows: int, keys: int) -> np.ndarray:
+    return np.full((rows, keys), value)

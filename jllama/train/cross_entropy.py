@@ -1,0 +1,179 @@
+"""Token-weighted cross-entropy that never holds all logits.
+
+B batch, T predicted positions, D model width, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jllama.model.llama import TABLE_AXES
+from jllama.parallel.sharding import active_placement
+
+
+def _blocks(x: jax.Array, block: int) -> jax.Array:
+    """[B, T, ...] -> [T/block, B, block, ...]: cut along T, so that rows stay on their device.
+
+    T is filled up with zeros to a multiple of `block`: positions of weight 0.
+    """
+    B, T = x.shape[:2]
+    x = jnp.pad(x, ((0, 0), (0, -T % block), *((0, 0) for _ in x.shape[2:])))
+    return jnp.moveaxis(x.reshape(B, -1, block, *x.shape[2:]), 1, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    hidden: jax.Array,
+    weight: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    z_loss: float,
+    block: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums of weights * (-log p(target) + z_loss * log(Z)^2), and the same without the z term.
+
+    Logits exist for `block` positions of each row at a time. The gradients are made in the same
+    pass over the blocks: three matrix products in all, nothing recomputed. Only the first result
+    has a gradient; z_loss is from PaLM (arXiv:2204.02311, section 5).
+
+    Args:
+      hidden: [B,T,D], whose dtype is that of the products; `weight` [V,D].
+      targets: [B,T] int32; `weights` [B,T] float32.
+
+    Returns:
+      Two float32 scalars: loss with the z term, loss without it.
+    """
+    return _forward(hidden, weight, targets, weights, z_loss, block, gradients=False)[0]
+
+
+def _forward(hidden, weight, targets, weights, z_loss, block, gradients):
+    """The two sums, and with `gradients` those of hidden and of weight, the latter in float32."""
+    placement = active_placement()
+    one = functools.partial(_one_device, z_loss=z_loss, block=block, gradients=gradients)
+    if placement is None or placement.mesh.size == 1:
+        return one(hidden, weight.astype(hidden.dtype), targets, weights)
+    return _many_devices(one, placement, hidden, weight, targets, weights)
+
+
+def _one_device(hidden, head, targets, weights, z_loss, block, gradients, vocab_axes=()):
+    """One device's share: all positions of `hidden`, and the part `head` [V,D] of the vocabulary.
+
+    Over `vocab_axes` lie the parts of the vocabulary: the sums are whole, d_hidden is this part's.
+    """
+    B, T, D = hidden.shape
+    block = min(block, T)
+    vocab = lax.broadcasted_iota(jnp.int32, (1, 1, head.shape[0]), 2)
+    if vocab_axes:
+        vocab += lax.axis_index(vocab_axes) * head.shape[0]
+
+    def one(carry, xs):
+        h, y, w = xs
+        logits = jnp.einsum("BTD,VD->BTV", h, head, preferred_element_type=jnp.float32)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        top = lax.pmax(top, vocab_axes) if vocab_axes else top
+        exp = jnp.exp(logits - top)
+        hit = vocab == y[..., None]
+        total = jnp.sum(exp, axis=-1, keepdims=True)
+        chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+        if vocab_axes:
+            total, chosen = lax.psum((total, chosen), vocab_axes)
+        log_z = jnp.log(total) + top
+        nll = jnp.sum(w * (log_z[..., 0] - chosen))
+        full = nll + z_loss * jnp.sum(w * jnp.square(log_z[..., 0]))
+        sums = (carry[0] + full, carry[1] + nll)
+        if not gradients:
+            return sums, None
+        scale = w[..., None] * (1.0 + 2.0 * z_loss * log_z) / total
+        d_logits = (exp * scale - jnp.where(hit, w[..., None], 0.0)).astype(h.dtype)
+        d_h = jnp.einsum("BTV,VD->BTD", d_logits, head)
+        d_weight = jnp.einsum("BTD,BTV->DV", h, d_logits, preferred_element_type=jnp.float32)
+        return (*sums, carry[2] + d_weight), d_h
+
+    zero = jnp.zeros((), jnp.float32)
+    carry = (zero, zero, jnp.zeros(head.T.shape, jnp.float32)) if gradients else (zero, zero)
+    xs = tuple(_blocks(x, block) for x in (hidden, targets, weights))
+    carry, d_hidden = lax.scan(one, carry, xs)
+    if not gradients:
+        return carry, None
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, D)[:, :T]
+    return carry[:2], (d_hidden, carry[2].T)
+
+
+def _many_devices(one, placement, hidden, weight, targets, weights):
+    """`one` on every device, and between them what the partitioner would repeat for each block.
+
+    Per call: one all-gather of the head's width, in hidden's dtype; one reduce-scatter of its
+    float32 gradient. Where the vocabulary divides over devices that share their rows (tensor
+    parallelism), these hold parts of it: hidden's positions are gathered, its gradient is
+    reduce-scattered, and three numbers a position are reduced per block (arXiv:1909.08053, section
+    3). Where it does not divide, every device has the whole vocabulary for its own positions.
+    """
+    sizes = placement.mesh.shape
+    everyone = tuple(a for a in sizes if sizes[a] > 1)
+
+    def parts(x, *axes):
+        chosen = placement.mesh_axes(x.shape, axes, "loss")
+        return [tuple(a for a in part if sizes[a] > 1) for part in chosen]
+
+    rows, positions, _ = parts(hidden, "batch", "block_seq", None)
+    vocab, width = parts(weight, *TABLE_AXES)
+    vocab = tuple(a for a in vocab if a not in rows)
+    kept = tuple(a for a in positions if a not in vocab)
+    spread = tuple(a for a in positions if a in vocab)
+    if kept + spread != positions:  # gathering the outer of two axes would shuffle the positions
+        positions, spread = kept, ()
+    others = tuple(a for a in everyone if a not in vocab)
+    # Devices that differ in no row, position or word: all but one of them weigh nothing.
+    idle = tuple(a for a in others if a not in rows + kept)
+
+    def device(hidden, weight, targets, weights):
+        head = _all_gather(weight.astype(hidden.dtype), width, 1)
+        hidden = _all_gather(hidden, spread, 1)
+        if idle:
+            weights = jnp.where(lax.axis_index(idle) == 0, weights, 0.0)
+        sums, gradients = one(hidden, head, targets, weights, vocab_axes=vocab)
+        sums = lax.psum(sums, others)
+        if gradients is None:
+            return sums, None
+        d_hidden, d_weight = gradients
+        d_hidden = _reduce(d_hidden, spread, vocab + idle, 1)
+        return sums, (d_hidden, _reduce(d_weight, width, others, 1))
+
+    spec, table = placement.partition(rows, positions, ()), placement.partition(vocab, width)
+    row = placement.partition(rows, kept)
+    gradients = (spec, table) if one.keywords["gradients"] else None
+    return placement.per_device(
+        device, (spec, table, row, row), (placement.partition(), gradients)
+    )(hidden, weight, targets, weights)
+
+
+def _all_gather(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+    return lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
+
+
+def _reduce(
+    x: jax.Array, scatter: tuple[str, ...], axes: tuple[str, ...], dimension: int
+) -> jax.Array:
+    """The sum over `axes`, of which each device keeps its part over `scatter`."""
+    if scatter:
+        x = lax.psum_scatter(x, scatter, scatter_dimension=dimension, tiled=True)
+    rest = tuple(a for a in axes if a not in scatter)
+    return lax.psum(x, rest) if rest else x
+
+
+def _cross_entropy_fwd(hidden, weight, targets, weights, z_loss, block):
+    out, (d_hidden, d_weight) = _forward(
+        hidden, weight, targets, weights, z_loss, block, gradients=True
+    )
+    return out, (d_hidden, d_weight.astype(weight.dtype))
+
+
+def _cross_entropy_bwd(z_loss, block, residuals, cotangents):
+    d_hidden, d_weight = residuals
+    g = cotangents[0]
+    return (d_hidden * g).astype(d_hidden.dtype), (d_weight * g).astype(d_weight.dtype), None, None
+
+
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)

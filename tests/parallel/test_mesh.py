@@ -1,0 +1,92 @@
+"""Devices to mesh: sizes, slices, and the chips' own order."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+import tpu
+
+from jllama.config import MeshConfig
+from jllama.errors import UserError
+from jllama.parallel.mesh import AXES, abstract_mesh, make_mesh
+
+
+def sizes(mesh):
+    return {axis: size for axis, size in mesh.shape.items() if size > 1}
+
+
+def test_minus_one_takes_what_is_left():
+    mesh = make_mesh(MeshConfig(fsdp=-1, tensor=2), jax.devices()[:8])
+    assert dict(mesh.shape) == {"replica": 1, "fsdp": 4, "tensor": 2, "context": 1}
+    assert sizes(make_mesh(MeshConfig(fsdp=2, context=-1), jax.devices()[:8])) == {
+        "fsdp": 2,
+        "context": 4,
+    }
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape)["fsdp"] == 1
+
+
+@pytest.mark.parametrize("given", [{"fsdp": 3}, {"fsdp": -1, "tensor": 3}, {"tensor": 16}])
+def test_a_mesh_that_does_not_fill_the_devices_is_an_error(given):
+    for make, devices in ((make_mesh, jax.devices()[:8]), (abstract_mesh, 8)):
+        with pytest.raises(UserError, match="does not fill 8 devices"):
+            make(MeshConfig(**given), devices)
+
+
+def test_a_mesh_without_devices_has_the_same_axes():
+    config = MeshConfig(replica=2, fsdp=-1, tensor=2)
+    there, abstract = make_mesh(config, jax.devices()[:8]), abstract_mesh(config, 8)
+    assert there.shape == abstract.shape
+    assert there.axis_types == abstract.axis_types
+    assert sizes(abstract_mesh(MeshConfig(fsdp=-1, tensor=8), 4096)) == {"fsdp": 512, "tensor": 8}
+
+
+def fakes(slices, each):
+    return [
+        types.SimpleNamespace(platform="tpu", slice_index=s, id=s * each + i)
+        for s in range(slices)
+        for i in range(each)
+    ]
+
+
+@pytest.mark.parametrize(("replica", "fsdp"), [(1, -1), (2, -1), (-1, 8)])
+def test_only_replica_goes_from_slice_to_slice(replica, fsdp):
+    with pytest.raises(UserError) as error:
+        make_mesh(MeshConfig(replica=replica, fsdp=fsdp), fakes(4, 4))
+    said = str(error.value)
+    assert "4 slices" in said
+    assert "set mesh.replica to 4 or a multiple" in said
+    assert "\n" not in said
+
+
+def coordinates(mesh):
+    return np.vectorize(lambda d: np.dot(d.coords, (1, 100, 10_000)), otypes=[int])(mesh.devices)
+
+
+def test_neighbours_on_the_tensor_axis_are_neighbouring_chips():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=4), tpu.devices("v5e:4x4"))
+    assert AXES[-1] == "tensor"
+    steps = np.abs(np.diff(coordinates(mesh), axis=-1))
+    assert set(steps.flat) <= {1, 100}
+
+
+def test_an_axis_that_is_no_side_of_the_torus_is_laid_out_all_the_same():
+    mesh = make_mesh(MeshConfig(fsdp=32, tensor=2), tpu.devices("v5p:4x4x4"))
+    assert sizes(mesh) == {"fsdp": 32, "tensor": 2}
+    assert len(set(coordinates(mesh).flat)) == 64
+
+
+@pytest.mark.parametrize("replica", [2, 4])
+def test_every_replica_lies_within_one_slice(replica):
+    chips = tpu.devices("v5e:4x4", num_slices=2)
+    mesh = make_mesh(MeshConfig(replica=replica, fsdp=-1, tensor=2), chips)
+    assert sizes(mesh) == {"replica": replica, "fsdp": 16 // replica, "tensor": 2}
+    of_slices = [{d.slice_index for d in part.flat} for part in mesh.devices]
+    assert all(len(one) == 1 for one in of_slices)
+    assert set.union(*of_slices) == {0, 1}
+
+
+def test_two_slices_without_replica_are_an_error():
+    chips = tpu.devices("v5e:4x4", num_slices=2)
+    with pytest.raises(UserError, match=r"set mesh\.replica to 2"):
+        make_mesh(MeshConfig(fsdp=-1), chips)
