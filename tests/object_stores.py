@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from http import HTTPStatus
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 
 BUCKET = "tiny"
 _CREDENTIALS = {
@@ -62,30 +62,38 @@ def _serve_gs() -> int:
         """What Cloud Storage does and the emulator does not, and no renaming."""
 
         def do_POST(self):
-            if self._allowed():
+            query = self._query()
+            if re.search(r"/o/.*/(copyTo|rewriteTo|compose)(/|$)", urlparse(self.path).path):
+                self.send_error(HTTPStatus.NOT_IMPLEMENTED, "this store does not rename")
+            elif query.get("ifGenerationMatch") not in (None, self._generation(query.get("name"))):
+                self.send_error(HTTPStatus.PRECONDITION_FAILED)
+            else:
                 super().do_POST()
 
         def do_GET(self):
-            # The emulator would ignore the bounds and list too much.
-            if "startOffset" in self.path:
+            query = self._query()
+            if "startOffset" in query:
+                # The emulator would ignore the bounds and list too much.
                 self.send_error(HTTPStatus.NOT_IMPLEMENTED)
+            elif query.get("ifGenerationNotMatch") == self._generation(self._object()):
+                self.send_error(HTTPStatus.NOT_MODIFIED)
             else:
                 super().do_GET()
 
-        def _allowed(self) -> bool:
-            url = urlparse(self.path)
-            query = {key: values[0] for key, values in parse_qs(url.query).items()}
-            if re.search(r"/o/.*/(copyTo|rewriteTo|compose)(/|$)", url.path):
-                self.send_error(HTTPStatus.NOT_IMPLEMENTED, "this store does not rename")
-                return False
-            if "ifGenerationMatch" in query:
-                name = query["name"]
-                objects = self.storage.objects.get(BUCKET, {})
-                now = objects[name]["generation"] if name in objects else "0"
-                if now != query["ifGenerationMatch"]:
-                    self.send_error(HTTPStatus.PRECONDITION_FAILED)
-                    return False
-            return True
+        def end_headers(self):
+            if self.command == "GET" and self._query().get("alt") == "media":
+                self.send_header("x-goog-generation", self._generation(self._object()))
+            super().end_headers()
+
+        def _query(self) -> dict[str, str]:
+            return {k: v[0] for k, v in parse_qs(urlparse(self.path).query).items()}
+
+        def _object(self) -> str:
+            return unquote(urlparse(self.path).path.rpartition("/o/")[2])
+
+        def _generation(self, name: str | None) -> str:
+            objects = self.storage.objects.get(BUCKET, {})
+            return objects[name]["generation"] if name in objects else "0"
 
     server.RequestHandler = Handler  # one thread: a check and its write are one
     running = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket=BUCKET)
