@@ -2,10 +2,11 @@
 
 import functools
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+from jllama import storage
 
 # Dense FLOP/s of one chip (one device in JAX), bfloat16, from the vendors' data sheets:
 # cloud.google.com/tpu/docs/system-architecture-tpu-vm and the NVIDIA H100, H200, A100 data sheets.
@@ -54,4 +55,4 @@ def measured_matmul_flops(dtype: str, size: int = 2048, repeats: int = 10) -> fl
 def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs in `folder`; empty is off, and a cache already set up stays."""
     if folder and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(storage.path(folder)))

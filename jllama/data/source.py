@@ -19,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 import tensorflow_datasets as tfds
 
+from jllama import storage
 from jllama.config import JsonlSource, ParquetSource, Source, StdlibSource, TextSource, TfdsSource
 from jllama.data import files
 from jllama.errors import UserError
@@ -36,12 +37,15 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """One file of a source: `name` is stable (as matched, or relative), `path` opens it."""
+    """One file of a source: `name` is stable (as matched, or relative), `path` opens it.
+
+    `version` is `jllama.storage.Stat`'s: equal sizes and versions are equal content.
+    """
 
     name: str
     path: Path
     size: int
-    mtime_ns: int
+    version: str
 
 
 class _Skipped(Exception):
@@ -104,18 +108,19 @@ def source_files(source: Source, *, fetch: bool = True) -> list[SourceFile]:
             pairs = [(name, root / name) for name in _library(root, source)]
         case TfdsSource():
             builder = _builder(source, fetch)
-            paths = [Path(p) for p in _split(builder, source).filepaths]
+            paths = [storage.path(p) for p in _split(builder, source).filepaths]
             pairs = [(p.name, p) for p in paths]
         case _:
-            pairs = [(p, Path(p)) for p in files.matches(source.files)]
-    result = []
-    for name, path in pairs:
-        try:
-            stat = path.stat()
-        except OSError as e:
-            raise UserError(f"{path}: not readable: {e.strerror}") from None
-        result.append(SourceFile(name, path, stat.st_size, stat.st_mtime_ns))
-    return result
+            pairs = [(p, storage.path(p)) for p in files.matches(source.files)]
+    return [_file(name, path) for name, path in pairs]
+
+
+def _file(name: str, path: Path) -> SourceFile:
+    try:
+        stat = storage.stat(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    return SourceFile(name, path, stat.size, stat.version)
 
 
 # ------------------------------------------------------------------------------ standard library
@@ -206,7 +211,11 @@ def _string(value: object, field: str) -> str | _Skipped:
 def _read_parquet(source: ParquetSource) -> Iterator[tuple[str, str | _Skipped]]:
     for file in source_files(source):
         try:
-            with pyarrow.parquet.ParquetFile(file.path) as parquet:
+            with (
+                storage.reading(file.path),
+                storage.open_read(file.path) as opened,
+                pyarrow.parquet.ParquetFile(opened) as parquet,
+            ):
                 schema = parquet.schema_arrow
                 if source.field not in schema.names:
                     raise UserError(
@@ -232,9 +241,11 @@ def _arrow_text(value: pyarrow.Scalar, field: str) -> str | _Skipped:
 
 
 def _builder(source: TfdsSource, fetch: bool = True):
-    folder = Path(source.name).expanduser()
+    folder = storage.path(source.name)
+    if "s3" in {source.name.partition("://")[0], (source.data_dir or "").partition("://")[0]}:
+        raise UserError(f"{describe(source)}: array_record reads local files and gs:// alone")
     try:
-        if (folder / "dataset_info.json").is_file():
+        if storage.exists(folder / "dataset_info.json"):
             return tfds.builder_from_directory(folder)
         builder = tfds.builder(
             source.name, data_dir=source.data_dir, file_format="array_record", try_gcs=False
