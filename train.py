@@ -11,6 +11,7 @@ from jllama import recipe, storage
 from jllama.cli import exit_status
 from jllama.config import Config
 from jllama.evaluate.compress import xz_bits_per_byte
+from jllama.parallel import distributed
 from jllama.train.loop import Result, train
 
 
@@ -18,9 +19,8 @@ def main(argv: list[str]) -> None:
     if "-h" in argv or "--help" in argv:
         print(f"{__doc__}\n{recipe.help_text()}")
         return
-    config = recipe.from_arguments(argv)
-    result = train(config)
-    if result.done:
+    result = train(config := recipe.from_arguments(argv))
+    if result.done and distributed.leader():
         report(config, result)
 
 

@@ -21,6 +21,8 @@ from jllama.generate import engine
 from jllama.generate.sampling import Sampling
 from jllama.hardware import use_compilation_cache
 from jllama.model import llama
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
 from jllama.text.tokenizer import load_tokenizer
 from jllama.train.checkpoint import latest_step, load_params
 
@@ -190,15 +192,15 @@ def load(path: str | Path, dtype: str | None = None) -> Llama:
         raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
     use_compilation_cache(recipe.run.compilation_cache)
     # The devices here are not those of the training: the run's mesh, placement and attention kernel
-    # say nothing.
-    recipe = dataclasses.replace(recipe, mesh=MeshConfig(), sharding=ShardingConfig())
+    # say nothing. And a process among several has only its own.
+    placement = Placement(make_mesh(MeshConfig(), jax.local_devices()), ShardingConfig())
     compute = dataclasses.replace(
         recipe.compute,
         dtype=dtype or recipe.compute.dtype,
         attention=AutoAttention(kind="auto"),
     )
     tokenizer = load_tokenizer(run / "tokenizer.model")
-    params = load_params(run, step, recipe)
+    params = load_params(run, step, recipe, placement)
     return Llama(recipe.model, _cast(params, compute.dtype), tokenizer, compute)
 
 

@@ -39,6 +39,8 @@ SHARDING = {
     "jax.P",
     "jax.NamedSharding",
     "jax.make_mesh",
+    "jax.shard_map",
+    "jax.set_mesh",
     "jax.experimental.mesh_utils",
 }
 

@@ -17,7 +17,7 @@ from jllama import storage
 from jllama.config import Config
 from jllama.errors import UserError
 from jllama.model import llama
-from jllama.parallel.mesh import make_mesh
+from jllama.parallel.distributed import is_loss
 from jllama.parallel.sharding import Placement
 from jllama.train import staging
 from jllama.train.staging import Staging
@@ -26,17 +26,22 @@ from jllama.train.state import StateDef, TrainState, define_state, dotted
 # Orbax tells every save at INFO and WARNING; what a user needs to know is said here.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
+_CHUNK_BYTES = 32 << 20
+
 
 class Checkpoints:
-    """The checkpoints of one run. Saves are asynchronous; `close` waits for them."""
+    """The checkpoints of one run. Saves are asynchronous; `close` waits for them.
+
+    Every process takes part in everything: each writes and reads the shards of its own devices.
+    """
 
     def __init__(self, run: Path, keep: int):
         self._folder = run / "checkpoints"
         self._staging = Staging(self._folder, keep) if staging.needed(self._folder) else None
-        self._manager = ocp.CheckpointManager(
-            self._staging.local if self._staging else storage.absolute(self._folder),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
-        )
+        # What a killed run had half written is removed.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        here = self._staging.local if self._staging else storage.absolute(self._folder)
+        self._manager = ocp.CheckpointManager(here, options=options)
 
     def latest(self) -> int | None:
         """The newest complete step."""
@@ -51,8 +56,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                trainable=ocp.args.StandardSave(state.trainable),
-                rest=ocp.args.StandardSave(_rest(state)),
+                trainable=_in_chunks(state.trainable), rest=_in_chunks(_rest(state))
             ),
         )
         if self._staging:
@@ -87,6 +91,15 @@ def _rest(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state}
 
 
+def _in_chunks(tree: Any) -> ocp.args.StandardSave:
+    """Stored in pieces of at most `_CHUNK_BYTES`, and not of a device's part.
+
+    A piece is read whole: what one device saved, each of many would have to read in full.
+    """
+    args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+    return ocp.args.StandardSave(tree, args)
+
+
 def _placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
@@ -107,6 +120,8 @@ def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: An
     try:
         restored = manager.restore(step, args=ocp.args.Composite(**args))
     except Exception as e:  # Orbax raises what its storage raises
+        if is_loss(e):
+            raise
         reason = " ".join(str(e).split())[:300]
         raise UserError(f"{where}: not readable as this model's checkpoint: {reason}") from e
     for name, item in items.items():
@@ -128,34 +143,38 @@ def latest_step(run: Path) -> int | None:
     return max(_steps(run / "checkpoints"), default=None)
 
 
-def load_params(run: Path, step: int, config: Config) -> llama.Params:
-    """The parameters of a step, placed as the config's mesh and rules say.
+def load_params(run: Path, step: int, config: Config, placement: Placement) -> llama.Params:
+    """The parameters of a step, placed as told; by the processes whose devices that names.
 
     Raises `UserError` when there is no such step, it is incomplete, or it is another model's.
     """
-    definition = define_state(config, Placement(make_mesh(config.mesh), config.sharding))
+    definition = define_state(config, placement)
     placed = _placed(definition.shapes.trainable, definition.shardings.trainable)
-    with _open_step(run, step) as (manager, where):
+    with _open_step(run, step, definition) as (manager, where):
         return _restore(manager, where, step, trainable=placed)["trainable"]
 
 
 def load_state(run: Path, step: int, definition: StateDef) -> TrainState:
     """The whole state of a step; raises as `load_params` does."""
-    with _open_step(run, step) as (manager, where):
+    with _open_step(run, step, definition) as (manager, where):
         return _restore_state(manager, where, step, definition)
 
 
 @contextlib.contextmanager
-def _open_step(run: Path, step: int) -> Iterator[tuple[ocp.CheckpointManager, Path]]:
+def _open_step(
+    run: Path, step: int, definition: StateDef
+) -> Iterator[tuple[ocp.CheckpointManager, Path]]:
     folder = run / "checkpoints"
     if not storage.is_folder(folder / str(step)):
         there = ", ".join(map(str, _steps(folder))) or "none"
         raise UserError(f"{folder}: no step {step}; there are: {there}")
+    devices = jax.tree.leaves(definition.shardings)[0].device_set
+    processes = {device.process_index for device in devices}
     with contextlib.ExitStack() as stack:
         here = folder
         if staging.needed(folder):
             here = stack.enter_context(staging.fetched(folder, step))
-        yield stack.enter_context(_reader(here)), folder / str(step)
+        yield stack.enter_context(_reader(here, processes)), folder / str(step)
 
 
 def _steps(folder: Path) -> list[int]:
@@ -167,6 +186,15 @@ def _steps(folder: Path) -> list[int]:
         return list(manager.all_steps())
 
 
-def _reader(folder: Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(read_only=True)
+def _reader(folder: Path, processes: set[int] | None = None) -> ocp.CheckpointManager:
+    """Reads without writing, together with `processes`; alone if that is None."""
+    processes = processes or {jax.process_index()}
+    options = ocp.CheckpointManagerOptions(
+        read_only=True,
+        create=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=min(processes),
+            active_processes=None if len(processes) == jax.process_count() else processes,
+        ),
+    )
     return ocp.CheckpointManager(storage.absolute(folder), options=options)

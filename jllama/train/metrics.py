@@ -71,6 +71,20 @@ class Metrics:
         self._mirror.close()
 
 
+class NoMetrics:
+    """`Metrics` of a process that does not lead: another one writes them."""
+
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def write_eval(self, step: int, values: dict[str, float]) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; one that was cut off by a kill is left out."""
     try:
