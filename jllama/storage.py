@@ -181,9 +181,33 @@ def remove(file: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes the objects at a URL whose names go on from this one with a slash."""
+    """Removes a folder with all that is in it, if it is there."""
     with _errors(folder, _NOT_WRITABLE), contextlib.suppress(FileNotFoundError):
-        _system(folder).rm(os.fspath(folder), recursive=True)
+        if is_remote(folder):
+            _system(folder).rm(os.fspath(folder), recursive=True)
+        else:
+            shutil.rmtree(folder)
+
+
+def read_range(file: Path, start: int, stop: int) -> bytes:
+    """The bytes [start, stop) of a file."""
+    if start == stop:
+        return b""
+    with _errors(file, _NOT_READABLE):
+        if is_remote(file):
+            return _system(file).cat_file(os.fspath(file), start=start, end=stop)
+        with open(file, "rb") as stream:
+            stream.seek(start)
+            return stream.read(stop - start)
+
+
+def put(local: Path, file: Path) -> None:
+    """Copies a local file to a path or URL: whole, or not at all."""
+    if is_remote(file):
+        upload(local, file)
+        return
+    with _errors(file, _NOT_WRITABLE), _replacing(file) as part:
+        shutil.copyfile(local, part)
 
 
 def upload(local: Path, file: Path) -> None:

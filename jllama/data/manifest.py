@@ -18,7 +18,7 @@ from jllama.data import source as sources
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError
 
-_VERIFIED = "verified.json"
+VERIFIED = "verified.json"
 _KEPT = 16  # versions of a file that are remembered: machines with copies of their own
 
 
@@ -81,12 +81,12 @@ def _compare(prepared: Prepared, was: dict[str, dict], now: dict[str, sources.So
         verified[name] = [*verified.get(name, ()), now[name].version][-_KEPT:]
     # A dataset that only others may write is compared again at the next start.
     with contextlib.suppress(UserError):
-        storage.write_text(prepared.folder / _VERIFIED, json.dumps(verified, indent=1))
+        storage.write_text(prepared.folder / VERIFIED, json.dumps(verified, indent=1))
 
 
 def _read(folder: Path) -> dict[str, list[str]]:
     try:
-        return json.loads(storage.read_text(folder / _VERIFIED))
+        return json.loads(storage.read_text(folder / VERIFIED))
     except (FileNotFoundError, ValueError):
         return {}
 

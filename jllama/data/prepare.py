@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -30,9 +30,9 @@ from jllama import storage
 from jllama.config import PrepareConfig, SourceConfig
 from jllama.data import source as sources
 from jllama.data import worker
-from jllama.data.manifest import check, manifest
+from jllama.data.manifest import VERIFIED, check, manifest
 from jllama.data.prepared import FORMAT, MARKER, Prepared
-from jllama.data.records import ShardWriter, write_tfds_metadata
+from jllama.data.records import ShardCounts, ShardWriter, write_tfds_metadata
 from jllama.errors import UserError
 from jllama.recipe import to_dict
 from jllama.text.tokenizer import SentencePieceTokenizer
@@ -40,12 +40,18 @@ from jllama.text.tokenizer import SentencePieceTokenizer
 _CHUNK_CHARACTERS = 1 << 18  # text that goes to a process at a time
 _PROCESS_BYTES = 16_000_000  # source that is worth a process
 _LOCK = ".lock"
+_NOT_DATA = {_LOCK, MARKER, VERIFIED}
 
 
 def prepare(
-    source: SourceConfig, tokenizer: SentencePieceTokenizer, config: PrepareConfig
+    source: SourceConfig,
+    tokenizer: SentencePieceTokenizer,
+    config: PrepareConfig,
+    make: Callable[..., None] | None = None,
 ) -> Prepared:
     """The source as tokens: found in `config.folder` if it is there, made if not.
+
+    `make` makes it in another way than processes of this machine; see `jllama.data.beam`.
 
     Raises UserError if the source cannot be read, has more than `config.max_skipped` bad
     documents, or has changed since it was prepared.
@@ -66,7 +72,7 @@ def prepare(
             with storage.locked(folder, _LOCK):
                 prepared = Prepared.open(folder, config.cache)
                 if prepared is None:
-                    _make(folder, key, source, tokenizer, config)
+                    (make or _make)(folder, key, source, tokenizer, config)
         except OSError as e:
             fix = "data.prepare.folder must be writable"
             if e.errno == errno.EMFILE:
@@ -114,26 +120,46 @@ def _make(
                     documents, at = documents + 1, at + n
                 text_bytes += size
                 progress.advance(size)
-        for shard in shards:
-            shard.close()
-        write_tfds_metadata(work, shards, tokenizer.vocab_size)
-        identity = key | {
-            "name": source.name,
-            "vocab_size": tokenizer.vocab_size,
-            "documents": documents,
-            "tokens": sum(s.tokens for s in shards),
-            "bytes": text_bytes,
-            "skipped": skipped,
-            "shard_tokens": [s.tokens for s in shards],
-            "shard_documents": [s.documents for s in shards],
-            "content": hashlib.sha256("".join(s.digest for s in shards).encode()).hexdigest(),
-            "source_files": manifest(source, inputs),
-            "files": {n: size for n, size in sorted(storage.names(work).items()) if n != _LOCK},
-        }
-        if work != folder:
-            storage.transfer(storage.upload, [(work / n, folder / n) for n in identity["files"]])
-        # Last, and so the dataset is whole.
-        storage.write_text(folder / MARKER, json.dumps(identity, indent=1))
+        counts = [shard.close() for shard in shards]
+        finish(folder, work, key, source, tokenizer, inputs, counts, text_bytes, skipped)
+
+
+def finish(
+    folder: Path,
+    work: Path,
+    key: dict,
+    source: SourceConfig,
+    tokenizer: SentencePieceTokenizer,
+    inputs: list[sources.SourceFile],
+    shards: list[ShardCounts],
+    text_bytes: int,
+    skipped: int,
+) -> None:
+    """Makes the shards in `work` the dataset in `folder`: the metadata, and at last the marker.
+
+    Raises UserError if the source's files are not `inputs` any more.
+    """
+    with tempfile.TemporaryDirectory(prefix="jllama-metadata-") as metadata:
+        for name in write_tfds_metadata(Path(metadata), shards, tokenizer.vocab_size):
+            storage.put(Path(metadata, name), work / name)
+    there = {n: size for n, size in sorted(storage.names(work).items()) if n not in _NOT_DATA}
+    identity = key | {
+        "name": source.name,
+        "vocab_size": tokenizer.vocab_size,
+        "documents": sum(s.documents for s in shards),
+        "tokens": sum(s.tokens for s in shards),
+        "bytes": text_bytes,
+        "skipped": skipped,
+        "shard_tokens": [s.tokens for s in shards],
+        "shard_documents": [s.documents for s in shards],
+        "content": hashlib.sha256("".join(s.digest for s in shards).encode()).hexdigest(),
+        "source_files": manifest(source, inputs),
+        "files": there,
+    }
+    if work != folder:
+        storage.transfer(storage.upload, [(work / n, folder / n) for n in there])
+    # Last, and so the dataset is whole.
+    storage.write_text(folder / MARKER, json.dumps(identity, indent=1))
 
 
 @contextlib.contextmanager
@@ -147,11 +173,11 @@ def _workplace(folder: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="jllama-prepare-") as work:
             yield Path(work)
         return
-    _wipe(folder)
+    wipe(folder)
     try:
         yield folder
     except BaseException:
-        _wipe(folder)
+        wipe(folder)
         raise
 
 
@@ -160,7 +186,7 @@ def _tokenise(
 ) -> Iterator[tuple[np.ndarray, list[int], int]]:
     """`worker.encode` of the texts, chunk by chunk in order, with few chunks in flight."""
     if workers == 1:
-        for chunk in _chunks(texts):
+        for chunk in chunks(texts):
             yield worker.encode(tokenizer, chunk)
         return
     # Spawned, not forked: JAX may have threads by now.
@@ -169,7 +195,7 @@ def _tokenise(
     )
     pending: collections.deque[concurrent.futures.Future] = collections.deque()
     try:
-        for chunk in _chunks(texts):
+        for chunk in chunks(texts):
             pending.append(pool.submit(worker.encode_here, chunk))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
@@ -184,7 +210,8 @@ def _tokenise(
         pool.shutdown(cancel_futures=True)
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of about `_CHUNK_CHARACTERS`."""
     chunk, size = [], 0
     for text in texts:
         chunk.append(text)
@@ -196,7 +223,11 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _wipe(folder: Path) -> None:
+def wipe(folder: Path) -> None:
+    """Empties a dataset's folder of what an earlier try left in it, but for its lock."""
+    if storage.is_remote(folder):
+        storage.remove_folder(folder)
+        return
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
