@@ -7,10 +7,11 @@ import json
 import sys
 
 import jllama
-from jllama import recipe
+from jllama import recipe, storage
 from jllama.cli import exit_status
 from jllama.config import Config
 from jllama.evaluate.compress import xz_bits_per_byte
+from jllama.parallel import distributed
 from jllama.train.loop import Result, train
 
 
@@ -18,9 +19,8 @@ def main(argv: list[str]) -> None:
     if "-h" in argv or "--help" in argv:
         print(f"{__doc__}\n{recipe.help_text()}")
         return
-    config = recipe.from_arguments(argv)
-    result = train(config)
-    if result.done:
+    result = train(config := recipe.from_arguments(argv))
+    if result.done and distributed.leader():
         report(config, result)
 
 
@@ -36,7 +36,7 @@ def report(config: Config, result: Result) -> None:
     }
 
     def save() -> None:
-        (result.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        storage.write_text(result.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
 
     save()  # whatever comes after may fail
     if result.eval and config.eval.compare_xz:

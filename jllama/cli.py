@@ -58,7 +58,8 @@ def exit_status(run: Callable[..., Any], *args: Any) -> int:
     """Calls a program's body; what a user may meet becomes one line and an exit status.
 
     What the body returns is its own answer, nothing is 0; 2 is bad input, 130 an interrupt, 141 a
-    reader of stdout that went away.
+    reader of stdout that went away. Where several processes train, `jllama.parallel.distributed`
+    ends one that lost another: 3.
     """
     try:
         status = run(*args)

@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+from jllama import storage
 
 GIB = 2**30
 
@@ -89,4 +90,4 @@ def measured_matmul_flops(dtype: str, size: int = 2048, repeats: int = 10) -> fl
 def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs in `folder`; empty is off, and a cache already set up stays."""
     if folder and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(storage.path(folder)))

@@ -6,17 +6,15 @@ each epoch, and the mixture picks from them by weight. There is no iterator stat
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import grain
 import numpy as np
 
+from jllama import storage
 from jllama.config import (
     Config,
     DataConfig,
@@ -62,13 +60,14 @@ class Dataset:
         total = sum(weights[name] for name in rows)
         self._mixture = grain.MapDataset.mix(parts, [weights[name] / total for name in rows])
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """Batch of `step` (from 0); `rows` reads only that part of it, for one of several hosts."""
+    def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
+        """Batch of `step` (from 0); `rows` are those to read, for one of several processes."""
         first = step * self.batch_size
-        return stack([self._mixture[first + i] for i in range(self.batch_size)[rows]])
+        rows = range(self.batch_size) if rows is None else rows
+        return stack([self._mixture[first + i] for i in rows])
 
     def iterate(
-        self, start: int = 0, rows: slice = slice(None), prefetch: int = 4
+        self, start: int = 0, rows: Sequence[int] | None = None, prefetch: int = 4
     ) -> Iterator[tuple[int, Batch]]:
         """(step, batch(step, rows)) from `start` on, `prefetch` batches ahead in threads."""
         steps = grain.MapDataset.range(start, _FOREVER).map(lambda t: (int(t), self.batch(t, rows)))
@@ -89,16 +88,19 @@ def stack(rows: Sequence[Row]) -> Batch:
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def eval_batches(rows: Rows, batch_size: int, max_rows: int = 0) -> Iterator[Batch]:
+def eval_batches(
+    rows: Rows, batch_size: int, max_rows: int = 0, part: Sequence[int] | None = None
+) -> Iterator[Batch]:
     """Every row once, in order (the first `max_rows` if that is not 0).
 
-    The last batch is filled up with rows of padding, which weigh nothing.
+    The last batch is filled up with rows of padding, which weigh nothing. `part` are the rows of
+    each batch to read, for one of several processes.
     """
     count = min(len(rows), max_rows or len(rows))
+    part = range(batch_size) if part is None else part
     for first in range(0, count, batch_size):
-        some = [rows[i] for i in range(first, min(first + batch_size, count))]
-        some += [empty_row(rows.length)] * (batch_size - len(some))
-        yield stack(some)
+        wanted = [first + i for i in part]
+        yield stack([rows[i] if i < count else empty_row(rows.length) for i in wanted])
 
 
 def cut(prepared: Prepared, data: DataConfig) -> Rows:
@@ -172,18 +174,12 @@ def _trained(wanted: TrainedTokenizer, data: DataConfig) -> SentencePieceTokeniz
         [(to_dict(s), sources.version(s.source)) for s in data.train],
     ]
     identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = Path(data.prepare.folder).expanduser()
+    folder = storage.path(data.prepare.folder)
     path = folder / f"tokenizer-{identity[:16]}.model"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".tokenizer.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.is_file():
-                print(f"tokenizer: training {wanted.vocab_size} pieces", file=sys.stderr)
-                train_sentencepiece(_texts(data, wanted.max_bytes), wanted, f"{path}.part")
-                os.replace(f"{path}.part", path)
-    except OSError as e:
-        raise UserError(f"{folder}: {e.strerror}; prepare.folder must be writable") from None
+    with storage.locked(folder, ".tokenizer.lock"):
+        if not storage.exists(path):
+            print(f"tokenizer: training {wanted.vocab_size} pieces", file=sys.stderr)
+            train_sentencepiece(_texts(data, wanted.max_bytes), wanted, path)
     return load_tokenizer(path)
 
 

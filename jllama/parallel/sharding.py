@@ -6,6 +6,7 @@ that divides the dimension and uses no mesh axis taken by an earlier dimension w
 or the axis has no rule, that is an error with the way out, never silent replication.
 """
 
+import bisect
 import contextlib
 import contextvars
 import dataclasses
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jllama.config import ShardingConfig
@@ -93,12 +95,35 @@ class Placement:
         """Whole on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def put_batch(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """Host arrays [B, ...] onto the mesh, rows spread as the rules say."""
-        return {
-            k: jax.device_put(v, self.sharding(v.shape, ("batch",) + (None,) * (v.ndim - 1), k))
-            for k, v in batch.items()
-        }
+    def batch_rows(self, batch_size: int, name: str = "batch") -> list[int]:
+        """The rows of a batch that this process's devices hold, in order.
+
+        With processes along tensor or context axes, several hold the same rows.
+        """
+        shape = (batch_size,)
+        held = self.sharding(shape, ("batch",), name).addressable_devices_indices_map(shape)
+        return sorted({row for index in held.values() for row in range(batch_size)[index[0]]})
+
+    def put_batch(self, batch: dict[str, Any], batch_size: int | None = None) -> Any:
+        """Host arrays onto the mesh as arrays [batch_size, ...], spread as the rules say.
+
+        `batch` holds the rows of `batch_rows(batch_size)`, or all of them if `batch_size` is None.
+        """
+        return {k: self._put(k, np.asarray(v), batch_size) for k, v in batch.items()}
+
+    def _put(self, name: str, rows: np.ndarray, batch_size: int | None) -> jax.Array:
+        shape = (len(rows) if batch_size is None else batch_size, *rows.shape[1:])
+        where = self.sharding(shape, ("batch",) + (None,) * (rows.ndim - 1), name)
+        if len(rows) == shape[0]:
+            return jax.make_array_from_callback(shape, where, lambda index: rows[index])
+        held = self.batch_rows(shape[0], name)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = range(shape[0])[index[0]]
+            first = bisect.bisect_left(held, wanted.start)
+            return rows[first : first + len(wanted)]  # a device's rows are neighbours in `held` too
+
+        return jax.make_array_from_callback(shape, where, part)
 
     def pin(self, x: jax.Array, *parts: tuple[str, ...]) -> jax.Array:
         """x, each of its dimensions shared out over the mesh axes of `parts`."""
@@ -127,7 +152,7 @@ class Placement:
 
 
 def active_placement() -> Placement | None:
-    """The placement that `constrain` uses, if any."""
+    """The placement whose `active` surrounds this call."""
     return _active.get()
 
 

@@ -6,11 +6,10 @@ RUN/tokenizer.model                       RUN/metrics.jsonl, RUN/tensorboard
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
+import hashlib
 import json
 import math
-import os
 import signal
 import statistics
 import time
@@ -21,19 +20,22 @@ from typing import Any
 import jax
 
 from jllama import recipe as recipes
+from jllama import storage
 from jllama.config import Config
 from jllama.data.dataset import Data, eval_batches, open_data, open_tokenizer
 from jllama.data.pack import CutRows
 from jllama.errors import UserError
 from jllama.flops import train_flops_per_token
 from jllama.hardware import peak_flops, use_compilation_cache
+from jllama.parallel import distributed
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.text.tokenizer import load_tokenizer
-from jllama.train.checkpoint import Checkpoints
+from jllama.train.checkpoint import Checkpoints, latest_step
 from jllama.train.loss import causal_lm_loss
-from jllama.train.metrics import Metrics
+from jllama.train.metrics import Metrics, NoMetrics
 from jllama.train.metrics import read as metrics_of
+from jllama.train.mirror import Mirror
 from jllama.train.state import define_state, init_state
 from jllama.train.step import make_eval_step, make_train_step
 
@@ -42,7 +44,8 @@ from jllama.train.step import make_eval_step, make_train_step
 _FREE = (
     "run.folder", "run.name", "run.log_every", "run.profile", "run.stop_after",
     "run.compilation_cache", "checkpoint.", "data.prefetch", "data.prepare.folder",
-    "data.prepare.workers", "mesh.", "sharding.", "eval.", "sample.",
+    "data.prepare.cache", "data.prepare.workers", "distributed.", "mesh.", "sharding.", "eval.",
+    "sample.",
 )  # fmt: skip
 
 
@@ -72,36 +75,78 @@ def train(config: Config) -> Result:
 
     Resumes when the folder holds a checkpoint. Raises `UserError` for bad input, a folder made
     from another config, or a loss that is not finite.
+
+    With several processes, all call it; a signal to one of them stops all at the same step. Ends
+    the process as `leaving_together` says when one of them fails.
     """
+    distributed.start(config.distributed)
     use_compilation_cache(config.run.compilation_cache)
-    placement = Placement(make_mesh(config.mesh), config.sharding)
-    definition = define_state(config, placement)
-    folder = Path(config.run.folder).expanduser() / config.run.name
-    with _locked(folder):
+    folder = storage.path(config.run.folder) / config.run.name
+    with distributed.leaving_together(lambda: _advice(folder)):
+        return _train(config, folder)
+
+
+def _train(config: Config, folder: Path) -> Result:
+    together, leader = distributed.together, distributed.leader()
+    distributed.same("the recipe", _told_alike(config), "start all with the same arguments")
+    placement = together(lambda: Placement(make_mesh(config.mesh), config.sharding))
+    definition = together(lambda: define_state(config, placement))
+    with contextlib.ExitStack() as stack:
+        # The leader makes what is missing while the others wait; they find it, or make their own
+        # where prepared data is not on shared storage.
+        data = together(lambda: _begin(config, folder, stack) if leader else None)
+        data = together(lambda: data or _join(config, folder))
+        distributed.same("the prepared text", _json(_digests(data)), "give all the same files")
         checkpoints = Checkpoints(folder, config.checkpoint.keep)
+        stack.callback(checkpoints.close)
         start = checkpoints.latest() or 0
+        distributed.same("the newest checkpoint", str(start), "run.folder must be shared storage")
         if start:
-            _check_same_config(folder, config)
-            tokenizer = load_tokenizer(folder)  # the run's own, whatever the recipe's is by now
-            data = open_data(config, tokenizer)
-            _check_same_data(folder, data)
             state = checkpoints.restore(start, definition)
         else:
-            tokenizer = open_tokenizer(config)
-            data = open_data(config, tokenizer)
-            tokenizer.save(folder / "tokenizer.model")
-            _write(folder / _DATA, json.dumps(_digests(data), indent=1))
             state = init_state(definition, config.run.seed)
-        _write(folder / "config.yaml", recipes.to_yaml(config))
-        metrics = Metrics(folder, start, config.training.steps, config.run.log_every)
+        steps, every = config.training.steps, config.run.log_every
+        metrics = Metrics(folder, start, steps, every) if leader else NoMetrics()
+        stack.callback(metrics.close)
         if start:
-            metrics.say(f"resumed at step {start} of {config.training.steps}")
-        run = _Run(config, placement, definition, data, checkpoints, metrics, folder)
-        try:
-            return run.go(state, start)
-        finally:
-            metrics.close()
-            checkpoints.close()
+            metrics.say(f"resumed at step {start} of {steps}")
+        run = together(
+            lambda: _Run(config, placement, definition, data, checkpoints, metrics, folder)
+        )
+        return run.go(state, start)
+
+
+def _begin(config: Config, folder: Path, stack: contextlib.ExitStack) -> Data:
+    """The leader's part: the folder, locked until `stack` ends, its tokenizer and the data."""
+    busy = "another process trains here; choose another run.name"
+    stack.enter_context(storage.locked(folder, busy=busy))
+    if latest_step(folder):
+        _check_same_config(folder, config)
+        tokenizer = load_tokenizer(folder)  # the run's own, whatever the recipe's is by now
+        data = open_data(config, tokenizer)
+        _check_same_data(folder, data)
+    else:
+        tokenizer = open_tokenizer(config)
+        data = open_data(config, tokenizer)
+        tokenizer.save(folder / "tokenizer.model")
+        storage.write_text(folder / _DATA, _json(_digests(data)))
+    storage.write_text(folder / "config.yaml", recipes.to_yaml(config))
+    return data
+
+
+def _join(config: Config, folder: Path) -> Data:
+    """The others' part: the run's tokenizer, and the data prepared with it."""
+    if not storage.exists(folder / "config.yaml"):
+        raise UserError(
+            f"{folder}: process 0 made it, and it is not here: run.folder must be on storage that"
+            " all processes share"
+        )
+    return open_data(config, load_tokenizer(folder))
+
+
+def _advice(folder: Path) -> str:
+    step = latest_step(folder)
+    return f"the same command resumes from step {step}" if step else "the same command starts anew"
 
 
 class _Run:
@@ -113,26 +158,32 @@ class _Run:
         loss = functools.partial(causal_lm_loss, config)
         self.step = make_train_step(config, loss, definition, placement)
         self.eval_step = make_eval_step(loss, placement)
+        self.rows = placement.batch_rows(config.training.batch_size, "training.batch_size")
         # What the evaluation needs is known before the training, not after it.
-        placement.sharding((config.eval.batch_size,), ("batch",), "eval.batch_size")
+        self.eval_rows = placement.batch_rows(config.eval.batch_size, "eval.batch_size")
         self.flops = train_flops_per_token(config.model, config.data.length)
-        self.peak = peak_flops(config.compute.dtype)[0] * placement.mesh.size
+        # Only the leader reports, and measures where no figure is published.
+        peak = peak_flops(config.compute.dtype)[0] if distributed.leader() else math.inf
+        self.peak = peak * placement.mesh.size
+        self.vote = distributed.Vote()
 
     def go(self, state: Any, start: int) -> Result:
         config, last = self.config, self.config.training.steps
         end = min(last, config.run.stop_after or last)
         trace_from, trace_to = map(int, (config.run.profile or "-1:-1").split(":"))
-        batches = self.data.train.iterate(start, prefetch=config.data.prefetch)
+        batches = self.data.train.iterate(start, self.rows, config.data.prefetch)
         saved, waiting, saving = start, 0.0, 0.0
         arrived = time.perf_counter()
-        pending: tuple[int, dict] | None = None
+        pending: tuple[int, dict, Any] | None = None
+        halt = False  # a signal came to this process, or to any: known a step late, and to all
 
         def fetch() -> None:
             """Writes the last step's metrics: a step late, so that the device never waits."""
-            nonlocal pending, arrived, waiting, saving
+            nonlocal pending, arrived, waiting, saving, halt
             if pending is None:
                 return
-            (step, values), pending = pending, None
+            (step, values, vote), pending = pending, None
+            halt = halt or bool(vote)
             values = {k: float(v) for k, v in jax.device_get(values).items()}
             now = time.perf_counter()
             rate = values["weight"] / (now - arrived)
@@ -147,7 +198,7 @@ class _Run:
             arrived, waiting, saving = now, 0.0, 0.0
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(values[name]):
-                    raise UserError(
+                    raise distributed.SharedError(
                         f"step {step}: {name} is {values[name]}; lower training.schedule.peak or"
                         f" check the data; {self.folder} stays at step {saved}"
                     )
@@ -157,28 +208,34 @@ class _Run:
             nonlocal saved, saving
             fetch()  # a state that is not finite is not kept
             before = time.perf_counter()
+            self.metrics.sync()  # a resumed run has the lines of every step before it
             self.checkpoints.save(step, state)
             saved, saving = step, time.perf_counter() - before
 
         step, tracing = start, False
         with _stop_signal() as stopped:
-            while step < end and not stopped:
-                if step == trace_from:
+            while step < end and not halt:
+                if step == trace_from and distributed.leader():
                     fetch()
-                    jax.profiler.start_trace(str(self.folder / "profile"))
+                    trace = Mirror(self.folder / "profile")
+                    jax.profiler.start_trace(str(trace.local))
                     tracing = True
                 before = time.perf_counter()
                 at, batch = next(batches)
                 assert at == step
                 waiting += time.perf_counter() - before
+                vote = self.vote(bool(stopped))
+                batch = self.placement.put_batch(batch, config.training.batch_size)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, values = self.step(state, (), self.placement.put_batch(batch))
+                    state, values = self.step(state, (), batch)
                 fetch()
                 step += 1
-                pending = (step, values)
+                pending = (step, values, vote)
+                halt = halt or (bool(stopped) and not distributed.several())
                 if tracing and step in (trace_to, end):
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
+                    trace.close()
                     tracing = False
                 every = config.checkpoint.every
                 if step < end and every and step % every == 0:
@@ -195,8 +252,10 @@ class _Run:
                 save(step)
             if tracing:
                 jax.profiler.stop_trace()
+                trace.close()
             if step < last:
-                why = f"{stopped[0].name}: " if stopped else ""
+                why = "a signal to another process: " if halt else ""
+                why = f"{stopped[0].name}: " if stopped else why
                 self.metrics.say(f"{why}stopped at step {step} of {last}, checkpointed")
             held_out = None
             if step == last:
@@ -229,8 +288,10 @@ class _Run:
             if 0 < stride < rows.length and isinstance(rows, CutRows):
                 rows = CutRows(prepared, self.config.data.length, stride=stride)
             here = [0.0, 0.0]
-            for batch in eval_batches(rows, self.config.eval.batch_size, max_rows):
-                out = self.eval_step(state.trainable, (), self.placement.put_batch(batch))
+            wide = self.config.eval.batch_size
+            for batch in eval_batches(rows, wide, max_rows, self.eval_rows):
+                batch = self.placement.put_batch(batch, wide)
+                out = self.eval_step(state.trainable, (), batch)
                 here = [a + float(b) for a, b in zip(here, jax.device_get(out), strict=True)]
             if not here[1]:
                 continue
@@ -245,6 +306,18 @@ class _Run:
 _DATA = "data.json"
 
 
+def _json(tree: Any) -> str:
+    return json.dumps(tree, indent=1)
+
+
+def _told_alike(config: Config) -> str:
+    """A digest of what must be the same in all processes: all but where a host keeps its own."""
+    own = ("distributed.process_id", "data.prepare.", "run.compilation_cache")
+    keys = flatten(recipes.to_dict(config))
+    text = _json({k: v for k, v in sorted(keys.items()) if not k.startswith(own)})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _digests(data: Data) -> dict[str, dict[str, str]]:
     """What the run's tokens are, by source."""
     parts = {"train": data.sources, "held_out": data.held_out}
@@ -253,8 +326,8 @@ def _digests(data: Data) -> dict[str, dict[str, str]]:
 
 def _check_same_data(folder: Path, data: Data) -> None:
     try:
-        before = json.loads((folder / _DATA).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        before = json.loads(storage.read_text(folder / _DATA))
+    except (FileNotFoundError, ValueError) as e:
         raise UserError(f"{folder / _DATA}: not readable, the run's data is unknown: {e}") from None
     for part, digests in _digests(data).items():
         for name, digest in digests.items():
@@ -264,30 +337,6 @@ def _check_same_data(folder: Path, data: Data) -> None:
                     " (a changed file, or another Python's standard library); choose another"
                     " run.name or bring the text back"
                 )
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Makes the run folder, and keeps other processes of this machine out of it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as e:
-        raise UserError(f"{folder}: {e.strerror}; run.folder must be writable") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process trains here; choose another run.name"
-            ) from None
-        yield
 
 
 def _check_same_config(folder: Path, config: Config) -> None:

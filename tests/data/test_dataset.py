@@ -91,10 +91,10 @@ def test_part_of_a_batch_reads_no_other_rows():
     data = dataset(sizes=(100,), batch_size=8)
     whole = data.batch(3)
     data.rows["a"].read.clear()
-    part = data.batch(3, slice(2, 5))
+    part = data.batch(3, range(2, 5))
     assert len(data.rows["a"].read) == 3
     assert equal(part, {k: v[2:5] for k, v in whole.items()})
-    assert equal(next(data.iterate(3, slice(2, 5)))[1], part)
+    assert equal(next(data.iterate(3, range(2, 5)))[1], part)
 
 
 def test_a_source_without_rows_is_an_error():

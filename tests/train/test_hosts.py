@@ -1,0 +1,247 @@
+"""One run by several real processes: as one process, or all end; and the same command resumes.
+
+The processes talk over loopback with gloo. They are started as srun would start them, or by hand.
+"""
+
+import functools
+import json
+import re
+import signal
+import sys
+import time
+
+import hosts
+import jax
+import numpy as np
+import pytest
+import recipes
+import yaml
+
+from jllama import recipe as configs
+from jllama.config import MeshConfig
+from jllama.parallel.distributed import LOST
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
+from jllama.train import checkpoint, loop
+from jllama.train.checkpoint import latest_step, load_state
+from jllama.train.fingerprint import fingerprint
+from jllama.train.metrics import read
+from jllama.train.state import define_state
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = recipes.on_disk(tmp_path_factory.mktemp("text"), num_layers=1)
+    data = yaml.safe_load(path.read_text())
+    data["training"] |= {"steps": STEPS}
+    data["checkpoint"] = {"every": 8}
+    data["eval"] |= {"every": 0}
+    data["sample"] = {"prompt": "def ", "max_new_tokens": 6}
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    """An undisturbed run of two processes under the SLURM script: its folder, process and homes."""
+    folder = tmp_path_factory.mktemp("slurm")
+    hosts.executable(folder / "bin" / "srun", hosts.SRUN)
+    lowest = 65535 - 2**12 + 1  # JAX's port under SLURM is this and the job's number
+    job = {
+        "SLURM_JOB_ID": str(hosts.free_port(lowest) - lowest),
+        "SLURM_NTASKS": "2",
+        "SLURM_SUBMIT_DIR": str(hosts.ROOT),
+        "PYTHON": sys.executable,
+        "HOME": str(folder),
+    }
+    env = hosts.environment(2, **job)
+    env["PATH"] = f"{folder / 'bin'}:{env['PATH']}"
+    command = [
+        "bash", "launch/slurm.sbatch", "--config", str(recipe), "--run.name=whole",
+        "--data.prepare.folder=~/prepared",
+    ]  # fmt: skip
+    with hosts.started([command], [env], folder / "logs") as (script,):
+        assert script.status() == 0, script.err
+    return recipe.parent / "runs" / "whole", script, folder
+
+
+def one_process(recipe, *overrides, devices=4):
+    """The run, continued or whole, in this process."""
+    mesh = functools.partial(make_mesh, devices=jax.devices()[:devices])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", mesh)
+        patch.setattr(loop, "peak_flops", lambda dtype: (1e12, "published"))
+        return loop.train(configs.load(recipe, list(overrides)))
+
+
+def run(recipe, name, count, *overrides, devices=None, **env):
+    """The processes of a run, as a context."""
+    commands = hosts.by_hand(
+        count, "train.py", "--config", str(recipe), f"--run.name={name}",
+        "--distributed.heartbeat_seconds=8", "--sample.max_new_tokens=0", *overrides,
+    )  # fmt: skip
+    environments = [hosts.environment(4 // count, **env)] * count
+    return hosts.started(commands, environments, recipe.parent / "logs" / name)
+
+
+def losses(folder):
+    lines = [x for x in read(folder / "metrics.jsonl") if "loss" in x]
+    return [(x["step"], x["loss"], x["grad_norm"]) for x in lines]
+
+
+def digest(folder):
+    config = configs.load(folder / "config.yaml")
+    placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
+    return fingerprint(load_state(folder, STEPS, define_state(config, placement)))
+
+
+def test_two_processes_train_as_one_does(recipe, whole, tmp_path):
+    alone = one_process(recipe, f"run.folder={tmp_path}")
+    # The same program on the same number of devices; gloo adds up in its own order.
+    np.testing.assert_allclose(losses(whole[0]), losses(alone.folder), rtol=1e-4)
+    summary = json.loads((whole[0] / "summary.json").read_text())
+    assert summary["eval"] == pytest.approx(alone.eval, rel=1e-4)
+    assert summary["tokens"] == alone.tokens
+
+
+def test_process_0_writes_and_prints_once_for_all(whole):
+    folder, script, _ = whole
+    assert [step for step, *_ in losses(folder)] == list(range(1, STEPS + 1))
+    for step in range(1, STEPS + 1):
+        assert script.err.count(f"step {step}  loss") == 1
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(re.findall(r"^bits_per_byte", script.out, re.MULTILINE)) == 1
+    assert script.out.endswith(summary["sample"].removeprefix("def ") + "\n")
+    assert len(list((folder / "tensorboard").iterdir())) == 1
+
+
+def test_hosts_without_shared_storage_prepare_their_own_data(whole):
+    first, second = (list((whole[2] / home / "prepared").glob("train-*")) for home in "01")
+    assert [p.name for p in first] == [p.name for p in second] != []
+
+
+def test_a_killed_worker_ends_the_run_and_the_same_command_ends_bit_for_bit(recipe, whole):
+    with run(recipe, "killed", 2) as (leader, worker):
+        leader.until_step(11)
+        worker.send(signal.SIGKILL)
+        assert leader.status() == LOST, leader.err
+    last = leader.err.splitlines()[-1]
+    assert re.fullmatch(
+        r"error: process 0 of 2: another process was lost \(.*\);"
+        r" the same command (resumes from step 8|starts anew)",
+        last,
+    ), leader.err
+    assert "Traceback" not in leader.err
+    folder = recipe.parent / "runs" / "killed"
+    assert len(losses(folder)) < STEPS
+    with run(recipe, "killed", 2) as processes:
+        assert [p.status() for p in processes] == [0, 0], processes[0].err
+    assert losses(folder) == losses(whole[0])
+    assert digest(folder) == digest(whole[0])
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["16", str(STEPS)]
+
+
+def test_a_signal_to_one_stops_all_and_other_numbers_of_processes_go_on(recipe, whole):
+    folder = recipe.parent / "runs" / "stopped"
+    with run(recipe, "stopped", 2) as (leader, worker):
+        leader.until_step(4)
+        worker.send(signal.SIGTERM)
+        assert [leader.status(), worker.status()] == [0, 0], leader.err
+    said = rf"a signal to another process: stopped at step (\d+) of {STEPS}, checkpointed"
+    stopped = re.fullmatch(said, leader.err.splitlines()[-1])
+    assert stopped, leader.err
+    assert latest_step(folder) == int(stopped[1])
+    assert worker.err == ""
+
+    # Four processes of which two each hold the same rows; a coordinator that is silent.
+    with run(recipe, "stopped", 4, "--mesh.tensor=2") as (leader, *workers):
+        leader.until_step(int(stopped[1]) + 3)
+        assert f"resumed at step {stopped[1]} of {STEPS}" in leader.err
+        leader.send(signal.SIGSTOP)
+        silent = time.monotonic()
+        assert all(worker.status() != 0 for worker in workers)
+        assert time.monotonic() - silent < 8 + 10
+
+    result = one_process(recipe, "run.name=stopped", "sample.max_new_tokens=0", devices=1)
+    assert result.done
+    np.testing.assert_allclose(losses(folder), losses(whole[0]), rtol=1e-3)
+
+
+def test_bad_input_on_one_host_ends_all_with_its_line(recipe, tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "train.txt").write_text((recipe.parent / "train.txt").read_text())
+    commands = hosts.by_hand(
+        2, "train.py", "--config", str(recipe), f"--run.folder={tmp_path}",
+        "--data.prepare.folder=~/prepared", "--data.train.0.source.files=[~/train.txt]",
+    )  # fmt: skip
+    homes = [hosts.environment(1, HOME=str(tmp_path / str(i))) for i in range(2)]
+    with hosts.started(commands, homes, tmp_path / "logs") as processes:
+        assert [p.status() for p in processes] == [2, 2]
+    for process in processes:
+        line = process.err.splitlines()[-1]
+        assert re.match(r"error: process 1 of 2: ~/train.txt: no file matches", line), line
+        assert "Traceback" not in process.err
+
+
+def test_processes_that_do_not_come_are_one_line(tmp_path, recipe):
+    commands = hosts.by_hand(
+        2, "train.py", "--config", str(recipe), "--distributed.start_seconds=1"
+    )[1:]
+    with hosts.started(commands, [hosts.environment(1)], tmp_path) as (process,):
+        assert process.status() == LOST
+    assert re.fullmatch(
+        r"error: distributed: the processes did not all come up at 127.0.0.1:\d+ within 1 s; .*\n",
+        process.err,
+    ), process.err
+
+
+@pytest.fixture(scope="module")
+def seen(recipe, tmp_path_factory):
+    """What each of two processes with two devices found; see host_program.py."""
+    folder = tmp_path_factory.mktemp("seen")
+    config = configs.load(recipe, [f"run.folder={folder}"])
+    whole_leaves = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
+    state = loop.init_state(define_state(config, whole_leaves), 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_CHUNK_BYTES", 4096)  # a host's part of a leaf is some of them
+        checkpoints = checkpoint.Checkpoints(folder, 1)
+        checkpoints.save(0, state)
+        checkpoints.close()
+    (folder / "config.yaml").write_text(configs.to_yaml(config))
+    port = hosts.free_port()
+    commands = [
+        [sys.executable, "tests/host_program.py", str(port), str(i), str(folder)] for i in range(2)
+    ]
+    with hosts.started(commands, [hosts.environment(2)] * 2, folder / "logs") as processes:
+        assert [p.status() for p in processes] == [0, 0], processes[0].err + processes[1].err
+    return [json.loads(p.out) for p in processes], fingerprint(state)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows"),
+    [
+        ("fsdp=4", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (
+            "fsdp=2,context=2",
+            [[0, 1, 4, 5], [2, 3, 6, 7]],
+        ),  # its rule spreads rows by context first
+        ("tensor=4", [[0, 1, 2, 3, 4, 5, 6, 7]] * 2),
+    ],
+)
+def test_a_process_reads_only_the_rows_of_its_devices(seen, mesh, rows):
+    for process, own in zip(seen[0], rows, strict=True):
+        found = process["rows"][mesh]
+        assert found["read"] == own
+        assert found["evaluated"] == [i for i in own if i < 6]
+        assert found["whole"] == list(range(8))
+
+
+def test_what_one_device_saved_is_restored_by_each_process_in_part(seen):
+    found, saved = seen
+    for process in found:
+        assert process["fingerprint"] == saved
+        # Half of the parameters, and the pieces at its edges.
+        assert process["held"] < 0.55 * process["bytes"]
+        assert process["read"] < 0.8 * process["on_disk"]
