@@ -226,6 +226,27 @@ def test_a_dataset_at_a_url_has_the_bytes_of_a_local_one(scheme, request, tokeni
         make(tmp_path / "prepared")
 
 
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_beam_makes_the_same_dataset_at_a_url(scheme, request, tokenizer, tmp_path):
+    pytest.importorskip("apache_beam", reason="needs apache-beam: pip install 'jllama[beam]'")
+    from jllama.data import beam  # noqa: PLC0415
+
+    root = storage.path(request.getfixturevalue(scheme)) / "beam"
+    for part in range(3):
+        storage.write_bytes(root / f"{part}.jsonl", lines())
+    source = JsonlSource(kind="jsonl", files=(f"{root}/*.jsonl",))
+    source = SourceConfig(name="texts", source=source)
+    options = {"workers": 1, "shards": 2, "block_tokens": 50, "cache": str(tmp_path / "cache")}
+    local = prepare(source, tokenizer, PrepareConfig(folder=str(tmp_path), **options))
+    config = PrepareConfig(folder=str(root), **options)
+    remote = prepare(source, tokenizer, config, beam.maker("direct", {}))
+    assert remote.identity == local.identity
+    for name in local.identity["files"]:
+        assert storage.read_bytes(remote.folder / name) == (local.folder / name).read_bytes(), name
+    assert set(storage.names(remote.folder)) == {"identity.json", *local.identity["files"]}
+    assert not storage.is_folder(remote.folder / "beam")
+
+
 def test_copies_of_a_dataset_are_fetched_once(gs, tokenizer, tmp_path, monkeypatch):
     root = storage.path(gs) / "cached"
     storage.write_bytes(root / "texts.jsonl", lines())
