@@ -6,7 +6,7 @@ PEERS := .venv-peers
 # The peers' own wheels; PyPI's torch for Linux brings gigabytes of CUDA.
 PEER_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
-EXTRAS := cuda tpu plan serve beam dev
+EXTRAS := cuda tpu plan gcs s3 serve beam dev
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One lock for every Python from 3.11 on; what is already locked stays unless UPGRADE=--upgrade.

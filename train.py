@@ -7,7 +7,7 @@ import json
 import sys
 
 import jllama
-from jllama import recipe
+from jllama import recipe, storage
 from jllama.cli import exit_status
 from jllama.config import Config
 from jllama.evaluate.compress import xz_bits_per_byte
@@ -36,7 +36,7 @@ def report(config: Config, result: Result) -> None:
     }
 
     def save() -> None:
-        (result.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        storage.write_text(result.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
 
     save()  # whatever comes after may fail
     if result.eval and config.eval.compare_xz:

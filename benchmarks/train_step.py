@@ -105,7 +105,7 @@ def main() -> int:
         "compile_seconds": round(compile_seconds, 2),
         "seconds_per_step": round(median, 4),
         "seconds_per_step_min": round(min(seconds), 4),
-        # Of the process on a CPU, Python and compiler included; of the device's allocator elsewhere.
+        # On a CPU the process's, Python and compiler included; else the device's allocator's.
         "peak_memory_bytes": on_device or resident,
         "tokens_per_second": round(args.batch * args.length / median, 1),
         "gflops_per_second": round(flops / median / 1e9, 1),

@@ -16,6 +16,7 @@ from jllama.errors import UserError
 COMMANDS = {
     # name: (module, what it does)
     "info": ("jllama.commands.info", "parameters, bytes, FLOPs and KV-cache bytes of a model"),
+    "plan": ("jllama.commands.plan", "whether a recipe's step fits a slice that is not there"),
     "prepare": ("jllama.commands.prepare", "tokenise a recipe's text ahead of training"),
     "sharding": ("jllama.commands.sharding", "where each parameter lies on a mesh, and its bytes"),
     "fingerprint": ("jllama.commands.fingerprint", "one digest of a checkpoint's bits"),
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(_run, sys.argv[1:] if argv is None else list(argv))
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> int | None:
     # The tables of help and usage need no module but the called one: jax takes seconds to import.
     called = next((arg for arg in argv if not arg.startswith("-")), None)
     parser = Parser(prog="jllama", description="The LLaMA family in JAX.")
@@ -50,17 +51,18 @@ def _run(argv: list[str]) -> None:
     if rest and not hasattr(args, "overrides"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = rest
-    args.run(args)
+    return args.run(args)
 
 
 def exit_status(run: Callable[..., Any], *args: Any) -> int:
     """Calls a program's body; what a user may meet becomes one line and an exit status.
 
-    0 is success, 2 bad input, 130 an interrupt, 141 a reader of stdout that went away.
-    Where several processes train, `jllama.parallel.distributed` ends one that lost another: 3.
+    What the body returns is its own answer, nothing is 0; 2 is bad input, 130 an interrupt, 141 a
+    reader of stdout that went away. Where several processes train, `jllama.parallel.distributed`
+    ends one that lost another: 3.
     """
     try:
-        run(*args)
+        status = run(*args)
         sys.stdout.flush()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -72,4 +74,4 @@ def exit_status(run: Callable[..., Any], *args: Any) -> int:
         # Python flushes stdout once more on its way out: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return status or 0

@@ -358,6 +358,11 @@ class PrepareConfig:
     shards: PositiveInt = _default("array_record files per dataset", 4)
     block_tokens: PositiveInt = _default("tokens per record", 4096)
     workers: Count = _default("processes that tokenise; 0 is one per core", 0)
+    cache: str = _default(
+        "local folder for copies of shards whose folder is a URL; empty reads gs:// in place and"
+        " s3:// not at all",
+        "",
+    )
     max_skipped: Count = _default("bad documents that may be skipped; one more is an error", 0)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jllama import recipe as recipes
+from jllama import storage
 from jllama.config import AutoAttention, ComputeConfig, MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.generate import engine
@@ -178,13 +179,14 @@ def load(path: str | Path, dtype: str | None = None) -> Llama:
     """A trained model from a run folder (its newest checkpoint) or a step, RUN/checkpoints/STEP.
 
     Args:
+      path: local, or a URL: gs://, s3://.
       dtype: "float32" or "bfloat16" for the computation; default the run's own. Matrices are kept
         in it too, which changes no result: they would be cast at every use. Norms stay as they are.
 
     Raises:
       UserError: if the path is neither, the run has no checkpoint, or the dtype is another.
     """
-    run, step = _locate(Path(path).expanduser())
+    run, step = _locate(storage.path(path))
     recipe = recipes.load(run / "config.yaml")
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
@@ -204,15 +206,16 @@ def load(path: str | Path, dtype: str | None = None) -> Llama:
 
 def _locate(path: Path) -> tuple[Path, int]:
     """The run folder and the step that `path` means."""
-    if (path / "config.yaml").is_file():
+    if storage.exists(path / "config.yaml"):
         step = latest_step(path)
         if step is None:
             raise UserError(f"{path}: the run has no checkpoint yet; train it first")
         return path, step
-    run = path.absolute().parent.parent
-    if path.is_dir() and path.name.isdigit() and (run / "config.yaml").is_file():
+    run = storage.absolute(path).parent.parent
+    folder = storage.is_folder(path)
+    if folder and path.name.isdigit() and storage.exists(run / "config.yaml"):
         return run, int(path.name)
-    what = "not a model" if path.exists() else "no such folder"
+    what = "not a model" if folder else "no such folder"
     raise UserError(
         f"{path}: {what}; expected a run folder, with config.yaml and checkpoints/ in it,"
         " or one of its steps, RUN/checkpoints/STEP"

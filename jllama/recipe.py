@@ -7,6 +7,7 @@ the frozen dataclasses of `jllama.config`: unknown keys, wrong types and impossi
 
 import dataclasses
 import difflib
+import io
 import json
 import re
 import types
@@ -20,6 +21,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from jllama import storage
 from jllama.config import Config, ModelConfig
 from jllama.errors import UserError
 
@@ -42,10 +44,11 @@ def model_names() -> list[str]:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        data = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        loaded = OmegaConf.load(io.StringIO(storage.read_text(path)))
+        data = OmegaConf.to_container(loaded, resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as e:
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as e:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(e).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected keys and values at the top level")
@@ -53,7 +56,7 @@ def _read_yaml(path: Path) -> dict:
 
 
 def _model_dict(name: str) -> dict:
-    path = Path(name)
+    path = storage.path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = configs_folder() / "model" / f"{name}.yaml"
         if not path.is_file():
@@ -68,7 +71,7 @@ def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a recipe, applies dotted overrides (`model.num_layers=4`), validates."""
-    path = Path(path)
+    path = storage.path(path)
     data = _read_yaml(path)
     # `model=NAME` is the model's whole file, wherever it stands; other overrides go on top of it.
     rest = []

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Modules and folders of one line may import each other; later lines may import earlier ones.
 LAYERS = [
-    "config errors recipe",
+    "config errors recipe storage",
     "flops hardware",
     "parallel",
     "model",
@@ -39,6 +39,8 @@ SHARDING = {
     "jax.P",
     "jax.NamedSharding",
     "jax.make_mesh",
+    "jax.shard_map",
+    "jax.set_mesh",
     "jax.experimental.mesh_utils",
 }
 

@@ -1,9 +1,9 @@
 """`jllama fingerprint`: one digest of a checkpoint's parameters and optimizer state."""
 
 import argparse
-from pathlib import Path
 
 from jllama import recipe as recipes
+from jllama import storage
 from jllama.errors import UserError
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
@@ -13,7 +13,7 @@ from jllama.train.state import define_state
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", help="a run folder")
+    parser.add_argument("run_folder", metavar="RUN", help="a run folder or its URL")
     parser.add_argument("--step", type=int, help="the checkpoint's step [the newest]")
     parser.add_argument(
         "--mesh",
@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    folder = Path(args.run_folder)
-    if not (folder / "config.yaml").is_file():
+    folder = storage.path(args.run_folder)
+    if not storage.exists(folder / "config.yaml"):
         raise UserError(f"{folder}: no run folder, config.yaml is missing")
     recipe = recipes.load(folder / "config.yaml", [f"mesh.{size}" for size in args.mesh])
     step = latest_step(folder) if args.step is None else args.step

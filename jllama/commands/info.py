@@ -2,10 +2,9 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from jllama import flops
+from jllama import flops, storage
 from jllama import recipe as recipes
 from jllama.config import ModelConfig
 from jllama.errors import UserError
@@ -43,9 +42,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _load(model: str) -> tuple[ModelConfig, int]:
     """The model, and the length of the rows it is trained on."""
-    folder = Path(model)
-    if model not in recipes.model_names() and folder.is_dir():
-        if not (folder / "config.yaml").is_file():
+    folder = storage.path(model)
+    if model not in recipes.model_names() and storage.is_folder(folder):
+        if not storage.exists(folder / "config.yaml"):
             raise UserError(f"{model}: no run folder, config.yaml is missing")
         recipe = recipes.load(folder / "config.yaml")
         return recipe.model, recipe.data.length

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from jllama import storage
 from jllama.errors import UserError
 from jllama.train.metrics import read
 
@@ -21,7 +22,7 @@ _PANELS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders or their URLs")
     parser.add_argument(
         "--out", type=Path, default=Path("runs.png"), metavar="FILE", help="the PNG [runs.png]"
     )
@@ -37,9 +38,9 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.smooth < 1:
         raise UserError(f"--smooth={args.smooth}: from 0 to below 1")
     # A run's name, or its whole path when another has that name.
-    names = [Path(run).name for run in args.runs]
+    names = [storage.path(run).name for run in args.runs]
     lines = {
-        (name if names.count(name) == 1 else run): _read(Path(run))
+        (name if names.count(name) == 1 else run): _read(storage.path(run))
         for name, run in zip(names, args.runs, strict=True)
     }
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)

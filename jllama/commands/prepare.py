@@ -1,26 +1,62 @@
 """`jllama prepare`: a recipe's text to tokens on disk, ahead of training."""
 
 import argparse
+import importlib.util
+from collections.abc import Callable
 
 from jllama import recipe as recipes
 from jllama.data.dataset import open_data, open_tokenizer
+from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
+from jllama.errors import UserError
+
+_OPTION = "--pipeline."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="the recipe; keys follow as for train.py"
     )
+    parser.add_argument(
+        "--runner",
+        choices=("direct", "dataflow", "flink", "spark"),
+        help="make it with Apache Beam; --pipeline.KEY=VALUE are Beam's options [no Beam]",
+    )
     parser.set_defaults(overrides=[])  # it takes what is no argument of its own
 
 
 def run(args: argparse.Namespace) -> None:
-    recipe = recipes.from_arguments(["--config", args.config, *args.overrides])
+    options = [word for word in args.overrides if word.startswith(_OPTION)]
+    overrides = [word for word in args.overrides if word not in options]
+    recipe = recipes.from_arguments(["--config", args.config, *overrides])
+    make = _beam(args.runner, options)
     tokenizer = open_tokenizer(recipe)
+    if make is not None:
+        for source in (*recipe.data.train, *recipe.data.held_out):
+            prepare(source, tokenizer, recipe.data.prepare, make)
     data = open_data(recipe, tokenizer)
     for part, sources in (("train", data.sources), ("held_out", data.held_out)):
         for name, prepared in sources.items():
             print(f"{part:9} {name}: {_line(prepared)}")
+
+
+def _beam(runner: str | None, options: list[str]) -> Callable[..., None] | None:
+    """How Beam makes a dataset; None without a runner."""
+    if runner is None:
+        if options:
+            raise UserError(f"{options[0]}: is an option of Beam; say --runner too")
+        return None
+    given = {}
+    for word in options:
+        key, equals, value = word.removeprefix(_OPTION).partition("=")
+        if not (key and equals):
+            raise UserError(f"{word}: write {_OPTION}KEY=VALUE; true is a flag's value")
+        given[key] = True if value == "true" else value
+    if importlib.util.find_spec("apache_beam") is None:
+        raise UserError(f"--runner {runner}: needs Apache Beam; pip install 'jllama[beam]'")
+    from jllama.data import beam  # noqa: PLC0415
+
+    return beam.maker(runner, given)
 
 
 def _line(prepared: Prepared) -> str:

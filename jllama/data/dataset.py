@@ -6,17 +6,15 @@ each epoch, and the mixture picks from them by weight. There is no iterator stat
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import grain
 import numpy as np
 
+from jllama import storage
 from jllama.config import (
     Config,
     DataConfig,
@@ -176,18 +174,12 @@ def _trained(wanted: TrainedTokenizer, data: DataConfig) -> SentencePieceTokeniz
         [(to_dict(s), sources.version(s.source)) for s in data.train],
     ]
     identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = Path(data.prepare.folder).expanduser()
+    folder = storage.path(data.prepare.folder)
     path = folder / f"tokenizer-{identity[:16]}.model"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".tokenizer.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.is_file():
-                print(f"tokenizer: training {wanted.vocab_size} pieces", file=sys.stderr)
-                train_sentencepiece(_texts(data, wanted.max_bytes), wanted, f"{path}.part")
-                os.replace(f"{path}.part", path)
-    except OSError as e:
-        raise UserError(f"{folder}: {e.strerror}; prepare.folder must be writable") from None
+    with storage.locked(folder, ".tokenizer.lock"):
+        if not storage.exists(path):
+            print(f"tokenizer: training {wanted.vocab_size} pieces", file=sys.stderr)
+            train_sentencepiece(_texts(data, wanted.max_bytes), wanted, path)
     return load_tokenizer(path)
 
 

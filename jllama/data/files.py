@@ -1,6 +1,6 @@
 """Files by pattern, their bytes streamed, decompressed and split. Every problem is a UserError."""
 
-import glob
+import contextlib
 import gzip
 import hashlib
 import zlib
@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import zstandard
 
+from jllama import storage
 from jllama.errors import UserError
 
 _CHUNK = 1 << 18
@@ -19,10 +20,7 @@ def matches(patterns: tuple[str, ...]) -> list[str]:
     """Sorted paths, as spelt by the patterns. UserError for a pattern that matches no file."""
     found = set()
     for pattern in patterns:
-        # A path that exists is itself, even with brackets in its name.
-        here = Path(pattern).expanduser()
-        names = [str(here)] if here.exists() else glob.glob(str(here), recursive=True)
-        names = [n for n in names if not Path(n).is_dir()]
+        names = storage.matches(pattern)
         if not names:
             raise UserError(f"{pattern}: no file matches; check the path")
         found.update(names)
@@ -35,17 +33,19 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _opened(path: Path) -> BinaryIO:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
-        return open(path, "rb")
-    except OSError as e:
-        raise UserError(f"{path}: not readable: {e.strerror}") from None
+        with storage.reading(path), storage.open_read(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
 
 
 def chunks(path: Path) -> Iterator[bytes]:
     """The bytes of a file, decompressed by its suffix. UserError if compressed data is broken."""
-    try:
-        with _opened(path) as file:
+    with _opened(path) as file:
+        try:
             if path.suffix == ".gz":
                 with gzip.open(file) as unzipped:
                     while chunk := unzipped.read(_CHUNK):
@@ -55,12 +55,10 @@ def chunks(path: Path) -> Iterator[bytes]:
             else:
                 while chunk := file.read(_CHUNK):
                     yield chunk
-    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
-        raise UserError(f"{path}: broken compressed data: {e}; get the file again") from None
-    except EOFError:
-        raise UserError(f"{path}: compressed data ends early; get the file again") from None
-    except OSError as e:
-        raise UserError(f"{path}: not readable: {e.strerror}") from None
+        except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
+            raise UserError(f"{path}: broken compressed data: {e}; get the file again") from None
+        except EOFError:
+            raise UserError(f"{path}: compressed data ends early; get the file again") from None
 
 
 def _unzstd(file: BinaryIO) -> Iterator[bytes]:

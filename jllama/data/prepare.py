@@ -11,26 +11,28 @@ import collections
 import concurrent.futures
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from jllama import storage
 from jllama.config import PrepareConfig, SourceConfig
-from jllama.data import files, worker
 from jllama.data import source as sources
+from jllama.data import worker
+from jllama.data.manifest import VERIFIED, check, manifest
 from jllama.data.prepared import FORMAT, MARKER, Prepared
-from jllama.data.records import ShardWriter, write_tfds_metadata
+from jllama.data.records import ShardCounts, ShardWriter, write_tfds_metadata
 from jllama.errors import UserError
 from jllama.recipe import to_dict
 from jllama.text.tokenizer import SentencePieceTokenizer
@@ -38,12 +40,18 @@ from jllama.text.tokenizer import SentencePieceTokenizer
 _CHUNK_CHARACTERS = 1 << 18  # text that goes to a process at a time
 _PROCESS_BYTES = 16_000_000  # source that is worth a process
 _LOCK = ".lock"
+_NOT_DATA = {_LOCK, MARKER, VERIFIED}
 
 
 def prepare(
-    source: SourceConfig, tokenizer: SentencePieceTokenizer, config: PrepareConfig
+    source: SourceConfig,
+    tokenizer: SentencePieceTokenizer,
+    config: PrepareConfig,
+    make: Callable[..., None] | None = None,
 ) -> Prepared:
     """The source as tokens: found in `config.folder` if it is there, made if not.
+
+    `make` makes it in another way than processes of this machine; see `jllama.data.beam`.
 
     Raises UserError if the source cannot be read, has more than `config.max_skipped` bad
     documents, or has changed since it was prepared.
@@ -57,24 +65,22 @@ def prepare(
         "block_tokens": config.block_tokens,
     }
     identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = Path(config.folder).expanduser() / f"{source.name}-{identity[:16]}"
-    prepared = Prepared.open(folder)  # unlocked: it may be read-only by now
+    folder = storage.path(config.folder) / f"{source.name}-{identity[:16]}"
+    prepared = Prepared.open(folder, config.cache)  # unlocked: it may be read-only by now
     if prepared is None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder):
-                prepared = Prepared.open(folder)
+            with storage.locked(folder, _LOCK):
+                prepared = Prepared.open(folder, config.cache)
                 if prepared is None:
-                    _wipe(folder)
-                    _make(folder, key, source, tokenizer, config)
+                    (make or _make)(folder, key, source, tokenizer, config)
         except OSError as e:
             fix = "data.prepare.folder must be writable"
             if e.errno == errno.EMFILE:
                 fix = "raise ulimit -n or lower data.prepare.shards"
             raise UserError(f"{e.filename or folder}: {e.strerror}; {fix}") from None
-        prepared = prepared or Prepared.open(folder)
+        prepared = prepared or Prepared.open(folder, config.cache)
         assert prepared is not None
-    _check(prepared, source, config)
+    check(prepared, source, config.max_skipped)
     return prepared
 
 
@@ -101,9 +107,11 @@ def _make(
         d.text
         for d in sources.documents(source.source, max_skipped=config.max_skipped, report=report)
     )
-    shards = [ShardWriter(folder, i, tokenizer.vocab_size, config) for i in range(config.shards)]
     documents = text_bytes = 0
-    try:
+    with _workplace(folder) as work, contextlib.ExitStack() as opened:
+        shards = [ShardWriter(work, i, tokenizer.vocab_size, config) for i in range(config.shards)]
+        for shard in shards:
+            opened.callback(shard.abandon)
         with progress:
             for tokens, lengths, size in _tokenise(texts, tokenizer, workers):
                 at = 0
@@ -112,32 +120,65 @@ def _make(
                     documents, at = documents + 1, at + n
                 text_bytes += size
                 progress.advance(size)
-        for shard in shards:
-            shard.close()
-        write_tfds_metadata(folder, shards, tokenizer.vocab_size)
-        made = [f for f in sorted(folder.iterdir()) if f.name != _LOCK]
-        identity = key | {
-            "name": source.name,
-            "vocab_size": tokenizer.vocab_size,
-            "documents": documents,
-            "tokens": sum(s.tokens for s in shards),
-            "bytes": text_bytes,
-            "skipped": skipped,
-            "shard_tokens": [s.tokens for s in shards],
-            "shard_documents": [s.documents for s in shards],
-            "content": hashlib.sha256("".join(s.digest for s in shards).encode()).hexdigest(),
-            "source_files": _manifest(source, inputs),
-            "files": {f.name: f.stat().st_size for f in made},
-        }
+        counts = [shard.close() for shard in shards]
+        finish(folder, work, key, source, tokenizer, inputs, counts, text_bytes, skipped)
+
+
+def finish(
+    folder: Path,
+    work: Path,
+    key: dict,
+    source: SourceConfig,
+    tokenizer: SentencePieceTokenizer,
+    inputs: list[sources.SourceFile],
+    shards: list[ShardCounts],
+    text_bytes: int,
+    skipped: int,
+) -> None:
+    """Makes the shards in `work` the dataset in `folder`: the metadata, and at last the marker.
+
+    Raises UserError if the source's files are not `inputs` any more.
+    """
+    with tempfile.TemporaryDirectory(prefix="jllama-metadata-") as metadata:
+        for name in write_tfds_metadata(Path(metadata), shards, tokenizer.vocab_size):
+            storage.put(Path(metadata, name), work / name)
+    there = {n: size for n, size in sorted(storage.names(work).items()) if n not in _NOT_DATA}
+    identity = key | {
+        "name": source.name,
+        "vocab_size": tokenizer.vocab_size,
+        "documents": sum(s.documents for s in shards),
+        "tokens": sum(s.tokens for s in shards),
+        "bytes": text_bytes,
+        "skipped": skipped,
+        "shard_tokens": [s.tokens for s in shards],
+        "shard_documents": [s.documents for s in shards],
+        "content": hashlib.sha256("".join(s.digest for s in shards).encode()).hexdigest(),
+        "source_files": manifest(source, inputs),
+        "files": there,
+    }
+    if work != folder:
+        storage.transfer(storage.upload, [(work / n, folder / n) for n in there])
+    # Last, and so the dataset is whole.
+    storage.write_text(folder / MARKER, json.dumps(identity, indent=1))
+
+
+@contextlib.contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """Where shards are written: array_record writes local files alone.
+
+    For a local folder itself, empty at the start and again if the work fails; for a URL a temporary
+    folder of this machine, with room for the whole dataset.
+    """
+    if storage.is_remote(folder):
+        with tempfile.TemporaryDirectory(prefix="jllama-prepare-") as work:
+            yield Path(work)
+        return
+    wipe(folder)
+    try:
+        yield folder
     except BaseException:
-        for shard in shards:
-            shard.abandon()
-        _wipe(folder)
+        wipe(folder)
         raise
-    with open(folder / MARKER, "w", encoding="utf-8") as marker:
-        json.dump(identity, marker, indent=1)
-        marker.flush()
-        os.fsync(marker.fileno())
 
 
 def _tokenise(
@@ -145,7 +186,7 @@ def _tokenise(
 ) -> Iterator[tuple[np.ndarray, list[int], int]]:
     """`worker.encode` of the texts, chunk by chunk in order, with few chunks in flight."""
     if workers == 1:
-        for chunk in _chunks(texts):
+        for chunk in chunks(texts):
             yield worker.encode(tokenizer, chunk)
         return
     # Spawned, not forked: JAX may have threads by now.
@@ -154,7 +195,7 @@ def _tokenise(
     )
     pending: collections.deque[concurrent.futures.Future] = collections.deque()
     try:
-        for chunk in _chunks(texts):
+        for chunk in chunks(texts):
             pending.append(pool.submit(worker.encode_here, chunk))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
@@ -169,7 +210,8 @@ def _tokenise(
         pool.shutdown(cancel_futures=True)
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of about `_CHUNK_CHARACTERS`."""
     chunk, size = [], 0
     for text in texts:
         chunk.append(text)
@@ -181,75 +223,16 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-# ----------------------------------------------------------------------------- is it what it was
-
-
-def _manifest(source: SourceConfig, before: list[sources.SourceFile]) -> list[dict]:
-    if sources.source_files(source.source) != before:
-        raise UserError(
-            f"{sources.describe(source.source)}: its files changed while they were read; run again"
-        )
-    return [
-        {
-            "name": f.name,
-            "size": f.size,
-            "mtime_ns": f.mtime_ns,
-            "sha256": files.digest(f.path),
-        }
-        for f in before
-    ]
-
-
-def _check(prepared: Prepared, source: SourceConfig, config: PrepareConfig) -> None:
-    """UserError unless the source is still what was prepared."""
-    identity = prepared.identity
-    if identity["skipped"] > config.max_skipped:
-        raise UserError(
-            f"{prepared.folder}: {identity['skipped']} bad documents were skipped, above "
-            f"max_skipped={config.max_skipped}; raise it, or mend the source and delete the folder"
-        )
-    was = {f["name"]: f for f in identity["source_files"]}
-    try:
-        now = {f.name: f for f in sources.source_files(source.source, fetch=False)}
-    except UserError as e:
-        # Prepared elsewhere, and the text is not on this machine: the tokens are all there is.
-        print(f"{prepared.folder}: used as prepared; its source is not here: {e}", file=sys.stderr)
+def wipe(folder: Path) -> None:
+    """Empties a dataset's folder of what an earlier try left in it, but for its lock."""
+    if storage.is_remote(folder):
+        storage.remove_folder(folder)
         return
-    for name in sorted(was.keys() | now.keys()):
-        if name not in now:
-            change = "is gone"
-        elif name not in was:
-            change = "is new"
-        elif _same(now[name], was[name]):
-            continue
-        else:
-            change = "has changed"
-        raise UserError(
-            f"{name}: {change} since {prepared.folder} was made from it; "
-            "delete that folder to prepare anew, or restore the file"
-        )
-
-
-def _same(now: sources.SourceFile, was: dict) -> bool:
-    if (now.size, now.mtime_ns) == (was["size"], was["mtime_ns"]):
-        return True
-    return now.size == was["size"] and files.digest(now.path) == was["sha256"]
-
-
-def _wipe(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != _LOCK:
             path.unlink()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lets one process of this machine at a time make or check the folder."""
-    with open(folder / _LOCK, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 class _Progress:

@@ -1,11 +1,17 @@
-"""A prepared dataset on disk, opened: its counts, and random access to its stream of tokens."""
+"""A prepared dataset, opened: its counts, and random access to its stream of tokens.
 
+Where its folder is a URL, array_record reads gs:// in place, a request a record; with a cache, and
+always on s3://, each machine fetches the shards once and reads its copies.
+"""
+
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from jllama import storage
 from jllama.data.records import decode_record, ends_file, records_file
 from jllama.errors import UserError
 
@@ -19,7 +25,8 @@ class Prepared:
     Safe to read from several threads.
     """
 
-    def __init__(self, folder: Path, identity: dict):
+    def __init__(self, folder: Path, identity: dict, copies: Path | None = None):
+        """`copies` is a local folder with the files of `folder`, to be read instead."""
         self.folder = folder
         self.identity = identity
         self.name: str = identity["name"]
@@ -31,27 +38,43 @@ class Prepared:
         self._shards = len(identity["shard_tokens"])
         self._block = identity["block_tokens"]
         tokens = np.array(identity["shard_tokens"], np.int64)
+        records = -(-tokens // self._block)
         # Where each shard begins: in the stream, and among the records.
         self._token_starts = np.concatenate([[0], np.cumsum(tokens)])
-        self._record_starts = np.concatenate([[0], np.cumsum(-(-tokens // self._block))])
-        names = [records_file(i, self._shards) for i in range(self._shards)]
+        self._record_starts = np.concatenate([[0], np.cumsum(records)])
+        self._files = folder if copies is None else copies
+        # With the number of records in its name, no file is opened before it is read.
         self._records = ArrayRecordDataSource(
-            [str(folder / n) for n, size in zip(names, tokens, strict=True) if size]
+            [
+                f"{self._files / records_file(i, self._shards)}[0:{n}]"
+                for i, n in enumerate(records)
+                if n
+            ]
         )
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Prepared | None":
-        """The dataset in `folder`; None if it was never finished. UserError if it is damaged."""
-        folder = Path(folder)
+    def open(cls, folder: str | Path, cache: str = "") -> "Prepared | None":
+        """The dataset in `folder`; None if it was never finished. UserError if it is damaged.
+
+        `cache` is a local folder for copies of a dataset at a URL; s3:// needs one.
+        """
+        folder = storage.path(folder)
+        if str(folder).startswith("s3://") and not cache:
+            raise UserError(
+                f"{folder}: array_record reads local files and gs:// alone; name a local folder for"
+                " copies in data.prepare.cache"
+            )
         try:
-            identity = json.loads((folder / MARKER).read_text("utf-8"))
+            identity = json.loads(storage.read_text(folder / MARKER))
         except (FileNotFoundError, ValueError):
             return None
+        there = storage.names(folder)
         for name, size in identity["files"].items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != size:
-                raise UserError(f"{path}: missing or cut short; delete {folder} to prepare anew")
-        return cls(folder, identity)
+            if there.get(name) != size:
+                raise UserError(
+                    f"{folder / name}: missing or cut short; delete {folder} to prepare anew"
+                )
+        return cls(folder, identity, _copies(folder, identity, cache))
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Stream positions [start, stop): (tokens int32, whether a document starts there, bool)."""
@@ -75,6 +98,20 @@ class Prepared:
         ends = []
         for shard in range(self._shards):
             if self.identity["shard_documents"][shard]:
-                path = self.folder / ends_file(shard)
-                ends.append(np.fromfile(path, "<u8").astype(np.int64) + self._token_starts[shard])
+                data = storage.read_bytes(self._files / ends_file(shard))
+                ends.append(np.frombuffer(data, "<u8").astype(np.int64) + self._token_starts[shard])
         return np.concatenate(ends)
+
+
+def _copies(folder: Path, identity: dict, cache: str) -> Path | None:
+    """The local folder with copies of a dataset at a URL, fetched if need be; None without."""
+    if not (storage.is_remote(folder) and cache):
+        return None
+    # By URL and content: the same name may stand for other bytes elsewhere, or later.
+    key = hashlib.sha256(f"{folder} {identity['content']}".encode()).hexdigest()
+    copies = storage.path(cache) / f"{folder.name}-{key[:16]}"
+    with storage.locked(copies):
+        here = storage.names(copies)
+        missing = [n for n, size in identity["files"].items() if here.get(n) != size]
+        storage.transfer(storage.download, [(folder / n, copies / n) for n in missing])
+    return copies

@@ -5,6 +5,7 @@ A record is a tf.train.Example with `tokens` (uint16 or uint32, little-endian by
 its documents end.
 """
 
+import dataclasses
 import functools
 import hashlib
 from pathlib import Path
@@ -89,11 +90,22 @@ def _parse(message: memoryview) -> list[memoryview]:
     return payloads
 
 
+@dataclasses.dataclass(frozen=True)
+class ShardCounts:
+    """What a shard came to: tokens, documents, records and their bytes, SHA-256 of the records."""
+
+    tokens: int
+    documents: int
+    records: int
+    record_bytes: int
+    digest: str
+
+
 class ShardWriter:
     """One array_record file being written, and beside it where its documents end."""
 
     def __init__(self, folder: Path, shard: int, vocab_size: int, config: PrepareConfig):
-        self.tokens = self.documents = self.records = self.record_bytes = 0
+        self._tokens = self._documents = self._written = self._bytes = 0
         self._block = np.empty(config.block_tokens, token_dtype(vocab_size))
         self._filled, self._starts = 0, []
         self._hash = hashlib.sha256()
@@ -104,9 +116,9 @@ class ShardWriter:
 
     def add(self, tokens: np.ndarray) -> None:
         self._starts.append(self._filled)
-        self.tokens += len(tokens)
-        self.documents += 1
-        self._ends.write(np.uint64(self.tokens).astype("<u8").tobytes())
+        self._tokens += len(tokens)
+        self._documents += 1
+        self._ends.write(np.uint64(self._tokens).astype("<u8").tobytes())
         while len(tokens):
             part = tokens[: len(self._block) - self._filled]
             self._block[self._filled : self._filled + len(part)] = part
@@ -119,16 +131,18 @@ class ShardWriter:
         data = encode_record(self._block[: self._filled], np.array(self._starts, np.int32))
         self._records.write(data)
         self._hash.update(data)
-        self.records += 1
-        self.record_bytes += len(data)
+        self._written += 1
+        self._bytes += len(data)
         self._filled, self._starts = 0, []
 
-    def close(self) -> None:
+    def close(self) -> ShardCounts:
         if self._filled:
             self._flush()
         self._records.close()
         self._ends.close()
-        self.digest = self._hash.hexdigest()
+        return ShardCounts(
+            self._tokens, self._documents, self._written, self._bytes, self._hash.hexdigest()
+        )
 
     def abandon(self) -> None:
         if self._records.is_open():
@@ -136,8 +150,15 @@ class ShardWriter:
         self._ends.close()
 
 
-def write_tfds_metadata(folder: Path, shards: list[ShardWriter], vocab_size: int) -> None:
-    """What `tfds.builder_from_directory` needs to read the shards as the split `train`."""
+def write_tfds_metadata(folder: Path, shards: list[ShardCounts], vocab_size: int) -> list[str]:
+    """What `tfds.builder_from_directory` needs to read the shards as the split `train`.
+
+    Written to an empty local folder, in which TFDS wants to see the shards' names; returns the
+    names of the files to put beside the shards.
+    """
+    stand_ins = {records_file(i, len(shards)) for i in range(len(shards))}
+    for name in stand_ins:
+        (folder / name).touch()
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name="tokens", split="train", filetype_suffix="array_record"
     )
@@ -150,3 +171,4 @@ def write_tfds_metadata(folder: Path, shards: list[ShardWriter], vocab_size: int
     tfds.folder_dataset.write_metadata(
         data_dir=folder, features=features(vocab_size), split_infos=[split], check_data=False
     )
+    return sorted({p.name for p in folder.iterdir()} - stand_ins)

@@ -19,10 +19,12 @@ import pyarrow
 import pyarrow.parquet
 import tensorflow_datasets as tfds
 
+from jllama import storage
 from jllama.config import JsonlSource, ParquetSource, Source, StdlibSource, TextSource, TfdsSource
 from jllama.data import files
 from jllama.errors import UserError
 
+_EXAMPLES = 10_000  # of a TFDS dataset, in a part
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -36,15 +38,18 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """One file of a source: `name` is stable (as matched, or relative), `path` opens it."""
+    """One file of a source: `name` is stable (as matched, or relative), `path` opens it.
+
+    `version` is `jllama.storage.Stat`'s: equal sizes and versions are equal content.
+    """
 
     name: str
     path: Path
     size: int
-    mtime_ns: int
+    version: str
 
 
-class _Skipped(Exception):
+class Skipped(Exception):
     """A document that cannot be used: why."""
 
 
@@ -62,19 +67,43 @@ def documents(
     document after `max_skipped` skipped ones, for a broken or missing file and an empty source.
     """
     skipped = found = 0
-    for where, text in _READERS[type(source)](source):
-        reason = str(text) if isinstance(text, _Skipped) else None if text else "empty document"
-        if reason is None:
-            found += 1
-            yield Document(text, where)
-            continue
-        if skipped == max_skipped:
-            limit = f"after max_skipped={max_skipped} others" if max_skipped else "max_skipped=0"
-            raise UserError(f"{where}: {reason} ({limit}); mend it or raise max_skipped")
-        skipped += 1
-        report(f"{where}: {reason}; skipped ({skipped} of at most {max_skipped})")
+    for part in parts(source):
+        for where, text in read(source, part):
+            if not isinstance(text, Skipped):
+                found += 1
+                yield Document(text, where)
+                continue
+            report(skip(where, str(text), skipped, max_skipped))
+            skipped += 1
     if not found:
-        raise UserError(f"{describe(source)}: no documents in it; check the source")
+        raise no_documents(source)
+
+
+def skip(where: str, reason: str, skipped: int, max_skipped: int) -> str:
+    """The report of a bad document after `skipped` others; UserError if it is one too many."""
+    if skipped == max_skipped:
+        limit = f"after max_skipped={max_skipped} others" if max_skipped else "max_skipped=0"
+        raise UserError(f"{where}: {reason} ({limit}); mend it or raise max_skipped")
+    return f"{where}: {reason}; skipped ({skipped + 1} of at most {max_skipped})"
+
+
+def no_documents(source: Source) -> UserError:
+    """The error of a source without a usable document."""
+    return UserError(f"{describe(source)}: no documents in it; check the source")
+
+
+def parts(source: Source) -> list["SourceFile | range"]:
+    """What a source can be read by, in order: its files, or ranges of a TFDS dataset's examples."""
+    if isinstance(source, TfdsSource):
+        count = _split(_builder(source), source).num_examples
+        return [range(i, min(i + _EXAMPLES, count)) for i in range(0, count, _EXAMPLES)]
+    return source_files(source)
+
+
+def read(source: Source, part: "SourceFile | range") -> Iterator[tuple[str, str | Skipped]]:
+    """(where, text or why it cannot be used) of a part's documents, in order."""
+    for where, text in _READERS[type(source)](source, part):
+        yield where, text or Skipped("empty document")
 
 
 def describe(source: Source) -> str:
@@ -104,18 +133,19 @@ def source_files(source: Source, *, fetch: bool = True) -> list[SourceFile]:
             pairs = [(name, root / name) for name in _library(root, source)]
         case TfdsSource():
             builder = _builder(source, fetch)
-            paths = [Path(p) for p in _split(builder, source).filepaths]
+            paths = [storage.path(p) for p in _split(builder, source).filepaths]
             pairs = [(p.name, p) for p in paths]
         case _:
-            pairs = [(p, Path(p)) for p in files.matches(source.files)]
-    result = []
-    for name, path in pairs:
-        try:
-            stat = path.stat()
-        except OSError as e:
-            raise UserError(f"{path}: not readable: {e.strerror}") from None
-        result.append(SourceFile(name, path, stat.st_size, stat.st_mtime_ns))
-    return result
+            pairs = [(p, storage.path(p)) for p in files.matches(source.files)]
+    return [_file(name, path) for name, path in pairs]
+
+
+def _file(name: str, path: Path) -> SourceFile:
+    try:
+        stat = storage.stat(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    return SourceFile(name, path, stat.size, stat.version)
 
 
 # ------------------------------------------------------------------------------ standard library
@@ -138,103 +168,105 @@ def is_held_out(name: str, one_in: int) -> bool:
     return number % one_in == 0
 
 
-def _read_library(source: StdlibSource) -> Iterator[tuple[str, str | _Skipped]]:
-    for file in source_files(source):
-        yield file.name, _text(file.path.read_bytes())
+def _read_library(source: StdlibSource, file: SourceFile) -> Iterator[tuple[str, str | Skipped]]:
+    yield file.name, _text(file.path.read_bytes())
 
 
 # ------------------------------------------------------------------------------------------ files
 
 
-def _text(data: bytes) -> str | _Skipped:
+def _text(data: bytes) -> str | Skipped:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start)
         at = f" {line} lines into it" if line else ""
-        return _Skipped(f"invalid UTF-8, byte 0x{data[e.start]:02x}{at}")
+        return Skipped(f"invalid UTF-8, byte 0x{data[e.start]:02x}{at}")
 
 
-def _read_text(source: TextSource) -> Iterator[tuple[str, str | _Skipped]]:
-    for file in source_files(source):
-        if source.separator is None:
-            yield file.name, _text(b"".join(files.chunks(file.path)))
-            continue
-        if not source.separator:
-            raise UserError("separator: is empty; null makes a file one document")
-        parts = files.split(file.path, source.separator.encode())
-        held = next(parts)
-        for part in parts:
-            yield f"{file.name}:{held[0]}", _text(held[1])
-            held = part
-        if held[1]:  # what follows the last separator; nothing does if it ends the file
-            yield f"{file.name}:{held[0]}", _text(held[1])
+def _read_text(source: TextSource, file: SourceFile) -> Iterator[tuple[str, str | Skipped]]:
+    if source.separator is None:
+        yield file.name, _text(b"".join(files.chunks(file.path)))
+        return
+    if not source.separator:
+        raise UserError("separator: is empty; null makes a file one document")
+    parts = files.split(file.path, source.separator.encode())
+    held = next(parts)
+    for part in parts:
+        yield f"{file.name}:{held[0]}", _text(held[1])
+        held = part
+    if held[1]:  # what follows the last separator; nothing does if it ends the file
+        yield f"{file.name}:{held[0]}", _text(held[1])
 
 
-def _read_jsonl(source: JsonlSource) -> Iterator[tuple[str, str | _Skipped]]:
-    for file in source_files(source):
-        for line, data in files.split(file.path, b"\n"):
-            if data.strip():  # a blank line is no document
-                yield f"{file.name}:{line}", _json_text(data, source.field)
+def _read_jsonl(source: JsonlSource, file: SourceFile) -> Iterator[tuple[str, str | Skipped]]:
+    for line, data in files.split(file.path, b"\n"):
+        if data.strip():  # a blank line is no document
+            yield f"{file.name}:{line}", _json_text(data, source.field)
 
 
-def _json_text(data: bytes, field: str) -> str | _Skipped:
+def _json_text(data: bytes, field: str) -> str | Skipped:
     text = _text(data)
-    if isinstance(text, _Skipped):
+    if isinstance(text, Skipped):
         return text
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as e:
-        return _Skipped(f"malformed JSON: {e}")
+        return Skipped(f"malformed JSON: {e}")
     if not isinstance(record, dict):
-        return _Skipped("not a JSON object")
+        return Skipped("not a JSON object")
     if field not in record:
-        return _Skipped(f"no field {field!r}")
+        return Skipped(f"no field {field!r}")
     return _string(record[field], field)
 
 
-def _string(value: object, field: str) -> str | _Skipped:
+def _string(value: object, field: str) -> str | Skipped:
     if not isinstance(value, str):
-        return _Skipped(f"field {field!r} is {type(value).__name__}, not text")
+        return Skipped(f"field {field!r} is {type(value).__name__}, not text")
     try:
         value.encode("utf-8")  # JSON can spell half a surrogate pair
     except UnicodeEncodeError as e:
-        return _Skipped(f"field {field!r} has an unpaired surrogate at character {e.start}")
+        return Skipped(f"field {field!r} has an unpaired surrogate at character {e.start}")
     return value
 
 
-def _read_parquet(source: ParquetSource) -> Iterator[tuple[str, str | _Skipped]]:
-    for file in source_files(source):
-        try:
-            with pyarrow.parquet.ParquetFile(file.path) as parquet:
-                schema = parquet.schema_arrow
-                if source.field not in schema.names:
-                    raise UserError(
-                        f"{file.name}: no column {source.field!r}; it has {', '.join(schema.names)}"
-                    )
-                row = 0
-                for batch in parquet.iter_batches(batch_size=256, columns=[source.field]):
-                    for value in batch.column(0):
-                        row += 1
-                        yield f"{file.name}: row {row}", _arrow_text(value, source.field)
-        except (pyarrow.ArrowException, OSError) as e:
-            raise UserError(f"{file.name}: not readable as Parquet: {_one_line(e)}") from None
+def _read_parquet(source: ParquetSource, file: SourceFile) -> Iterator[tuple[str, str | Skipped]]:
+    try:
+        with (
+            storage.reading(file.path),
+            storage.open_read(file.path) as opened,
+            pyarrow.parquet.ParquetFile(opened) as parquet,
+        ):
+            schema = parquet.schema_arrow
+            if source.field not in schema.names:
+                raise UserError(
+                    f"{file.name}: no column {source.field!r}; it has {', '.join(schema.names)}"
+                )
+            row = 0
+            for batch in parquet.iter_batches(batch_size=256, columns=[source.field]):
+                for value in batch.column(0):
+                    row += 1
+                    yield f"{file.name}: row {row}", _arrow_text(value, source.field)
+    except (pyarrow.ArrowException, OSError) as e:
+        raise UserError(f"{file.name}: not readable as Parquet: {_one_line(e)}") from None
 
 
-def _arrow_text(value: pyarrow.Scalar, field: str) -> str | _Skipped:
+def _arrow_text(value: pyarrow.Scalar, field: str) -> str | Skipped:
     try:
         return _string(value.as_py(), field)
     except UnicodeDecodeError as e:
-        return _Skipped(f"invalid UTF-8 at byte {e.start}")
+        return Skipped(f"invalid UTF-8 at byte {e.start}")
 
 
 # ------------------------------------------------------------------------------------------- TFDS
 
 
 def _builder(source: TfdsSource, fetch: bool = True):
-    folder = Path(source.name).expanduser()
+    folder = storage.path(source.name)
+    if "s3" in {source.name.partition("://")[0], (source.data_dir or "").partition("://")[0]}:
+        raise UserError(f"{describe(source)}: array_record reads local files and gs:// alone")
     try:
-        if (folder / "dataset_info.json").is_file():
+        if storage.exists(folder / "dataset_info.json"):
             return tfds.builder_from_directory(folder)
         builder = tfds.builder(
             source.name, data_dir=source.data_dir, file_format="array_record", try_gcs=False
@@ -261,14 +293,12 @@ def _split(builder, source: TfdsSource):
     return split
 
 
-def _read_tfds(source: TfdsSource) -> Iterator[tuple[str, str | _Skipped]]:
-    builder = _builder(source)
-    _split(builder, source)
+def _read_tfds(source: TfdsSource, examples: range) -> Iterator[tuple[str, str | Skipped]]:
     try:
-        rows = builder.as_data_source(source.split)
+        rows = _builder(source).as_data_source(source.split)
     except Exception as e:  # see _builder
         raise UserError(f"{describe(source)}: {_one_line(e)}") from None
-    for i in range(len(rows)):
+    for i in examples:
         value = rows[i][source.field]
         where = f"{describe(source)}: example {i}"
         yield where, _text(value) if isinstance(value, bytes) else _string(value, source.field)

@@ -54,7 +54,9 @@ def attend_row(
       balanced: how the row lies on the devices; see `jllama.parallel.context`.
     """
     ways = context.sequence_ways(*q.shape[:2])
-    kind = choose(config, context.platform(), q.dtype, q.shape[1], ways, segments is not None)
+    kind = choose(
+        config, context.platform(), q.dtype, q.shape[1], q.shape[3], ways, segments is not None
+    )
     mask = None
     match kind:
         case BlockwiseAttention(block=block):
@@ -69,7 +71,13 @@ def attend_row(
 
 
 def choose(
-    config: Attention, platform: str, dtype: jnp.dtype, length: int, ways: int, segments: bool
+    config: Attention,
+    platform: str,
+    dtype: jnp.dtype,
+    length: int,
+    head_dim: int,
+    ways: int,
+    segments: bool,
 ) -> Attention:
     """The kernel for rows of `length` positions over `ways` devices; `auto` picks by the platform.
 
@@ -77,7 +85,7 @@ def choose(
     cannot do this.
     """
     no_splash = _why_no_splash(platform, length, ways)
-    no_cudnn = _why_no_cudnn(platform, dtype, ways, segments)
+    no_cudnn = _why_no_cudnn(platform, dtype, head_dim, ways, segments)
     match config:
         case AutoAttention(block=block) if platform == "tpu" and no_splash is None:
             return SplashAttention(kind="splash", block=max(block, LANES))
@@ -103,7 +111,9 @@ def _why_no_splash(platform: str, length: int, ways: int) -> str | None:
     return None
 
 
-def _why_no_cudnn(platform: str, dtype: jnp.dtype, ways: int, segments: bool) -> str | None:
+def _why_no_cudnn(
+    platform: str, dtype: jnp.dtype, head_dim: int, ways: int, segments: bool
+) -> str | None:
     if platform != "gpu":
         return f"is for NVIDIA GPUs and this is {platform}; set compute.attention.kind=auto"
     if segments:
@@ -114,6 +124,8 @@ def _why_no_cudnn(platform: str, dtype: jnp.dtype, ways: int, segments: bool) ->
         return "knows no part of a row; set mesh.context=1, or compute.attention.kind=blockwise"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"does not take {dtype}; set compute.dtype=bfloat16"
+    if head_dim % 8 or head_dim > 128:  # 256 from Hopper on, which the platform does not say
+        return f"does not take heads of width {head_dim}; set compute.attention.kind=blockwise"
     return None
 
 

@@ -71,6 +71,7 @@ def splash(
       segments: [B,S] int32 of the keys, or None.
       mask: `causal_mask` of these queries.
     """
+    # The kernel does not scale its scores, and takes heads before positions.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
     if segments is not None:
         segments = kernels.SegmentIds(q=jnp.take(segments, rows, axis=1), kv=segments)

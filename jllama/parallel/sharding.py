@@ -152,7 +152,7 @@ class Placement:
 
 
 def active_placement() -> Placement | None:
-    """The placement that `constrain` uses, if any."""
+    """The placement whose `active` surrounds this call."""
     return _active.get()
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from jllama import storage
 from jllama.errors import UserError
 
 _SPACE = "\u2581"
@@ -52,8 +53,8 @@ class SentencePieceTokenizer:
         return hashlib.sha256(self._model).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Writes the model file that `load_tokenizer` reads."""
-        Path(path).write_bytes(self._model)
+        """Writes the model file that `load_tokenizer` reads, whole or not at all."""
+        storage.write_bytes(storage.path(path), self._model)
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, never a control token; `bos` and `eos` add those around it.
@@ -146,13 +147,11 @@ class TextStream:
 
 
 def load_tokenizer(path: str | Path) -> SentencePieceTokenizer:
-    """A tokenizer from its .model file, or from a folder that holds tokenizer.model."""
-    path = Path(path)
-    if path.is_dir():
+    """A tokenizer from its .model file, or from a folder that holds tokenizer.model; URLs too."""
+    path = storage.path(path)
+    if storage.is_folder(path):
         path = path / "tokenizer.model"
     try:
-        return SentencePieceTokenizer(path.read_bytes(), where=str(path))
+        return SentencePieceTokenizer(storage.read_bytes(path), where=str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such tokenizer file") from None
-    except OSError as e:
-        raise UserError(f"{path}: not readable: {e.strerror}") from None

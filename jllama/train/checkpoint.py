@@ -13,11 +13,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jllama import storage
 from jllama.config import Config
 from jllama.errors import UserError
 from jllama.model import llama
 from jllama.parallel.distributed import is_loss
 from jllama.parallel.sharding import Placement
+from jllama.train import staging
+from jllama.train.staging import Staging
 from jllama.train.state import StateDef, TrainState, define_state, dotted
 
 # Orbax tells every save at INFO and WARNING; what a user needs to know is said here.
@@ -34,38 +37,54 @@ class Checkpoints:
 
     def __init__(self, run: Path, keep: int):
         self._folder = run / "checkpoints"
+        self._staging = Staging(self._folder, keep) if staging.needed(self._folder) else None
         # What a killed run had half written is removed.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
+        here = self._staging.local if self._staging else storage.absolute(self._folder)
+        self._manager = ocp.CheckpointManager(here, options=options)
 
     def latest(self) -> int | None:
         """The newest complete step."""
+        if self._staging:
+            return max(staging.steps(self._folder), default=None)
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts saving; returns once the state may be donated."""
+        if self._staging:
+            self._staging.wait()  # Orbax may drop the step that is being copied
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 trainable=_in_chunks(state.trainable), rest=_in_chunks(_rest(state))
             ),
         )
+        if self._staging:
+            self._staging.publish(step)
 
     def restore(self, step: int, definition: StateDef) -> TrainState:
         """The state of `step`, straight into the definition's shardings.
 
         Raises `UserError` when it cannot be read, or is of another shape.
         """
+        if self._staging:
+            return load_state(self._folder.parent, step, definition)
         return _restore_state(self._manager, self._folder / str(step), step, definition)
 
     def wait(self) -> None:
-        """Returns once what was saved is on disk."""
+        """Returns once what was saved is on disk, or at its URL."""
         self._manager.wait_until_finished()
+        if self._staging:
+            self._staging.wait()
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+            self._manager.close()
+        finally:
+            if self._staging:
+                self._staging.close()
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -121,11 +140,7 @@ def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: An
 
 def latest_step(run: Path) -> int | None:
     """The newest complete checkpoint of a run folder; None if there is none."""
-    folder = run / "checkpoints"
-    if not folder.is_dir():
-        return None
-    with _reader(folder) as manager:
-        return manager.latest_step()
+    return max(_steps(run / "checkpoints"), default=None)
 
 
 def load_params(run: Path, step: int, config: Config, placement: Placement) -> llama.Params:
@@ -150,18 +165,25 @@ def _open_step(
     run: Path, step: int, definition: StateDef
 ) -> Iterator[tuple[ocp.CheckpointManager, Path]]:
     folder = run / "checkpoints"
-    if not (folder / str(step)).is_dir():
-        raise UserError(f"{folder}: no step {step}; there are: {_steps(folder)}")
+    if not storage.is_folder(folder / str(step)):
+        there = ", ".join(map(str, _steps(folder))) or "none"
+        raise UserError(f"{folder}: no step {step}; there are: {there}")
     devices = jax.tree.leaves(definition.shardings)[0].device_set
-    with _reader(folder, {device.process_index for device in devices}) as manager:
-        yield manager, folder / str(step)
+    processes = {device.process_index for device in devices}
+    with contextlib.ExitStack() as stack:
+        here = folder
+        if staging.needed(folder):
+            here = stack.enter_context(staging.fetched(folder, step))
+        yield stack.enter_context(_reader(here, processes)), folder / str(step)
 
 
-def _steps(folder: Path) -> str:
-    if not folder.is_dir():
-        return "none"
+def _steps(folder: Path) -> list[int]:
+    if staging.needed(folder):
+        return staging.steps(folder)
+    if not storage.is_folder(folder):
+        return []
     with _reader(folder) as manager:
-        return ", ".join(map(str, manager.all_steps())) or "none"
+        return list(manager.all_steps())
 
 
 def _reader(folder: Path, processes: set[int] | None = None) -> ocp.CheckpointManager:
@@ -175,4 +197,4 @@ def _reader(folder: Path, processes: set[int] | None = None) -> ocp.CheckpointMa
             active_processes=None if len(processes) == jax.process_count() else processes,
         ),
     )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    return ocp.CheckpointManager(storage.absolute(folder), options=options)

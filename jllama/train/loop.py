@@ -6,12 +6,10 @@ RUN/tokenizer.model                       RUN/metrics.jsonl, RUN/tensorboard
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
 import math
-import os
 import signal
 import statistics
 import time
@@ -22,6 +20,7 @@ from typing import Any
 import jax
 
 from jllama import recipe as recipes
+from jllama import storage
 from jllama.config import Config
 from jllama.data.dataset import Data, eval_batches, open_data, open_tokenizer
 from jllama.data.pack import CutRows
@@ -36,6 +35,7 @@ from jllama.train.checkpoint import Checkpoints, latest_step
 from jllama.train.loss import causal_lm_loss
 from jllama.train.metrics import Metrics, NoMetrics
 from jllama.train.metrics import read as metrics_of
+from jllama.train.mirror import Mirror
 from jllama.train.state import define_state, init_state
 from jllama.train.step import make_eval_step, make_train_step
 
@@ -44,7 +44,8 @@ from jllama.train.step import make_eval_step, make_train_step
 _FREE = (
     "run.folder", "run.name", "run.log_every", "run.profile", "run.stop_after",
     "run.compilation_cache", "checkpoint.", "data.prefetch", "data.prepare.folder",
-    "data.prepare.workers", "distributed.", "mesh.", "sharding.", "eval.", "sample.",
+    "data.prepare.cache", "data.prepare.workers", "distributed.", "mesh.", "sharding.", "eval.",
+    "sample.",
 )  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def train(config: Config) -> Result:
     """
     distributed.start(config.distributed)
     use_compilation_cache(config.run.compilation_cache)
-    folder = Path(config.run.folder).expanduser() / config.run.name
+    folder = storage.path(config.run.folder) / config.run.name
     with distributed.leaving_together(lambda: _advice(folder)):
         return _train(config, folder)
 
@@ -117,7 +118,8 @@ def _train(config: Config, folder: Path) -> Result:
 
 def _begin(config: Config, folder: Path, stack: contextlib.ExitStack) -> Data:
     """The leader's part: the folder, locked until `stack` ends, its tokenizer and the data."""
-    stack.enter_context(_locked(folder))
+    busy = "another process trains here; choose another run.name"
+    stack.enter_context(storage.locked(folder, busy=busy))
     if latest_step(folder):
         _check_same_config(folder, config)
         tokenizer = load_tokenizer(folder)  # the run's own, whatever the recipe's is by now
@@ -127,14 +129,14 @@ def _begin(config: Config, folder: Path, stack: contextlib.ExitStack) -> Data:
         tokenizer = open_tokenizer(config)
         data = open_data(config, tokenizer)
         tokenizer.save(folder / "tokenizer.model")
-        _write(folder / _DATA, _json(_digests(data)))
-    _write(folder / "config.yaml", recipes.to_yaml(config))
+        storage.write_text(folder / _DATA, _json(_digests(data)))
+    storage.write_text(folder / "config.yaml", recipes.to_yaml(config))
     return data
 
 
 def _join(config: Config, folder: Path) -> Data:
     """The others' part: the run's tokenizer, and the data prepared with it."""
-    if not (folder / "config.yaml").is_file():
+    if not storage.exists(folder / "config.yaml"):
         raise UserError(
             f"{folder}: process 0 made it, and it is not here: run.folder must be on storage that"
             " all processes share"
@@ -206,6 +208,7 @@ class _Run:
             nonlocal saved, saving
             fetch()  # a state that is not finite is not kept
             before = time.perf_counter()
+            self.metrics.sync()  # a resumed run has the lines of every step before it
             self.checkpoints.save(step, state)
             saved, saving = step, time.perf_counter() - before
 
@@ -214,7 +217,8 @@ class _Run:
             while step < end and not halt:
                 if step == trace_from and distributed.leader():
                     fetch()
-                    jax.profiler.start_trace(str(self.folder / "profile"))
+                    trace = Mirror(self.folder / "profile")
+                    jax.profiler.start_trace(str(trace.local))
                     tracing = True
                 before = time.perf_counter()
                 at, batch = next(batches)
@@ -231,6 +235,7 @@ class _Run:
                 if tracing and step in (trace_to, end):
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
+                    trace.close()
                     tracing = False
                 every = config.checkpoint.every
                 if step < end and every and step % every == 0:
@@ -247,6 +252,7 @@ class _Run:
                 save(step)
             if tracing:
                 jax.profiler.stop_trace()
+                trace.close()
             if step < last:
                 why = "a signal to another process: " if halt else ""
                 why = f"{stopped[0].name}: " if stopped else why
@@ -320,8 +326,8 @@ def _digests(data: Data) -> dict[str, dict[str, str]]:
 
 def _check_same_data(folder: Path, data: Data) -> None:
     try:
-        before = json.loads((folder / _DATA).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        before = json.loads(storage.read_text(folder / _DATA))
+    except (FileNotFoundError, ValueError) as e:
         raise UserError(f"{folder / _DATA}: not readable, the run's data is unknown: {e}") from None
     for part, digests in _digests(data).items():
         for name, digest in digests.items():
@@ -331,30 +337,6 @@ def _check_same_data(folder: Path, data: Data) -> None:
                     " (a changed file, or another Python's standard library); choose another"
                     " run.name or bring the text back"
                 )
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Makes the run folder, and keeps other processes of this machine out of it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as e:
-        raise UserError(f"{folder}: {e.strerror}; run.folder must be writable") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process trains here; choose another run.name"
-            ) from None
-        yield
 
 
 def _check_same_config(folder: Path, config: Config) -> None:

@@ -1,7 +1,6 @@
 """Where metrics go: `metrics.jsonl`, TensorBoard, and a person's eyes."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,19 +8,24 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from jllama import storage
+from jllama.train.mirror import Mirror
+
+_NAME = "metrics.jsonl"
+
 
 class Metrics:
     """Writes a run's metrics from `start` on; what an earlier run wrote beyond it is dropped."""
 
     def __init__(self, run: Path, start: int, steps: int, log_every: int):
-        path = run / "metrics.jsonl"
-        kept = [line for line in read(path) if line["step"] <= start]
-        # Written beside and put in place at once: a kill here loses nothing.
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, path)
+        kept = [line for line in read(run / _NAME) if line["step"] <= start]
+        self._mirror = Mirror(run)
+        path = self._mirror.local / _NAME
+        # Put in place at once: a kill here loses nothing.
+        storage.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # a line at a time  # noqa: SIM115
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+        folder = self._mirror.local / "tensorboard"
+        self._board = SummaryWriter(str(folder), purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=None, smoothing=0.05)
         self._every = log_every
 
@@ -54,11 +58,17 @@ class Metrics:
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
 
+    def sync(self) -> None:
+        """Where the run is a URL: copies everything there now, as before a checkpoint."""
+        self._board.flush()
+        self._mirror.sync()
+
     def close(self) -> None:
         """Flushes everything."""
         self._bar.close()
         self._board.close()
         self._file.close()
+        self._mirror.close()
 
 
 class NoMetrics:
@@ -70,15 +80,19 @@ class NoMetrics:
 
     def say(self, line: str) -> None: ...
 
+    def sync(self) -> None: ...
+
     def close(self) -> None: ...
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; one that was cut off by a kill is left out."""
-    if not path.is_file():
+    try:
+        text = storage.read_text(path)
+    except FileNotFoundError:
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:

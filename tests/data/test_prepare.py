@@ -13,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jllama.config import PrepareConfig
+from jllama.data import files
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError
@@ -103,6 +104,25 @@ def test_a_changed_source_is_an_error_that_names_the_file(prepare_texts, tmp_pat
     prepare_texts()  # restored: another time of change, the same content
     os.utime(path, ns=(1, 1))
     prepare_texts()
+
+
+def test_content_that_was_compared_once_is_not_hashed_again(
+    tmp_path, tokenizer, write_jsonl, texts, monkeypatch, capfd
+):
+    config = PrepareConfig(folder=str(tmp_path / "prepared"), workers=1)
+    source, path = write_jsonl(texts), tmp_path / "texts.jsonl"
+    first = prepare(source, tokenizer, config)
+    hashed, digest = [], files.digest
+    monkeypatch.setattr(files, "digest", lambda p: hashed.append(p) or digest(p))
+    for when in (1, 2, 1, 2):  # as on two machines with copies of the source
+        os.utime(path, ns=(when, when))
+        assert prepare(source, tokenizer, config).identity == first.identity
+    assert hashed == [path, path]
+    assert "comparing 1 source files whose times of change differ" in capfd.readouterr().err
+    path.write_text(path.read_text().replace("number", "Number"))
+    os.utime(path, ns=(3, 3))
+    with pytest.raises(UserError, match="has changed"):
+        prepare(source, tokenizer, config)
 
 
 def test_files_that_come_and_go_are_errors(tmp_path, tokenizer, write_jsonl, texts):

@@ -1,8 +1,6 @@
 """Splash attention: interpreted on CPU against float64, and compiled ahead of time for a TPU."""
 
 import functools
-import importlib.util
-import os
 import re
 
 import jax
@@ -10,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
-from jax.experimental import topologies
+import tpu as aot
 from test_kernels import case, errors, exact
 
 from jllama.config import MeshConfig
@@ -72,18 +70,13 @@ def test_the_balanced_mask_gives_every_device_the_same_work():
 
 @pytest.fixture(scope="module")
 def tpu():
-    """Four v5e chips to compile for; none need be attached."""
-    if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
-        pytest.skip("no TPU compiler: install libtpu, or set TPU_LIBRARY_PATH")
-    # Other processes may compile at the same time: there is no device that they could fight over.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc("v5e:2x2", "tpu").devices
+    return aot.devices("v5e:2x2")
 
 
 def compiled_step(devices, *overrides, **sizes):
     config = recipes.in_memory(
-        "compute.dtype=bfloat16", "data.length=512", "training.batch_size=8", "training.accumulate=2", *overrides,
-        max_length=512, head_dim=64, num_kv_heads=2,
+        "compute.dtype=bfloat16", "data.length=512", "training.batch_size=8",
+        "training.accumulate=2", *overrides, max_length=512, head_dim=64,
     )  # fmt: skip
     placement = Placement(make_mesh(MeshConfig(**sizes), devices), config.sharding)
     definition = define_state(config, placement)

@@ -224,7 +224,7 @@ def test_a_second_process_in_the_folder_is_refused(recipe, tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_an_error(recipe, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "must be writable" in message(recipe(f"run.folder={tmp_path / 'file'}"))
+    assert "not writable" in message(recipe(f"run.folder={tmp_path / 'file'}"))
 
 
 def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(recipe, tmp_path):
@@ -269,10 +269,8 @@ def nats(model, stream, starts, row_starts, length):
     ]
 
 
-@pytest.mark.parametrize("stride", [24, 9])
-def test_bits_per_byte_are_those_of_the_loaded_model(recipe, whole, tmp_path, stride):
-    model = jllama.load(whole.folder)
-    documents = recipes.texts(12, seed=2)
+def nats_of(model, documents, stride):
+    """`nats` of one source's documents in its rows, and their UTF-8 bytes."""
     ids = [[1, *model.tokenizer.encode(text), 2] for text in documents]
     ordered = ids[0::2] + ids[1::2]  # two shards, one after the other
     stream = np.concatenate(ordered)
@@ -280,10 +278,37 @@ def test_bits_per_byte_are_those_of_the_loaded_model(recipe, whole, tmp_path, st
     last = [-(-p // stride) * stride for p in range(len(stream))]  # of the row that scores p
     found = nats(model, stream, starts, [max(0, x - 24) for x in last], 24)
     assert len(found) == len(stream) - len(documents)
-    size = sum(len(text.encode()) for text in documents)
+    return found, sum(len(text.encode()) for text in documents)
+
+
+@pytest.mark.parametrize("stride", [24, 9])
+def test_bits_per_byte_are_those_of_the_loaded_model(recipe, whole, tmp_path, stride):
+    found, size = nats_of(jllama.load(whole.folder), recipes.texts(12, seed=2), stride)
     wanted = {"loss": np.mean(found), "bits_per_byte": sum(found) / math.log(2) / size}
     got = whole.eval
     if stride == 24:  # the same parameters, evaluated in whole rows
         shutil.copytree(whole.folder, tmp_path / "run")
         got = loop.train(recipe()).eval
     assert got == pytest.approx(wanted, rel=1e-5)
+
+
+def test_several_held_out_sources_count_by_their_tokens_and_bytes(recipe, tmp_path):
+    texts = recipes.texts(12, seed=2)
+    parts = {"small": texts[:2], "large": ["数据" * 9, *texts[2:]]}
+    held_out = []
+    for name, some in parts.items():
+        (tmp_path / f"{name}.txt").write_text("\f".join(some), encoding="utf-8")
+        text = {"kind": "text", "files": [str(tmp_path / f"{name}.txt")], "separator": "\f"}
+        held_out.append({"name": name, "source": text})
+    data = configs.to_dict(recipe("eval.max_rows=0", "run.stop_after=5"))
+    data["data"]["held_out"] = held_out
+    folder = loop.train(configs.from_dict(data, "test")).folder
+    (line,) = [x for x in read(folder / "metrics.jsonl") if "eval_loss" in x]
+    model = jllama.load(folder)
+    found = [nats_of(model, some, 24) for some in parts.values()]
+    nll, size = np.concatenate([nats for nats, _ in found]), sum(size for _, size in found)
+    assert line["eval_loss"] == pytest.approx(nll.mean(), rel=1e-5)
+    assert line["eval_bits_per_byte"] == pytest.approx(nll.sum() / math.log(2) / size, rel=1e-5)
+    # Not the mean of the sources' own: they differ.
+    each = [np.mean(nats) for nats, _ in found]
+    assert abs(np.mean(each) - nll.mean()) > 1e-2

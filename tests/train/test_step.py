@@ -59,7 +59,7 @@ def check_same(got, wanted):
     "sizes",
     [
         {"fsdp": 8},
-        {"fsdp": 4, "tensor": 2},
+        {"fsdp": 2, "tensor": 4},
         {"replica": 2, "fsdp": 2, "tensor": 2},
         {"fsdp": 4, "context": 2},
     ],
@@ -92,7 +92,8 @@ def test_accumulation_equals_the_large_batch(accumulate, one_device):
 
 
 def test_accumulation_on_a_mesh_equals_the_large_batch(one_device):
-    check_same(train(recipes.in_memory("training.accumulate=2"), fsdp=4), one_device)
+    config = recipes.in_memory("training.accumulate=2")
+    check_same(train(config, replica=2, fsdp=2, tensor=2), one_device)
 
 
 def test_the_gradient_is_that_of_the_weighted_mean():

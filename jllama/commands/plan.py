@@ -1,0 +1,111 @@
+"""`jllama plan`: does a recipe's step fit a slice that is not there, and what bounds its speed."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from jllama import recipe as recipes
+from jllama.errors import UserError
+from jllama.plan.process import CompileFailed, compile_step
+from jllama.plan.search import Change, Tried, search
+from jllama.plan.topology import parse
+
+_GIB = 2**30
+NOT_FITTING, FAILED = 1, 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="the recipe; keys follow as for train.py"
+    )
+    parser.add_argument(
+        "--topology", required=True, help="chips of one slice: v5p:8x8x8, v5e:4x4, ..., gpu:h100:8"
+    )
+    parser.add_argument(
+        "--slices", type=int, default=1, help="slices joined by the data-centre network [1]"
+    )
+    parser.add_argument(
+        "--tries",
+        type=int,
+        default=12,
+        help="when it does not fit: compilations to find out why [12]",
+    )
+    parser.add_argument("--json", action="store_true", help="exact figures, for programs")
+    parser.set_defaults(overrides=[])  # it takes what is no argument of its own
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when the step fits, 1 when it does not, 3 when the compiler failed."""
+    if args.tries < 0:
+        raise UserError(f"--tries={args.tries}: at least 0")
+    topology = parse(args.topology, args.slices)
+    given = ["--config", args.config, *args.overrides]
+    config = recipes.from_arguments(given)
+
+    def attempt(change: Change = ()) -> dict[str, Any]:
+        say(f"compiling for {args.topology}: {' '.join(change) or 'as given'}")
+        changed = recipes.from_arguments([*given, *(f"--{c}" for c in change)])
+        return compile_step(changed, topology, args.config)
+
+    try:
+        report = attempt()
+    except CompileFailed as error:
+        print(f"error: the compiler failed: {error}", file=sys.stderr)
+        return FAILED
+    tried = [] if report["fits"] else search(config, report, attempt, args.tries)
+    figures = {"recipe": args.config, "overrides": args.overrides} | report
+    if not report["fits"]:
+        figures["tried"] = [vars(t) | {"change": list(t.change)} for t in tried]
+    print(json.dumps(figures, indent=2) if args.json else _page(figures, tried))
+    return 0 if report["fits"] else NOT_FITTING
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _page(figures: dict[str, Any], tried: list[Tried]) -> str:
+    mesh = ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1)
+    need, have = figures["hbm_bytes_per_device"], figures["hbm_capacity_bytes"]
+    times = figures["step_seconds_at_least"]
+    slices = f"{figures['slices']} x " if figures["slices"] > 1 else ""
+    rows = [
+        ("devices", f"{figures['devices']} ({slices}{figures['topology']})"),
+        ("mesh", mesh or "one device"),
+        ("rows per microbatch and replica", f"{figures['rows_per_device']:g}"),
+        *((f"{kind} per device", _gib(n)) for kind, n in figures["hbm_bytes_by_kind"].items()),
+        ("total per device", f"{_gib(need)} of {_gib(have)}"),
+        ("host memory per device", _gib(figures["host_bytes_per_device"] or 0)),
+        ("fits", "yes" if figures["fits"] else "no"),
+        ("model FLOPs per step", f"{figures['model_flops_per_step']:.4g}"),
+        ("compile seconds", f"{figures['compile_seconds']:g}"),
+        *((f"step at least, by {name}", f"{s:.4g} s") for name, s in times.items()),
+        ("bound by", figures["bound_by"]),
+    ]
+    if not figures["host_bytes_per_device"]:
+        rows = [row for row in rows if not row[0].startswith("host")]
+    width = max(len(label) for label, _ in rows)
+    lines = [figures["recipe"], *(f"  {label:<{width}}  {text}" for label, text in rows)]
+    if "compiler_message" in figures:
+        lines.append(f"  the compiler: {figures['compiler_message']}")
+    return "\n".join(lines + _advice(figures, tried))
+
+
+def _advice(figures: dict[str, Any], tried: list[Tried]) -> list[str]:
+    if figures["fits"]:
+        return []
+    if not tried:
+        return ["nothing else was tried"]
+    lines = ["tried:" if any(t.fits for t in tried) else "tried, and none of it fits:"]
+    names = [" ".join(f"--{c}" for c in t.change) for t in tried]
+    width = max(map(len, names))
+    for name, t in zip(names, tried, strict=True):
+        size = "" if t.hbm_bytes_per_device is None else _gib(t.hbm_bytes_per_device)
+        word = "fits" if t.fits else "no"
+        lines.append(f"  {t.kind:<8}  {name:<{width}}  {word:<4}  {t.failure or size}")
+    return lines
+
+
+def _gib(n: float) -> str:
+    return f"{n / _GIB:.2f} GiB" if n >= _GIB / 100 else f"{n / 2**20:.2f} MiB"

@@ -1,0 +1,123 @@
+"""One compilation in a process of its own: its environment, its noise, and how it can end."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jllama
+from jllama import recipe as recipes
+from jllama.config import Config
+from jllama.errors import UserError
+from jllama.plan.gpu import check_plugin
+from jllama.plan.topology import Topology
+
+_PROGRAM = "jllama.plan.step"
+
+# libtpu looks for a TPU machine's description, and for other processes that hold the TPU: there is
+# no machine, and the compiler holds nothing.
+_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+_ALWAYS = {
+    # Attached accelerators stay untouched: what runs, runs on the CPU.
+    "JAX_PLATFORMS": "cpu",
+    # A step from the cache has no compile time.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+_GPU = {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}  # tuning measures on a device
+
+
+class CompileFailed(Exception):
+    """The compiler failed, for another reason than too little memory; one line."""
+
+
+def find_libtpu() -> str:
+    """The compiler's library: TPU_LIBRARY_PATH, else the installed package's."""
+    path = os.environ.get("TPU_LIBRARY_PATH")
+    if path:
+        if not Path(path).is_file():
+            raise UserError(f"TPU_LIBRARY_PATH={path}: no such file")
+        return path
+    spec = importlib.util.find_spec("libtpu")
+    if spec is None or not spec.origin:
+        raise UserError(
+            "planning takes the TPU compiler libtpu, and no TPU: pip install -c requirements.txt -e"
+            " '.[plan]', or `make plan` and TPU_LIBRARY_PATH=.venv/libtpu/libtpu/libtpu.so"
+        )
+    return str(Path(spec.origin).parent / "libtpu.so")
+
+
+def environment(topology: Topology) -> dict[str, str]:
+    """The compiling process's environment: this one's, with what it must and must not see."""
+    package = str(Path(jllama.__file__).parent.parent)
+    paths = [package, os.environ.get("PYTHONPATH", "")]
+    env = os.environ | _ALWAYS | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    # Flags of this process's platform: another compiler ends at those that it does not know.
+    env.pop("XLA_FLAGS", None)
+    if topology.on_gpu:
+        check_plugin()
+        return env | _GPU
+    return env | _TPU | {"TPU_LIBRARY_PATH": find_libtpu()}
+
+
+def compile_step(config: Config, topology: Topology, where: str = "recipe") -> dict[str, Any]:
+    """The report of `jllama.plan.step` on a recipe.
+
+    Raises `UserError` for a recipe that cannot be placed on these devices, and `CompileFailed`.
+    """
+    asked = {
+        "config": recipes.to_dict(config),
+        "where": where,
+        "topology": topology.name,
+        "slices": topology.slices,
+    }
+    with subprocess.Popen(
+        [sys.executable, "-m", _PROGRAM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=environment(topology),
+    ) as process:
+        try:
+            out, err = process.communicate(json.dumps(asked))
+        except BaseException:  # Ctrl-C: the compiler does not listen to it
+            process.kill()
+            raise
+    return _answer(process.returncode, out, err)
+
+
+def _answer(status: int, out: str, err: str) -> dict[str, Any]:
+    try:
+        answer = json.loads(out)
+    except ValueError:
+        how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        raise CompileFailed(f"the compiler's process {how}: {first_line(err)}") from None
+    if "user_error" in answer:
+        raise UserError(answer["user_error"])
+    if "failure" in answer:
+        raise CompileFailed(first_line(answer["failure"]))
+    return answer
+
+
+def first_line(text: str) -> str:
+    """What matters of a compiler's message: its first sentence-like line, without the noise."""
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    noise = re.compile(r"^(WARNING|W\d{4}|I\d{4}|Traceback|File |@ |\*\*\*|=+|#\d+|\s*$)")
+    meant = [line for line in lines if not noise.match(line)]
+    # A Python traceback says what happened at its end.
+    best = meant[-1] if "Traceback" in text and meant else meant[0] if meant else "it said nothing"
+    return best[:500]

@@ -1,0 +1,133 @@
+"""What would make a step fit that does not: remat, batch per device, mesh, offload, each tried.
+
+A change is what a user would add to the command line. The changes of one kind go from mild to
+strong; when the strongest fits, halving finds the mildest that does.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jllama.config import Config
+from jllama.errors import UserError
+from jllama.plan.process import CompileFailed
+
+_REMAT = ("none", "dots", "attention", "full")  # from the fastest to the smallest
+
+Change = tuple[str, ...]  # overrides, key=value
+Try = Callable[[Change], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """One change and what came of it: bytes, or the line that says why it cannot be."""
+
+    kind: str
+    change: Change
+    fits: bool
+    hbm_bytes_per_device: int | None
+    failure: str | None = None
+
+
+def search(config: Config, report: dict[str, Any], attempt: Try, limit: int) -> list[Tried]:
+    """Tries changes until each kind has its answer or `limit` compilations are done.
+
+    `attempt` gives the report of the recipe with overrides; `report` is that without any.
+    """
+    tried: dict[Change, Tried] = {}
+
+    def one(kind: str, change: Change) -> bool | None:
+        if change not in tried:
+            if len(tried) >= limit:
+                return None
+            tried[change] = _try(kind, change, attempt)
+        return tried[change].fits
+
+    known = report["hbm_bytes_by_kind"]
+    state = known["parameters"] + known["optimizer"]
+    kinds = {"mesh": _meshes(config, report)}
+    if state < report["hbm_capacity_bytes"]:  # else nothing helps that leaves the state as it is
+        kinds = {"remat": _remats(config), "batch": _batches(config, report)} | kinds
+        kinds["offload"] = [("compute.remat=offload",)] if config.compute.remat != "offload" else []
+    for kind, changes in kinds.items():
+        if kind == "mesh":
+            _first(kind, changes, one)
+        else:
+            _mildest(kind, changes, one)
+    if not any(t.fits for t in tried.values()):
+        for change in _together(kinds):
+            if one("together", change):
+                break
+    return list(tried.values())
+
+
+def _try(kind: str, change: Change, attempt: Try) -> Tried:
+    try:
+        report = attempt(change)
+    except (UserError, CompileFailed) as error:
+        return Tried(kind, change, False, None, str(error))
+    return Tried(kind, change, report["fits"], report["hbm_bytes_per_device"])
+
+
+def _mildest(kind: str, changes: Sequence[Change], one: Callable[..., bool | None]) -> None:
+    if not changes or not one(kind, changes[-1]):
+        return
+    low, high = 0, len(changes) - 1  # changes[high] fits
+    while low < high:
+        middle = (low + high) // 2
+        fits = one(kind, changes[middle])
+        if fits is None:
+            return
+        low, high = (low, middle) if fits else (middle + 1, high)
+
+
+def _first(kind: str, changes: Sequence[Change], one: Callable[..., bool | None]) -> None:
+    for change in changes:
+        if one(kind, change) in (True, None):
+            return
+
+
+def _remats(config: Config) -> list[Change]:
+    if config.compute.remat not in _REMAT:
+        return []
+    return [(f"compute.remat={r}",) for r in _REMAT[_REMAT.index(config.compute.remat) + 1 :]]
+
+
+def _batches(config: Config, report: dict[str, Any]) -> list[Change]:
+    """More microbatches of the same step, down to a row per group of devices that share rows."""
+    training, mesh = config.training, report["mesh"]
+    ways = mesh["replica"] * mesh["fsdp"]
+    most = training.batch_size // ways
+    return [
+        (f"training.accumulate={n}",)
+        for n in range(training.accumulate + 1, most + 1)
+        if most % n == 0
+    ]
+
+
+def _meshes(config: Config, report: dict[str, Any]) -> list[Change]:
+    """Other factors of the same devices; the batch stays, and slices stay `replica`."""
+    mesh, slices, heads = report["mesh"], report["slices"], config.model.num_heads
+    replica, tensor, context = mesh["replica"], mesh["tensor"], mesh["context"]
+    found = [(slices, tensor, context)] if replica > slices else []
+    found += [(replica, tensor * n, context) for n in (2, 4, 8) if heads % (tensor * n) == 0]
+    found += [(replica, tensor, context * n) for n in (2, 4)]
+    changes = []
+    for replica, tensor, context in found:
+        fsdp, rest = divmod(report["devices"], replica * tensor * context)
+        if rest or not fsdp or config.training.batch_size % (replica * fsdp):
+            continue
+        sizes = {"replica": replica, "fsdp": fsdp, "tensor": tensor, "context": context}
+        changes.append(tuple(f"mesh.{axis}={n}" for axis, n in sizes.items() if n != mesh[axis]))
+    return changes
+
+
+def _together(kinds: dict[str, list[Change]]) -> Iterator[Change]:
+    """The strongest of remat and batch, then with offload, then with parameters in bfloat16."""
+    change: Change = sum((kinds[k][-1] for k in ("remat", "batch") if kinds.get(k)), ())
+    if change:
+        yield change
+    if kinds.get("offload"):
+        change = (*(c for c in change if not c.startswith("compute.remat=")), *kinds["offload"][0])
+        yield change
+    yield (*change, "compute.param_dtype=bfloat16")

@@ -1,0 +1,224 @@
+"""The real train step, compiled for devices that are not there: a program run as a process.
+
+    python -m jllama.plan.step < {"config": ..., "topology": ..., "slices": ...} > report
+
+It is one process per compilation (`jllama.plan.process`): the compiler's library wants an
+environment of its own, writes where it likes, and may end the process that called it.
+"""
+
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jllama import recipe as recipes
+from jllama.config import Config
+from jllama.errors import UserError
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
+from jllama.plan import bounds
+from jllama.plan.gpu import gpu_devices, memory_bytes
+from jllama.plan.topology import Topology, parse, tpu_devices
+from jllama.train.loss import causal_lm_loss
+from jllama.train.state import StateDef, TrainState, define_state, dotted
+from jllama.train.step import make_train_step
+
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
+_SIZE = r"([\d.]+)([KMGTP]?)B?"
+
+
+def report(config: Config, topology: Topology) -> dict[str, Any]:
+    """Compiles the step and says what it needs; see docs/planning.md for the keys.
+
+    A step that the compiler refuses for its memory has `fits` false and its message. Any other
+    failure raises.
+    """
+    devices = gpu_devices(topology) if topology.on_gpu else tpu_devices(topology)
+    placement = Placement(make_mesh(config.mesh, devices), config.sharding)
+    definition = define_state(config, placement)
+    state, batch = _abstract(definition), _abstract_batch(config, placement)
+    known = {
+        "parameters": bytes_per_device(state.trainable),
+        "optimizer": bytes_per_device((state.step, state.opt_state)),
+        "batch": bytes_per_device(batch),
+    }
+    mesh = dict(placement.mesh.shape)
+    counted = bounds.traffic(
+        config, mesh, topology.slices, _parameters(state), known["parameters"] + known["optimizer"]
+    )
+    loss = functools.partial(causal_lm_loss, config)
+    step = make_train_step(config, loss, definition, placement)
+    start = time.perf_counter()
+    memory = _memory(step, state, batch, known)
+    compile_seconds = round(time.perf_counter() - start, 2)
+    times = bounds.seconds(config, len(devices), topology.chip, counted)
+    capacity = memory.pop("hbm_capacity_bytes", topology.chip.hbm_bytes)
+    if topology.on_gpu:
+        capacity = memory_bytes()
+    return {
+        "topology": topology.name,
+        "slices": topology.slices,
+        "devices": len(devices),
+        "device_kind": devices[0].device_kind,
+        "mesh": mesh,
+        "rows_per_device": config.training.batch_size
+        / config.training.accumulate
+        / (mesh["replica"] * mesh["fsdp"]),
+        "tokens_per_step": config.training.batch_size * config.data.length,
+        "fits": memory["hbm_bytes_per_device"] <= capacity and "compiler_message" not in memory,
+        "hbm_capacity_bytes": round(capacity),
+        **memory,
+        "model_flops_per_step": round(bounds.model_flops(config)),
+        "compile_seconds": compile_seconds,
+        "step_seconds_at_least": times,
+        "bound_by": max(times, key=lambda name: times[name]),
+        "jax": jax.__version__,
+        "compiler": _compiler(topology),
+    }
+
+
+def _abstract(definition: StateDef) -> TrainState:
+    """The state as shapes in their places."""
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+        definition.shapes,
+        definition.shardings,
+    )
+
+
+def _abstract_batch(config: Config, placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `jllama.data.pack` as shapes, placed as `put_batch` places it."""
+    shape = (config.training.batch_size, config.data.length + 1)
+    dtypes = {"tokens": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
+    return {
+        name: jax.ShapeDtypeStruct(
+            shape, dtype, sharding=placement.sharding(shape, ("batch", None), name)
+        )
+        for name, dtype in dtypes.items()
+    }
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of the fullest device, from shapes and shardings: parts are all of one size."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def _parameters(state: TrainState) -> list[bounds.Parameter]:
+    def of(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> bounds.Parameter:
+        parts = [(p,) if isinstance(p, str) else tuple(p or ()) for p in x.sharding.spec]
+        return bounds.Parameter(dotted(path), x.shape, tuple(parts))
+
+    return [of(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state.trainable)]
+
+
+def _memory(step: Any, state: Any, batch: Any, known: dict[str, int]) -> dict[str, Any]:
+    """Bytes by kind: those of the arguments from their shapes, the others from the compiler."""
+    lowered = step.lower(state, (), batch)
+    try:
+        stats = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        refused = out_of_memory(str(error))
+        if refused is None:
+            raise
+        return _refused(refused, known)
+    arguments, code = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes
+    # What the arguments take beyond their shapes is the padding of tiles.
+    kinds = known | {
+        "temporaries": stats.temp_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "padding": max(0, arguments - sum(known.values())),
+        "program": code,
+    }
+    host = stats.host_temp_size_in_bytes + stats.host_argument_size_in_bytes
+    return {
+        "hbm_bytes_per_device": sum(kinds.values()),
+        "hbm_bytes_by_kind": kinds,
+        "host_bytes_per_device": host,
+    }
+
+
+def _refused(refused: dict[str, Any], known: dict[str, int]) -> dict[str, Any]:
+    total, arguments = refused["bytes"], sum(known.values())
+    if refused["temporaries_only"]:
+        total += arguments
+    return {
+        "hbm_bytes_per_device": total,
+        "hbm_bytes_by_kind": known | {"temporaries": max(0, total - arguments)},
+        "host_bytes_per_device": None,
+        "hbm_capacity_bytes": refused["capacity"],
+        "compiler_message": refused["message"],
+    }
+
+
+def out_of_memory(message: str) -> dict[str, Any] | None:
+    """What the compiler says when HBM is too small; None when it says something else.
+
+    Two forms are known: "total memory required for HLO temporaries (16.16G) exceeds available HBM
+    (15.75G)", which leaves out the arguments, and "Used 20.17G of 15.75G hbm", which does not.
+    """
+    text = " ".join(message.split())
+    early = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", text)
+    late = re.search(rf"Used {_SIZE} of {_SIZE} hbm", text)
+    found = early or late
+    if "RESOURCE_EXHAUSTED" not in text or found is None:
+        return None
+    need, need_unit, have, have_unit = found.groups()
+    sentence = re.search(r"[^.:]*\b(?:Ran out of memory|Used)\b.*?\.(?=\s|$)", text)
+    return {
+        "bytes": round(float(need) * _UNITS[need_unit]),
+        "capacity": round(float(have) * _UNITS[have_unit]),
+        "temporaries_only": early is not None,
+        "message": (sentence[0] if sentence else found[0]).strip(),
+    }
+
+
+def _compiler(topology: Topology) -> str:
+    """The compiler's package and version; libtpu may lie outside of the environment."""
+    names = ("jax-cuda12-pjrt", "jax-cuda13-pjrt") if topology.on_gpu else ("libtpu",)
+    library = Path(os.environ.get("TPU_LIBRARY_PATH", "/"))
+    path = sys.path if topology.on_gpu else [str(library.parent.parent)]
+    for found in importlib.metadata.distributions(path=path):
+        if found.metadata["Name"] in names:
+            return f"{found.metadata['Name']} {found.version}"
+    return names[0]
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when the one that started it is gone: a compilation takes minutes."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main() -> int:
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # Whatever libraries print on stdout goes to stderr: stdout is the report's.
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    asked = json.load(sys.stdin)
+    config = recipes.from_dict(asked["config"], asked["where"])
+    try:
+        answer = report(config, parse(asked["topology"], asked["slices"]))
+    except UserError as error:
+        answer = {"user_error": str(error)}
+    except Exception as error:  # whatever the compiler or the tracing raises is the answer
+        answer = {"failure": f"{type(error).__name__}: {error}"}
+    json.dump(answer, stdout)
+    stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""`jllama plan` as a user meets it; what needs the TPU compiler skips where it is missing."""
+
+import json
+import os
+
+import pytest
+import recipes
+
+from jllama import cli
+from jllama import recipe as recipe_loader
+from jllama.commands import plan
+from jllama.errors import UserError
+from jllama.flops import train_flops_per_token
+from jllama.plan.process import CompileFailed, find_libtpu
+
+ROWS, LENGTH = 8, 256
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A recipe whose sizes a TPU takes as they are."""
+    folder = tmp_path_factory.mktemp("plan")
+    sizes = {"hidden_dim": 128, "num_heads": 2, "head_dim": 64, "ffn_dim": 384, "max_length": 256}
+    path = recipes.on_disk(folder, vocab_size=512, num_layers=12, **sizes)
+    overrides = [f"data.length={LENGTH}", "compute.dtype=bfloat16", f"training.batch_size={ROWS}"]
+    path.write_text(recipe_loader.to_yaml(recipe_loader.load(path, overrides)))
+    return str(path)
+
+
+@pytest.fixture
+def compiler():
+    try:
+        find_libtpu()
+    except UserError as e:
+        pytest.skip(str(e))
+
+
+def run(capsys, *args):
+    """The exit status, stdout and stderr of a plan for four chips."""
+    status = cli.main(["plan", "--topology", "v5e:2x2", *args])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_a_step_that_fits(recipe, compiler, capsys):
+    before = dict(os.environ)
+    status, out, err = run(capsys, "--config", recipe, "--json", "--mesh.tensor=2")
+    figures, config = json.loads(out), recipe_loader.load(recipe)
+    assert status == 0 and figures["fits"] is True
+    assert (figures["devices"], figures["mesh"]["fsdp"], figures["mesh"]["tensor"]) == (4, 2, 2)
+    assert figures["model_flops_per_step"] == round(
+        ROWS * LENGTH * train_flops_per_token(config.model, LENGTH)
+    )
+    # Of each block a quarter of the matrices and all of the norms; of both tables a quarter.
+    block = (4 * 128 * 128 + 3 * 128 * 384) // 4 + 2 * 128
+    parameters = 4 * (12 * block + 2 * 512 * 128 // 4 + 128)
+    kinds = figures["hbm_bytes_by_kind"]
+    assert kinds["parameters"] == parameters
+    counts = kinds["optimizer"] - 2 * parameters  # both moments, and a few scalars
+    assert 0 < counts < 64
+    assert kinds["batch"] == 3 * 4 * (ROWS // 2) * (LENGTH + 1)
+    assert figures["hbm_bytes_per_device"] == sum(kinds.values())
+    assert kinds["temporaries"] > 0
+    assert figures["hbm_capacity_bytes"] == round(15.75 * 2**30)
+    assert (
+        figures["compile_seconds"] > 0 and figures["bound_by"] in figures["step_seconds_at_least"]
+    )
+    assert err.count("\n") == 1, "the library's own noise is not shown"
+    assert dict(os.environ) == before
+
+
+def test_a_step_that_does_not_fit_says_what_would(recipe, compiler, capsys):
+    too_many = ["--training.batch_size=32768", "--compute.remat=full"]
+    status, out, err = run(capsys, "--config", recipe, *too_many, "--tries=1")
+    assert status == 1
+    assert "exceeds available HBM (15.75G)" in out
+    line = next(x for x in out.splitlines() if "--training.accumulate=8192" in x)
+    assert line.split()[:3] == ["batch", "--training.accumulate=8192", "fits"]
+    assert err.count("compiling") == 2
+
+
+def test_what_is_no_lack_of_memory_is_reported_as_itself(recipe, monkeypatch, capsys):
+    def fail(*_):
+        raise CompileFailed("INTERNAL: Mosaic failed to compile TPU kernel")
+
+    monkeypatch.setattr(plan, "compile_step", fail)
+    status, out, err = run(capsys, "--config", recipe)
+    assert (status, out) == (3, "")
+    last = err.splitlines()[-1]
+    assert last == "error: the compiler failed: INTERNAL: Mosaic failed to compile TPU kernel"
+
+
+def test_a_mesh_that_does_not_fill_the_slice_is_the_users_error(recipe, compiler, capsys):
+    status, out, err = run(capsys, "--config", recipe, "--mesh.fsdp=3")
+    assert (status, out) == (2, "")
+    assert "does not fill 4 devices" in err.splitlines()[-1]
+
+
+def report(fits):
+    size = 2**30
+    return {
+        "topology": "v5e:2x2", "slices": 1, "devices": 4, "device_kind": "TPU v5 lite",
+        "mesh": {"replica": 1, "fsdp": 4, "context": 1, "tensor": 1}, "rows_per_device": 2.0,
+        "tokens_per_step": 1, "fits": fits, "hbm_capacity_bytes": size,
+        "hbm_bytes_per_device": size // 2 if fits else 2 * size,
+        "hbm_bytes_by_kind": {"parameters": 1, "optimizer": 2, "temporaries": size},
+        "host_bytes_per_device": 0, "model_flops_per_step": 10**12, "compile_seconds": 1.0,
+        "step_seconds_at_least": {"compute": 2.0, "hbm": 1.0}, "bound_by": "compute",
+    }  # fmt: skip
+
+
+def test_json_of_a_search_has_what_was_tried(recipe, monkeypatch, capsys):
+    def compile_step(config, *_):
+        return report(config.compute.remat == "full")
+
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    status, out, _ = run(capsys, "--config", recipe, "--json", "--training.batch_size=4")
+    figures = json.loads(out)
+    assert status == 1 and figures["fits"] is False
+    (full,) = [t for t in figures["tried"] if t["fits"]]
+    assert full["kind"] == "remat" and full["change"] == ["compute.remat=full"]
+    assert full["hbm_bytes_per_device"] == 2**29
+
+
+def test_the_page_is_aligned(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "compile_step", lambda *_: report(True))
+    status, out, _ = run(capsys, "--config", recipe)
+    lines = out.splitlines()[1:]
+    assert status == 0
+    column = {len(x) - len(x[2:].split("  ", 1)[1].lstrip()) for x in lines}
+    assert len(column) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--topology", "v5e-16"], "allowed: v4:AxBxC"),
+        (["--tries=-1"], "--tries=-1"),
+        (["--slices=0"], "--slices=0"),
+        (["--nonsense.key=1"], "nonsense"),
+    ],
+)
+def test_bad_input_is_one_line(recipe, args, said, capsys):
+    status, out, err = run(capsys, "--config", recipe, *args)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert said in err

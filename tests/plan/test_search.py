@@ -1,0 +1,81 @@
+"""The search for what fits, over steps whose bytes are made up."""
+
+import recipes
+
+from jllama import recipe as recipe_loader
+from jllama.plan.process import CompileFailed
+from jllama.plan.search import search
+
+CAPACITY = 100
+MESH = {"replica": 1, "fsdp": 4, "context": 1, "tensor": 1}
+
+
+def report(size, parameters=10):
+    return {
+        "fits": size <= CAPACITY,
+        "hbm_bytes_per_device": size,
+        "hbm_capacity_bytes": CAPACITY,
+        "hbm_bytes_by_kind": {"parameters": parameters, "optimizer": 2 * parameters},
+        "mesh": MESH,
+        "slices": 1,
+        "devices": 4,
+    }
+
+
+def run(sizes, *overrides, limit=20, parameters=10):
+    """Searches from 500 bytes; `sizes` gives a change's bytes, 300 where it says nothing."""
+    asked = []
+
+    def attempt(change):
+        asked.append(change)
+        size = sizes.get(change, 300)
+        if isinstance(size, Exception):
+            raise size
+        return report(size)
+
+    config = recipes.in_memory("training.batch_size=64", *overrides)
+    return search(config, report(500, parameters), attempt, limit), asked
+
+
+def test_the_mildest_change_of_a_kind_that_fits_is_found():
+    sizes = {("training.accumulate=16",): 40, ("training.accumulate=8",): 80}
+    tried, asked = run(sizes)
+    fitting = [t.change for t in tried if t.kind == "batch" and t.fits]
+    assert min(fitting, key=lambda c: int(c[0].split("=")[1])) == ("training.accumulate=8",)
+    assert ("training.accumulate=4",) in asked and len(asked) == len(set(asked))
+
+
+def test_every_kind_is_tried_and_the_strongest_first():
+    _, asked = run({})
+    assert asked[0] == ("compute.remat=full",)
+    assert ("training.accumulate=16",) in asked  # a row per device: 64 rows over fsdp 4
+    assert ("mesh.fsdp=2", "mesh.tensor=2") in asked
+    assert ("compute.remat=offload",) in asked
+
+
+def test_when_nothing_alone_fits_the_strongest_are_tried_together():
+    both = ("compute.remat=full", "training.accumulate=16")
+    tried, _ = run({both: 90})
+    assert [t.change for t in tried if t.fits] == [both]
+
+
+def test_a_change_that_cannot_be_compiled_says_why_and_does_not_end_the_search():
+    tried, _ = run({("compute.remat=offload",): CompileFailed("no host memory")})
+    (offload,) = [t for t in tried if t.change == ("compute.remat=offload",)]
+    assert (offload.fits, offload.failure) == (False, "no host memory")
+
+
+def test_compilations_are_bounded():
+    assert len(run({}, limit=3)[1]) == 3
+    assert run({}, limit=0)[1] == []
+
+
+def test_what_leaves_the_state_as_it_is_is_not_tried_when_the_state_alone_is_too_large():
+    _, asked = run({}, parameters=40)
+    assert all(c[0].startswith("mesh.") or "param_dtype" in c[-1] for c in asked)
+
+
+def test_every_change_is_a_valid_override():
+    data = recipe_loader.to_dict(recipes.in_memory("training.batch_size=64"))
+    for change in run({})[1]:
+        recipe_loader.from_dict(recipe_loader.override(dict(data), change), "test")
