@@ -97,7 +97,7 @@ def _train(config: Config, folder: Path) -> Result:
         data = together(lambda: _begin(config, folder, stack) if leader else None)
         data = together(lambda: data or _join(config, folder))
         distributed.same("the prepared text", _json(_digests(data)), "give all the same files")
-        checkpoints = Checkpoints(folder, config.checkpoint.keep)
+        checkpoints = together(lambda: Checkpoints(folder, config.checkpoint.keep))
         stack.callback(checkpoints.close)
         start = checkpoints.latest() or 0
         distributed.same("the newest checkpoint", str(start), "run.folder must be shared storage")
