@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # Modules and folders of one line may import each other; later lines may import earlier ones.
 LAYERS = [
     "config errors recipe storage",
-    "flops hardware",
+    "flops chips hardware",
     "parallel",
     "model",
     "adapt",

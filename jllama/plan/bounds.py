@@ -1,6 +1,6 @@
 """Lower bounds of a step's time from what it must compute, touch and send.
 
-Each is a count over a published peak (`jllama.hardware`); the step cannot be faster than any of
+Each is a count over a published peak (`jllama.chips`); the step cannot be faster than any of
 them. What is done twice or waits (recomputation, saved activations, latency) makes it slower.
 docs/planning.md has the formulas.
 """
@@ -9,9 +9,9 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from jllama.chips import Chip
 from jllama.config import Config
 from jllama.flops import BYTES, train_flops_per_token
-from jllama.hardware import Chip
 
 _GRADIENT = 4  # bytes: gradients and their sums over devices are float32
 

@@ -14,7 +14,6 @@ import jllama
 from jllama import recipe as recipes
 from jllama.config import Config
 from jllama.errors import UserError
-from jllama.plan.gpu import check_plugin
 from jllama.plan.topology import Topology
 
 _PROGRAM = "jllama.plan.step"
@@ -62,6 +61,16 @@ def find_libtpu() -> str:
     return str(Path(spec.origin).parent / "libtpu.so")
 
 
+def check_cuda() -> None:
+    """Raises `UserError` when JAX's CUDA compiler is not installed."""
+    folders = [Path(p, "jax_plugins") for p in sys.path]
+    if not any((folder / f"xla_cuda{n}").is_dir() for folder in folders for n in (12, 13)):
+        raise UserError(
+            "planning for a GPU takes JAX's CUDA compiler, and no GPU:"
+            " pip install -c requirements.txt -e '.[cuda]'"
+        )
+
+
 def environment(topology: Topology) -> dict[str, str]:
     """The compiling process's environment: this one's, with what it must and must not see."""
     package = str(Path(jllama.__file__).parent.parent)
@@ -70,7 +79,7 @@ def environment(topology: Topology) -> dict[str, str]:
     # Flags of this process's platform: another compiler ends at those that it does not know.
     env.pop("XLA_FLAGS", None)
     if topology.on_gpu:
-        check_plugin()
+        check_cuda()
         return env | _GPU
     return env | _TPU | {"TPU_LIBRARY_PATH": find_libtpu()}
 

@@ -27,8 +27,8 @@ from jllama.errors import UserError
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.plan import bounds
-from jllama.plan.gpu import gpu_devices, memory_bytes
-from jllama.plan.topology import Topology, parse, tpu_devices
+from jllama.plan.devices import compile_only_devices, hbm_bytes
+from jllama.plan.topology import Topology, parse
 from jllama.train.loss import causal_lm_loss
 from jllama.train.state import StateDef, TrainState, define_state, dotted
 from jllama.train.step import make_train_step
@@ -43,10 +43,10 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
     A step that the compiler refuses for its memory has `fits` false and its message. Any other
     failure raises.
     """
-    devices = gpu_devices(topology) if topology.on_gpu else tpu_devices(topology)
+    devices = compile_only_devices(topology)
     placement = Placement(make_mesh(config.mesh, devices), config.sharding)
     definition = define_state(config, placement)
-    state, batch = _abstract(definition), _abstract_batch(config, placement)
+    state, batch = abstract_state(definition), abstract_batch(config, placement)
     known = {
         "parameters": bytes_per_device(state.trainable),
         "optimizer": bytes_per_device((state.step, state.opt_state)),
@@ -54,7 +54,11 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
     }
     mesh = dict(placement.mesh.shape)
     counted = bounds.traffic(
-        config, mesh, topology.slices, _parameters(state), known["parameters"] + known["optimizer"]
+        config,
+        mesh,
+        topology.slices,
+        parameters_of(state),
+        known["parameters"] + known["optimizer"],
     )
     loss = functools.partial(causal_lm_loss, config)
     step = make_train_step(config, loss, definition, placement)
@@ -62,9 +66,7 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
     memory = _memory(step, state, batch, known)
     compile_seconds = round(time.perf_counter() - start, 2)
     times = bounds.seconds(config, len(devices), topology.chip, counted)
-    capacity = memory.pop("hbm_capacity_bytes", topology.chip.hbm_bytes)
-    if topology.on_gpu:
-        capacity = memory_bytes()
+    capacity = memory.pop("hbm_capacity_bytes", hbm_bytes(topology))
     return {
         "topology": topology.name,
         "slices": topology.slices,
@@ -87,7 +89,7 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
     }
 
 
-def _abstract(definition: StateDef) -> TrainState:
+def abstract_state(definition: StateDef) -> TrainState:
     """The state as shapes in their places."""
     return jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
@@ -96,7 +98,7 @@ def _abstract(definition: StateDef) -> TrainState:
     )
 
 
-def _abstract_batch(config: Config, placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: Config, placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of `jllama.data.pack` as shapes, placed as `put_batch` places it."""
     shape = (config.training.batch_size, config.data.length + 1)
     dtypes = {"tokens": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
@@ -115,7 +117,7 @@ def bytes_per_device(tree: Any) -> int:
     )
 
 
-def _parameters(state: TrainState) -> list[bounds.Parameter]:
+def parameters_of(state: TrainState) -> list[bounds.Parameter]:
     def of(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> bounds.Parameter:
         parts = [(p,) if isinstance(p, str) else tuple(p or ()) for p in x.sharding.spec]
         return bounds.Parameter(dotted(path), x.shape, tuple(parts))

@@ -1,16 +1,15 @@
-"""Names of slices, such as v5p:8x8x8, and the devices that a compiler makes of them."""
+"""Names of slices, such as v5p:8x8x8."""
 
 import dataclasses
 import math
 import re
-from typing import Any
 
+from jllama.chips import CHIPS, Chip
 from jllama.errors import UserError
-from jllama.hardware import CHIPS, Chip
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pod:
+class Pod:
     """What slices of one generation look like; docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
 
     Attributes:
@@ -27,10 +26,10 @@ class _Pod:
 
 
 _PODS = {
-    "v4": _Pod(3, 4096, 4, "megacore"),
-    "v5e": _Pod(2, 256, 16),
-    "v5p": _Pod(3, 8960, 4),
-    "v6e": _Pod(2, 256, 16),
+    "v4": Pod(3, 4096, 4, "megacore"),
+    "v5e": Pod(2, 256, 16),
+    "v5p": Pod(3, 8960, 4),
+    "v6e": Pod(2, 256, 16),
 }
 _ALLOWED = (
     "v4:AxBxC, v5p:AxBxC, v5e:AxB or v6e:AxB, such as v5p:4x4x8, the first two sides even;"
@@ -50,6 +49,10 @@ class Topology:
     @property
     def chip(self) -> Chip:
         return CHIPS[self.chip_name]
+
+    @property
+    def pod(self) -> Pod:
+        return _PODS[self.chip_name]
 
     @property
     def on_gpu(self) -> bool:
@@ -87,22 +90,3 @@ def _gpu(name: str, chip: str, count: int, slices: int) -> Topology:
     if slices > 1:
         raise UserError(f"--slices={slices}: for TPUs; say all GPUs, gpu:h100:{count * slices}")
     return Topology(name, chip, (count,), 1)
-
-
-def tpu_devices(topology: Topology) -> list[Any]:
-    """The devices of libtpu's ahead-of-time compiler: no TPU is needed, and none is touched."""
-    # Imported here: the module names topologies in processes that need no compiler.
-    from jax.experimental import topologies  # noqa: PLC0415
-
-    pod = _PODS[topology.chip_name]
-    rings = [side % pod.rings == 0 for side in topology.shape]
-    if pod.dimensions == 3:  # closed by optical switches, all sides or none
-        rings = [all(rings)] * 3
-    options: dict[str, Any] = {
-        "chip_config_name": pod.config,
-        "chips_per_host_bounds": (1, 1, 1) if topology.shape == (1, 1) else (2, 2, 1),
-        "wrap": (*rings, *[False] * (3 - pod.dimensions)),
-    }
-    if topology.slices > 1:
-        options["num_slices"] = topology.slices
-    return topologies.get_topology_desc(topology.name, "tpu", **options).devices

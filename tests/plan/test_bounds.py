@@ -3,8 +3,8 @@
 import pytest
 import recipes
 
+from jllama.chips import CHIPS, Chip
 from jllama.flops import train_flops_per_token
-from jllama.hardware import CHIPS, Chip
 from jllama.plan import bounds
 from jllama.plan.bounds import Parameter
 

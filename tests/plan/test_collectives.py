@@ -51,14 +51,14 @@ def test_the_interconnect_bound_is_what_the_program_sends_but_for_little():
     )
     placement = Placement(make_mesh(config.mesh, devices), config.sharding)
     definition = define_state(config, placement)
-    state = step._abstract(definition)
+    state = step.abstract_state(definition)
     loss = functools.partial(causal_lm_loss, config)
     compiled = (
         make_train_step(config, loss, definition, placement)
-        .lower(state, (), step._abstract_batch(config, placement))
+        .lower(state, (), step.abstract_batch(config, placement))
         .compile()
     )
     program = sum(map(sent, hlo.collectives(compiled.as_text())))
     mesh = dict(placement.mesh.shape)
-    bound = bounds.traffic(config, mesh, 1, step._parameters(state), 0).interconnect
+    bound = bounds.traffic(config, mesh, 1, step.parameters_of(state), 0).interconnect
     assert 0.9 * program < bound <= program

@@ -1,0 +1,54 @@
+"""Published peaks of accelerators: one table."""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published peaks of one chip, which is one device in JAX; None where nothing is published.
+
+    Attributes:
+      kind: how JAX's device_kind begins.
+      flops: dense bfloat16 FLOP/s.
+      hbm_bytes: what a program may use of the memory. For TPUs it is the compiler's own figure,
+        "exceeds available HBM (15.75G)", to the two decimals it prints (libtpu 0.0.42): a quarter
+        of a GiB or more below the data sheet's.
+      hbm_bandwidth: bytes/s.
+      ici_bandwidth: bytes/s that leave a chip over all its links to neighbours at once, which is
+        half of the "bidirectional" figure. Between NVIDIA GPUs of one host it is NVLink.
+      dcn_bandwidth: bytes/s of one chip's share of its host's network.
+    """
+
+    kind: str
+    flops: float
+    hbm_bytes: float | None = None
+    hbm_bandwidth: float | None = None
+    ici_bandwidth: float | None = None
+    dcn_bandwidth: float | None = None
+
+
+# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in 2026. Links of v4: table 4 of
+# arXiv:2304.01433, 6 links of 50 GB/s. Networks: v5p "50 Gbps per chip"; v5e and v6e "6.4 Tbps" and
+# "25.6 Tbps per pod" of 256 chips; none is published for v4.
+# GPUs: the NVIDIA A100 80GB, H100 and H200 SXM data sheets; NVLink 600 and 900 GB/s are both
+# directions together.
+CHIPS = {
+    "v4": Chip("TPU v4", 275e12, 30.75 * GIB, 1200e9, 300e9, None),
+    "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 200e9, 25e9 / 8),
+    "v5p": Chip("TPU v5", 459e12, 95.74 * GIB, 2765e9, 600e9, 50e9 / 8),
+    "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1638e9, 400e9, 100e9 / 8),
+    "a100": Chip("NVIDIA A100", 312e12, None, 2039e9, 300e9, None),
+    "h100": Chip("NVIDIA H100", 989e12, None, 3350e9, 450e9, None),
+    "h200": Chip("NVIDIA H200", 989e12, None, 4800e9, 450e9, None),
+}
+_OTHER_NAMES = {"TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v6e": "v6e"}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls `device_kind`, if it is known here."""
+    names = {chip.kind: name for name, chip in CHIPS.items()} | _OTHER_NAMES
+    # The longest match: "TPU v5 lite" is not a "TPU v5".
+    kind = max((k for k in names if device_kind.startswith(k)), key=len, default=None)
+    return CHIPS[names[kind]] if kind else None
