@@ -6,6 +6,7 @@ PEERS := .venv-peers
 # The peers' own wheels; PyPI's torch for Linux brings gigabytes of CUDA.
 PEER_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
+LIBTPU := $(VENV)/libtpu/libtpu/libtpu.so
 EXTRAS := cuda tpu plan gcs s3 serve beam dev
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -14,7 +15,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --for
 	--no-annotate --custom-compile-command "make lock" pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test bench lint format lock clean
+.PHONY: help install train test bench plan plans lint format lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,10 +28,19 @@ train: $(VENV)/.default  ## train the default recipe on real text and print a sa
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python train.py --config configs/train/tiny.yaml
 
 test: $(VENV)/.dev  ## the tests, on the CPU
+	@# Where there is no TPU compiler to be had, the tests that compile for TPUs skip.
+	@$(MAKE) --no-print-directory $(VENV)/.plan || echo "no TPU compiler: some tests will skip" >&2
+	if [ -f $(LIBTPU) ]; then export TPU_LIBRARY_PATH=$(abspath $(LIBTPU)); fi; \
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 bench: $(VENV)/.default $(PEERS)/.cpu  ## the train step beside PyTorch (an hour on two quiet cores)
 	$(BIN)/python -m benchmarks.compare --peers $(PEERS)/bin/python
+
+plan: $(VENV)/.default $(VENV)/.plan  ## the TPU compiler for jllama plan, beside the packages of .venv
+	@echo "$(BIN)/jllama plan is ready"
+
+plans: plan  ## docs/plans.md: 7B to 405B compiled for TPU slices (half an hour on two cores)
+	$(BIN)/python -m benchmarks.plans docs/plans.md
 
 lint: $(VENV)/.dev  ## format and rules; every extra resolves over the lock
 	$(BIN)/ruff format --check .
@@ -82,6 +92,14 @@ $(VENV)/.default: requirements.txt pyproject.toml | $(BIN)/python
 	@echo "installing requirements.txt into $(VENV) ..."
 	$(PIP) install -r requirements.txt
 	$(PIP) install --no-deps --editable .
+	@touch $@
+
+# Not among the packages: there it would make every run on a CPU look for TPUs, and say so. The
+# version is the one that the installed jax names for its extra `tpu`.
+$(VENV)/.plan: $(VENV)/.default
+	@echo "installing libtpu, the TPU compiler, into $(VENV)/libtpu ..."
+	$(PIP) install --quiet --upgrade --no-deps --target $(VENV)/libtpu "$$($(BIN)/python -c \
+		'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.default

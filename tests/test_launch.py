@@ -7,8 +7,10 @@ leaves open is in docs/launch.md.
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hosts
@@ -193,13 +195,12 @@ def test_a_pod_that_is_told_to_end_lets_its_process_finish(tmp_path, manifest):
     python = hosts.executable(tmp_path / "bin" / "python", slow)
     env = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     env["JOB_COMPLETION_INDEX"] = "0"
-    shell = subprocess.Popen(
-        [*container["command"], *container["args"]], env=env, stdout=subprocess.PIPE, text=True
-    )
-    assert shell.stdout.readline() == "up\n"
-    shell.terminate()
-    assert shell.communicate(timeout=30)[0] == "checkpointed\n"
-    assert shell.returncode == 0
+    with hosts.started([[*container["command"], *container["args"]]], [env], tmp_path) as (shell,):
+        while "up" not in shell.out:
+            time.sleep(0.02)
+        shell.send(signal.SIGTERM)
+        assert shell.status() == 0
+        assert shell.out == "up\ncheckpointed\n"
 
 
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")

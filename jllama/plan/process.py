@@ -44,17 +44,20 @@ class CompileFailed(Exception):
 
 
 def find_libtpu() -> str:
-    """The compiler's library: TPU_LIBRARY_PATH, else the installed package's."""
+    """The compiler's library: TPU_LIBRARY_PATH, else what `make plan` or the package installed."""
     path = os.environ.get("TPU_LIBRARY_PATH")
     if path:
         if not Path(path).is_file():
             raise UserError(f"TPU_LIBRARY_PATH={path}: no such file")
         return path
+    beside = Path(sys.prefix, "libtpu", "libtpu", "libtpu.so")
+    if beside.is_file():
+        return str(beside)
     spec = importlib.util.find_spec("libtpu")
     if spec is None or not spec.origin:
         raise UserError(
-            "planning takes the TPU compiler libtpu, and no TPU: pip install -c requirements.txt -e"
-            " '.[plan]', or `make plan` and TPU_LIBRARY_PATH=.venv/libtpu/libtpu/libtpu.so"
+            "planning takes the TPU compiler libtpu, and no TPU: `make plan`, or"
+            " pip install -c requirements.txt -e '.[plan]'"
         )
     return str(Path(spec.origin).parent / "libtpu.so")
 

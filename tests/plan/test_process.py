@@ -97,6 +97,7 @@ def test_a_library_that_is_not_there_is_one_line(monkeypatch):
 
 def test_without_the_compiler_the_line_says_how_to_install_it(monkeypatch):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr(process.sys, "prefix", "/nowhere")
     monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install"):
         process.find_libtpu()

@@ -1,0 +1,64 @@
+"""The interconnect bound against what the compiler's program sends."""
+
+import functools
+import math
+import re
+
+import hlo
+import recipes
+import tpu
+
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
+from jllama.plan import bounds, step
+from jllama.train.loss import causal_lm_loss
+from jllama.train.state import define_state
+from jllama.train.step import make_train_step
+
+SIZES = {
+    "vocab_size": 1024, "hidden_dim": 512, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4,
+    "head_dim": 128, "ffn_dim": 1024, "max_length": 512,
+}  # fmt: skip
+ITEM = {"f32": 4, "bf16": 2}
+
+
+def ways(groups):
+    """Devices in a group, as the program writes it."""
+    if groups.startswith("{{"):
+        return len(groups[2:].split("}")[0].split(","))
+    if listed := re.match(r"\[\d+,(\d+)\]", groups):
+        return int(listed[1])
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups))
+    along = re.search(r"\{(.*)\}", groups)
+    return math.prod(int(sizes[a]) for a in (re.findall(r"'(\w+)'", along[1]) if along else sizes))
+
+
+def sent(collective):
+    """Bytes that one device sends."""
+    n = ways(collective.groups)
+    size = math.prod(collective.shape) * ITEM.get(collective.dtype, 0)
+    # A sum that the compiler fused with the slice of its result is written with its whole shape.
+    scattered = n if "shard_map" in collective.name else 1
+    share = (n - 1) / n
+    factor = {"all-reduce": 2 * share, "reduce-scatter": scattered * share}
+    return collective.times * size * factor.get(collective.kind, share)
+
+
+def test_the_interconnect_bound_is_what_the_program_sends_but_for_little():
+    devices = tpu.devices("v5e:2x4")
+    config = recipes.in_memory(
+        "compute.dtype=bfloat16", "data.length=512", "mesh.tensor=2", "mesh.context=2", **SIZES
+    )
+    placement = Placement(make_mesh(config.mesh, devices), config.sharding)
+    definition = define_state(config, placement)
+    state = step._abstract(definition)
+    loss = functools.partial(causal_lm_loss, config)
+    compiled = (
+        make_train_step(config, loss, definition, placement)
+        .lower(state, (), step._abstract_batch(config, placement))
+        .compile()
+    )
+    program = sum(map(sent, hlo.collectives(compiled.as_text())))
+    mesh = dict(placement.mesh.shape)
+    bound = bounds.traffic(config, mesh, 1, step._parameters(state), 0).interconnect
+    assert 0.9 * program < bound <= program
