@@ -336,4 +336,12 @@ def test_a_run_at_urls_stops_resumes_and_is_the_run_on_disk(
     assert texts[0] == texts[1] == texts[2]
     with pytest.raises(UserError, match=rf"{scheme}://.*/nothing: no such folder"):
         jllama.load(f"{root}/nothing")
+    # All of a step but its marker, as when the machine goes: it is no step.
+    for name in storage.matches(f"{run}/checkpoints/10/**"):
+        if not name.endswith("/10/commit_success.txt"):
+            copy = storage.path(name.replace("checkpoints/10/", "checkpoints/11/"))
+            storage.write_bytes(copy, storage.read_bytes(storage.path(name)))
+    assert latest_step(run) == 10
+    with pytest.raises(UserError, match="no step 11; there are: 8, 10"):
+        jllama.load(f"{run}/checkpoints/11")
     jax.clear_caches()

@@ -165,9 +165,10 @@ def _open_step(
     run: Path, step: int, definition: StateDef
 ) -> Iterator[tuple[ocp.CheckpointManager, Path]]:
     folder = run / "checkpoints"
-    if not storage.is_folder(folder / str(step)):
-        there = ", ".join(map(str, _steps(folder))) or "none"
-        raise UserError(f"{folder}: no step {step}; there are: {there}")
+    there = _steps(folder)
+    if step not in there:
+        named = ", ".join(map(str, there)) or "none"
+        raise UserError(f"{folder}: no step {step}; there are: {named}")
     devices = jax.tree.leaves(definition.shardings)[0].device_set
     processes = {device.process_index for device in devices}
     with contextlib.ExitStack() as stack:
