@@ -129,6 +129,7 @@ def test_the_step_compiles_once_in_a_run(whole, fast):
 def test_a_stopped_run_goes_on_bit_for_bit(recipe, whole, capfd):
     stopped = loop.train(recipe("run.stop_after=6", "eval.stride=9"))
     assert (stopped.steps, stopped.done, stopped.eval) == (6, False, None)
+    assert not stopped.stopped  # as told, and by no signal
     assert "stopped at step 6 of 10, checkpointed" in capfd.readouterr().err
     # What changes no step may change.
     free = ["checkpoint.keep=1", "run.log_every=7", "data.prefetch=0", "eval.every=3"]
