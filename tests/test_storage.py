@@ -148,6 +148,10 @@ def test_a_growing_file_arrives_whole_at_each_copy_and_at_the_end(scheme, reques
 
 def test_a_store_that_is_away_costs_no_file(gs, capfd, monkeypatch):
     mirror = Mirror(storage.path(gs) / "away")
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "sync", lambda: Path("/no/such/file").read_text())
+        assert not mirror.try_sync()
+    assert "not copied: [Errno 2]" in capfd.readouterr().err
     (mirror.local / "log").write_text("text")
     away = storage.path("gs://no-such-bucket/away")
     monkeypatch.setattr(mirror, "_target", away)

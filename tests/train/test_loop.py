@@ -216,6 +216,12 @@ def test_other_text_behind_the_same_names_is_an_error(text, tmp_path):
     assert "the train source train is not the text that this run began with" in said
 
 
+def test_a_file_in_the_place_of_the_checkpoints_is_one_line(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("")
+    assert "run/checkpoints: not writable: File exists" in message(recipe())
+
+
 def test_a_second_process_in_the_folder_is_refused(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / ".lock", "w") as lock:
