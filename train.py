@@ -1,9 +1,11 @@
 """Trains a recipe: python train.py --config configs/train/tiny.yaml --training.steps=100
 
 Any key of the recipe can be overridden: --section.key=value. With the same run folder it resumes.
+Stopped by a signal before its last step, it leaves with status 75: start it again.
 """
 
 import json
+import os
 import sys
 
 import jllama
@@ -15,13 +17,14 @@ from jllama.parallel import distributed
 from jllama.train.loop import Result, train
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(f"{__doc__}\n{recipe.help_text()}")
-        return
+        return os.EX_OK
     result = train(config := recipe.from_arguments(argv))
     if result.done and distributed.leader():
         report(config, result)
+    return os.EX_TEMPFAIL if result.stopped else os.EX_OK
 
 
 def report(config: Config, result: Result) -> None:

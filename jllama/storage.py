@@ -10,11 +10,14 @@ Every problem is a UserError, but for reading a file that is missing: FileNotFou
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import glob
 import importlib.util
 import os
+import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +31,7 @@ from jllama.errors import UserError
 _EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: module, this package's extra
 _CHUNK = 1 << 23
 _NOT_READABLE, _NOT_WRITABLE = "not readable", "not writable"
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # Lustre, NFS
 _THREADS = 8  # transfers at a time
 # Other hosts write too: what a listing said a minute ago may be wrong now.
 for _scheme in ("gs", "gcs", "s3"):
@@ -80,9 +84,14 @@ def make_folder(folder: Path) -> None:
 
 
 def exists(where: Path) -> bool:
-    """Whether a file is there; a folder only counts locally."""
+    """Whether a file is there; a folder counts locally, and not at a URL."""
     with _errors(where, _NOT_READABLE):
-        return _system(where).exists(os.fspath(where)) if is_remote(where) else where.exists()
+        if not is_remote(where):
+            return where.exists()
+        try:  # fsspec's own isfile and exists take every error for an absence
+            return _system(where).info(os.fspath(where))["type"] == "file"
+        except FileNotFoundError:
+            return False
 
 
 def is_folder(where: Path) -> bool:
@@ -125,16 +134,20 @@ def matches(pattern: str) -> list[str]:
         return sorted(name for name in found if not Path(name).is_dir())
     scheme = pattern.partition("://")[0]
     with _errors(here, _NOT_READABLE):
-        system = _system(here)
-        if system.isfile(pattern):
+        if exists(here):
             return [pattern]
-        found = system.glob(pattern, detail=True)
+        found = _system(here).glob(pattern, detail=True)
     return sorted(f"{scheme}://{name}" for name, info in found.items() if info["type"] == "file")
 
 
 def reading(file: Path) -> contextlib.AbstractContextManager[None]:
     """What goes wrong while a file is read becomes a UserError that names it."""
     return _errors(file, _NOT_READABLE)
+
+
+def writing(where: Path) -> contextlib.AbstractContextManager[None]:
+    """What goes wrong while a file or folder is written becomes a UserError that names it."""
+    return _errors(where, _NOT_WRITABLE)
 
 
 def open_read(file: Path) -> BinaryIO:
@@ -243,7 +256,8 @@ def transfer(copy: Callable[[Path, Path], None], pairs: Iterable[tuple[Path, Pat
 def locked(folder: Path, name: str = ".lock", *, busy: str = "") -> Iterator[None]:
     """Makes a local folder and keeps other processes of this machine out; a URL has no such lock.
 
-    Waits for the lock, or raises UserError(`busy`) at once if that is given.
+    Waits for the lock, or raises UserError(`busy`) at once if that is given. Storage without locks
+    is said on stderr.
     """
     if is_remote(folder):
         yield
@@ -256,13 +270,19 @@ def locked(folder: Path, name: str = ".lock", *, busy: str = "") -> Iterator[Non
             fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
             raise UserError(f"{folder}: {busy}") from None
+        except OSError as e:
+            if e.errno not in _NO_LOCKS:
+                raise UserError(f"{folder}: not locked: {e.strerror or e}") from None
+            line = f"{folder}: no locks on this storage; start one run per folder"
+            print(line, file=sys.stderr)
         yield
 
 
 @contextlib.contextmanager
 def _replacing(file: Path) -> Iterator[Path]:
     """A name beside `file` to write to, which then takes its place."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    # Other hosts have the same process numbers.
+    part = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield part
         os.replace(part, file)
@@ -284,12 +304,13 @@ def _errors(where: Path, what: str) -> Iterator[None]:
     except OSError as e:
         if isinstance(e, FileNotFoundError) and what == _NOT_READABLE:
             raise
-        raise UserError(f"{where}: {what}: {e.strerror or _one_line(e)}") from None
+        raise UserError(f"{where}: {what}: {e.strerror or one_line(e)}") from None
     except Exception as e:  # the stores' clients raise what they like
         if not is_remote(where):
             raise
-        raise UserError(f"{where}: {what}: {_one_line(e)}") from None
+        raise UserError(f"{where}: {what}: {one_line(e)}") from None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks, 300 characters at most."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -90,6 +90,28 @@ def test_numbers_that_cannot_be_are_one_line(keys, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (True, "FAILED_PRECONDITION: Gloo all-reduce failed: Connection closed by peer"),
+        (True, "INTERNAL: NCCL operation ncclAllReduce failed: remote process exited"),
+        (True, "DEADLINE_EXCEEDED: Barrier timed out. Id: jllama-3"),
+        (True, "INTERNAL: Shutdown barrier has failed."),
+        (True, "UNAVAILABLE: 1 task stopped sending heartbeats"),
+        (True, "UNAVAILABLE: Socket closed\nRPC: /tensorflow.CoordinationService/Barrier"),
+        (True, "UNAVAILABLE: recvmsg: Connection reset by peer; see https://openxla.org/x"),
+        (False, "RESOURCE_EXHAUSTED: Out of memory while running %opt-barrier.1, %nccl error"),
+        (False, "INVALID_ARGUMENT: %opt-barrier.3 has another shape"),
+        (False, "UNAVAILABLE: Error writing \"gs://bucket/x\": 503 connection reset by peer"),
+        (False, "DEADLINE_EXCEEDED: timeout [source locations='tensorstore/kvstore/gcs.cc']"),
+    ],
+)  # fmt: skip
+def test_only_the_words_of_a_broken_collective_mean_a_lost_process(monkeypatch, lost, message):
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    assert distributed.is_loss(ValueError(message)) == lost
+    assert not distributed.is_loss(OSError(message))
+
+
 def run(tmp_path, command, programs, **env):
     """Runs a launch script with `programs` found first: (status, stdout, stderr)."""
     for name, text in programs.items():
@@ -168,7 +190,8 @@ def test_the_manifest_agrees_with_itself(manifest):
     assert spec["completionMode"] == "Indexed"
     assert spec["completions"] == spec["parallelism"] == count
     assert pod["restartPolicy"] == "Never"  # which podFailurePolicy asks for
-    (rule,) = spec["podFailurePolicy"]["rules"]
+    moved, rule = spec["podFailurePolicy"]["rules"]
+    assert moved["action"] == "Ignore"
     assert rule["onExitCodes"]["containerName"] == container["name"]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     # The recipe is one, with every key as it is spelt there.
@@ -190,16 +213,17 @@ def test_a_pod_passes_arguments_and_status_through(tmp_path, manifest, status):
 
 def test_a_pod_that_is_told_to_end_lets_its_process_finish(tmp_path, manifest):
     container = manifest[1]["spec"]["template"]["spec"]["containers"][0]
-    slow = "#!/bin/sh\ntrap 'sleep 0.3; echo checkpointed; exit 0' TERM\necho up\n"
+    slow = "#!/bin/sh\ntrap 'sleep 0.3; echo checkpointed; exit 75' TERM\necho up\n"
     slow += "while :; do sleep 0.05; done\n"
     python = hosts.executable(tmp_path / "bin" / "python", slow)
     env = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     env["JOB_COMPLETION_INDEX"] = "0"
     with hosts.started([[*container["command"], *container["args"]]], [env], tmp_path) as (shell,):
-        while "up" not in shell.out:
+        end = time.monotonic() + 60
+        while "up" not in shell.out and time.monotonic() < end:
             time.sleep(0.02)
         shell.send(signal.SIGTERM)
-        assert shell.status() == 0
+        assert shell.status(60) == 75
         assert shell.out == "up\ncheckpointed\n"
 
 

@@ -1,8 +1,10 @@
 """URLs: the same run from an object store as from a disk, without one rename."""
 
+import errno
 import gzip
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import fsspec
@@ -31,6 +33,7 @@ from jllama.data.source import documents
 from jllama.errors import UserError
 from jllama.text.tokenizer import load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
+from jllama.train import staging
 from jllama.train.checkpoint import latest_step
 from jllama.train.loop import train
 from jllama.train.metrics import read
@@ -145,6 +148,10 @@ def test_a_growing_file_arrives_whole_at_each_copy_and_at_the_end(scheme, reques
 
 def test_a_store_that_is_away_costs_no_file(gs, capfd, monkeypatch):
     mirror = Mirror(storage.path(gs) / "away")
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "sync", lambda: Path("/no/such/file").read_text())
+        assert not mirror.try_sync()
+    assert "not copied: [Errno 2]" in capfd.readouterr().err
     (mirror.local / "log").write_text("text")
     away = storage.path("gs://no-such-bucket/away")
     monkeypatch.setattr(mirror, "_target", away)
@@ -153,6 +160,44 @@ def test_a_store_that_is_away_costs_no_file(gs, capfd, monkeypatch):
     assert "not copied: gs://no-such-bucket/away/log: not writable" in said
     assert f"the newest files are in {mirror.local}" in said
     assert (mirror.local / "log").read_text() == "text"
+
+
+def test_a_folder_with_brackets_in_its_name_has_its_steps(s3, tmp_path):
+    folder = storage.path(s3) / "runs[1]" / "checkpoints"
+    storage.write_text(folder / "3" / "rest" / "x", "text")
+    assert staging.steps(folder) == []
+    with pytest.raises(UserError, match="checkpoints/3: not complete"), staging.fetched(folder, 3):
+        pass
+    storage.write_text(folder / "3" / "commit_success.txt", "1 files")
+    assert staging.steps(folder) == [3]
+    with staging.fetched(folder, 3) as local:
+        assert (local / "3" / "rest" / "x").read_text() == "text"
+    assert storage.exists(folder / "3" / "rest" / "x")
+    assert not storage.exists(folder / "3")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_storage_without_locks_is_said_and_goes_on(tmp_path, monkeypatch, capfd, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(storage.fcntl, "flock", flock)
+    with storage.locked(tmp_path, busy="busy"):
+        pass
+    said = capfd.readouterr().err
+    assert said == f"{tmp_path}: no locks on this storage; start one run per folder\n"
+
+
+def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(storage.fcntl, "flock", flock)
+    with (
+        pytest.raises(UserError, match="not locked: Input/output error"),
+        storage.locked(tmp_path, busy="busy"),
+    ):
+        pass
 
 
 # -------------------------------------------------------------------------------- sources and data

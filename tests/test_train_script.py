@@ -87,7 +87,7 @@ def test_killed_stopped_and_resumed_it_ends_where_an_uninterrupted_run_ends(reci
     assert (first - 1) % 20 == 0 and first > 1  # it went on from a checkpoint
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == os.EX_TEMPFAIL, err
     assert out == ""
     last = err.splitlines()[-1]
     stopped = re.fullmatch(rf"SIGTERM: stopped at step (\d+) of {STEPS}, checkpointed", last)

@@ -32,7 +32,13 @@ from jllama.data import source as sources
 from jllama.data import worker
 from jllama.data.manifest import VERIFIED, check, manifest
 from jllama.data.prepared import FORMAT, MARKER, Prepared
-from jllama.data.records import ShardCounts, ShardWriter, write_tfds_metadata
+from jllama.data.records import (
+    ShardCounts,
+    ShardWriter,
+    ends_file,
+    records_file,
+    write_tfds_metadata,
+)
 from jllama.errors import UserError
 from jllama.recipe import to_dict
 from jllama.text.tokenizer import SentencePieceTokenizer
@@ -137,12 +143,19 @@ def finish(
 ) -> None:
     """Makes the shards in `work` the dataset in `folder`: the metadata, and at last the marker.
 
-    Raises UserError if the source's files are not `inputs` any more.
+    Raises UserError if the source's files are not `inputs` any more, or a shard's are not there.
     """
     with tempfile.TemporaryDirectory(prefix="jllama-metadata-") as metadata:
         for name in write_tfds_metadata(Path(metadata), shards, tokenizer.vocab_size):
             storage.put(Path(metadata, name), work / name)
     there = {n: size for n, size in sorted(storage.names(work).items()) if n not in _NOT_DATA}
+    numbers = range(len(shards))
+    wanted = {records_file(i, len(shards)) for i in numbers} | {ends_file(i) for i in numbers}
+    if missing := sorted(wanted - there.keys()):
+        raise UserError(
+            f"{work / missing[0]}: went away ({len(missing)} files did) while the dataset was made;"
+            " let one process at a time prepare it, then start again"
+        )
     identity = key | {
         "name": source.name,
         "vocab_size": tokenizer.vocab_size,

@@ -262,8 +262,20 @@ def is_loss(error: BaseException) -> bool:
     # Gloo's arrive as ValueError or JaxRuntimeError, according to where they are noticed.
     if not several() or not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
         return False
-    signs = r"gloo|nccl|coordination|barrier|heartbeat|UNAVAILABLE|DEADLINE"
-    return re.search(signs, str(error), re.IGNORECASE) is not None
+    return _sounds_lost(str(error))
+
+
+# Not single words: a message of XLA may quote a program's `opt-barrier`, one of a store a 503.
+_LOSS = re.compile(
+    r"gloo|nccl (error|operation)|coordination[ _]?(service|agent)|heartbeat"
+    r"|barrier (has )?(timed|failed|error|aborted)|connection (closed|reset) by peer",
+    re.IGNORECASE,
+)
+_NO_LOSS = re.compile(r"RESOURCE_EXHAUSTED|tensorstore|\b(gs|s3)://|googleapis", re.IGNORECASE)
+
+
+def _sounds_lost(message: str) -> bool:
+    return _LOSS.search(message) is not None and _NO_LOSS.search(message) is None
 
 
 def _brief(error: BaseException) -> str:

@@ -50,17 +50,21 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts saving; returns once the state may be donated."""
+        """Starts saving; returns once the state may be donated.
+
+        Raises `UserError` when this save or the one before it cannot be written.
+        """
+        with _writing(self._folder / str(step)):
+            if self._staging:
+                self._staging.wait()  # Orbax may drop the step that is being copied
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    trainable=_in_chunks(state.trainable), rest=_in_chunks(_rest(state))
+                ),
+            )
         if self._staging:
-            self._staging.wait()  # Orbax may drop the step that is being copied
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                trainable=_in_chunks(state.trainable), rest=_in_chunks(_rest(state))
-            ),
-        )
-        if self._staging:
-            self._staging.publish(step)
+            self._staging.publish(step, self._manager.wait_until_finished)
 
     def restore(self, step: int, definition: StateDef) -> TrainState:
         """The state of `step`, straight into the definition's shardings.
@@ -72,19 +76,34 @@ class Checkpoints:
         return _restore_state(self._manager, self._folder / str(step), step, definition)
 
     def wait(self) -> None:
-        """Returns once what was saved is on disk, or at its URL."""
-        self._manager.wait_until_finished()
-        if self._staging:
-            self._staging.wait()
+        """Returns once what was saved is on disk, or at its URL; `UserError` if it is not."""
+        with _writing(self._folder):
+            if self._staging:
+                self._staging.wait()
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
         try:
             self.wait()
-            self._manager.close()
+            with _writing(self._folder):
+                self._manager.close()
         finally:
             if self._staging:
                 self._staging.close()
+
+
+@contextlib.contextmanager
+def _writing(where: Path) -> Iterator[None]:
+    """What Orbax meets on the storage becomes a `UserError`; the loss of a process stays one."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:  # Orbax raises what its storage raises, often a save later
+        if is_loss(e):
+            raise
+        raise UserError(f"{where}: not written: {storage.one_line(e)}") from e
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -122,7 +141,7 @@ def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: An
     except Exception as e:  # Orbax raises what its storage raises
         if is_loss(e):
             raise
-        reason = " ".join(str(e).split())[:300]
+        reason = storage.one_line(e)
         raise UserError(f"{where}: not readable as this model's checkpoint: {reason}") from e
     for name, item in items.items():
         for (path, want), got in zip(

@@ -56,6 +56,7 @@ class Result:
     Attributes:
       folder: the run's.
       steps: taken in all; `done` says whether that is the recipe's number.
+      stopped: whether a signal ended it early, in this process or in another.
       tokens, seconds: predicted tokens and training time of all steps, the first one's compilation
         included; tokens_per_second is the median step's.
       eval: held-out loss (nats per token) and bits_per_byte; None unless done and held out.
@@ -64,6 +65,7 @@ class Result:
     folder: Path
     steps: int
     done: bool
+    stopped: bool
     tokens: int
     seconds: float
     tokens_per_second: float
@@ -130,6 +132,7 @@ def _begin(config: Config, folder: Path, stack: contextlib.ExitStack) -> Data:
         data = open_data(config, tokenizer)
         tokenizer.save(folder / "tokenizer.model")
         storage.write_text(folder / _DATA, _json(_digests(data)))
+    storage.make_folder(folder / "checkpoints")  # Orbax has a traceback for a file in its place
     storage.write_text(folder / "config.yaml", recipes.to_yaml(config))
     return data
 
@@ -208,8 +211,8 @@ class _Run:
             nonlocal saved, saving
             fetch()  # a state that is not finite is not kept
             before = time.perf_counter()
-            self.metrics.sync()  # a resumed run has the lines of every step before it
             self.checkpoints.save(step, state)
+            self.metrics.sync()  # a resumed run has the lines of every step before it
             saved, saving = step, time.perf_counter() - before
 
         step, tracing = start, False
@@ -263,15 +266,16 @@ class _Run:
                 if held_out is not None:
                     self.metrics.write_eval(step, held_out)
             self.checkpoints.wait()  # before a signal may end the process again
-        return self.result(step, held_out)
+        return self.result(step, step < end, held_out)
 
-    def result(self, step: int, held_out: dict[str, float] | None) -> Result:
+    def result(self, step: int, stopped: bool, held_out: dict[str, float] | None) -> Result:
         """What metrics.jsonl says of the whole run, resumed or not."""
         lines = [x for x in metrics_of(self.folder / "metrics.jsonl") if "weight" in x]
         return Result(
             folder=self.folder,
             steps=step,
             done=step == self.config.training.steps,
+            stopped=stopped,
             tokens=int(sum(x["weight"] for x in lines)),
             seconds=sum(x["seconds"] for x in lines),
             tokens_per_second=statistics.median(x["tokens_per_second"] for x in lines)

@@ -1,5 +1,6 @@
 """Where metrics go: `metrics.jsonl`, TensorBoard, and a person's eyes."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -9,13 +10,17 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from jllama import storage
+from jllama.errors import UserError
 from jllama.train.mirror import Mirror
 
 _NAME = "metrics.jsonl"
 
 
 class Metrics:
-    """Writes a run's metrics from `start` on; what an earlier run wrote beyond it is dropped."""
+    """Writes a run's metrics from `start` on; what an earlier run wrote beyond it is dropped.
+
+    What the local disk does not take is a `UserError`.
+    """
 
     def __init__(self, run: Path, start: int, steps: int, log_every: int):
         kept = [line for line in read(run / _NAME) if line["step"] <= start]
@@ -23,9 +28,12 @@ class Metrics:
         path = self._mirror.local / _NAME
         # Put in place at once: a kill here loses nothing.
         storage.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # a line at a time  # noqa: SIM115
-        folder = self._mirror.local / "tensorboard"
-        self._board = SummaryWriter(str(folder), purge_step=start + 1)
+        self._local = self._mirror.local
+        folder = self._local / "tensorboard"
+        with storage.writing(self._local):
+            self._file = open(path, "a", encoding="utf-8", buffering=1)  # a line at a time  # noqa: SIM115
+            self._board = SummaryWriter(str(folder), purge_step=start + 1)
+        self._boarder = self._board.file_writer.event_writer._worker
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=None, smoothing=0.05)
         self._every = log_every
 
@@ -54,21 +62,36 @@ class Metrics:
         tqdm.write(line, file=sys.stderr)
 
     def _record(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        with storage.writing(self._local / _NAME):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._check_board()
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
 
+    def _check_board(self) -> None:
+        # A full disk ends tensorboardX's thread, and its queue, once full, would block for ever.
+        if not self._boarder.is_alive():
+            raise UserError(f"{self._local / 'tensorboard'}: not writable, see above; disk full?")
+
     def sync(self) -> None:
-        """Where the run is a URL: copies everything there now, as before a checkpoint."""
-        self._board.flush()
-        self._mirror.sync()
+        """Where the run is a URL: copies everything there now, as at a checkpoint.
+
+        What the store does not take is said, and is tried again later.
+        """
+        with storage.writing(self._local):
+            self._check_board()
+            self._board.flush()
+        self._mirror.try_sync()
 
     def close(self) -> None:
         """Flushes everything."""
         self._bar.close()
-        self._board.close()
-        self._file.close()
-        self._mirror.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._mirror.close)
+            stack.enter_context(storage.writing(self._local))
+            stack.callback(self._file.close)
+            self._check_board()
+            self._board.close()
 
 
 class NoMetrics:

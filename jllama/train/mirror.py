@@ -30,7 +30,7 @@ class Mirror:
             self._thread.start()
 
     def sync(self) -> None:
-        """Copies what has changed, now. UserError if the store does not take it."""
+        """Copies what has changed, now. Raises UserError, or OSError of the local folder."""
         if not self._remote:
             return
         with self._copying:
@@ -53,7 +53,7 @@ class Mirror:
             return
         self._closed.set()
         self._thread.join()
-        if self._try():
+        if self.try_sync():
             shutil.rmtree(self.local)
         else:
             print(f"{self._target}: the newest files are in {self.local}", file=sys.stderr)
@@ -62,13 +62,14 @@ class Mirror:
         pause = self._every
         while not self._closed.wait(pause):
             began = time.monotonic()
-            self._try()
+            self.try_sync()
             pause = max(self._every, 20 * (time.monotonic() - began))
 
-    def _try(self) -> bool:
+    def try_sync(self) -> bool:
+        """`sync` that says on stderr what it meets, and goes on: whether all was copied."""
         try:
             self.sync()
-        except UserError as e:  # the store may be back by the next time
+        except (UserError, OSError) as e:  # the store may be back by the next time
             print(f"not copied: {e}", file=sys.stderr)
             return False
         return True

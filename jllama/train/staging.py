@@ -6,9 +6,10 @@ that Orbax gives it on gs://. One process only: each would see no other's part o
 """
 
 import contextlib
+import glob
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -26,23 +27,30 @@ def needed(folder: Path) -> bool:
 
 def steps(folder: Path) -> list[int]:
     """The complete steps at the URL, in order."""
-    found = storage.matches(f"{folder}/*/{_MARKER}")
+    found = storage.matches(f"{glob.escape(str(folder))}/*/{_MARKER}")
     numbers = [name.split("/")[-2] for name in found]
     return sorted(int(n) for n in numbers if n.isdigit())
 
 
 @contextlib.contextmanager
 def fetched(folder: Path, step: int) -> Iterator[Path]:
-    """A local folder that has a step of `folder`, while the context lasts."""
+    """A local folder that has a step of `folder`, while the context lasts.
+
+    Raises UserError when the step is not complete at the end of the copy: its marker goes first.
+    """
     with tempfile.TemporaryDirectory(prefix="jllama-checkpoint-") as local:
         there = folder / str(step)
         pairs = []
-        for name in storage.matches(f"{there}/**"):
+        for name in storage.matches(f"{glob.escape(str(there))}/**"):
             file = Path(local, str(step), name.removeprefix(f"{there}/"))
             if file.name != _MARKER:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 pairs.append((storage.path(name), file))
-        storage.transfer(storage.download, pairs)
+        try:
+            storage.transfer(storage.download, pairs)
+        finally:
+            if not storage.exists(there / _MARKER):
+                raise UserError(f"{there}: not complete; another run may be removing it")
         yield Path(local)
 
 
@@ -61,16 +69,18 @@ class Staging:
         self.local = Path(self._temporary.name)
         self._thread: threading.Thread | None = None
         self._error: UserError | None = None
-        self._abandoned = threading.Event()
 
-    def publish(self, step: int) -> None:
-        """Copies the step that Orbax is saving once it is complete, and drops old ones."""
+    def publish(self, step: int, saved: Callable[[], None]) -> None:
+        """Copies the step once `saved` has returned, and drops old ones.
+
+        `saved` waits until the step is complete in the local folder, and raises if it is not.
+        """
         self.wait()
-        self._thread = threading.Thread(target=self._publish, args=(step,), daemon=True)
+        self._thread = threading.Thread(target=self._publish, args=(step, saved), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns once what was published is at the URL. UserError if the store did not take it."""
+        """Returns once what was published is at the URL; UserError if it did not get there."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -79,18 +89,15 @@ class Staging:
             raise error
 
     def close(self) -> None:
-        """Gives the local folder back; a step that never became complete is not waited for."""
-        self._abandoned.set()
+        """Gives the local folder back."""
         if self._thread is not None:
             self._thread.join()
         self._temporary.cleanup()
 
-    def _publish(self, step: int) -> None:
+    def _publish(self, step: int, saved: Callable[[], None]) -> None:
         here, there = self.local / str(step), self._folder / str(step)
-        while not here.is_dir():  # Orbax's local steps get their name when they are complete
-            if self._abandoned.wait(0.1):
-                return
         try:
+            saved()
             # A step that was cut short here may have left its files.
             storage.remove_folder(there)
             files = [f for f in here.rglob("*") if f.is_file()]
@@ -102,3 +109,5 @@ class Staging:
                 storage.remove_folder(self._folder / str(old))
         except UserError as e:
             self._error = e
+        except Exception as e:  # nobody hears this thread: whatever it met, `wait` says it
+            self._error = UserError(f"{there}: not written: {storage.one_line(e)}")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from jllama import storage
 from jllama.config import PrepareConfig
 from jllama.data import files
 from jllama.data.prepare import prepare
@@ -50,6 +51,20 @@ def test_every_document_is_there_with_bos_and_eos(
     assert (prepared.documents, prepared.vocab_size) == (len(texts), tokenizer.vocab_size)
     assert prepared.tokens == sum(map(len, wanted))
     assert prepared.bytes == sum(len(t.encode()) for t in texts)
+
+
+def test_a_dataset_whose_file_went_away_while_it_was_made_gets_no_marker(
+    prepare_texts, tmp_path, monkeypatch
+):
+    # As by another maker at the same URL, which removes the folder when it starts.
+    names = storage.names
+    gone = "document-ends.00001.u64"
+    monkeypatch.setattr(
+        storage, "names", lambda f: {n: size for n, size in names(f).items() if n != gone}
+    )
+    with pytest.raises(UserError, match=rf"{gone}: went away \(1 files did\) while"):
+        prepare_texts(folder=str(tmp_path), shards=2)
+    assert not list(tmp_path.rglob("identity.json"))
 
 
 def test_any_part_of_the_stream_can_be_read(prepare_texts):

@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import recipes
 
@@ -13,6 +14,7 @@ from jllama.config import MeshConfig
 from jllama.errors import UserError
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
+from jllama.train import staging
 from jllama.train.checkpoint import Checkpoints, latest_step, load_params, load_state
 from jllama.train.fingerprint import fingerprint
 from jllama.train.state import define_state, init_state
@@ -138,6 +140,42 @@ def test_a_broken_checkpoint_is_an_error(run, tmp_path, gone):
 )
 def test_another_model_is_an_error_that_names_the_place(run, changes):
     assert "checkpoints/6" in one_line(run, 6, recipes.in_memory(**changes))
+
+
+def full_disk(monkeypatch, text="No space left on device"):
+    """Orbax's thread meets it, and `save` has returned by then."""
+
+    def fail(*_):
+        raise ValueError(f"RESOURCE_EXHAUSTED: {text}\n[tensorstore]")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "_finalize", fail)
+
+
+@UNCLOSED
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    full_disk(monkeypatch)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state(definition(), 1))
+    with pytest.raises(UserError, match=r"checkpoints: not written: .*No space left") as error:
+        checkpoints.wait()
+    assert "\n" not in str(error.value)
+
+
+@UNCLOSED
+@pytest.mark.parametrize("what", ["local", "copy"])
+def test_a_checkpoint_that_cannot_go_to_its_url_is_an_error(tmp_path, monkeypatch, what):
+    # The staging of s3://, with a folder in the URL's place.
+    monkeypatch.setattr(staging, "needed", lambda folder: True)
+    if what == "local":
+        full_disk(monkeypatch)
+    else:
+        monkeypatch.setattr(staging.storage, "transfer", lambda *_: 1 / 0)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state(definition(), 1))
+    said = "No space left" if what == "local" else "division by zero"
+    with pytest.raises(UserError, match=f"checkpoints/1: not written: .*{said}"):
+        checkpoints.save(2, state(definition(), 2))
+    assert latest_step(tmp_path) is None
 
 
 def test_parameters_load_alone(run):

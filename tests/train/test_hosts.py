@@ -5,6 +5,7 @@ The processes talk over loopback with gloo. They are started as srun would start
 
 import functools
 import json
+import os
 import re
 import signal
 import sys
@@ -80,7 +81,7 @@ def run(recipe, name, count, *overrides, devices=1):
     """The processes of a run, of `devices` each, as a context."""
     commands = hosts.by_hand(
         count, "train.py", "--config", str(recipe), f"--run.name={name}",
-        "--distributed.heartbeat_seconds=8", "--sample.max_new_tokens=0", *overrides,
+        "--distributed.heartbeat_seconds=20", "--sample.max_new_tokens=0", *overrides,
     )  # fmt: skip
     environments = [hosts.environment(devices)] * count
     return hosts.started(commands, environments, recipe.parent / "logs" / name)
@@ -149,7 +150,7 @@ def test_a_signal_to_one_stops_all_and_other_numbers_of_processes_go_on(recipe, 
     with run(recipe, "stopped", 2, devices=2) as (leader, worker):
         leader.until_step(4)
         worker.send(signal.SIGTERM)
-        assert [leader.status(), worker.status()] == [0, 0], leader.err
+        assert [leader.status(), worker.status()] == [os.EX_TEMPFAIL] * 2, leader.err
     said = rf"a signal to another process: stopped at step (\d+) of {STEPS}, checkpointed"
     stopped = re.fullmatch(said, leader.err.splitlines()[-1])
     assert stopped, leader.err
@@ -163,7 +164,7 @@ def test_a_signal_to_one_stops_all_and_other_numbers_of_processes_go_on(recipe, 
         leader.send(signal.SIGSTOP)
         silent = time.monotonic()
         assert all(worker.status() != 0 for worker in workers)
-        assert time.monotonic() - silent < 8 + 10
+        assert time.monotonic() - silent < 70  # and not JAX's own 100
 
     result = one_process(recipe, "run.name=stopped", "sample.max_new_tokens=0", devices=1)
     assert result.done

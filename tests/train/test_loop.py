@@ -129,6 +129,7 @@ def test_the_step_compiles_once_in_a_run(whole, fast):
 def test_a_stopped_run_goes_on_bit_for_bit(recipe, whole, capfd):
     stopped = loop.train(recipe("run.stop_after=6", "eval.stride=9"))
     assert (stopped.steps, stopped.done, stopped.eval) == (6, False, None)
+    assert not stopped.stopped  # as told, and by no signal
     assert "stopped at step 6 of 10, checkpointed" in capfd.readouterr().err
     # What changes no step may change.
     free = ["checkpoint.keep=1", "run.log_every=7", "data.prefetch=0", "eval.every=3"]
@@ -213,6 +214,12 @@ def test_other_text_behind_the_same_names_is_an_error(text, tmp_path):
     shutil.rmtree(tmp_path / "prepared")
     said = message(configs.load(text, moved))
     assert "the train source train is not the text that this run began with" in said
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_one_line(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("")
+    assert "run/checkpoints: not writable: File exists" in message(recipe())
 
 
 def test_a_second_process_in_the_folder_is_refused(recipe, tmp_path):

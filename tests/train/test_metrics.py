@@ -6,6 +6,7 @@ import struct
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from jllama.errors import UserError
 from jllama.train.metrics import Metrics, read
 
 VALUES = {"loss": 2.5, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 100.0}
@@ -76,3 +77,22 @@ def test_without_a_terminal_every_nth_step_is_a_line_on_stderr(tmp_path, capfd):
     assert out == ""
     assert [line.split("  ")[0] for line in err.splitlines()] == ["step 3", "step 6"]
     assert "loss 3.000" in err
+
+
+def test_a_full_disk_is_one_line_and_no_wait(tmp_path):
+    metrics = write(tmp_path, (1,))
+    metrics._file.close()
+    metrics._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    with pytest.raises(UserError, match=r"metrics.jsonl: not writable: No space left"):
+        metrics.write(2, VALUES)
+    with pytest.raises(UserError, match="not writable: No space left"):
+        metrics.close()
+
+
+def test_a_board_that_died_is_one_line_and_no_wait(tmp_path):
+    metrics = write(tmp_path, (1,))
+    metrics._boarder.stop()
+    with pytest.raises(UserError, match="tensorboard: not writable"):
+        metrics.write(2, VALUES)
+    with pytest.raises(UserError, match="tensorboard: not writable"):
+        metrics.close()
