@@ -135,29 +135,29 @@ def _memory(step: Any, state: Any, batch: Any, known: dict[str, int]) -> dict[st
         if refused is None:
             raise
         return _refused(refused, known)
-    arguments, code = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes
-    # What the arguments take beyond their shapes is the padding of tiles.
+    arguments = stats.argument_size_in_bytes
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes  # those that reuse no argument
+    # Two counts from above. temp_size counts some buffers of libtpu's twice; the peak, which is
+    # what libtpu compares with the HBM, has the on-chip memory in it, little but for tiny models.
+    total = arguments + outputs + stats.temp_size_in_bytes
+    total = min(total, getattr(stats, "peak_memory_in_bytes", 0) or total)
     kinds = known | {
-        "temporaries": stats.temp_size_in_bytes,
-        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "padding": max(0, arguments - sum(known.values())),
-        "program": code,
+        "temporaries": max(0, total - arguments),
+        "program": stats.generated_code_size_in_bytes,
     }
-    host = stats.host_temp_size_in_bytes + stats.host_argument_size_in_bytes
     return {
         "hbm_bytes_per_device": sum(kinds.values()),
         "hbm_bytes_by_kind": kinds,
-        "host_bytes_per_device": host,
+        "host_bytes_per_device": stats.host_temp_size_in_bytes + stats.host_argument_size_in_bytes,
     }
 
 
 def _refused(refused: dict[str, Any], known: dict[str, int]) -> dict[str, Any]:
-    total, arguments = refused["bytes"], sum(known.values())
-    if refused["temporaries_only"]:
-        total += arguments
+    rest = max(0, refused["bytes"] - sum(known.values()))
     return {
-        "hbm_bytes_per_device": total,
-        "hbm_bytes_by_kind": known | {"temporaries": max(0, total - arguments)},
+        "hbm_bytes_per_device": refused["bytes"],
+        "hbm_bytes_by_kind": known | {"temporaries": rest},
         "host_bytes_per_device": None,
         "hbm_capacity_bytes": refused["capacity"],
         "compiler_message": refused["message"],
@@ -167,13 +167,13 @@ def _refused(refused: dict[str, Any], known: dict[str, int]) -> dict[str, Any]:
 def out_of_memory(message: str) -> dict[str, Any] | None:
     """What the compiler says when HBM is too small; None when it says something else.
 
-    Two forms are known: "total memory required for HLO temporaries (16.16G) exceeds available HBM
-    (15.75G)", which leaves out the arguments, and "Used 20.17G of 15.75G hbm", which does not.
+    Two forms are known: "the total memory required for HLO temporaries (16.16G) exceeds available
+    HBM (15.75G)", which counts the arguments whatever it says, and "Used 20.17G of 15.75G hbm".
     """
     text = " ".join(message.split())
-    early = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", text)
-    late = re.search(rf"Used {_SIZE} of {_SIZE} hbm", text)
-    found = early or late
+    found = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", text) or re.search(
+        rf"Used {_SIZE} of {_SIZE} hbm", text
+    )
     if "RESOURCE_EXHAUSTED" not in text or found is None:
         return None
     need, need_unit, have, have_unit = found.groups()
@@ -181,7 +181,6 @@ def out_of_memory(message: str) -> dict[str, Any] | None:
     return {
         "bytes": round(float(need) * _UNITS[need_unit]),
         "capacity": round(float(have) * _UNITS[have_unit]),
-        "temporaries_only": early is not None,
         "message": (sentence[0] if sentence else found[0]).strip(),
     }
 
