@@ -55,18 +55,20 @@ def no_cache():
     jax.config.update("jax_enable_compilation_cache", was)
 
 
-def test_the_interconnect_bound_is_what_the_program_sends_but_for_little(no_cache):
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_interconnect_bound_is_what_the_program_sends_but_for_little(no_cache, accumulate):
     devices = tpu.devices("v5e:2x4")
     config = recipes.in_memory(
-        "compute.dtype=bfloat16", "data.length=512", "mesh.tensor=2", "mesh.context=2", **SIZES
-    )
+        "compute.dtype=bfloat16", "data.length=512", "mesh.tensor=2", "mesh.context=2",
+        f"training.accumulate={accumulate}", **SIZES,
+    )  # fmt: skip
     placement = Placement(make_mesh(config.mesh, devices), config.sharding)
     definition = define_state(config, placement)
     state = step.abstract_state(definition)
     loss = functools.partial(causal_lm_loss, config)
     compiled = (
         make_train_step(config, loss, definition, placement)
-        .lower(state, (), step.abstract_batch(config, placement))
+        .lower(state, (), step.abstract_batch(config, placement, config.training.batch_size))
         .compile()
     )
     program = sum(map(sent, hlo.collectives(compiled.as_text())))
