@@ -12,8 +12,8 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 settings=()
 for model in $MODELS; do settings+=(--setting "$model:4096"); done
 # Rows without document boundaries on both sides, so that both use flash attention: cuDNN's here.
-# Blocks of 512 positions keep the logits of 128,256 tokens small; both recompute each block.
+# Both recompute each block.
 exec .venv/bin/python -m benchmarks.compare --peers .venv-peers/bin/python --dtype bfloat16 \
   --rounds "${ROUNDS:-3}" --steps 10 "${settings[@]}" \
-  --set compute.attention.kind=cudnn --set data.document_mask=false --set compute.remat=attention \
-  --set compute.loss_block=512 --peer-option=--checkpointing
+  --set compute.attention.kind=cudnn --set data.document_mask=false --set compute.remat=full \
+  --set compute.loss_block=4096 --peer-option=--checkpointing

@@ -89,7 +89,7 @@ def main() -> None:
         flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if cuda else contextlib.nullcontext()
         with flash, torch.autocast(device, torch.bfloat16, enabled=low):
             loss = loss_of(tokens)
-        loss.backward()
+            loss.backward()  # inside: what is recomputed uses the same kernel
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -15,33 +15,38 @@ _LLAMA2_70B = "--config configs/train/pretrain-llama2-70b.yaml"
 _LLAMA3 = "--config configs/train/pretrain-llama3-8b.yaml"
 _405B = f"{_LLAMA3} --model=llama3.1-405b --mesh.tensor=8 --training.batch_size=512"
 
-# (what, the arguments of `jllama plan`)
+# (what, the arguments of `jllama plan`); the evaluation's rows at a time are those of a microbatch
 ROWS = (
-    ("Llama 2 7B", f"{_LLAMA2} --topology v5e:4x4 --training.batch_size=16"),
-    ("Llama 2 7B", f"{_LLAMA2} --topology v4:2x2x4 --training.batch_size=64"),
-    ("Llama 2 13B", f"{_LLAMA2} --model=llama2-13b --topology v5e:8x8 --training.batch_size=128"),
-    ("Llama 2 70B", f"{_LLAMA2_70B} --topology v5p:8x8x8"),
+    ("Llama 2 7B", f"{_LLAMA2} --topology v5e:4x4 --training.batch_size=16 --eval.batch_size=16"),
+    ("Llama 2 7B", f"{_LLAMA2} --topology v4:2x2x4 --training.batch_size=64 --eval.batch_size=64"),
+    (
+        "Llama 2 13B",
+        f"{_LLAMA2} --model=llama2-13b --topology v5e:8x8 --training.batch_size=128"
+        " --eval.batch_size=128",
+    ),
+    ("Llama 2 70B", f"{_LLAMA2_70B} --topology v5p:8x8x8 --eval.batch_size=1024"),
     (
         "Llama 3.1 8B, 131,072 tokens",
         f"{_LLAMA3} --model=llama3.1-8b --topology v5p:4x4x8 --data.length=131072"
-        " --mesh.context=16 --training.batch_size=32 --training.accumulate=4",
+        " --mesh.context=16 --training.batch_size=32 --training.accumulate=4 --eval.batch_size=8",
     ),
     (
         "Llama 3.1 405B, 8,192 tokens",
-        f"{_405B} --topology v5p:4x4x4 --training.accumulate=64",
+        f"{_405B} --topology v5p:4x4x4 --training.accumulate=64 --eval.batch_size=8",
     ),
     (
         "Llama 3.1 405B, 8,192 tokens",
-        f"{_405B} --topology v5p:4x4x8 --training.accumulate=32",
+        f"{_405B} --topology v5p:4x4x8 --training.accumulate=32 --eval.batch_size=16",
     ),
     (
         "Llama 2 7B, two slices",
-        f"{_LLAMA2} --topology v5e:4x4 --slices 2 --mesh.replica=2 --training.batch_size=32",
+        f"{_LLAMA2} --topology v5e:4x4 --slices 2 --mesh.replica=2 --training.batch_size=32"
+        " --eval.batch_size=32",
     ),
 )
 _HEAD = (
-    "model", "slice", "mesh", "rows", "state", "rest", "total", "of", "fits", "FLOPs per step",
-    "step at least", "bound by", "compile",
+    "model", "slice", "mesh", "rows", "state", "rest", "total", "eval", "of", "fits",
+    "FLOPs per step", "step at least", "bound by", "compile",
 )  # fmt: skip
 
 
@@ -57,13 +62,20 @@ def plan(arguments: str) -> dict[str, Any]:
 def row(what: str, report: dict[str, Any]) -> str:
     kinds, mesh = report["hbm_bytes_by_kind"], report["mesh"]
     state, total = kinds["parameters"] + kinds["optimizer"], report["hbm_bytes_per_device"]
+    sizes = (
+        state,
+        total - state,
+        total,
+        report["eval_hbm_bytes_per_device"],
+        report["hbm_capacity_bytes"],
+    )
     slices = f"{report['slices']} × " if report["slices"] > 1 else ""
     cells = (
         what,
         slices + report["topology"],
         ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1),
         f"{report['rows_per_device']:g}",
-        *(f"{n / 2**30:.2f}" for n in (state, total - state, total, report["hbm_capacity_bytes"])),
+        *(f"{n / 2**30:.2f}" for n in sizes),
         "yes" if report["fits"] else "no",
         f"{report['model_flops_per_step']:.3g}",
         f"{report['step_seconds_at_least'][report['bound_by']]:.3g} s",
@@ -79,7 +91,7 @@ def page(reports: list[dict[str, Any]]) -> str:
         "# Plans",
         "",
         f"Written by `make plans` ({'; '.join(versions)}). No TPU took part: these are compilations"
-        " of the real train step, one per row.",
+        " of the real train step and evaluation, one of each per row.",
         "[planning.md](planning.md) says what each figure means.",
         "",
         f"| {' | '.join(_HEAD)} |",
@@ -88,9 +100,11 @@ def page(reports: list[dict[str, Any]]) -> str:
         "",
         "Rows are those of a microbatch that one data-parallel group of devices has. State is"
         " parameters and",
-        "optimizer, rest is everything else; sizes are GiB per device. Rematerialisation and dtypes"
-        " are the",
-        "recipes' own unless the command says so. Compile time is of the machine that wrote this.",
+        "optimizer, rest is everything else of the step, and eval is what an evaluation takes, the"
+        " state included;",
+        "sizes are GiB per device. Rematerialisation and dtypes are the recipes' own unless the"
+        " command says so.",
+        "Compile time is the step's, of the machine that wrote this.",
         "",
         "The commands, in order; each prints the whole of it:",
         "",
@@ -100,9 +114,13 @@ def page(reports: list[dict[str, Any]]) -> str:
         "",
     ]
     refused = [
-        f"- {what} on {report['topology']}: {report['compiler_message']}"
+        f"- {what} on {report['topology']}, the {program}: {report[key]}"
         for (what, _), report in zip(ROWS, reports, strict=True)
-        if "compiler_message" in report
+        for program, key in (
+            ("step", "compiler_message"),
+            ("evaluation", "eval_compiler_message"),
+        )
+        if key in report
     ]
     if refused:
         lines += ["What the compiler says where it refuses:", "", *refused, ""]

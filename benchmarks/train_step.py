@@ -37,7 +37,7 @@ def recipe(args: argparse.Namespace) -> Config:
         # Blocks that stay in a CPU's cache; --set changes them.
         "compute": {
             "dtype": args.dtype,
-            "loss_block": 32,
+            "loss_block": 512,
             "attention": {"kind": "auto", "block": 128},
         },
         "tokenizer": {"kind": "sentencepiece", "path": "unused"},

@@ -179,7 +179,10 @@ class ComputeConfig:
     Norms, softmax, logits, loss and optimizer state are float32 whatever is chosen here.
     """
 
-    dtype: Literal["float32", "bfloat16"] = _doc("activations and matrix multiplications")
+    dtype: Literal["float32", "bfloat16"] = _doc(
+        "activations and matrix multiplications; TPUs and recent GPUs round the factors of float32"
+        " products unless JAX_DEFAULT_MATMUL_PRECISION=highest"
+    )
     param_dtype: Literal["float32", "bfloat16"] = _default(
         "stored parameters; bfloat16 loses updates below 1/256 of a weight", "float32"
     )
@@ -191,7 +194,7 @@ class ComputeConfig:
     )
     attention: Attention = _default("attention without a cache", AutoAttention(kind="auto"))
     loss_block: PositiveInt = _default(
-        "positions of each row whose logits exist at a time in the loss", 256
+        "tokens of a device whose logits exist at a time in the loss", 1024
     )
     scan_unroll: PositiveInt = _default(
         "layers per iteration of the layer loop: more compiles longer and may run faster", 1
@@ -217,7 +220,7 @@ class MeshConfig:
     replica: int = _default("data parallel over the data-centre network", 1)
     fsdp: int = _default("data parallel with parameters sharded", -1)
     tensor: int = _default("tensor parallel", 1)
-    context: int = _default("sequence parallel", 1)
+    context: int = _default("context parallel: positions of a row over devices", 1)
 
     def __post_init__(self):
         sizes = (self.replica, self.fsdp, self.tensor, self.context)
@@ -249,9 +252,9 @@ class ShardingConfig:
     vocab: Candidates = _default("rows of embedding and head", (("tensor",), None))
     table_embed: Candidates = _default(
         "model width of embedding and head; takes tensor where the vocabulary cannot",
-        (("tensor", "fsdp"), ("fsdp",)),
+        (("tensor", "fsdp", "context"), ("fsdp", "context"), ("tensor", "fsdp"), ("fsdp",)),
     )
-    embed: Candidates = _default("model width of a parameter", (("fsdp",),))
+    embed: Candidates = _default("model width of a parameter", (("fsdp", "context"), ("fsdp",)))
     heads: Candidates = _default("query heads of a parameter", (("tensor",),))
     kv_heads: Candidates = _default("key/value heads of a parameter", (("tensor",), None))
     head_dim: Candidates = _default("width of one head", (None,))
@@ -260,9 +263,14 @@ class ShardingConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            for candidate in getattr(self, field.name):
+            candidates = getattr(self, field.name)
+            for candidate in candidates:
+                if candidate is not None and not candidate:
+                    raise ValueError(f"{field.name}: a candidate names no mesh axis; write null")
                 if candidate and len(set(candidate)) < len(candidate):
                     raise ValueError(f"{field.name}: {list(candidate)} names a mesh axis twice")
+            if None in candidates[:-1]:
+                raise ValueError(f"{field.name}: null always fits, so it comes last")
 
 
 # ------------------------------------------------------------------------------------------- data

@@ -1,4 +1,4 @@
-"""`jllama plan`: does a recipe's step fit a slice that is not there, and what bounds its speed."""
+"""`jllama plan`: does a recipe's run fit a slice that is not there, and what bounds its speed."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when the step fits, 1 when it does not, 3 when the compiler failed."""
+    """0 when it fits, 1 when it does not, 3 when the compiler failed."""
     if args.tries < 0:
         raise UserError(f"--tries={args.tries}: at least 0")
     topology = parse(args.topology, args.slices)
@@ -76,6 +76,7 @@ def _page(figures: dict[str, Any], tried: list[Tried]) -> str:
         ("rows per microbatch and replica", f"{figures['rows_per_device']:g}"),
         *((f"{kind} per device", _gib(n)) for kind, n in figures["hbm_bytes_by_kind"].items()),
         ("total per device", f"{_gib(need)} of {_gib(have)}"),
+        ("evaluation per device", _gib(figures["eval_hbm_bytes_per_device"] or 0)),
         ("host memory per device", _gib(figures["host_bytes_per_device"] or 0)),
         ("fits", "yes" if figures["fits"] else "no"),
         ("model FLOPs per step", f"{figures['model_flops_per_step']:.4g}"),
@@ -85,10 +86,19 @@ def _page(figures: dict[str, Any], tried: list[Tried]) -> str:
     ]
     if not figures["host_bytes_per_device"]:
         rows = [row for row in rows if not row[0].startswith("host")]
+    if figures["eval_fits"] is None:
+        rows = [row for row in rows if not row[0].startswith("evaluation")]
     width = max(len(label) for label, _ in rows)
     lines = [figures["recipe"], *(f"  {label:<{width}}  {text}" for label, text in rows)]
     if "compiler_message" in figures:
         lines.append(f"  the compiler: {figures['compiler_message']}")
+    if figures["eval_fits"] is False:
+        lines.append(
+            f"  the evaluation does not fit: {_gib(figures['eval_hbm_bytes_per_device'])} of"
+            f" {_gib(have)}; lower eval.batch_size"
+        )
+        if "eval_compiler_message" in figures:
+            lines.append(f"  the compiler: {figures['eval_compiler_message']}")
     return "\n".join(lines + _advice(figures, tried))
 
 
@@ -101,7 +111,8 @@ def _advice(figures: dict[str, Any], tried: list[Tried]) -> list[str]:
     names = [" ".join(f"--{c}" for c in t.change) for t in tried]
     width = max(map(len, names))
     for name, t in zip(names, tried, strict=True):
-        size = "" if t.hbm_bytes_per_device is None else _gib(t.hbm_bytes_per_device)
+        need = max(t.hbm_bytes_per_device or 0, t.eval_hbm_bytes_per_device or 0)
+        size = _gib(need) if need else ""
         word = "fits" if t.fits else "no"
         lines.append(f"  {t.kind:<8}  {name:<{width}}  {word:<4}  {t.failure or size}")
     return lines

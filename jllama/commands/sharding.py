@@ -108,7 +108,8 @@ def describe(
     mesh = dict(placement.mesh.shape)
     parameters = []
     for path, spec in jax.tree.leaves_with_path(specs):
-        parts = placement.mesh_axes(spec.shape, spec.axes, dotted(path))
+        named = placement.mesh_axes(spec.shape, spec.axes, dotted(path))
+        parts = [[axis for axis in part if mesh[axis] > 1] for part in named]
         used = [axis for part in parts for axis in part]
         share = math.prod(spec.shape) // math.prod(mesh[axis] for axis in used)
         parameters.append(
@@ -116,10 +117,12 @@ def describe(
                 "parameter": dotted(path),
                 "shape": list(spec.shape),
                 "axes": list(spec.axes),
-                "placement": [list(part) for part in parts],
+                "placement": parts,
                 "bytes_per_device": share * jnp.dtype(spec.dtype).itemsize,
                 "optimizer_bytes_per_device": share * state[path],
-                "repeated_over": [a for a in ("fsdp", "tensor") if mesh[a] > 1 and a not in used],
+                "repeated_over": [
+                    a for a in ("fsdp", "context", "tensor") if mesh[a] > 1 and a not in used
+                ],
             }
         )
     return {
@@ -151,7 +154,7 @@ def _notes(parameters: list[dict[str, Any]], mesh: dict[str, int]) -> list[str]:
     rows, width = tables[0]["shape"]
     by_rows, by_width = (math.prod(mesh[a] for a in part) for part in tables[0]["placement"])
     names = " and ".join(p["parameter"].split(".")[0] for p in tables)
-    if by_rows == 1 and mesh["tensor"] > 1:
+    if by_rows == 1 and rows % mesh["tensor"]:
         notes.append(
             f"vocabulary: {rows:,} does not divide by tensor={mesh['tensor']}: {names} keep all"
             f" rows together, and a device has {width // by_width:,} of {width:,} columns"
@@ -172,9 +175,8 @@ def _notes(parameters: list[dict[str, Any]], mesh: dict[str, int]) -> list[str]:
             f"the same on all devices along {over}: {', '.join(p['parameter'] for p in some)}"
             f" ({size:,} bytes on each)"
         )
-    copies = [f"{a}={mesh[a]}" for a in ("replica", "context") if mesh[a] > 1]
-    if copies:
-        notes.append(f"every parameter is the same along {' and '.join(copies)}")
+    if mesh["replica"] > 1:
+        notes.append(f"every parameter is the same along replica={mesh['replica']}")
     return notes
 
 

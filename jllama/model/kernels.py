@@ -67,7 +67,13 @@ def attend_row(
             kernel, mask = splash, causal_mask(q.shape[1], ways, balanced, block)
         case ReferenceAttention():
             kernel = _reference
-    return context.spread(kernel, q, k, v, segments, balanced, mask)
+
+    def by_runs(q, k, v, rows, segments, mask):
+        # A number may come back later in a row: what tells runs apart is where they start.
+        starts = None if segments is None else segment_starts(segments)
+        return kernel(q, k, v, rows, starts, mask)
+
+    return context.spread(by_runs, q, k, v, segments, balanced, mask)
 
 
 def choose(
@@ -143,7 +149,7 @@ def _blockwise(q, k, v, rows, segments, mask, *, block):
     if segments is None:
         first = jnp.zeros(q.shape[:2], jnp.int32)
     else:
-        first = jnp.take(segment_starts(segments), rows, axis=1)
+        first = jnp.take(segments, rows, axis=1)  # each is named by its start
     return blockwise(q, k, v, rows, first, block)
 
 

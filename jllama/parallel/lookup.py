@@ -27,5 +27,7 @@ def take_rows(table: jax.Array, tokens: jax.Array, axes: tuple[str, str], dtype:
     rows, positions = (tuple(a for a in axes if a not in taken) for axes in (batch, seq))
     tokens = placement.pin(tokens, rows, positions)
     x = placement.pin(jnp.take(table, tokens, axis=0).astype(dtype), rows, positions, width)
-    # One axis after the other: at once, the partitioner would gather the whole result.
-    return placement.pin(x, batch, positions, tuple(a for a in width if a not in batch))
+    # One dimension after the other: at once, the partitioner would gather the whole result.
+    width = tuple(a for a in width if a not in batch)
+    x = placement.pin(x, batch, positions, width)
+    return placement.pin(x, batch, seq, tuple(a for a in width if a not in seq))

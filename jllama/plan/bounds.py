@@ -83,6 +83,9 @@ def traffic(
     hbm = 2.0 * state_bytes
     links = network = 0.0
     for p in parameters:
+        # What no loop over blocks owns has its gradients added up over the microbatches first: the
+        # compiler takes their sum over devices out of the loop.
+        sums = passes if p.name.startswith("layers.") else 1
         own = math.prod(p.shape) / _ways(mesh, p.kept)
         gathered = _ways(mesh, [a for a in p.axes if a not in p.kept])
         stored = own / gathered
@@ -94,13 +97,13 @@ def traffic(
         hbm += passes * uses * own * item
         links += passes * uses * _share(own * item, gathered)
         if multiplied:
-            links += passes * _share(own * _GRADIENT, gathered)
+            links += sums * _share(own * _GRADIENT, gathered)
         # Devices with the same part and other rows add up their gradients.
         same = [a for a in ("replica", "fsdp", "context") if a not in p.axes]
         across = slices if "replica" in same else 1
         inside = _ways(mesh, same) // across
-        links += passes * 2 * _share(stored * _GRADIENT, inside)
-        network += passes * 2 * _share(stored * _GRADIENT / inside, across)
+        links += sums * 2 * _share(stored * _GRADIENT, inside)
+        network += sums * 2 * _share(stored * _GRADIENT / inside, across)
     return Traffic(hbm, links + _activations(config, mesh, parameters), network)
 
 

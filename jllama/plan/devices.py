@@ -1,10 +1,12 @@
 """The devices that ahead-of-time compilers make of a topology; none needs to be there."""
 
+import math
 import os
 from typing import Any
 
 from jax.experimental import topologies
 
+from jllama.errors import UserError
 from jllama.plan.topology import Topology
 
 _HOST = 8  # GPUs
@@ -48,11 +50,21 @@ def compile_only_devices(topology: Topology) -> list[Any]:
 def hbm_bytes(topology: Topology) -> float:
     """What a program may use of a device's memory.
 
-    Of a GPU it is what JAX's allocator takes: XLA_PYTHON_CLIENT_MEM_FRACTION, by default 0.75.
+    Of a GPU it is what JAX's allocator takes: XLA_CLIENT_MEM_FRACTION, or by its old name
+    XLA_PYTHON_CLIENT_MEM_FRACTION; by default 0.75. Raises `UserError` when that is no fraction.
     """
     if not topology.on_gpu:
         return topology.chip.hbm_bytes
-    return _MEMORY * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        if said := os.environ.get(name):
+            try:
+                fraction = float(said)
+            except ValueError:
+                fraction = math.nan
+            if not 0 < fraction < math.inf:
+                raise UserError(f"{name}={said}: a fraction of the memory, such as 0.75")
+            return _MEMORY * fraction
+    return _MEMORY * 0.75
 
 
 def _tpus(topology: Topology) -> list[Any]:

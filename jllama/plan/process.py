@@ -35,6 +35,9 @@ _ALWAYS = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+# Flags of this process's platform: another compiler ends at those that it does not know. And what
+# debugs a run by compiling no step, or one that donates nothing.
+_NEVER = ("XLA_FLAGS", "JAX_DISABLE_JIT", "JAX_DEBUG_NANS", "JAX_DEBUG_INFS")
 _GPU = {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}  # tuning measures on a device
 
 
@@ -76,8 +79,8 @@ def environment(topology: Topology) -> dict[str, str]:
     package = str(Path(jllama.__file__).parent.parent)
     paths = [package, os.environ.get("PYTHONPATH", "")]
     env = os.environ | _ALWAYS | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-    # Flags of this process's platform: another compiler ends at those that it does not know.
-    env.pop("XLA_FLAGS", None)
+    for name in _NEVER:
+        env.pop(name, None)
     if topology.on_gpu:
         check_cuda()
         return env | _GPU

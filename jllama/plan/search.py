@@ -27,6 +27,7 @@ class Tried:
     fits: bool
     hbm_bytes_per_device: int | None
     failure: str | None = None
+    eval_hbm_bytes_per_device: int | None = None
 
 
 def search(config: Config, report: dict[str, Any], attempt: Try, limit: int) -> list[Tried]:
@@ -36,17 +37,28 @@ def search(config: Config, report: dict[str, Any], attempt: Try, limit: int) -> 
     """
     tried: dict[Change, Tried] = {}
 
+    # Fewer rows at a time change neither the step nor what the evaluation says: tried first, and
+    # with all else.
+    lower = _evaluation(config, report)
+
     def one(kind: str, change: Change) -> bool | None:
+        if kind not in ("mesh", "eval"):
+            change = (*change, *lower)
         if change not in tried:
             if len(tried) >= limit:
                 return None
             tried[change] = _try(kind, change, attempt)
         return tried[change].fits
 
+    if lower and one("eval", lower) in (True, None):
+        return list(tried.values())
     known = report["hbm_bytes_by_kind"]
-    state = known["parameters"] + known["optimizer"]
+    state, capacity = known["parameters"] + known["optimizer"], report["hbm_capacity_bytes"]
+    step_fits = "compiler_message" not in report and report["hbm_bytes_per_device"] <= capacity
     kinds = {"mesh": _meshes(config, report)}
-    if state < report["hbm_capacity_bytes"]:  # else nothing helps that leaves the state as it is
+    # Nothing helps that leaves the state as it is when that is too large, nor the evaluation what
+    # the step alone does.
+    if state < capacity and not step_fits:
         kinds = {"remat": _remats(config), "batch": _batches(config, report)} | kinds
         kinds["offload"] = [("compute.remat=offload",)] if config.compute.remat != "offload" else []
     for kind, changes in kinds.items():
@@ -66,7 +78,13 @@ def _try(kind: str, change: Change, attempt: Try) -> Tried:
         report = attempt(change)
     except (UserError, CompileFailed) as error:
         return Tried(kind, change, False, None, str(error))
-    return Tried(kind, change, report["fits"], report["hbm_bytes_per_device"])
+    return Tried(
+        kind,
+        change,
+        report["fits"],
+        report["hbm_bytes_per_device"],
+        eval_hbm_bytes_per_device=report["eval_hbm_bytes_per_device"],
+    )
 
 
 def _mildest(kind: str, changes: Sequence[Change], one: Callable[..., bool | None]) -> None:
@@ -85,6 +103,14 @@ def _first(kind: str, changes: Sequence[Change], one: Callable[..., bool | None]
     for change in changes:
         if one(kind, change) in (True, None):
             return
+
+
+def _evaluation(config: Config, report: dict[str, Any]) -> Change:
+    """A row of the evaluation per group of devices that share rows, if it is what does not fit."""
+    ways = report["mesh"]["replica"] * report["mesh"]["fsdp"]
+    if report["eval_fits"] is not False or ways >= config.eval.batch_size:
+        return ()
+    return (f"eval.batch_size={ways}",)
 
 
 def _remats(config: Config) -> list[Change]:
@@ -106,7 +132,11 @@ def _batches(config: Config, report: dict[str, Any]) -> list[Change]:
 
 
 def _meshes(config: Config, report: dict[str, Any]) -> list[Change]:
-    """Other factors of the same devices; the batch stays, and slices stay `replica`."""
+    """Other factors of the same devices; the batch stays, and slices stay `replica`.
+
+    Each shares rows out over a divisor of the ways before, so that the evaluation's still do; when
+    they are too many they become the fewest.
+    """
     mesh, slices, heads = report["mesh"], report["slices"], config.model.num_heads
     replica, tensor, context = mesh["replica"], mesh["tensor"], mesh["context"]
     found = [(slices, tensor, context)] if replica > slices else []
@@ -118,7 +148,8 @@ def _meshes(config: Config, report: dict[str, Any]) -> list[Change]:
         if rest or not fsdp or config.training.batch_size % (replica * fsdp):
             continue
         sizes = {"replica": replica, "fsdp": fsdp, "tensor": tensor, "context": context}
-        changes.append(tuple(f"mesh.{axis}={n}" for axis, n in sizes.items() if n != mesh[axis]))
+        change = tuple(f"mesh.{axis}={n}" for axis, n in sizes.items() if n != mesh[axis])
+        changes.append((*change, *_evaluation(config, report | {"mesh": sizes})))
     return changes
 
 

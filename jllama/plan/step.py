@@ -1,4 +1,4 @@
-"""The real train step, compiled for devices that are not there: a program run as a process.
+"""The real train step and evaluation, compiled for devices that are not there: a process.
 
     python -m jllama.plan.step < {"config": ..., "topology": ..., "slices": ...} > report
 
@@ -31,22 +31,29 @@ from jllama.plan.devices import compile_only_devices, hbm_bytes
 from jllama.plan.topology import Topology, parse
 from jllama.train.loss import causal_lm_loss
 from jllama.train.state import StateDef, TrainState, define_state, dotted
-from jllama.train.step import make_train_step
+from jllama.train.step import make_eval_step, make_train_step
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 _SIZE = r"([\d.]+)([KMGTP]?)B?"
 
 
 def report(config: Config, topology: Topology) -> dict[str, Any]:
-    """Compiles the step and says what it needs; see docs/planning.md for the keys.
+    """Compiles step and evaluation and says what they need; see docs/planning.md for the keys.
 
-    A step that the compiler refuses for its memory has `fits` false and its message. Any other
-    failure raises.
+    What the compiler refuses for its memory has `fits` false and its message. Any other failure
+    raises.
     """
+    capacity = hbm_bytes(topology)
     devices = compile_only_devices(topology)
     placement = Placement(make_mesh(config.mesh, devices), config.sharding)
     definition = define_state(config, placement)
-    state, batch = abstract_state(definition), abstract_batch(config, placement)
+    batch_rows = {"training.batch_size": config.training.batch_size}
+    if config.data.held_out:
+        batch_rows["eval.batch_size"] = config.eval.batch_size
+    for name, rows in batch_rows.items():  # what the run refuses is refused here, in its words
+        placement.sharding((rows,), ("batch",), name)
+    state = abstract_state(definition)
+    batch = abstract_batch(config, placement, config.training.batch_size)
     known = {
         "parameters": bytes_per_device(state.trainable),
         "optimizer": bytes_per_device((state.step, state.opt_state)),
@@ -63,10 +70,12 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
     loss = functools.partial(causal_lm_loss, config)
     step = make_train_step(config, loss, definition, placement)
     start = time.perf_counter()
-    memory = _memory(step, state, batch, known)
+    memory = _memory(step, (state, (), batch), known)
     compile_seconds = round(time.perf_counter() - start, 2)
     times = bounds.seconds(config, len(devices), topology.chip, counted)
-    capacity = memory.pop("hbm_capacity_bytes", hbm_bytes(topology))
+    capacity = memory.pop("hbm_capacity_bytes", capacity)
+    step_fits = memory["hbm_bytes_per_device"] <= capacity and "compiler_message" not in memory
+    evaluation = _evaluation(config, placement, state, known, capacity)
     return {
         "topology": topology.name,
         "slices": topology.slices,
@@ -77,9 +86,10 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
         / config.training.accumulate
         / (mesh["replica"] * mesh["fsdp"]),
         "tokens_per_step": config.training.batch_size * config.data.length,
-        "fits": memory["hbm_bytes_per_device"] <= capacity and "compiler_message" not in memory,
+        "fits": step_fits and evaluation["eval_fits"] is not False,
         "hbm_capacity_bytes": round(capacity),
         **memory,
+        **evaluation,
         "model_flops_per_step": round(bounds.model_flops(config)),
         "compile_seconds": compile_seconds,
         "step_seconds_at_least": times,
@@ -98,9 +108,11 @@ def abstract_state(definition: StateDef) -> TrainState:
     )
 
 
-def abstract_batch(config: Config, placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(
+    config: Config, placement: Placement, rows: int
+) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of `jllama.data.pack` as shapes, placed as `put_batch` places it."""
-    shape = (config.training.batch_size, config.data.length + 1)
+    shape = (rows, config.data.length + 1)
     dtypes = {"tokens": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
     return {
         name: jax.ShapeDtypeStruct(
@@ -125,9 +137,30 @@ def parameters_of(state: TrainState) -> list[bounds.Parameter]:
     return [of(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state.trainable)]
 
 
-def _memory(step: Any, state: Any, batch: Any, known: dict[str, int]) -> dict[str, Any]:
+def _evaluation(
+    config: Config,
+    placement: Placement,
+    state: TrainState,
+    known: dict[str, int],
+    capacity: float,
+) -> dict[str, Any]:
+    """What a batch of the evaluation needs while the whole state is resident; None of no data."""
+    if not config.data.held_out:
+        return {"eval_hbm_bytes_per_device": None, "eval_fits": None}
+    step = make_eval_step(functools.partial(causal_lm_loss, config), placement)
+    batch = abstract_batch(config, placement, config.eval.batch_size)
+    arguments = {"parameters": known["parameters"], "batch": bytes_per_device(batch)}
+    memory = _memory(step, (state.trainable, (), batch), arguments)
+    # The compiler knows of its arguments alone.
+    need = memory["hbm_bytes_per_device"] + known["optimizer"]
+    refused = memory.get("compiler_message")
+    found = {"eval_hbm_bytes_per_device": need, "eval_fits": need <= capacity and not refused}
+    return found | ({"eval_compiler_message": refused} if refused else {})
+
+
+def _memory(step: Any, given: tuple[Any, ...], known: dict[str, int]) -> dict[str, Any]:
     """Bytes by kind: those of the arguments from their shapes, the others from the compiler."""
-    lowered = step.lower(state, (), batch)
+    lowered = step.lower(*given)
     try:
         stats = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -135,29 +168,29 @@ def _memory(step: Any, state: Any, batch: Any, known: dict[str, int]) -> dict[st
         if refused is None:
             raise
         return _refused(refused, known)
-    arguments, code = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes
-    # What the arguments take beyond their shapes is the padding of tiles.
+    arguments = stats.argument_size_in_bytes
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes  # those that reuse no argument
+    # Two counts from above. temp_size counts some buffers of libtpu's twice; the peak, which is
+    # what libtpu compares with the HBM, has the on-chip memory in it, little but for tiny models.
+    total = arguments + outputs + stats.temp_size_in_bytes
+    total = min(total, getattr(stats, "peak_memory_in_bytes", 0) or total)
     kinds = known | {
-        "temporaries": stats.temp_size_in_bytes,
-        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "padding": max(0, arguments - sum(known.values())),
-        "program": code,
+        "temporaries": max(0, total - arguments),
+        "program": stats.generated_code_size_in_bytes,
     }
-    host = stats.host_temp_size_in_bytes + stats.host_argument_size_in_bytes
     return {
         "hbm_bytes_per_device": sum(kinds.values()),
         "hbm_bytes_by_kind": kinds,
-        "host_bytes_per_device": host,
+        "host_bytes_per_device": stats.host_temp_size_in_bytes + stats.host_argument_size_in_bytes,
     }
 
 
 def _refused(refused: dict[str, Any], known: dict[str, int]) -> dict[str, Any]:
-    total, arguments = refused["bytes"], sum(known.values())
-    if refused["temporaries_only"]:
-        total += arguments
+    rest = max(0, refused["bytes"] - sum(known.values()))
     return {
-        "hbm_bytes_per_device": total,
-        "hbm_bytes_by_kind": known | {"temporaries": max(0, total - arguments)},
+        "hbm_bytes_per_device": refused["bytes"],
+        "hbm_bytes_by_kind": known | {"temporaries": rest},
         "host_bytes_per_device": None,
         "hbm_capacity_bytes": refused["capacity"],
         "compiler_message": refused["message"],
@@ -167,13 +200,13 @@ def _refused(refused: dict[str, Any], known: dict[str, int]) -> dict[str, Any]:
 def out_of_memory(message: str) -> dict[str, Any] | None:
     """What the compiler says when HBM is too small; None when it says something else.
 
-    Two forms are known: "total memory required for HLO temporaries (16.16G) exceeds available HBM
-    (15.75G)", which leaves out the arguments, and "Used 20.17G of 15.75G hbm", which does not.
+    Two forms are known: "the total memory required for HLO temporaries (16.16G) exceeds available
+    HBM (15.75G)", which counts the arguments whatever it says, and "Used 20.17G of 15.75G hbm".
     """
     text = " ".join(message.split())
-    early = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", text)
-    late = re.search(rf"Used {_SIZE} of {_SIZE} hbm", text)
-    found = early or late
+    found = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", text) or re.search(
+        rf"Used {_SIZE} of {_SIZE} hbm", text
+    )
     if "RESOURCE_EXHAUSTED" not in text or found is None:
         return None
     need, need_unit, have, have_unit = found.groups()
@@ -181,7 +214,6 @@ def out_of_memory(message: str) -> dict[str, Any] | None:
     return {
         "bytes": round(float(need) * _UNITS[need_unit]),
         "capacity": round(float(have) * _UNITS[have_unit]),
-        "temporaries_only": early is not None,
         "message": (sentence[0] if sentence else found[0]).strip(),
     }
 

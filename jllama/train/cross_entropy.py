@@ -34,7 +34,7 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Sums of weights * (-log p(target) + z_loss * log(Z)^2), and the same without the z term.
 
-    Logits exist for `block` positions of each row at a time. The gradients are made in the same
+    Logits exist for `block` tokens of a device at a time. The gradients are made in the same
     pass over the blocks: three matrix products in all, nothing recomputed. Only the first result
     has a gradient; z_loss is from PaLM (arXiv:2204.02311, section 5).
 
@@ -53,7 +53,8 @@ def _forward(hidden, weight, targets, weights, z_loss, block, gradients):
     placement = active_placement()
     one = functools.partial(_one_device, z_loss=z_loss, block=block, gradients=gradients)
     if placement is None or placement.mesh.size == 1:
-        return one(hidden, weight.astype(hidden.dtype), targets, weights)
+        sums, gradients = one(hidden, weight.astype(hidden.dtype), targets, weights)
+        return sums, gradients and (gradients[0], gradients[1].T)
     return _many_devices(one, placement, hidden, weight, targets, weights)
 
 
@@ -61,9 +62,10 @@ def _one_device(hidden, head, targets, weights, z_loss, block, gradients, vocab_
     """One device's share: all positions of `hidden`, and the part `head` [V,D] of the vocabulary.
 
     Over `vocab_axes` lie the parts of the vocabulary: the sums are whole, d_hidden is this part's.
+    The gradient of the head is [D,V], in float32.
     """
     B, T, D = hidden.shape
-    block = min(block, T)
+    block = min(max(1, block // B), T)  # positions of each row
     vocab = lax.broadcasted_iota(jnp.int32, (1, 1, head.shape[0]), 2)
     if vocab_axes:
         vocab += lax.axis_index(vocab_axes) * head.shape[0]
@@ -98,7 +100,7 @@ def _one_device(hidden, head, targets, weights, z_loss, block, gradients, vocab_
     if not gradients:
         return carry, None
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, D)[:, :T]
-    return carry[:2], (d_hidden, carry[2].T)
+    return carry[:2], (d_hidden, carry[2])
 
 
 def _many_devices(one, placement, hidden, weight, targets, weights):
@@ -139,7 +141,7 @@ def _many_devices(one, placement, hidden, weight, targets, weights):
             return sums, None
         d_hidden, d_weight = gradients
         d_hidden = _reduce(d_hidden, spread, vocab + idle, 1)
-        return sums, (d_hidden, _reduce(d_weight, width, others, 1))
+        return sums, (d_hidden, _reduce(d_weight, width, others, 0).T)
 
     spec, table = placement.partition(rows, positions, ()), placement.partition(vocab, width)
     row = placement.partition(rows, kept)

@@ -163,7 +163,8 @@ class _Run:
         self.eval_step = make_eval_step(loss, placement)
         self.rows = placement.batch_rows(config.training.batch_size, "training.batch_size")
         # What the evaluation needs is known before the training, not after it.
-        self.eval_rows = placement.batch_rows(config.eval.batch_size, "eval.batch_size")
+        if config.data.held_out:
+            self.eval_rows = placement.batch_rows(config.eval.batch_size, "eval.batch_size")
         self.flops = train_flops_per_token(config.model, config.data.length)
         # Only the leader reports, and measures where no figure is published.
         peak = peak_flops(config.compute.dtype)[0] if distributed.leader() else math.inf

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jllama.config import Config
 from jllama.model import llama
+from jllama.model.blockwise import segment_starts
 from jllama.parallel.context import balanced_order, sequence_ways
 from jllama.train.cross_entropy import cross_entropy
 
@@ -19,9 +19,7 @@ Batch = dict[str, jax.Array]
 
 def row_positions(segments: jax.Array) -> jax.Array:
     """Position of each token within its own segment: segments [B,T] -> [B,T] int32."""
-    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-    return index - lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return jnp.arange(segments.shape[1], dtype=jnp.int32) - segment_starts(segments)
 
 
 def causal_lm_loss(

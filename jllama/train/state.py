@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jllama.config import Config
+from jllama.errors import UserError
 from jllama.model import llama
 from jllama.parallel.sharding import Placement
 from jllama.train.optimizer import make_optimizer
@@ -45,6 +46,7 @@ def as_float32(tree: Any) -> Any:
 
 def define_state(config: Config, placement: Placement) -> StateDef:
     """The state of a recipe that trains every parameter."""
+    _check_rows(config, placement)
     specs = llama.param_specs(config.model, config.compute)
     optimizer = make_optimizer(config.training.optimizer, specs)
 
@@ -59,6 +61,16 @@ def define_state(config: Config, placement: Placement) -> StateDef:
     opt_shardings = _like_parameters(shapes.opt_state, specs, shardings, placement)
     placed = TrainState(placement.replicated(), shardings, opt_shardings)
     return StateDef(init, optimizer, shapes, placed)
+
+
+def _check_rows(config: Config, placement: Placement) -> None:
+    """Raises `UserError` for rows that the context axis would not share out but repeat."""
+    length, ways = config.data.length, placement.mesh.shape["context"]
+    if length % ways:
+        raise UserError(
+            f"data.length={length} does not divide by mesh.context={ways}: every device would"
+            f" compute whole rows; choose a multiple, best of {2 * ways}"
+        )
 
 
 def _like_parameters(opt_state: Any, specs: Any, shardings: Any, placement: Placement) -> Any:

@@ -62,6 +62,9 @@ def test_a_step_that_fits(recipe, compiler, capsys):
     assert figures["hbm_bytes_per_device"] == sum(kinds.values())
     assert kinds["temporaries"] > 0
     assert figures["hbm_capacity_bytes"] == round(15.75 * 2**30)
+    state = parameters + kinds["optimizer"]
+    assert figures["eval_fits"] is True
+    assert state < figures["eval_hbm_bytes_per_device"] < figures["hbm_bytes_per_device"]
     assert (
         figures["compile_seconds"] > 0 and figures["bound_by"] in figures["step_seconds_at_least"]
     )
@@ -77,6 +80,23 @@ def test_a_step_that_does_not_fit_says_what_would(recipe, compiler, capsys):
     line = next(x for x in out.splitlines() if "--training.accumulate=8192" in x)
     assert line.split()[:3] == ["batch", "--training.accumulate=8192", "fits"]
     assert err.count("compiling") == 2
+
+
+def test_a_step_whose_evaluation_does_not_fit_says_so(recipe, compiler, capsys):
+    too_many = ["--eval.batch_size=131072", "--compute.attention=reference"]
+    status, out, err = run(capsys, "--config", recipe, *too_many)
+    assert status == 1
+    (line,) = [x for x in out.splitlines() if "the evaluation does not fit" in x]
+    assert line.endswith("of 15.75 GiB; lower eval.batch_size")
+    assert out.splitlines()[-1].split()[:3] == ["eval", "--eval.batch_size=4", "fits"]
+    assert err.count("compiling") == 2
+
+
+@pytest.mark.parametrize("key", ["training.batch_size", "eval.batch_size"])
+def test_rows_that_do_not_divide_are_the_users_error(recipe, compiler, key, capsys):
+    status, out, err = run(capsys, "--config", recipe, f"--{key}=6")
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].startswith(f"error: {key}: axis 'batch'")
 
 
 def test_what_is_no_lack_of_memory_is_reported_as_itself(recipe, monkeypatch, capsys):
@@ -104,6 +124,7 @@ def report(fits):
         "tokens_per_step": 1, "fits": fits, "hbm_capacity_bytes": size,
         "hbm_bytes_per_device": size // 2 if fits else 2 * size,
         "hbm_bytes_by_kind": {"parameters": 1, "optimizer": 2, "temporaries": size},
+        "eval_hbm_bytes_per_device": size // 4, "eval_fits": True,
         "host_bytes_per_device": 0, "model_flops_per_step": 10**12, "compile_seconds": 1.0,
         "step_seconds_at_least": {"compute": 2.0, "hbm": 1.0}, "bound_by": "compute",
     }  # fmt: skip

@@ -83,7 +83,10 @@ def test_one_line_for_each_parameter_and_their_sum(capsys):
             ["llama3.1-405b", "--mesh", "fsdp=32,tensor=16"],
             "along tensor=16: layers.attention.k.kernel, layers.attention.v.kernel (528,482,304",
         ),
-        (["llama2-7b", "--mesh", "replica=2,fsdp=8,context=2"], "along replica=2 and context=2"),
+        (
+            ["llama2-7b", "--mesh", "replica=2,fsdp=8,context=2"],
+            "every parameter is the same along replica=2",
+        ),
     ],
     ids=str,
 )

@@ -107,6 +107,14 @@ def test_bfloat16_is_near(config):
     assert 1e-4 < max(errors(got, exact(*arrays, segments))) < 0.02
 
 
+def test_a_number_that_comes_back_is_another_segment():
+    q, k, v, d_out, _ = case(12)
+    again, other = (jnp.asarray([[1] * 4 + [2] * 4 + [last] * 4] * len(q)) for last in (1, 3))
+    for config in (REFERENCE, blocks(4)):
+        got, wanted = (value_and_grads(q, k, v, d_out, s, config) for s in (again, other))
+        jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
 def test_the_float64_check_sees_a_wrong_mask():
     *arrays, segments = case(37)
     wrong = exact(*arrays, np.roll(segments, 1, axis=1))

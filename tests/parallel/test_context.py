@@ -11,12 +11,14 @@ import recipes
 import tiny
 
 from jllama.config import BlockwiseAttention, MeshConfig, ShardingConfig
+from jllama.errors import UserError
 from jllama.model import kernels, llama, splash
 from jllama.model.blockwise import segment_starts, visits
 from jllama.parallel import context
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train import loss as losses
+from jllama.train.state import define_state
 
 
 def placement(**sizes):
@@ -160,3 +162,9 @@ def test_keys_of_the_whole_row_are_not_kept_for_the_backward_pass():
         )
     # What every device keeps is stacked over devices: q, k, v, the result, and what is small.
     assert sum(x.size for x in jax.tree.leaves(saved)) < 5 * T * 16
+
+
+def test_rows_that_the_context_axis_would_repeat_are_an_error():
+    config = recipes.in_memory("data.length=18", "mesh.context=4", "mesh.fsdp=2")
+    with pytest.raises(UserError, match=r"data\.length=18 does not divide by mesh\.context=4"):
+        define_state(config, Placement(make_mesh(config.mesh), config.sharding))

@@ -5,6 +5,8 @@ import math
 import re
 
 import hlo
+import jax
+import pytest
 import recipes
 import tpu
 
@@ -44,18 +46,29 @@ def sent(collective):
     return collective.times * size * factor.get(collective.kind, share)
 
 
-def test_the_interconnect_bound_is_what_the_program_sends_but_for_little():
+@pytest.fixture
+def no_cache():
+    """Nothing to load: a program for chips that are not there cannot be."""
+    was = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", was)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_interconnect_bound_is_what_the_program_sends_but_for_little(no_cache, accumulate):
     devices = tpu.devices("v5e:2x4")
     config = recipes.in_memory(
-        "compute.dtype=bfloat16", "data.length=512", "mesh.tensor=2", "mesh.context=2", **SIZES
-    )
+        "compute.dtype=bfloat16", "data.length=512", "mesh.tensor=2", "mesh.context=2",
+        f"training.accumulate={accumulate}", **SIZES,
+    )  # fmt: skip
     placement = Placement(make_mesh(config.mesh, devices), config.sharding)
     definition = define_state(config, placement)
     state = step.abstract_state(definition)
     loss = functools.partial(causal_lm_loss, config)
     compiled = (
         make_train_step(config, loss, definition, placement)
-        .lower(state, (), step.abstract_batch(config, placement))
+        .lower(state, (), step.abstract_batch(config, placement, config.training.batch_size))
         .compile()
     )
     program = sum(map(sent, hlo.collectives(compiled.as_text())))

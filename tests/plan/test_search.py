@@ -10,9 +10,12 @@ CAPACITY = 100
 MESH = {"replica": 1, "fsdp": 4, "context": 1, "tensor": 1}
 
 
-def report(size, parameters=10):
+def report(size, parameters=10, evaluation=None):
+    eval_fits = None if evaluation is None else evaluation <= CAPACITY
     return {
-        "fits": size <= CAPACITY,
+        "fits": size <= CAPACITY and eval_fits is not False,
+        "eval_hbm_bytes_per_device": evaluation,
+        "eval_fits": eval_fits,
         "hbm_bytes_per_device": size,
         "hbm_capacity_bytes": CAPACITY,
         "hbm_bytes_by_kind": {"parameters": parameters, "optimizer": 2 * parameters},
@@ -73,6 +76,37 @@ def test_compilations_are_bounded():
 def test_what_leaves_the_state_as_it_is_is_not_tried_when_the_state_alone_is_too_large():
     _, asked = run({}, parameters=40)
     assert all(c[0].startswith("mesh.") or "param_dtype" in c[-1] for c in asked)
+
+
+def search_evaluation(size, evaluations, sizes=()):
+    """Searches from an evaluation of 500 bytes; gives what was asked for."""
+    asked = []
+
+    def attempt(change):
+        asked.append(change)
+        return report(dict(sizes).get(change, size), evaluation=evaluations.get(change, 300))
+
+    config = recipes.in_memory("training.batch_size=64", "eval.batch_size=64")
+    return search(config, report(size, evaluation=500), attempt, 20), asked
+
+
+def test_an_evaluation_that_does_not_fit_gets_fewer_rows_and_nothing_else():
+    tried, asked = search_evaluation(50, {("eval.batch_size=4",): 90})
+    assert asked == [("eval.batch_size=4",)]  # a row per device of fsdp 4
+    assert (tried[0].fits, tried[0].eval_hbm_bytes_per_device) == (True, 90)
+
+
+def test_when_its_fewest_rows_do_not_fit_the_mesh_changes_with_fewer_still():
+    both = ("mesh.fsdp=2", "mesh.tensor=2", "eval.batch_size=2")
+    tried, asked = search_evaluation(50, {both: 90})
+    assert [t.change for t in tried if t.fits] == [both]
+    assert not any("remat" in c[0] or "accumulate" in c[0] for c in asked), "the step's alone"
+
+
+def test_a_change_of_the_step_is_tried_with_an_evaluation_that_fits():
+    full = ("compute.remat=full", "eval.batch_size=4")
+    tried, _ = search_evaluation(500, {("eval.batch_size=4",): 90, full: 90}, {full: 80})
+    assert full in [t.change for t in tried if t.fits]
 
 
 def test_every_change_is_a_valid_override():

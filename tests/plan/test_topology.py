@@ -3,6 +3,7 @@
 import pytest
 
 from jllama.errors import UserError
+from jllama.plan.devices import hbm_bytes
 from jllama.plan.topology import parse
 
 
@@ -34,3 +35,22 @@ def test_a_wrong_name_is_a_line_that_says_what_is_allowed(name, slices, said):
     with pytest.raises(UserError, match=said.replace("(", r"\(")) as error:
         parse(name, slices)
     assert "\n" not in str(error.value)
+
+
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+def test_a_gpus_capacity_is_the_part_of_its_memory_that_jax_takes(monkeypatch):
+    for name in FRACTIONS:
+        monkeypatch.delenv(name, raising=False)
+    gpu = parse("gpu:h100:8")
+    whole = hbm_bytes(gpu) / 0.75
+    for name in FRACTIONS:
+        with monkeypatch.context() as here:
+            here.setenv(name, "0.9")
+            assert hbm_bytes(gpu) == pytest.approx(0.9 * whole)
+            assert hbm_bytes(parse("v5e:2x2")) == 15.75 * 2**30
+            for wrong in ("most", "nan", "0"):
+                here.setenv(name, wrong)
+                with pytest.raises(UserError, match=f"^{name}={wrong}: "):
+                    hbm_bytes(gpu)

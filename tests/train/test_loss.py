@@ -30,7 +30,7 @@ def sums(config, params, batch):
 
 
 def test_the_loss_of_a_batch_is_that_of_a_float64_llama():
-    config = recipes.in_memory("training.z_loss=0.01", "compute.loss_block=5")
+    config = recipes.in_memory("training.z_loss=0.01", "compute.loss_block=40")
     params, batch = tiny.params(config.model, 5.0), recipes.batch(config)
     inputs = batch["segments"][:, :-1]
     positions = np.asarray(row_positions(jnp.asarray(inputs)))
@@ -45,7 +45,7 @@ def test_the_loss_of_a_batch_is_that_of_a_float64_llama():
 
 def test_gradients_are_those_of_the_naive_loss():
     config = recipes.in_memory(
-        "compute.loss_block=5", "compute.attention={kind: blockwise, block: 6}"
+        "compute.loss_block=40", "compute.attention={kind: blockwise, block: 6}"
     )
     params, batch = tiny.params(config.model, 5.0), recipes.batch(config)
 
