@@ -159,6 +159,13 @@ def test_a_script_passes_arguments_and_status_through(tmp_path, script, status):
     assert len(lines) == (0 if status == 0 else 1 if script == "slurm.sbatch" else 2)
 
 
+def test_a_job_that_a_signal_stopped_is_no_error(tmp_path):
+    srun = "#!/bin/sh\nexit 75\n"
+    got, _, err = run(tmp_path, ["bash", "launch/slurm.sbatch"], {"srun": srun}, SLURM_JOB_ID="7")
+    assert got == 75
+    assert err == "job 7: stopped by a signal and checkpointed; the same command resumes it\n"
+
+
 @pytest.mark.parametrize("script", ["tpu_pod.sh", "tpu_multislice.sh"])
 def test_a_script_says_what_it_needs(tmp_path, script):
     status, out, err = run(tmp_path, ["bash", f"launch/{script}"], {"gcloud": GCLOUD})

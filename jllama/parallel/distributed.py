@@ -259,8 +259,9 @@ def leaving_together(advice: Callable[[], str]) -> Iterator[None]:
 
 def is_loss(error: BaseException) -> bool:
     """Whether a process that died explains the error: a collective or barrier that broke."""
-    # Gloo's arrive as ValueError or JaxRuntimeError, according to where they are noticed.
-    if not several() or not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
+    # Gloo's arrive as ValueError or JaxRuntimeError, according to where they are noticed; Orbax has
+    # its own RuntimeErrors for a barrier.
+    if not several() or not isinstance(error, RuntimeError | ValueError | TimeoutError):
         return False
     return _sounds_lost(str(error))
 
