@@ -143,7 +143,7 @@ def test_a_script_passes_arguments_and_status_through(tmp_path, script, status):
     got, out, err = run(
         tmp_path, ["bash", f"launch/{script}", *PASSED], programs, STATUS=str(status),
         TPU="pod", QUEUED="pods", SLICES="2", ZONE="z", DIR=str(host),
-        SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(host),
+        SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(host), PYTHON="",
     )  # fmt: skip
     first, *args = out.splitlines()
     slices = ["--mesh.replica=2"] if script == "tpu_multislice.sh" else []

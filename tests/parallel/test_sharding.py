@@ -37,7 +37,7 @@ def test_first_candidate_that_divides_wins():
 
 def test_a_mesh_axis_serves_one_dimension():
     p = placement({"heads": (("fsdp",), ("tensor",))}, fsdp=2, tensor=2)
-    assert p.spec((4, 4), ("embed", "heads"), "x") == jax.P(("fsdp", "context"), "tensor")
+    assert p.spec((4, 4), ("embed", "heads"), "x") == jax.P("fsdp", "tensor")
 
 
 def test_mesh_axis_used_twice_is_an_error_when_nothing_else_is_left():
@@ -78,7 +78,7 @@ def test_every_parameter_of_a_model_is_placed(sizes):
         p.sharding(spec.shape, spec.axes, jax.tree_util.keystr(path))
     gate = specs["layers"]["mlp"]["gate"]["kernel"]
     parts = p.spec(gate.shape, gate.axes, "gate")
-    assert parts[1] == ("fsdp", "context")
+    assert parts[1] == "fsdp"
     assert parts[2] == "tensor"
 
 
