@@ -99,6 +99,8 @@ def test_numbers_that_cannot_be_are_one_line(keys, said):
         (True, "INTERNAL: Shutdown barrier has failed."),
         (True, "UNAVAILABLE: 1 task stopped sending heartbeats"),
         (True, "UNAVAILABLE: Socket closed\nRPC: /tensorflow.CoordinationService/Barrier"),
+        (True, "INTERNAL: Barrier failed because: Task 1 heartbeat timeout. RPC: /x"
+               " [type.googleapis.com/tensorflow.CoordinationServiceError='']"),
         (True, "UNAVAILABLE: recvmsg: Connection reset by peer; see https://openxla.org/x"),
         (False, "RESOURCE_EXHAUSTED: Out of memory while running %opt-barrier.1, %nccl error"),
         (False, "INVALID_ARGUMENT: %opt-barrier.3 has another shape"),

@@ -272,7 +272,9 @@ _LOSS = re.compile(
     r"|barrier (has )?(timed|failed|error|aborted)|connection (closed|reset) by peer",
     re.IGNORECASE,
 )
-_NO_LOSS = re.compile(r"RESOURCE_EXHAUSTED|tensorstore|\b(gs|s3)://|googleapis", re.IGNORECASE)
+_NO_LOSS = re.compile(
+    r"RESOURCE_EXHAUSTED|tensorstore|\b(gs|s3)://|storage\.googleapis", re.IGNORECASE
+)
 
 
 def _sounds_lost(message: str) -> bool:
