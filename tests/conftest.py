@@ -11,9 +11,19 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Derandomised: a failure is seen again by whoever runs the tests next.
 hypothesis.settings.register_profile("jllama", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("jllama")
+
+
+@pytest.fixture
+def no_cache():
+    """Compiles anew: what was compiled for chips that are not there cannot be read back."""
+    was = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", was)

@@ -18,7 +18,7 @@ import yaml
 from jllama import cli
 from jllama import recipe as configs
 from jllama.train.checkpoint import latest_step
-from jllama.train.loop import flatten
+from jllama.train.folder import flatten
 from jllama.train.metrics import read
 
 ROOT = Path(__file__).parent.parent

@@ -1,14 +1,8 @@
-"""A run: from a recipe to a trained model in a folder, resumable at any checkpoint.
-
-RUN/config.yaml  the resolved recipe      RUN/checkpoints/STEP  parameters, optimizer state
-RUN/tokenizer.model                       RUN/metrics.jsonl, RUN/tensorboard
-"""
+"""A run: from a recipe to a trained model in its folder, resumable at any checkpoint."""
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import signal
 import statistics
@@ -19,34 +13,23 @@ from typing import Any
 
 import jax
 
-from jllama import recipe as recipes
 from jllama import storage
 from jllama.config import Config
-from jllama.data.dataset import Data, eval_batches, open_data, open_tokenizer
+from jllama.data.dataset import eval_batches
 from jllama.data.pack import CutRows
-from jllama.errors import UserError
 from jllama.flops import train_flops_per_token
 from jllama.hardware import peak_flops, use_compilation_cache
 from jllama.parallel import distributed
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
-from jllama.text.tokenizer import load_tokenizer
-from jllama.train.checkpoint import Checkpoints, latest_step
+from jllama.train import folder as run_folder
+from jllama.train.checkpoint import Checkpoints
 from jllama.train.loss import causal_lm_loss
 from jllama.train.metrics import Metrics, NoMetrics
 from jllama.train.metrics import read as metrics_of
 from jllama.train.mirror import Mirror
 from jllama.train.state import define_state, init_state
 from jllama.train.step import make_eval_step, make_train_step
-
-# What may change between two runs in one folder: none of it changes what a step computes, but for
-# the order of sums on another mesh.
-_FREE = (
-    "run.folder", "run.name", "run.log_every", "run.profile", "run.stop_after",
-    "run.compilation_cache", "checkpoint.", "data.prefetch", "data.prepare.folder",
-    "data.prepare.cache", "data.prepare.workers", "distributed.", "mesh.", "sharding.", "eval.",
-    "sample.",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,21 +67,23 @@ def train(config: Config) -> Result:
     distributed.start(config.distributed)
     use_compilation_cache(config.run.compilation_cache)
     folder = storage.path(config.run.folder) / config.run.name
-    with distributed.leaving_together(lambda: _advice(folder)):
+    with distributed.leaving_together(lambda: run_folder.advice(folder)):
         return _train(config, folder)
 
 
 def _train(config: Config, folder: Path) -> Result:
     together, leader = distributed.together, distributed.leader()
-    distributed.same("the recipe", _told_alike(config), "start all with the same arguments")
+    distributed.same(
+        "the recipe", run_folder.told_alike(config), "start all with the same arguments"
+    )
     placement = together(lambda: Placement(make_mesh(config.mesh), config.sharding))
     definition = together(lambda: define_state(config, placement))
     with contextlib.ExitStack() as stack:
         # The leader makes what is missing while the others wait; they find it, or make their own
         # where prepared data is not on shared storage.
-        data = together(lambda: _begin(config, folder, stack) if leader else None)
-        data = together(lambda: data or _join(config, folder))
-        distributed.same("the prepared text", _json(_digests(data)), "give all the same files")
+        data = together(lambda: run_folder.begin(config, folder, stack) if leader else None)
+        data = together(lambda: data or run_folder.join(config, folder))
+        distributed.same("the prepared text", run_folder.digests(data), "give all the same files")
         checkpoints = together(lambda: Checkpoints(folder, config.checkpoint.keep))
         stack.callback(checkpoints.close)
         start = checkpoints.latest() or 0
@@ -116,40 +101,6 @@ def _train(config: Config, folder: Path) -> Result:
             lambda: _Run(config, placement, definition, data, checkpoints, metrics, folder)
         )
         return run.go(state, start)
-
-
-def _begin(config: Config, folder: Path, stack: contextlib.ExitStack) -> Data:
-    """The leader's part: the folder, locked until `stack` ends, its tokenizer and the data."""
-    busy = "another process trains here; choose another run.name"
-    stack.enter_context(storage.locked(folder, busy=busy))
-    if latest_step(folder):
-        _check_same_config(folder, config)
-        tokenizer = load_tokenizer(folder)  # the run's own, whatever the recipe's is by now
-        data = open_data(config, tokenizer)
-        _check_same_data(folder, data)
-    else:
-        tokenizer = open_tokenizer(config)
-        data = open_data(config, tokenizer)
-        tokenizer.save(folder / "tokenizer.model")
-        storage.write_text(folder / _DATA, _json(_digests(data)))
-    storage.make_folder(folder / "checkpoints")  # Orbax has a traceback for a file in its place
-    storage.write_text(folder / "config.yaml", recipes.to_yaml(config))
-    return data
-
-
-def _join(config: Config, folder: Path) -> Data:
-    """The others' part: the run's tokenizer, and the data prepared with it."""
-    if not storage.exists(folder / "config.yaml"):
-        raise UserError(
-            f"{folder}: process 0 made it, and it is not here: run.folder must be on storage that"
-            " all processes share"
-        )
-    return open_data(config, load_tokenizer(folder))
-
-
-def _advice(folder: Path) -> str:
-    step = latest_step(folder)
-    return f"the same command resumes from step {step}" if step else "the same command starts anew"
 
 
 class _Run:
@@ -306,72 +257,6 @@ class _Run:
             bits += here[0] / here[1] / math.log(2) * predicted
             size += prepared.bytes
         return {"loss": nll / weight, "bits_per_byte": bits / size} if weight else None
-
-
-_DATA = "data.json"
-
-
-def _json(tree: Any) -> str:
-    return json.dumps(tree, indent=1)
-
-
-def _told_alike(config: Config) -> str:
-    """A digest of what must be the same in all processes: all but where a host keeps its own."""
-    own = ("distributed.process_id", "data.prepare.", "run.compilation_cache")
-    keys = flatten(recipes.to_dict(config))
-    text = _json({k: v for k, v in sorted(keys.items()) if not k.startswith(own)})
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _digests(data: Data) -> dict[str, dict[str, str]]:
-    """What the run's tokens are, by source."""
-    parts = {"train": data.sources, "held_out": data.held_out}
-    return {p: {name: x.digest for name, x in some.items()} for p, some in parts.items()}
-
-
-def _check_same_data(folder: Path, data: Data) -> None:
-    try:
-        before = json.loads(storage.read_text(folder / _DATA))
-    except (FileNotFoundError, ValueError) as e:
-        raise UserError(f"{folder / _DATA}: not readable, the run's data is unknown: {e}") from None
-    for part, digests in _digests(data).items():
-        for name, digest in digests.items():
-            if before[part].get(name, digest) != digest:
-                raise UserError(
-                    f"{folder}: the {part} source {name} is not the text that this run began with"
-                    " (a changed file, or another Python's standard library); choose another"
-                    " run.name or bring the text back"
-                )
-
-
-def _check_same_config(folder: Path, config: Config) -> None:
-    old = recipes.load(folder / "config.yaml")
-    before, after = flatten(recipes.to_dict(old)), flatten(recipes.to_dict(config))
-    changed = [
-        f"{key}: {before.get(key, 'absent')} there, {after.get(key, 'absent')} now"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key, ...) != after.get(key, ...) and not key.startswith(_FREE)
-    ]
-    if changed:
-        more = f" (and {len(changed) - 5} more)" if len(changed) > 5 else ""
-        raise UserError(
-            f"{folder} holds a run of another config: {'; '.join(changed[:5])}{more};"
-            " choose another run.name or delete the folder"
-        )
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested values as {dotted key: value}."""
-    if isinstance(tree, dict):
-        items = tree.items()
-    elif isinstance(tree, list) and any(isinstance(x, dict) for x in tree):
-        items = enumerate(tree)
-    else:
-        return {prefix: tree}
-    return {
-        k: v for key, value in items
-        for k, v in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()
-    }  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -110,6 +110,9 @@ def test_a_change_of_the_step_is_tried_with_an_evaluation_that_fits():
 
 
 def test_every_change_is_a_valid_override():
-    data = recipe_loader.to_dict(recipes.in_memory("training.batch_size=64"))
-    for change in run({})[1]:
-        recipe_loader.from_dict(recipe_loader.override(dict(data), change), "test")
+    before = recipes.in_memory("training.batch_size=64")
+    _, asked = run({})
+    assert asked
+    for change in asked:
+        data = recipe_loader.override(recipe_loader.to_dict(before), change)
+        assert recipe_loader.from_dict(data, "test") != before

@@ -5,7 +5,6 @@ import math
 import re
 
 import hlo
-import jax
 import pytest
 import recipes
 import tpu
@@ -44,15 +43,6 @@ def sent(collective):
     share = (n - 1) / n
     factor = {"all-reduce": 2 * share, "reduce-scatter": scattered * share}
     return collective.times * size * factor.get(collective.kind, share)
-
-
-@pytest.fixture
-def no_cache():
-    """Nothing to load: a program for chips that are not there cannot be."""
-    was = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", was)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

@@ -143,16 +143,7 @@ def test_loops_are_multiplied_in():
     assert sorted(c.times for c in hlo.collectives(unsaid)) == [1, 15]
 
 
-@pytest.fixture
-def without_cache():
-    # What was compiled for chips that are not there cannot be read back.
-    was = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", was)
-
-
-def test_fully_sharded_on_tpu(without_cache):
+def test_fully_sharded_on_tpu(no_cache):
     text = compiled(tpu.devices("v5e:2x4"), LARGE, {"fsdp": 8})
     layers, around = counted(text, LARGE)
     assert large(layers) == {
@@ -167,7 +158,7 @@ def test_fully_sharded_on_tpu(without_cache):
     assert not large(around)
 
 
-def test_only_own_parts_go_from_slice_to_slice(without_cache):
+def test_only_own_parts_go_from_slice_to_slice(no_cache):
     chips = tpu.devices("v5e:2x4", num_slices=2)
     text = compiled(chips, LARGE, {"replica": 2, "fsdp": 8})
     # Collectives stay within a slice; what leaves it is sent, a device's own part of each gradient.
