@@ -252,9 +252,9 @@ class ShardingConfig:
     vocab: Candidates = _default("rows of embedding and head", (("tensor",), None))
     table_embed: Candidates = _default(
         "model width of embedding and head; takes tensor where the vocabulary cannot",
-        (("tensor", "fsdp"), ("fsdp",)),
+        (("tensor", "fsdp", "context"), ("fsdp", "context"), ("tensor", "fsdp"), ("fsdp",)),
     )
-    embed: Candidates = _default("model width of a parameter", (("fsdp",),))
+    embed: Candidates = _default("model width of a parameter", (("fsdp", "context"), ("fsdp",)))
     heads: Candidates = _default("query heads of a parameter", (("tensor",),))
     kv_heads: Candidates = _default("key/value heads of a parameter", (("tensor",), None))
     head_dim: Candidates = _default("width of one head", (None,))

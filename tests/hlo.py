@@ -17,6 +17,8 @@ class Collective:
       kind: "all-gather" and so on; an all-reduce that TPU's compiler fused with the slice of its
         result is a "reduce-scatter".
       array: the result on one device, as in "f32[7,64]"; `shape` and `dtype` are its parts.
+      fused: of a reduce-scatter that was an all-reduce: `array` is what is summed, of which a
+        device keeps a part.
       groups: which devices take part, as the program writes it.
       name: where in the traced function it comes from.
       times: how often it runs.
@@ -27,6 +29,7 @@ class Collective:
     groups: str
     name: str
     times: int
+    fused: bool
 
     @property
     def dtype(self) -> str:
@@ -72,9 +75,8 @@ def collectives(text: str) -> list[Collective]:
             said = re.search(r'op_name="([^"]*)"', line)
             here = said[1] if said else name
             if match := _COLLECTIVE.search(line):
-                kind = match["kind"]
-                if "all-reduce-scatter" in computation:
-                    kind = "reduce-scatter"
+                fused = "all-reduce-scatter" in computation
+                kind = "reduce-scatter" if fused else match["kind"]
                 groups = re.search(
                     r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|mesh\S* \{[^}]*\}|\S*\])",
                     line,
@@ -84,7 +86,7 @@ def collectives(text: str) -> list[Collective]:
                 for i, (dtype, shape) in enumerate(_ARRAY.findall(match["type"])):
                     key = (path, chain[0] if chain else (computation, number), i)
                     found[key] = Collective(
-                        kind, f"{dtype}[{shape}]", groups[1] if groups else "", here, times
+                        kind, f"{dtype}[{shape}]", groups[1] if groups else "", here, times, fused
                     )
             loop = " while(" in line
             for called in _CALLED.findall(line):

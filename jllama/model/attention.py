@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.model.cache import Cache
 from jllama.model.kernels import attend, attend_row
-from jllama.model.linear import Linear
+from jllama.model.linear import Matrix, project
 from jllama.model.norm import RMSNorm
 from jllama.model.param import matrix_init
 from jllama.model.rope import apply_rope
@@ -38,11 +38,14 @@ class Attention(nn.Module):
         D, H, K, N = c.hidden_dim, c.num_heads, c.num_kv_heads, c.head_dim
         init = matrix_init(c.init, fan_in=D)
 
-        def project(name, heads, axis):
+        def matrix(name, heads, axis):
             axes = ("embed", axis, "head_dim")
-            return Linear((D,), (heads, N), axes, init, dtype, param_dtype, name=name)(x)
+            return Matrix((D,), (heads, N), axes, init, param_dtype, name=name)
 
-        q, k, v = project("q", H, "heads"), project("k", K, "kv_heads"), project("v", K, "kv_heads")
+        q, k, v = project(
+            x, matrix("q", H, "heads"), matrix("k", K, "kv_heads"), matrix("v", K, "kv_heads"),
+            dtype=dtype,
+        )  # fmt: skip
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, "norm", param_dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, "norm", param_dtype, name="k_norm")(k)
@@ -67,5 +70,5 @@ class Attention(nn.Module):
 
         init = matrix_init(c.init, fan_in=H * N, depth=c.num_layers)
         axes = ("heads", "head_dim", "embed")
-        out = Linear((H, N), (D,), axes, init, dtype, param_dtype, name="o")(out)
+        (out,) = project(out, Matrix((H, N), (D,), axes, init, param_dtype, name="o"), dtype=dtype)
         return out, cache

@@ -7,10 +7,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.model.attention import Attention
 from jllama.model.cache import Cache
-from jllama.model.linear import Linear
+from jllama.model.linear import Matrix, project
 from jllama.model.norm import RMSNorm
 from jllama.model.param import matrix_init
-from jllama.parallel.sharding import constrain
 
 
 class MLP(nn.Module):
@@ -24,13 +23,14 @@ class MLP(nn.Module):
         c, dtype, param_dtype = self.config, self.compute.dtype, self.compute.param_dtype
         D, F = c.hidden_dim, c.ffn_dim
         init = matrix_init(c.init, fan_in=D)
-
-        def project(name):
-            return Linear((D,), (F,), ("embed", "ffn"), init, dtype, param_dtype, name=name)(x)
-
-        h = constrain(jax.nn.silu(project("gate")) * project("up"), "batch", "seq", "act_ffn")
+        gate = Matrix((D,), (F,), ("embed", "ffn"), init, param_dtype, name="gate")
+        up = Matrix((D,), (F,), ("embed", "ffn"), init, param_dtype, name="up")
         init = matrix_init(c.init, fan_in=F, depth=c.num_layers)
-        return Linear((F,), (D,), ("ffn", "embed"), init, dtype, param_dtype, name="down")(h)
+        down = Matrix((F,), (D,), ("ffn", "embed"), init, param_dtype, name="down")
+
+        gated, h = project(x, gate, up, dtype=dtype)
+        (y,) = project(jax.nn.silu(gated) * h, down, dtype=dtype)
+        return y
 
 
 class Block(nn.Module):
@@ -56,21 +56,12 @@ class Block(nn.Module):
         def norm(name):
             return RMSNorm(c.rms_norm_eps, "norm", param_dtype, name=name)
 
-        # Positions between blocks are spread over the tensor devices too (arXiv:2205.05198): none
-        # repeats another's norms and sums. The products take every position of their context.
-        def whole(h):
-            return constrain(h, "batch", "seq", "act_embed")
-
-        def spread(h):
-            return constrain(h, "batch", "block_seq", "act_embed")
-
         with jax.named_scope("attention"):
-            h = whole(norm("attention_norm")(x))
+            h = norm("attention_norm")(x)
             h, cache = Attention(c, self.compute, self.balanced, name="attention")(
                 h, cache, layer, rope, positions, segments
             )
-            x = x + spread(h)
+            x = x + h
         with jax.named_scope("mlp"):
-            h = MLP(c, self.compute, name="mlp")(whole(norm("ffn_norm")(x)))
-            x = x + spread(h)
+            x = x + MLP(c, self.compute, name="mlp")(norm("ffn_norm")(x))
         return (x, cache), None

@@ -23,11 +23,16 @@ def take_rows(table: jax.Array, tokens: jax.Array, axes: tuple[str, str], dtype:
         return jnp.take(table, tokens, axis=0).astype(dtype)
     vocab, width = placement.mesh_axes(table.shape, axes, "embedding")
     batch, seq = placement.mesh_axes(tokens.shape, ("batch", "seq"), "tokens")
-    taken = (*vocab, *width)
-    rows, positions = (tuple(a for a in axes if a not in taken) for axes in (batch, seq))
-    tokens = placement.pin(tokens, rows, positions)
-    x = placement.pin(jnp.take(table, tokens, axis=0).astype(dtype), rows, positions, width)
-    # One dimension after the other: at once, the partitioner would gather the whole result.
-    width = tuple(a for a in width if a not in batch)
-    x = placement.pin(x, batch, positions, width)
-    return placement.pin(x, batch, seq, tuple(a for a in width if a not in seq))
+
+    def without(*taken):
+        return (tuple(a for a in axes if a not in taken) for axes in (batch, seq))
+
+    tokens = placement.pin(tokens, *without(*vocab, *width))
+    x = jnp.take(table, tokens, axis=0).astype(dtype)
+    x = placement.pin(x, *without(*vocab, *width), width)
+    # One mesh axis after the other, the innermost first: at once, the partitioner would gather the
+    # whole result, and in another order it would move blocks between devices first.
+    while width:
+        width = width[:-1]
+        x = placement.pin(x, *without(*vocab, *width), width)
+    return placement.pin(x, batch, seq, ())

@@ -21,6 +21,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jllama.config import ShardingConfig
 from jllama.errors import UserError
 
+# The mesh axes that share out each dimension of an array; none: the dimension is whole everywhere.
+Parts = tuple[tuple[str, ...], ...]
+
 _active: contextvars.ContextVar["Placement | None"] = contextvars.ContextVar(
     "placement", default=None
 )
@@ -38,13 +41,21 @@ class Placement:
         """Of the mesh's devices: "cpu", "gpu" or "tpu"; they need not be attached."""
         return self.mesh.devices.flat[0].platform
 
-    def mesh_axes(
-        self, shape: Sequence[int], axes: Sequence[str | None], name: str
-    ) -> tuple[tuple[str, ...], ...]:
+    def mesh_axes(self, shape: Sequence[int], axes: Sequence[str | None], name: str) -> Parts:
         """The mesh axes that share out each dimension of an array of `shape` with logical `axes`.
 
-        None has none: the dimension is whole on every device. `name` is for errors.
+        None has none, and an axis of one device is none. `name` is for errors.
         """
+        return tuple(
+            tuple(a for a in part if self.mesh.shape[a] > 1)
+            for part in self._choices(shape, axes, name)
+        )
+
+    def spec(self, shape: Sequence[int], axes: Sequence[str | None], name: str) -> PartitionSpec:
+        """The partition of an array of `shape` with logical `axes`."""
+        return self.partition(*self._choices(shape, axes, name))
+
+    def _choices(self, shape: Sequence[int], axes: Sequence[str | None], name: str) -> Parts:
         if len(shape) != len(axes):
             raise UserError(f"{name}: shape {tuple(shape)} has not the logical axes {tuple(axes)}")
         used: set[str] = set()
@@ -54,10 +65,6 @@ class Placement:
             used.update(choice)
             parts.append(choice)
         return tuple(parts)
-
-    def spec(self, shape: Sequence[int], axes: Sequence[str | None], name: str) -> PartitionSpec:
-        """`mesh_axes` as a partition."""
-        return self.partition(*self.mesh_axes(shape, axes, name))
 
     @staticmethod
     def partition(*parts: tuple[str, ...]) -> PartitionSpec:
@@ -156,9 +163,18 @@ def active_placement() -> Placement | None:
     return _active.get()
 
 
+def mesh_axes(shape: Sequence[int], axes: Sequence[str | None], name: str) -> Parts:
+    """`Placement.mesh_axes` of the active placement; when none is active, everything is whole."""
+    placement = _active.get()
+    return placement.mesh_axes(shape, axes, name) if placement else ((),) * len(shape)
+
+
+def pin(x: jax.Array, parts: Parts) -> jax.Array:
+    """`Placement.pin` by the active placement; the identity when none is active."""
+    placement = _active.get()
+    return placement.pin(x, *parts) if placement else x
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation's placement by its logical axes; the identity when none is active."""
-    placement = _active.get()
-    if placement is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, placement.sharding(x.shape, axes, "activation"))
+    return pin(x, mesh_axes(x.shape, axes, "activation"))

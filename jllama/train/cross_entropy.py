@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jllama.model.llama import TABLE_AXES
+from jllama.parallel.product import all_gather, reduce
 from jllama.parallel.sharding import active_placement
 
 
@@ -115,12 +116,8 @@ def _many_devices(one, placement, hidden, weight, targets, weights):
     sizes = placement.mesh.shape
     everyone = tuple(a for a in sizes if sizes[a] > 1)
 
-    def parts(x, *axes):
-        chosen = placement.mesh_axes(x.shape, axes, "loss")
-        return [tuple(a for a in part if sizes[a] > 1) for part in chosen]
-
-    rows, positions, _ = parts(hidden, "batch", "block_seq", None)
-    vocab, width = parts(weight, *TABLE_AXES)
+    rows, positions, _ = placement.mesh_axes(hidden.shape, ("batch", "block_seq", None), "loss")
+    vocab, width = placement.mesh_axes(weight.shape, TABLE_AXES, "loss")
     vocab = tuple(a for a in vocab if a not in rows)
     kept = tuple(a for a in positions if a not in vocab)
     spread = tuple(a for a in positions if a in vocab)
@@ -131,8 +128,8 @@ def _many_devices(one, placement, hidden, weight, targets, weights):
     idle = tuple(a for a in others if a not in rows + kept)
 
     def device(hidden, weight, targets, weights):
-        head = _all_gather(weight.astype(hidden.dtype), width, 1)
-        hidden = _all_gather(hidden, spread, 1)
+        head = all_gather(weight.astype(hidden.dtype), width, 1)
+        hidden = all_gather(hidden, spread, 1)
         if idle:
             weights = jnp.where(lax.axis_index(idle) == 0, weights, 0.0)
         sums, gradients = one(hidden, head, targets, weights, vocab_axes=vocab)
@@ -140,8 +137,8 @@ def _many_devices(one, placement, hidden, weight, targets, weights):
         if gradients is None:
             return sums, None
         d_hidden, d_weight = gradients
-        d_hidden = _reduce(d_hidden, spread, vocab + idle, 1)
-        return sums, (d_hidden, _reduce(d_weight, width, others, 0).T)
+        d_hidden = reduce(d_hidden, vocab + idle, ((), spread, ()))
+        return sums, (d_hidden, reduce(d_weight, others, (width, ())).T)
 
     spec, table = placement.partition(rows, positions, ()), placement.partition(vocab, width)
     row = placement.partition(rows, kept)
@@ -149,20 +146,6 @@ def _many_devices(one, placement, hidden, weight, targets, weights):
     return placement.per_device(
         device, (spec, table, row, row), (placement.partition(), gradients)
     )(hidden, weight, targets, weights)
-
-
-def _all_gather(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
-    return lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
-
-
-def _reduce(
-    x: jax.Array, scatter: tuple[str, ...], axes: tuple[str, ...], dimension: int
-) -> jax.Array:
-    """The sum over `axes`, of which each device keeps its part over `scatter`."""
-    if scatter:
-        x = lax.psum_scatter(x, scatter, scatter_dimension=dimension, tiled=True)
-    rest = tuple(a for a in axes if a not in scatter)
-    return lax.psum(x, rest) if rest else x
 
 
 def _cross_entropy_fwd(hidden, weight, targets, weights, z_loss, block):

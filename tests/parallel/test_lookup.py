@@ -67,8 +67,8 @@ def test_rows_and_gradient_are_those_of_one_device(vocab, sizes):
 def test_no_device_sees_more_of_the_table_than_its_part(vocab, sizes):
     _, run, placed = setup(vocab, **sizes)
     moved = collectives(run.lower(*placed).compile().as_text())
-    part = vocab * D // (sizes["fsdp"] * sizes.get("tensor", 1))
-    copies = sizes.get("replica", 1) * sizes.get("context", 1)
+    copies = sizes.get("replica", 1)
+    part = vocab * D * copies // math.prod(sizes.values())
     tables = [
         c for c in moved if str(vocab) in c.array or str(vocab // sizes.get("tensor", 1)) in c.array
     ]

@@ -17,7 +17,7 @@ from jllama.train.state import define_state
 from jllama.train.step import make_train_step
 
 SIZES = {
-    "vocab_size": 1024, "hidden_dim": 512, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4,
+    "vocab_size": 1024, "hidden_dim": 1024, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4,
     "head_dim": 128, "ffn_dim": 1024, "max_length": 512,
 }  # fmt: skip
 ITEM = {"f32": 4, "bf16": 2}
@@ -38,8 +38,7 @@ def sent(collective):
     """Bytes that one device sends."""
     n = ways(collective.groups)
     size = math.prod(collective.shape) * ITEM.get(collective.dtype, 0)
-    # A sum that the compiler fused with the slice of its result is written with its whole shape.
-    scattered = n if "shard_map" in collective.name else 1
+    scattered = 1 if collective.fused else n
     share = (n - 1) / n
     factor = {"all-reduce": 2 * share, "reduce-scatter": scattered * share}
     return collective.times * size * factor.get(collective.kind, share)

@@ -21,14 +21,14 @@ from jllama.train.step import make_train_step
 
 L = 7  # layers; no other loop runs as often
 # No two arrays that are told apart have the same number of elements.
-SMALL = {"D": 64, "T": 20, "H": 8, "K": 4, "N": 8, "F": 80, "V": 96}
-# What the TPU's compiler needs to see before it forms a reduce-scatter.
-LARGE = {"D": 1024, "T": 768, "H": 8, "K": 4, "N": 128, "F": 1536, "V": 2304}
+SMALL = {"D": 64, "T": 20, "H": 8, "K": 4, "N": 32, "F": 176, "V": 96}
+# Tiles of a TPU.
+LARGE = {"D": 1280, "T": 1792, "H": 8, "K": 4, "N": 128, "F": 1536, "V": 2304}
 
 
 def compiled(devices, sizes, mesh, accumulate=1):
     """The text of the step with remat=full, of one row a device and microbatch."""
-    rows = math.prod(mesh.values()) // mesh.get("tensor", 1) * accumulate
+    rows = math.prod(mesh.values()) // mesh.get("tensor", 1) // mesh.get("context", 1) * accumulate
     config = recipes.in_memory(
         "compute.dtype=bfloat16", "compute.remat=full", f"compute.loss_block={sizes['T'] // 3}",
         f"data.length={sizes['T']}", f"training.batch_size={rows}",
@@ -51,23 +51,30 @@ def compiled(devices, sizes, mesh, accumulate=1):
     return step.lower(state, (), batch).compile().as_text()
 
 
-def counted(text, sizes, tensor=1):
+def counted(text, sizes, fsdp, tensor=1, context=1):
     """How often each kind of collective runs: in the layers, and around them.
 
-    An array is named by its number of elements: a layer's kernel or its part over tensor, the table
-    of the vocabulary or its part, an activation of one row, or what is small: no more than a scale
-    of all layers, or the integers of a batch.
+    An array is named by its number of elements: a layer's kernel, its part over tensor or that of
+    one device; the table of the vocabulary likewise; an activation of one row and what it is spread
+    over; or what is small: no more than a scale of all layers, or the integers of a batch.
     """
     D, T, H, K, N, F, V = (sizes[k] for k in "DTHKNFV")
-    names = {n // tensor: "kernel" for n in (D * H * N, D * K * N, D * F)}
-    names |= {V * D // tensor: "table", T * D: "activation", T * D // tensor: "activation"}
+    shards = fsdp * context
+    names = {}
+    for n in (D * H * N, D * K * N, D * F):
+        names |= {n // tensor: "kernel", n // tensor // shards: "own kernel"}
+    names |= {V * D // tensor: "table", V * D // tensor // shards: "own table"}
+    names |= {T * D // context: "activation", T * D // context // tensor: "activation"}
+    if context > 1:
+        names |= dict.fromkeys((T * K * N // tensor, T * K * N // tensor // context), "row of keys")
     layers, around = collections.Counter(), collections.Counter()
     for c in hlo.collectives(text):
         size = math.prod(c.shape)
         what = "small" if size <= L * D or c.dtype[0] in "su" else names.get(size, "other")
-        if c.kind == "all-to-all" and size * (8 // tensor) == T * D:
+        if c.kind == "all-to-all" and size * shards == T * D:
             what = "activation"  # XLA's CPU backend writes one array for each device
-        (layers if "layers/" in c.name else around)[c.kind, what] += c.times
+        inside = re.search(r"layers/|Llama\)+/while", c.name)
+        (layers if inside else around)[c.kind, what] += c.times
     return layers, around
 
 
@@ -75,19 +82,29 @@ def large(counter):
     return {key: n for key, n in counter.items() if key[1] != "small"}
 
 
+KERNELS = {
+    # q, k, v, o, gate, up, down: once forward, once backward (remat=full keeps none of it; the
+    # recomputed product and the gradient share a gather).
+    ("all-gather", "kernel"): (7 + 7) * L,
+    # Their gradients: sums over rows, of which a device keeps its part.
+    ("reduce-scatter", "own kernel"): 7 * L,
+}
+ACTIVATIONS = {
+    # Over tensor, before q, k, v and before gate, up: forward and recomputed. Backward, the
+    # gradients of what o and down gave.
+    ("all-gather", "activation"): (2 + 2 + 2) * L,
+    # What o and down gave: forward, and o's recomputed (nothing needs down's). Backward, the
+    # gradients of what went into q, k, v, added first, and into gate, up.
+    ("reduce-scatter", "activation"): (2 + 1 + 2) * L,
+}
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_fully_sharded(accumulate):
     """fsdp=8: kernels move, activations do not."""
     text = compiled(jax.devices(), SMALL, {"fsdp": 8}, accumulate)
-    layers, around = counted(text, SMALL)
-    assert large(layers) == {
-        # q, k, v, o, gate, up, down: once forward, once backward (remat=full keeps none of it; the
-        # recomputed product and the gradient share a gather).
-        ("all-gather", "kernel"): (7 + 7) * L * accumulate,
-        # Their gradients, which are sums over rows. XLA's CPU backend has no reduce-scatter for
-        # what the partitioner sums; the TPU's has (below).
-        ("all-reduce", "kernel"): 7 * L * accumulate,
-    }
+    layers, around = counted(text, SMALL, 8)
+    assert large(layers) == {key: n * accumulate for key, n in KERNELS.items()}
     # The scales of two norms have gradients too.
     assert layers["all-reduce", "small"] == 2 * L * accumulate
     # The lookup: rows of tokens find the columns of the table, and gradients their way back.
@@ -95,23 +112,15 @@ def test_fully_sharded(accumulate):
     # The head: once for all blocks, and for all microbatches too, which XLA sees to.
     assert around.pop(("all-gather", "table")) == 1
     # Its gradient, a part of the width each.
-    assert around.pop(("reduce-scatter", "other")) == accumulate
+    assert around.pop(("reduce-scatter", "own table")) == accumulate
     assert not large(around)
 
 
 def test_tensor_parallel():
     """fsdp=4, tensor=2: positions are gathered before a product, and results summed after it."""
-    layers, around = counted(compiled(jax.devices(), SMALL, {"fsdp": 4, "tensor": 2}), SMALL, 2)
-    assert large(layers) == {
-        ("all-gather", "kernel"): (7 + 7) * L,  # over fsdp, a device's heads and columns of ffn
-        ("all-reduce", "kernel"): 7 * L,
-        # Over tensor, before q, k, v and before gate, up: forward and recomputed. Backward, the
-        # gradients of what o and down gave.
-        ("all-gather", "activation"): (2 + 2 + 2) * L,
-        # What o and down gave: forward, and o's recomputed (nothing needs down's). Backward, the
-        # gradients of what went into q, k, v, gate, up: the TPU's compiler adds before it reduces.
-        ("all-reduce", "activation"): (2 + 1 + 5) * L,
-    }
+    text = compiled(jax.devices(), SMALL, {"fsdp": 4, "tensor": 2})
+    layers, around = counted(text, SMALL, 4, tensor=2)
+    assert large(layers) == KERNELS | ACTIVATIONS
     # Norms see a part of the positions: the gradient of a scale is a sum over fsdp and over tensor.
     assert layers["all-reduce", "small"] == 4 * L
     # The lookup over fsdp as above. Over tensor lie rows of the table: one device has the row.
@@ -121,7 +130,7 @@ def test_tensor_parallel():
     assert around.pop(("all-gather", "activation")) == 1 + 1
     assert around.pop(("reduce-scatter", "activation")) == 1  # the gradient of what the loss took
     assert around.pop(("all-gather", "table")) == 1
-    assert around.pop(("reduce-scatter", "other")) == 1
+    assert around.pop(("reduce-scatter", "own table")) == 1
     assert not large(around)
 
 
@@ -145,17 +154,32 @@ def test_loops_are_multiplied_in():
 
 def test_fully_sharded_on_tpu(no_cache):
     text = compiled(tpu.devices("v5e:2x4"), LARGE, {"fsdp": 8})
-    layers, around = counted(text, LARGE)
-    assert large(layers) == {
-        ("all-gather", "kernel"): (7 + 7) * L,
-        ("reduce-scatter", "kernel"): 7 * L,
-    }
+    layers, around = counted(text, LARGE, 8)
+    assert large(layers) == KERNELS
     gathered = {c.dtype for c in hlo.collectives(text) if c.kind == "all-gather"}
     assert gathered <= {"bf16", "s32"}  # parameters are float32: the cast comes first
     assert around.pop(("all-to-all", "activation")) == 1 + 1
     assert around.pop(("all-gather", "table")) == 1
-    assert around.pop(("reduce-scatter", "other")) == 1
+    assert around.pop(("reduce-scatter", "own table")) == 1
     assert not large(around)
+
+
+def test_tensor_parallel_on_tpu(no_cache):
+    text = compiled(tpu.devices("v5e:2x4"), LARGE, {"fsdp": 4, "tensor": 2})
+    layers, _ = counted(text, LARGE, 4, tensor=2)
+    assert large(layers) == KERNELS | ACTIVATIONS
+
+
+def test_long_rows_on_tpu(no_cache):
+    """fsdp=2, context=2, tensor=2: kernels are spread over context too."""
+    text = compiled(tpu.devices("v5e:2x4"), LARGE, {"fsdp": 2, "context": 2, "tensor": 2})
+    layers, _ = counted(text, LARGE, 2, tensor=2, context=2)
+    assert large(layers) == KERNELS | ACTIVATIONS | {
+        # Every device has the keys and values of whole rows: forward, recomputed, and in the
+        # backward pass of attention; their gradients are summed and go back to their positions.
+        ("all-gather", "row of keys"): 2 * (1 + 1) * L,
+        ("reduce-scatter", "row of keys"): 2 * L,
+    }
 
 
 def test_only_own_parts_go_from_slice_to_slice(no_cache):

@@ -70,7 +70,7 @@ def test_eight_devices_equal_one(sizes, one_device):
     gate = got[0].trainable["layers"]["mlp"]["gate"]["kernel"]
     assert len(gate.sharding.device_set) == 8
     part = gate.addressable_shards[0].data
-    assert part.size * sizes["fsdp"] * sizes.get("tensor", 1) == gate.size
+    assert part.size * 8 == gate.size * sizes.get("replica", 1)
     check_same(got, one_device)
 
 
