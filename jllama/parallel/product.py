@@ -92,5 +92,6 @@ def _scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
         return lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
     # The same, in blocks: where nothing stands before them, the TPU's compiler makes an all-reduce
     # and a slice of a tiled one.
-    blocks = x.reshape(lax.axis_size(axes), *before, -1, *after)
-    return lax.psum_scatter(blocks, axes, scatter_dimension=0)
+    ways = lax.axis_size(axes)
+    blocks = x.reshape(ways, x.shape[dimension] // ways, -1)
+    return lax.psum_scatter(blocks, axes, scatter_dimension=0).reshape(*before, -1, *after)
