@@ -4,7 +4,6 @@ import dataclasses
 import re
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_COLLECTIVE = re.compile(rf"= (?P<type>.*?) (?P<kind>{'|'.join(_KINDS)})(-start)?\(")
 _CALLED = re.compile(r"(?:to_apply|calls|body|condition|branch_computations)=(\{[^}]*\}|%[\w.-]+)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
@@ -65,8 +64,9 @@ def _trips(line: str, parts: dict[str, list[str]]) -> int:
     return bound
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str, kinds: tuple[str, ...] = _KINDS) -> list[Collective]:
     """The collectives of a compiled HLO module, each array of a combined one on its own."""
+    instruction = re.compile(rf"= (?P<type>.*?) (?P<kind>{'|'.join(kinds)})(-start)?\(")
     parts, entry = _computations(text)
     found: dict[tuple, Collective] = {}
 
@@ -74,7 +74,7 @@ def collectives(text: str) -> list[Collective]:
         for number, line in enumerate(parts[computation]):
             said = re.search(r'op_name="([^"]*)"', line)
             here = said[1] if said else name
-            if match := _COLLECTIVE.search(line):
+            if match := instruction.search(line):
                 fused = "all-reduce-scatter" in computation
                 kind = "reduce-scatter" if fused else match["kind"]
                 groups = re.search(

@@ -31,10 +31,20 @@ _active: contextvars.ContextVar["Placement | None"] = contextvars.ContextVar(
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh and the rules that place arrays on it."""
+    """A mesh and the rules that place arrays on it.
+
+    Along the mesh axes `apart` nothing is spread and nothing summed: they are a `jax.vmap` of what
+    is placed here, whose `spmd_axis_name` they are.
+    """
 
     mesh: Mesh | AbstractMesh
     rules: ShardingConfig
+    apart: tuple[str, ...] = ()
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes of more than one device that are not apart."""
+        return tuple(a for a, n in self.mesh.shape.items() if n > 1 and a not in self.apart)
 
     @property
     def platform(self) -> str:
@@ -47,8 +57,7 @@ class Placement:
         None has none, and an axis of one device is none. `name` is for errors.
         """
         return tuple(
-            tuple(a for a in part if self.mesh.shape[a] > 1)
-            for part in self._choices(shape, axes, name)
+            tuple(a for a in part if a in self.axes) for part in self._choices(shape, axes, name)
         )
 
     def spec(self, shape: Sequence[int], axes: Sequence[str | None], name: str) -> PartitionSpec:
@@ -81,9 +90,10 @@ class Placement:
         for candidate in candidates:
             if candidate is None:
                 return ()
+            candidate = tuple(a for a in candidate if a not in self.apart)
             ways = math.prod(self.mesh.shape[a] for a in candidate)
             if size % ways == 0 and not used.intersection(candidate):
-                return tuple(candidate)
+                return candidate
             why = "taken" if used.intersection(candidate) else f"{ways} does not divide"
             tried.append(f"{'+'.join(candidate)} ({why})")
         raise UserError(

@@ -98,12 +98,14 @@ def traffic(
         links += passes * uses * _share(own * item, gathered)
         if multiplied:
             links += sums * _share(own * _GRADIENT, gathered)
-        # Devices with the same part and other rows add up their gradients.
-        same = [a for a in ("replica", "fsdp", "context") if a not in p.axes]
-        across = slices if "replica" in same else 1
-        inside = _ways(mesh, same) // across
-        links += sums * 2 * _share(stored * _GRADIENT, inside)
-        network += sums * 2 * _share(stored * _GRADIENT / inside, across)
+        # Devices with the same part and other rows add up their gradients; replicas once, after
+        # their microbatches.
+        same = [a for a in ("fsdp", "context") if a not in p.axes]
+        links += sums * 2 * _share(stored * _GRADIENT, _ways(mesh, same))
+        if "replica" not in p.axes:
+            inside = mesh["replica"] // slices
+            links += 2 * _share(stored * _GRADIENT, inside)
+            network += 2 * _share(stored * _GRADIENT / inside, slices)
     return Traffic(hbm, links + _activations(config, mesh, parameters), network)
 
 

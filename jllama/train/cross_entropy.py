@@ -113,9 +113,6 @@ def _many_devices(one, placement, hidden, weight, targets, weights):
     reduce-scattered, and three numbers a position are reduced per block (arXiv:1909.08053, section
     3). Where it does not divide, every device has the whole vocabulary for its own positions.
     """
-    sizes = placement.mesh.shape
-    everyone = tuple(a for a in sizes if sizes[a] > 1)
-
     rows, positions, _ = placement.mesh_axes(hidden.shape, ("batch", "block_seq", None), "loss")
     vocab, width = placement.mesh_axes(weight.shape, TABLE_AXES, "loss")
     vocab = tuple(a for a in vocab if a not in rows)
@@ -123,7 +120,7 @@ def _many_devices(one, placement, hidden, weight, targets, weights):
     spread = tuple(a for a in positions if a in vocab)
     if kept + spread != positions:  # gathering the outer of two axes would shuffle the positions
         positions, spread = kept, ()
-    others = tuple(a for a in everyone if a not in vocab)
+    others = tuple(a for a in placement.axes if a not in vocab)
     # Devices that differ in no row, position or word: all but one of them weigh nothing.
     idle = tuple(a for a in others if a not in rows + kept)
 

@@ -1,5 +1,6 @@
 """The one train step: `state[t+1] = train_step(state[t], frozen, batch(t))`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -42,22 +43,30 @@ def make_train_step(
         (_, (weight, sums)), grads = jax.value_and_grad(total, has_aux=True)(trainable)
         return as_float32(grads), weight, sums
 
+    # Replicas add up their own microbatches first: between slices gradients go once.
+    replicas = 1 if splits == 1 else _replicas(definition, placement)
+
     def accumulated(trainable, frozen, batch, key):
         if splits == 1:
             return gradient(trainable, frozen, batch, key)
-        # Microbatch i takes rows i, i + splits, ...: every device keeps to its own rows.
-        micro = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, splits, *x.shape[1:]), 1, 0), batch
-        )
         one = functools.partial(gradient, trainable, frozen)
-        first = jax.tree.map(lambda x: x[0], micro)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first, key))
+        if replicas > 1:
+            one = _apart(one, placement, "replica")
+        # Microbatch i takes rows i, i + splits, ... of a replica: every device keeps to its own.
+        ways = (replicas,) if replicas > 1 else ()
+        micro = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(*ways, -1, splits, *x.shape[1:]), len(ways) + 1, 0),
+            batch,
+        )
+        keys = jax.random.split(key, (splits, *ways))
+        first = jax.tree.map(lambda x: x[0], (micro, keys))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, *first))
 
         def add(carry, xs):
-            part, i = xs
-            return jax.tree.map(jnp.add, carry, one(part, jax.random.fold_in(key, i))), None
+            return jax.tree.map(jnp.add, carry, one(*xs)), None
 
-        return jax.lax.scan(add, zeros, (micro, jnp.arange(splits)))[0]
+        total, _ = jax.lax.scan(add, zeros, (micro, keys))
+        return jax.tree.map(lambda x: jnp.sum(x, 0), total) if replicas > 1 else total
 
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         with placement.active():
@@ -90,6 +99,27 @@ def make_train_step(
         donate_argnums=0,
         out_shardings=(definition.shardings, placement.replicated()),
     )
+
+
+def _replicas(definition: StateDef, placement: Placement) -> int:
+    """How many replicas can sum gradients by themselves: 1 where they share out parameters."""
+    used = {
+        axis
+        for s in jax.tree.leaves(definition.shardings)
+        for axis in jax.tree.leaves(tuple(s.spec))
+    }
+    return 1 if "replica" in used else placement.mesh.shape["replica"]
+
+
+def _apart(f: Callable[..., Any], placement: Placement, axis: str) -> Callable[..., Any]:
+    """`f` of the devices of each index along a mesh axis, over leading dimensions of that size."""
+    inner = dataclasses.replace(placement, apart=(axis,))
+
+    def one(*args):
+        with inner.active():
+            return f(*args)
+
+    return jax.vmap(one, spmd_axis_name=axis)
 
 
 def make_eval_step(

@@ -91,9 +91,17 @@ def test_accumulation_equals_the_large_batch(accumulate, one_device):
     check_same(train(config), one_device)
 
 
-def test_accumulation_on_a_mesh_equals_the_large_batch(one_device):
-    config = recipes.in_memory("training.accumulate=2")
-    check_same(train(config, replica=2, fsdp=2, tensor=2), one_device)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"fsdp": 2, "tensor": 2, "context": 2},
+        {"replica": 2, "fsdp": 2, "tensor": 2},
+        {"replica": 4, "fsdp": 1, "context": 2},
+    ],
+    ids=str,
+)
+def test_accumulation_on_a_mesh_equals_the_large_batch(sizes, one_device):
+    check_same(train(recipes.in_memory("training.accumulate=2"), **sizes), one_device)
 
 
 def test_the_gradient_is_that_of_the_weighted_mean():
