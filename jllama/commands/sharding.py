@@ -108,8 +108,7 @@ def describe(
     mesh = dict(placement.mesh.shape)
     parameters = []
     for path, spec in jax.tree.leaves_with_path(specs):
-        named = placement.mesh_axes(spec.shape, spec.axes, dotted(path))
-        parts = [[axis for axis in part if mesh[axis] > 1] for part in named]
+        parts = placement.mesh_axes(spec.shape, spec.axes, dotted(path))
         used = [axis for part in parts for axis in part]
         share = math.prod(spec.shape) // math.prod(mesh[axis] for axis in used)
         parameters.append(
@@ -117,7 +116,7 @@ def describe(
                 "parameter": dotted(path),
                 "shape": list(spec.shape),
                 "axes": list(spec.axes),
-                "placement": parts,
+                "placement": [list(part) for part in parts],
                 "bytes_per_device": share * jnp.dtype(spec.dtype).itemsize,
                 "optimizer_bytes_per_device": share * state[path],
                 "repeated_over": [
