@@ -67,40 +67,40 @@ def train(config: Config) -> Result:
     distributed.start(config.distributed)
     use_compilation_cache(config.run.compilation_cache)
     folder = storage.path(config.run.folder) / config.run.name
-    with distributed.leaving_together(lambda: run_folder.advice(folder)):
-        return _train(config, folder)
+    leaving = functools.partial(distributed.leaving_together, lambda: run_folder.advice(folder))
+    # The inner one leaves before the stack waits for what the other processes have part in, such
+    # as a checkpoint; the outer one hears what the stack meets.
+    with leaving(), contextlib.ExitStack() as stack, leaving():
+        return _train(config, folder, stack)
 
 
-def _train(config: Config, folder: Path) -> Result:
+def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     together, leader = distributed.together, distributed.leader()
     distributed.same(
         "the recipe", run_folder.told_alike(config), "start all with the same arguments"
     )
     placement = together(lambda: Placement(make_mesh(config.mesh), config.sharding))
     definition = together(lambda: define_state(config, placement))
-    with contextlib.ExitStack() as stack:
-        # The leader makes what is missing while the others wait; they find it, or make their own
-        # where prepared data is not on shared storage.
-        data = together(lambda: run_folder.begin(config, folder, stack) if leader else None)
-        data = together(lambda: data or run_folder.join(config, folder))
-        distributed.same("the prepared text", run_folder.digests(data), "give all the same files")
-        checkpoints = together(lambda: Checkpoints(folder, config.checkpoint.keep))
-        stack.callback(checkpoints.close)
-        start = checkpoints.latest() or 0
-        distributed.same("the newest checkpoint", str(start), "run.folder must be shared storage")
-        if start:
-            state = checkpoints.restore(start, definition)
-        else:
-            state = init_state(definition, config.run.seed)
-        steps, every = config.training.steps, config.run.log_every
-        metrics = Metrics(folder, start, steps, every) if leader else NoMetrics()
-        stack.callback(metrics.close)
-        if start:
-            metrics.say(f"resumed at step {start} of {steps}")
-        run = together(
-            lambda: _Run(config, placement, definition, data, checkpoints, metrics, folder)
-        )
-        return run.go(state, start)
+    # The leader makes what is missing while the others wait; they find it, or make their own
+    # where prepared data is not on shared storage.
+    data = together(lambda: run_folder.begin(config, folder, stack) if leader else None)
+    data = together(lambda: data or run_folder.join(config, folder))
+    distributed.same("the prepared text", run_folder.digests(data), "give all the same files")
+    checkpoints = together(lambda: Checkpoints(folder, config.checkpoint.keep))
+    stack.callback(checkpoints.close)
+    start = checkpoints.latest() or 0
+    distributed.same("the newest checkpoint", str(start), "run.folder must be shared storage")
+    if start:
+        state = checkpoints.restore(start, definition)
+    else:
+        state = init_state(definition, config.run.seed)
+    steps, every = config.training.steps, config.run.log_every
+    metrics = Metrics(folder, start, steps, every) if leader else NoMetrics()
+    stack.callback(metrics.close)
+    if start:
+        metrics.say(f"resumed at step {start} of {steps}")
+    run = together(lambda: _Run(config, placement, definition, data, checkpoints, metrics, folder))
+    return run.go(state, start)
 
 
 class _Run:
