@@ -38,7 +38,7 @@ def recipe(args: argparse.Namespace) -> Config:
         "compute": {
             "dtype": args.dtype,
             "loss_block": 512,
-            "attention": {"kind": "auto", "block": 128},
+            "attention": {"kind": "auto", "block": 64},
         },
         "tokenizer": {"kind": "sentencepiece", "path": "unused"},
         "data": {"length": args.length, "packing": {"kind": "cut"}, "train": [source]},
