@@ -6,6 +6,8 @@ import gzip
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -41,6 +43,7 @@ from jllama.train.loop import train
 from jllama.train.metrics import read
 from jllama.train.mirror import Mirror
 
+ROOT = Path(__file__).parent.parent
 MODULES = {"gs": ("gcsfs", "gcp_storage_emulator"), "s3": ("s3fs", "moto")}
 
 
@@ -410,6 +413,15 @@ def test_a_run_at_urls_stops_resumes_and_is_the_run_on_disk(
         for where in (str(run), f"{run}/checkpoints/10", on_disk.folder)
     ]
     assert texts[0] == texts[1] == texts[2]
+    options = ["--prompt", "def ", "--max-new-tokens", "8", "--seed", "0"]
+    sampled = [
+        subprocess.run(
+            [sys.executable, "sample.py", "--model", where, *options],
+            cwd=ROOT, capture_output=True, text=True, check=True, timeout=300,
+        ).stdout
+        for where in (f"{run}/checkpoints/10", str(on_disk.folder))
+    ]  # fmt: skip
+    assert sampled[0] == sampled[1] != ""
     with pytest.raises(UserError, match=rf"{scheme}://.*/nothing: no such folder"):
         jllama.load(f"{root}/nothing")
     # All of a step but its marker, as when the machine goes: it is no step.
