@@ -57,8 +57,8 @@ def _run(argv: list[str]) -> int | None:
 def exit_status(run: Callable[..., Any], *args: Any) -> int:
     """Calls a program's body; what a user may meet becomes one line and an exit status.
 
-    What the body returns is its own answer, nothing is 0; 2 is bad input, 75 (train.py's)
-    a run that a signal stopped before its end, 130 an interrupt, 141 a
+    What the body returns is its own answer, nothing is 0; 2 is bad input, 74 storage that failed,
+    75 (train.py's) a run that a signal stopped before its end, 130 an interrupt, 141 a
     reader of stdout that went away. Where several processes train, `jllama.parallel.distributed`
     ends one that lost another: 3.
     """
@@ -67,7 +67,7 @@ def exit_status(run: Callable[..., Any], *args: Any) -> int:
         sys.stdout.flush()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return e.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -5,7 +5,8 @@ nothing. So what is whole says so by a marker that is written last, what grows i
 copied now and then (`jllama.train.mirror`), and nothing here renames an object. Locally a file is
 written beside its place and moved there.
 
-Every problem is a UserError, but for reading a file that is missing: FileNotFoundError.
+A path that is wrong or forbidden is a UserError, storage that fails otherwise a StorageError, and
+reading a file that is missing a FileNotFoundError.
 """
 
 import contextlib
@@ -26,12 +27,23 @@ from typing import BinaryIO
 import fsspec
 from etils import epath
 
-from jllama.errors import UserError
+from jllama.errors import StorageError, UserError
 
 _EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: module, this package's extra
 _CHUNK = 1 << 23
 _NOT_READABLE, _NOT_WRITABLE = "not readable", "not writable"
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # Lustre, NFS
+# The path is wrong, or closed to this user: to try again would be in vain. gcsfs gives an HttpError
+# its status as `code`, but for 403.
+_WRONG = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+_WRONG_NUMBERS = {errno.EINVAL, errno.ENAMETOOLONG, errno.EROFS}
+_WRONG_CODES = {"400", "401", "403", "404"}
 _THREADS = 8  # transfers at a time
 # Other hosts write too: what a listing said a minute ago may be wrong now.
 for _scheme in ("gs", "gcs", "s3"):
@@ -141,12 +153,12 @@ def matches(pattern: str) -> list[str]:
 
 
 def reading(file: Path) -> contextlib.AbstractContextManager[None]:
-    """What goes wrong while a file is read becomes a UserError that names it."""
+    """What goes wrong while a file is read becomes an error that names it."""
     return _errors(file, _NOT_READABLE)
 
 
 def writing(where: Path) -> contextlib.AbstractContextManager[None]:
-    """What goes wrong while a file or folder is written becomes a UserError that names it."""
+    """What goes wrong while a file or folder is written becomes an error that names it."""
     return _errors(where, _NOT_WRITABLE)
 
 
@@ -304,11 +316,21 @@ def _errors(where: Path, what: str) -> Iterator[None]:
     except OSError as e:
         if isinstance(e, FileNotFoundError) and what == _NOT_READABLE:
             raise
-        raise UserError(f"{where}: {what}: {e.strerror or one_line(e)}") from None
+        raise _kind(e)(f"{where}: {what}: {e.strerror or one_line(e)}") from None
     except Exception as e:  # the stores' clients raise what they like
         if not is_remote(where):
             raise
-        raise UserError(f"{where}: {what}: {one_line(e)}") from None
+        raise _kind(e)(f"{where}: {what}: {one_line(e)}") from None
+
+
+def _kind(error: Exception) -> type[UserError]:
+    wrong = (
+        isinstance(error, _WRONG)
+        or getattr(error, "errno", None) in _WRONG_NUMBERS
+        or str(getattr(error, "code", "")) in _WRONG_CODES
+        or str(error).startswith("Forbidden")
+    )
+    return UserError if wrong else StorageError
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 
 from jllama import cli
 from jllama import recipe as recipes
-from jllama.errors import UserError
+from jllama.errors import StorageError, UserError
 
 
 def run(*args: str, **kwargs) -> subprocess.CompletedProcess:
@@ -127,6 +128,8 @@ def test_exit_statuses(capsys):
 
     assert cli.exit_status(fail, UserError("told so")) == 2
     assert capsys.readouterr().err == "error: told so\n"
+    assert cli.exit_status(fail, StorageError("away")) == os.EX_IOERR
+    assert capsys.readouterr().err == "error: away\n"
     assert cli.exit_status(fail, KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "interrupted\n"
     with pytest.raises(ZeroDivisionError):  # a bug shows its traceback

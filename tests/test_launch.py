@@ -19,7 +19,7 @@ import yaml
 
 from jllama import recipe as configs
 from jllama.config import DistributedConfig
-from jllama.errors import UserError
+from jllama.errors import StorageError, UserError
 from jllama.parallel import distributed
 
 SCRIPTS = sorted((hosts.ROOT / "launch").iterdir())
@@ -114,6 +114,32 @@ def test_only_the_words_of_a_broken_collective_mean_a_lost_process(monkeypatch, 
     assert not distributed.is_loss(OSError(message))
 
 
+@pytest.mark.parametrize("error", [UserError("wrong"), StorageError("away")], ids=repr)
+def test_a_process_of_several_leaves_with_the_errors_status(monkeypatch, error):
+    def leave(status, line):
+        raise SystemExit((status, line))
+
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    monkeypatch.setattr(distributed, "_leave", leave)
+    with pytest.raises(SystemExit) as left, distributed.leaving_together(lambda: ""):
+        raise error
+    assert left.value.code == (error.status, f"error: process 0 of 1: {error}")
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("error", [UserError("wrong"), StorageError("away")], ids=repr)
+def test_an_error_in_one_process_has_its_status_in_all(monkeypatch, error, alike):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    monkeypatch.setattr(distributed, "tell", lambda text: [text if alike else "", text])
+    with pytest.raises(distributed.SharedError) as shared:
+        distributed.together(fail)
+    assert shared.value.status == error.status
+    assert str(shared.value) == (str(error) if alike else f"process 1 of 2: {error}")
+
+
 def run(tmp_path, command, programs, **env):
     """Runs a launch script with `programs` found first: (status, stdout, stderr)."""
     for name, text in programs.items():
@@ -202,6 +228,9 @@ def test_the_manifest_agrees_with_itself(manifest):
     moved, rule = spec["podFailurePolicy"]["rules"]
     assert moved["action"] == "Ignore"
     assert rule["onExitCodes"]["containerName"] == container["name"]
+    # Bad input ends the Job; what a store or a lost process ends is started again.
+    assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "In")
+    assert rule["onExitCodes"]["values"] == [UserError.status]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     # The recipe is one, with every key as it is spelt there.
     assert configs.from_arguments(args[1:]).run.folder == "/shared/runs"

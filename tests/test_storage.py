@@ -1,10 +1,14 @@
 """URLs: the same run from an object store as from a disk, without one rename."""
 
+import contextlib
 import errno
 import gzip
 import importlib.util
 import json
 import os
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import fsspec
@@ -30,15 +34,16 @@ from jllama.config import (
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
 from jllama.data.source import documents
-from jllama.errors import UserError
+from jllama.errors import StorageError, UserError
 from jllama.text.tokenizer import load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train import staging
-from jllama.train.checkpoint import latest_step
+from jllama.train.checkpoint import Checkpoints, latest_step
 from jllama.train.loop import train
 from jllama.train.metrics import read
 from jllama.train.mirror import Mirror
 
+ROOT = Path(__file__).parent.parent
 MODULES = {"gs": ("gcsfs", "gcp_storage_emulator"), "s3": ("s3fs", "moto")}
 
 
@@ -49,6 +54,7 @@ def store(scheme):
     with object_stores.running(scheme) as environment, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
+        fsspec.filesystem(scheme).clear_instance_cache()
         yield f"{scheme}://{object_stores.BUCKET}"
         fsspec.filesystem(scheme).clear_instance_cache()
 
@@ -115,6 +121,34 @@ def test_a_bucket_that_does_not_exist_is_one_line(scheme, request):
     request.getfixturevalue(scheme)
     with pytest.raises(UserError, match=rf"{scheme}://no-such-bucket/file: not writable: \w+"):
         storage.write_text(storage.path(f"{scheme}://no-such-bucket/file"), "text")
+
+
+class HttpError(Exception):
+    def __init__(self, code):
+        super().__init__("as gcsfs has them")
+        self.code = code
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (PermissionError("denied"), UserError),
+        (OSError(errno.EROFS, "Read-only file system"), UserError),
+        (OSError("Forbidden: b/x"), UserError),  # gcsfs's 403
+        (HttpError(401), UserError),
+        (HttpError("400"), UserError),
+        (HttpError(503), StorageError),
+        (HttpError(429), StorageError),
+        (TimeoutError("timed out"), StorageError),
+        (ConnectionRefusedError("refused"), StorageError),
+        (OSError(errno.ENOSPC, "No space left on device"), StorageError),
+    ],
+    ids=repr,
+)
+def test_what_may_work_later_is_told_from_what_will_not(error, kind):
+    with pytest.raises(UserError) as told, storage.writing(storage.path("gs://b/x")):
+        raise error
+    assert type(told.value) is kind
 
 
 def test_a_url_without_its_extra_says_what_to_install(monkeypatch):
@@ -379,6 +413,15 @@ def test_a_run_at_urls_stops_resumes_and_is_the_run_on_disk(
         for where in (str(run), f"{run}/checkpoints/10", on_disk.folder)
     ]
     assert texts[0] == texts[1] == texts[2]
+    options = ["--prompt", "def ", "--max-new-tokens", "8", "--seed", "0"]
+    sampled = [
+        subprocess.run(
+            [sys.executable, "sample.py", "--model", where, *options],
+            cwd=ROOT, capture_output=True, text=True, check=True, timeout=300,
+        ).stdout
+        for where in (f"{run}/checkpoints/10", str(on_disk.folder))
+    ]  # fmt: skip
+    assert sampled[0] == sampled[1] != ""
     with pytest.raises(UserError, match=rf"{scheme}://.*/nothing: no such folder"):
         jllama.load(f"{root}/nothing")
     # All of a step but its marker, as when the machine goes: it is no step.
@@ -390,3 +433,32 @@ def test_a_run_at_urls_stops_resumes_and_is_the_run_on_disk(
     with pytest.raises(UserError, match="no step 11; there are: 8, 10"):
         jllama.load(f"{run}/checkpoints/11")
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_store_that_goes_away_in_mid_training_is_a_status_to_try_again(
+    scheme, recipe, capsys, monkeypatch
+):
+    async def at_once(*_):
+        pass
+
+    if scheme == "gs":  # the clients' own patience, half a minute a request
+        retry = pytest.importorskip("gcsfs").retry
+        monkeypatch.setattr(retry, "asyncio", types.SimpleNamespace(sleep=at_once))
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    began = []
+    with contextlib.ExitStack() as stack:
+        root = stack.enter_context(contextlib.contextmanager(store)(scheme))
+
+        def save(self, step, state, save=Checkpoints.save):
+            if not began:
+                stack.pop_all().close()
+            began.append(step)
+            save(self, step, state)
+
+        monkeypatch.setattr(Checkpoints, "save", save)
+        config = configs.load(recipe, [f"run.folder={root}/runs", "eval.every=0"])
+        assert cli.exit_status(train, config) == os.EX_IOERR
+    assert began[0] == 4
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(f"error: {root}/runs/run/checkpoints")

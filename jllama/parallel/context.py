@@ -120,7 +120,7 @@ def spread(
         # The backward pass gathers again: keys and values of the whole row would else be kept for
         # every layer. What the kernel names (its result) is kept, so that it does not run again.
         policy = jax.checkpoint_policies.save_only_these_names("attention")
-        local = jax.checkpoint(local, policy=policy, prevent_cse=False)
+        local = jax.checkpoint(local, policy=policy)
 
     parts = None
     if mask is not None:

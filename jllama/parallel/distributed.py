@@ -38,6 +38,10 @@ _T = TypeVar("_T")
 class SharedError(UserError):
     """A `UserError` that every process raises at the same place: all can leave in good order."""
 
+    def __init__(self, message: str, status: int = UserError.status):
+        super().__init__(message)
+        self.status = status
+
 
 def start(config: DistributedConfig) -> None:
     """Joins the run's processes; call it before anything that asks JAX for devices.
@@ -190,13 +194,13 @@ def together(action: Callable[[], _T]) -> _T:
     except UserError as e:
         if not several():
             raise
-        said = str(e)
+        said = f"{e.status} {e}"
     lines = tell(said)
-    if said and len(set(lines)) == 1:
-        raise SharedError(said)
     for number, line in enumerate(lines):
         if line:
-            raise SharedError(f"process {number} of {len(lines)}: {line}")
+            status, _, text = line.partition(" ")
+            who = f"process {number} of {len(lines)}: " if len(set(lines)) > 1 else ""
+            raise SharedError(f"{who}{text}", int(status))
     return result
 
 
@@ -249,7 +253,7 @@ def leaving_together(advice: Callable[[], str]) -> Iterator[None]:
             raise
         who = f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(e, UserError):
-            _leave(2, f"error: {who}: {e}")
+            _leave(e.status, f"error: {who}: {e}")
         if isinstance(e, KeyboardInterrupt):
             _leave(130, f"{who}: interrupted")
         if is_loss(e):

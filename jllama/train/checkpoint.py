@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from jllama import storage
 from jllama.config import Config
-from jllama.errors import UserError
+from jllama.errors import StorageError, UserError
 from jllama.model import llama
 from jllama.parallel.distributed import is_loss
 from jllama.parallel.sharding import Placement
@@ -52,7 +52,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState) -> None:
         """Starts saving; returns once the state may be donated.
 
-        Raises `UserError` when this save or the one before it cannot be written.
+        Raises `StorageError` when this save or the one before it cannot be written.
         """
         with _writing(self._folder / str(step)):
             if self._staging:
@@ -76,7 +76,7 @@ class Checkpoints:
         return _restore_state(self._manager, self._folder / str(step), step, definition)
 
     def wait(self) -> None:
-        """Returns once what was saved is on disk, or at its URL; `UserError` if it is not."""
+        """Returns once what was saved is on disk, or at its URL; `StorageError` if it is not."""
         with _writing(self._folder):
             if self._staging:
                 self._staging.wait()
@@ -95,7 +95,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _writing(where: Path) -> Iterator[None]:
-    """What Orbax meets on the storage becomes a `UserError`; the loss of a process stays one."""
+    """What Orbax meets on the storage becomes a `StorageError`; the loss of a process stays one."""
     try:
         yield
     except UserError:
@@ -103,7 +103,7 @@ def _writing(where: Path) -> Iterator[None]:
     except Exception as e:  # Orbax raises what its storage raises, often a save later
         if is_loss(e):
             raise
-        raise UserError(f"{where}: not written: {storage.one_line(e)}") from e
+        raise StorageError(f"{where}: not written: {storage.one_line(e)}") from e
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

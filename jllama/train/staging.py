@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from jllama import storage
-from jllama.errors import UserError
+from jllama.errors import StorageError, UserError
 
 _MARKER = "commit_success.txt"
 
@@ -110,4 +110,4 @@ class Staging:
         except UserError as e:
             self._error = e
         except Exception as e:  # nobody hears this thread: whatever it met, `wait` says it
-            self._error = UserError(f"{there}: not written: {storage.one_line(e)}")
+            self._error = StorageError(f"{there}: not written: {storage.one_line(e)}")

@@ -82,6 +82,18 @@ def test_a_step_that_does_not_fit_says_what_would(recipe, compiler, capsys):
     assert err.count("compiling") == 2
 
 
+def test_an_evaluation_that_the_compiler_refuses_beside_a_step_that_fits(recipe, compiler, capsys):
+    shallow = ["--model.num_layers=1", "--compute.attention.kind=reference"]
+    rows = "--eval.batch_size=262144"
+    status, out, _ = run(capsys, "--config", recipe, "--json", "--tries=0", *shallow, rows)
+    figures = json.loads(out)
+    assert (status, figures["fits"], figures["eval_fits"]) == (1, False, False)
+    assert figures["hbm_bytes_per_device"] < figures["hbm_capacity_bytes"]
+    assert "compiler_message" not in figures
+    assert figures["eval_hbm_bytes_per_device"] > figures["hbm_capacity_bytes"]
+    assert "exceeds available HBM (15.75G)" in figures["eval_compiler_message"]
+
+
 @pytest.mark.parametrize("key", ["training.batch_size", "eval.batch_size"])
 def test_rows_that_do_not_divide_are_the_users_error(recipe, compiler, key, capsys):
     status, out, err = run(capsys, "--config", recipe, f"--{key}=6")

@@ -1,5 +1,7 @@
 """Devices to mesh: sizes, slices, and the chips' own order."""
 
+import itertools
+import math
 import types
 
 import jax
@@ -74,6 +76,54 @@ def test_an_axis_that_is_no_side_of_the_torus_is_laid_out_all_the_same():
     mesh = make_mesh(MeshConfig(fsdp=32, tensor=2), tpu.devices("v5p:4x4x4"))
     assert sizes(mesh) == {"fsdp": 32, "tensor": 2}
     assert len(set(coordinates(mesh).flat)) == 64
+
+
+def shapes(count):
+    """Every (replica, fsdp, context, tensor) that fills `count` devices."""
+    for sizes in itertools.product(*[[n for n in range(1, count + 1) if count % n == 0]] * 4):
+        if math.prod(sizes) == count:
+            yield dict(zip(("replica", "fsdp", "context", "tensor"), sizes, strict=True))
+
+
+MEGACORE = {"chip_config_name": "megacore"}  # the two cores of a chip are one device
+
+
+@pytest.mark.parametrize(
+    ("topology", "options"),
+    [
+        ("v4:2x2x2", MEGACORE),
+        ("v4:2x2x4", MEGACORE),
+        ("v5p:2x2x4", {}),
+        ("v5p:2x4x4", {}),
+        ("v5e:2x4", {}),
+        ("v5e:4x4", {}),
+        ("v6e:4x8", {}),
+    ],
+    ids=str,
+)
+def test_every_shape_that_fills_a_slice_is_a_mesh_of_all_its_chips(topology, options):
+    chips = tpu.devices(topology, **options)
+    for given in shapes(len(chips)):
+        mesh = make_mesh(MeshConfig(**given), chips)
+        assert dict(mesh.shape) == given
+        assert {d.id for d in mesh.devices.flat} == {d.id for d in chips}
+
+
+@pytest.mark.xfail(strict=True, reason="jax.experimental.mesh_utils finds no layout, and raises")
+@pytest.mark.parametrize(
+    ("topology", "given"),
+    [
+        ("v4:2x2x1", {"fsdp": 4, "tensor": 2}),  # two devices a chip: AssertionError
+        ("v5p:4x4x20", {"fsdp": 10, "tensor": 32}),  # a factor of 10 gets lost
+        ("v5p:4x4x28", {"fsdp": 56, "tensor": 8}),
+    ],
+    ids=str,
+)
+def test_a_shape_that_jax_has_no_layout_for_is_a_mesh_all_the_same(topology, given):
+    chips = tpu.devices(topology)
+    mesh = make_mesh(MeshConfig(**given), chips)
+    assert sizes(mesh) == given
+    assert {d.id for d in mesh.devices.flat} == {d.id for d in chips}
 
 
 @pytest.mark.parametrize("replica", [2, 4])

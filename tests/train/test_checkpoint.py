@@ -11,7 +11,7 @@ import pytest
 import recipes
 
 from jllama.config import MeshConfig
-from jllama.errors import UserError
+from jllama.errors import StorageError, UserError
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train import staging
@@ -156,7 +156,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     full_disk(monkeypatch)
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, state(definition(), 1))
-    with pytest.raises(UserError, match=r"checkpoints: not written: .*No space left") as error:
+    with pytest.raises(StorageError, match=r"checkpoints: not written: .*No space left") as error:
         checkpoints.wait()
     assert "\n" not in str(error.value)
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_cannot_go_to_its_url_is_an_error(tmp_path, monkeypatc
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, state(definition(), 1))
     said = "No space left" if what == "local" else "division by zero"
-    with pytest.raises(UserError, match=f"checkpoints/1: not written: .*{said}"):
+    with pytest.raises(StorageError, match=f"checkpoints/1: not written: .*{said}"):
         checkpoints.save(2, state(definition(), 2))
     assert latest_step(tmp_path) is None
 
