@@ -442,13 +442,20 @@ def test_a_store_that_goes_away_in_mid_training_is_a_status_to_try_again(
     async def at_once(*_):
         pass
 
+    for module in MODULES[scheme]:
+        pytest.importorskip(module)
     if scheme == "gs":  # the clients' own patience, half a minute a request
-        retry = pytest.importorskip("gcsfs").retry
+        retry = sys.modules["gcsfs"].retry
         monkeypatch.setattr(retry, "asyncio", types.SimpleNamespace(sleep=at_once))
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     began = []
     with contextlib.ExitStack() as stack:
-        root = stack.enter_context(contextlib.contextmanager(store)(scheme))
+        # Only the server ends with the stack: another test's may be running.
+        server = stack.enter_context(object_stores.running(scheme))
+        for name, value in server.items():
+            monkeypatch.setenv(name, value)
+        fsspec.filesystem(scheme).clear_instance_cache()
+        root = f"{scheme}://{object_stores.BUCKET}"
 
         def save(self, step, state, save=Checkpoints.save):
             if not began:
@@ -459,6 +466,7 @@ def test_a_store_that_goes_away_in_mid_training_is_a_status_to_try_again(
         monkeypatch.setattr(Checkpoints, "save", save)
         config = configs.load(recipe, [f"run.folder={root}/runs", "eval.every=0"])
         assert cli.exit_status(train, config) == os.EX_IOERR
+    fsspec.filesystem(scheme).clear_instance_cache()
     assert began[0] == 4
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith(f"error: {root}/runs/run/checkpoints")
