@@ -28,7 +28,7 @@ from jllama.train.loss import causal_lm_loss
 from jllama.train.metrics import Metrics, NoMetrics
 from jllama.train.metrics import read as metrics_of
 from jllama.train.mirror import Mirror
-from jllama.train.state import define_state, init_state
+from jllama.train.state import check_batches, define_state, init_state
 from jllama.train.step import make_eval_step, make_train_step
 
 
@@ -80,6 +80,7 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
         "the recipe", run_folder.told_alike(config), "start all with the same arguments"
     )
     placement = together(lambda: Placement(make_mesh(config.mesh), config.sharding))
+    together(lambda: check_batches(config, placement))
     definition = together(lambda: define_state(config, placement))
     # The leader makes what is missing while the others wait; they find it, or make their own
     # where prepared data is not on shared storage.
