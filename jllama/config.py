@@ -522,7 +522,7 @@ class EvalConfig:
 class CheckpointConfig:
     """Checkpoints of the run."""
 
-    every: Count = _default("steps between checkpoints; 0 is only at the end", 0)
+    every: Count = _default("steps between checkpoints; 0 is only at the end", 1000)
     keep: PositiveInt = _default("newest checkpoints kept", 2)
 
 
