@@ -178,7 +178,9 @@ def _validate(cls: type[T], data: dict, where: str, given: Sequence[str] = ()) -
             options = [item.partition("=")[0] for item in given]
             if all(_is_given(key, options) for key in keys):
                 raise UserError(f"{', '.join(f'--{key}' for key in keys)}: {text}") from None
-            raise UserError(f"{where}: {', '.join(keys)}: {text}") from None
+            beneath = any(o.startswith(f"{key}.") for key in keys for o in options)
+            place = "" if beneath else f"{where}: "
+            raise UserError(f"{place}{', '.join(keys)}: {text}") from None
         raise UserError(f"{where}: not plain values: {e}") from None
 
 
@@ -190,8 +192,11 @@ def _is_given(key: str, options: Sequence[str]) -> bool:
 
 def _explain(cls: type, error: pydantic.ValidationError) -> tuple[list[str], str]:
     """The keys that are wrong in one way, and what is wrong."""
+    # A list with a bad item counts as too short as well: what is wrong inside is what is said.
+    inside = {e["loc"][:i] for e in error.errors() for i in range(len(e["loc"]))}
+    errors = [e for e in error.errors() if e["loc"] not in inside]
     # An unknown key is the likeliest mistake and the likeliest cause of the others.
-    errors = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
+    errors.sort(key=lambda e: e["type"] != "unexpected_keyword_argument")
     first = errors[0]
     path, allowed, tags = _walk(cls, first["loc"])
     keys = [".".join(path) or "config"]
@@ -214,8 +219,11 @@ def _explain(cls: type, error: pydantic.ValidationError) -> tuple[list[str], str
         text = first["msg"][0].lower() + first["msg"][1:] + f", not {json.dumps(first['input'])}"
         if kind == "tuple_type":
             text = text.replace("valid array", "list", 1)
-            if isinstance(first["input"], str):
-                text += f"; write '{json.dumps([first['input']])}'"
+            match first["input"]:
+                case str(item):
+                    text += f"; write '{json.dumps([item])}'"
+                case dict(items) if all(key.isdigit() for key in items):
+                    text += f"; there is none yet: write '{json.dumps(list(items.values()))}'"
         if kind == "string_type" and not isinstance(first["input"], dict | list):
             text += "; put text that YAML reads as something else in double quotes"
     left = len(errors) - len(keys)

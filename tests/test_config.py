@@ -282,6 +282,11 @@ def test_a_model_is_overridden_by_name_then_by_key(recipe):
             r"^--training\.optimizer\.momentum, --training\.optimizer\.beta1, .*beta2, .*_decay,"
             r" --training\.optimizer\.clip_norm: are required and missing$",
         ),
+        (
+            ["data.train.0.source.kind=text", "data.train.0.source.files.0=/x"],
+            r"^--data\.train\.0\.source\.files: .*; there is none yet: write '\[\"/x\"\]'$",
+        ),
+        (["mesh.replica=-1"], r"^mesh: replica and fsdp are -1 "),
         (["training.step=3"], r"^--training\.step: unknown key; did you mean steps\?"),
         (
             ["data.train.0.source={kind: text, files: [3]}"],
@@ -368,6 +373,13 @@ def test_a_saved_recipe_loads_to_an_equal_one(path, tmp_path):
     again = recipes.load(saved)
     assert again == loaded == recipes.from_dict(recipes.to_dict(loaded), "test")
     assert hash(again) == hash(loaded)
+
+
+def test_the_recipe_for_own_text_in_the_docs_is_one(tmp_path):
+    page = recipes.configs_folder().parent / "docs" / "data.md"
+    (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", page.read_text(), re.S)[1])
+    loaded = recipes.load(tmp_path / "mine.yaml")
+    assert loaded.data.train[0].source == TextSource(kind="text", files=("text/**/*.txt",))
 
 
 def test_configs_are_frozen_and_serve_as_keys():
