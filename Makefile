@@ -89,9 +89,9 @@ $(BIN)/python:
 
 # The stamps are renewed only by a change of what they were installed from.
 $(VENV)/.default: requirements.txt pyproject.toml | $(BIN)/python
-	@echo "installing requirements.txt into $(VENV) ..."
-	$(PIP) install -r requirements.txt
-	$(PIP) install --no-deps --editable .
+	@echo "installing requirements.txt into $(VENV), a minute or more ..."
+	$(PIP) install --quiet -r requirements.txt
+	$(PIP) install --quiet --no-deps --editable .
 	@touch $@
 
 # Not among the packages: there it would make every run on a CPU look for TPUs, and say so. The
@@ -104,11 +104,11 @@ $(VENV)/.plan: $(VENV)/.default
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.default
 	@echo "installing requirements-dev.txt into $(VENV) ..."
-	$(PIP) install -r requirements-dev.txt
+	$(PIP) install --quiet -r requirements-dev.txt
 	@touch $@
 
 $(VENV)/.cuda: $(VENV)/.default
-	$(PIP) install -c requirements.txt --editable '.[cuda]'
+	$(PIP) install --quiet -c requirements.txt --editable '.[cuda]'
 	@touch $@
 
 $(PEERS)/.cpu $(PEERS)/.cuda: | $(BIN)/python

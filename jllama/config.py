@@ -223,9 +223,15 @@ class MeshConfig:
     context: int = _default("context parallel: positions of a row over devices", 1)
 
     def __post_init__(self):
-        sizes = (self.replica, self.fsdp, self.tensor, self.context)
-        if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+        sizes = dataclasses.asdict(self)
+        if any(s == 0 or s < -1 for s in sizes.values()):
             raise ValueError("sizes are at least 1; at most one is -1, which takes what is left")
+        rest = [name for name, s in sizes.items() if s == -1]
+        if len(rest) > 1:
+            raise ValueError(
+                f"{' and '.join(rest)} are -1 (fsdp is unless it is set), and at most one is -1,"
+                " which takes what is left: set the other"
+            )
 
 
 # A candidate is one or several mesh axes; the first that divides the dimension wins; null, as the
@@ -522,7 +528,7 @@ class EvalConfig:
 class CheckpointConfig:
     """Checkpoints of the run."""
 
-    every: Count = _default("steps between checkpoints; 0 is only at the end", 0)
+    every: Count = _default("steps between checkpoints; 0 is only at the end", 1000)
     keep: PositiveInt = _default("newest checkpoints kept", 2)
 
 

@@ -27,6 +27,9 @@ from jllama.errors import UserError
 
 T = typing.TypeVar("T")
 
+_MISSING = ("missing", "missing_argument")
+_MOST_KEYS = 8  # named in one line
+
 
 def configs_folder() -> Path:
     """The shipped recipes: `configs/` of the checkout, or the copy inside an installed wheel."""
@@ -61,18 +64,38 @@ def _model_dict(name: str) -> dict:
         path = configs_folder() / "model" / f"{name}.yaml"
         if not path.is_file():
             raise UserError(f"model: no {name!r}; shipped models: {', '.join(model_names())}")
-    return _read_yaml(path)
+    data = _read_yaml(path)
+    if _is_a(Config, data):
+        raise UserError(
+            f"{name}: is a recipe; what is wanted here is a model: a name, which `jllama info`"
+            " lists, or a file such as configs/model/tiny.yaml"
+        )
+    return data
+
+
+def _is_a(cls: type, data: dict) -> bool:
+    """Whether the keys are those of this one of `Config` and `ModelConfig`, which share none."""
+    own, other = ({f.name for f in _fields(c)} for c in (Config, ModelConfig))
+    if cls is ModelConfig:
+        own, other = other, own
+    return bool(own & data.keys()) and not other & data.keys()
 
 
 def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
     """A shipped model by name, or a YAML file; `overrides` are dotted `key=value`."""
-    return _validate(ModelConfig, override(_model_dict(name), overrides), where=name)
+    data = override(_model_dict(name), overrides)
+    return _validate(ModelConfig, data, where=name, given=overrides)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a recipe, applies dotted overrides (`model.num_layers=4`), validates."""
     path = storage.path(path)
     data = _read_yaml(path)
+    if _is_a(ModelConfig, data):
+        raise UserError(
+            f"{path}: is a model; what is wanted here is a recipe, such as"
+            f" configs/train/tiny.yaml, with --model={path}"
+        )
     # `model=NAME` is the model's whole file, wherever it stands; other overrides go on top of it.
     rest = []
     for item in overrides:
@@ -83,7 +106,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             rest.append(item)
     if isinstance(data.get("model"), str):
         data["model"] = _model_dict(data["model"])
-    return _validate(Config, override(data, rest), where=str(path))
+    return _validate(Config, override(data, rest), where=str(path), given=rest)
 
 
 def override(data: dict, overrides: Sequence[str]) -> dict:
@@ -144,29 +167,48 @@ def _index(node: list, name: str, key: str) -> int:
     return int(name)
 
 
-def _validate(cls: type[T], data: dict, where: str) -> T:
+def _validate(cls: type[T], data: dict, where: str, given: Sequence[str] = ()) -> T:
+    """`where` names the file in errors, and `given` are overrides: of these it names the key."""
     try:
         # JSON mode: strict about types, and lists still become tuples.
         return pydantic.TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
     except (TypeError, ValueError) as e:
         if isinstance(e, pydantic.ValidationError):
-            raise UserError(f"{where}: {_explain(cls, e)}") from None
+            keys, text = _explain(cls, e)
+            options = [item.partition("=")[0] for item in given]
+            if all(_is_given(key, options) for key in keys):
+                raise UserError(f"{', '.join(f'--{key}' for key in keys)}: {text}") from None
+            beneath = any(o.startswith(f"{key}.") for key in keys for o in options)
+            place = "" if beneath else f"{where}: "
+            raise UserError(f"{place}{', '.join(keys)}: {text}") from None
         raise UserError(f"{where}: not plain values: {e}") from None
 
 
-def _explain(cls: type, error: pydantic.ValidationError) -> str:
+def _is_given(key: str, options: Sequence[str]) -> bool:
+    """Whether a key was set by an override, or is needed for the kind that one chose."""
+    kind = f"{key.rpartition('.')[0]}.kind"
+    return any(key == o or key.startswith(f"{o}.") or kind == o for o in options)
+
+
+def _explain(cls: type, error: pydantic.ValidationError) -> tuple[list[str], str]:
+    """The keys that are wrong in one way, and what is wrong."""
+    # A list with a bad item counts as too short as well: what is wrong inside is what is said.
+    inside = {e["loc"][:i] for e in error.errors() for i in range(len(e["loc"]))}
+    errors = [e for e in error.errors() if e["loc"] not in inside]
     # An unknown key is the likeliest mistake and the likeliest cause of the others.
-    errors = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
+    errors.sort(key=lambda e: e["type"] != "unexpected_keyword_argument")
     first = errors[0]
     path, allowed, tags = _walk(cls, first["loc"])
-    key = ".".join(path) or "config"
+    keys = [".".join(path) or "config"]
     kind = first["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         near = difflib.get_close_matches(path[-1], allowed, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         text = f"unknown key; {hint}allowed: {', '.join(allowed)}"
-    elif kind in ("missing", "missing_argument"):
-        text = "is required and missing"
+    elif kind in _MISSING:
+        absent = [e["loc"] for e in errors if e["type"] in _MISSING][:_MOST_KEYS]
+        keys = [".".join(_walk(cls, loc)[0]) for loc in absent]
+        text = f"{'is' if len(keys) == 1 else 'are'} required and missing"
     elif kind == "union_tag_not_found":
         text = f"needs a kind; allowed: {', '.join(map(repr, tags))}"
     elif kind == "union_tag_invalid":
@@ -175,10 +217,17 @@ def _explain(cls: type, error: pydantic.ValidationError) -> str:
         text = str(first["ctx"]["error"])
     else:
         text = first["msg"][0].lower() + first["msg"][1:] + f", not {json.dumps(first['input'])}"
+        if kind == "tuple_type":
+            text = text.replace("valid array", "list", 1)
+            match first["input"]:
+                case str(item):
+                    text += f"; write '{json.dumps([item])}'"
+                case dict(items) if all(key.isdigit() for key in items):
+                    text += f"; there is none yet: write '{json.dumps(list(items.values()))}'"
         if kind == "string_type" and not isinstance(first["input"], dict | list):
             text += "; put text that YAML reads as something else in double quotes"
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return f"{key}: {text}{more}"
+    left = len(errors) - len(keys)
+    return keys, text + (f" (and {left} more)" if left else "")
 
 
 def _walk(cls: Any, loc: Sequence[str | int]) -> tuple[list[str], list[str], list[str]]:

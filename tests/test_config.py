@@ -276,14 +276,37 @@ def test_a_model_is_overridden_by_name_then_by_key(recipe):
         (["compute.dtype=float16"], r"compute\.dtype: .*'float32' or 'bfloat16', not \"float16\""),
         (["model.rope.kind=yarnn"], r"model\.rope: kind 'yarnn' is unknown; allowed: .*'linear'"),
         (["model.rope={}"], r"model\.rope: needs a kind; allowed: .*'linear'"),
-        (["model.rope.kind=linear"], r"model\.rope\.factor: is required and missing"),
+        (["model.rope.kind=linear"], r"^--model\.rope\.factor: is required and missing$"),
+        (
+            ["training.optimizer.kind=muon", "training.optimizer.eps=1e-8"],
+            r"^--training\.optimizer\.momentum, --training\.optimizer\.beta1, .*beta2, .*_decay,"
+            r" --training\.optimizer\.clip_norm: are required and missing$",
+        ),
+        (
+            ["data.train.0.source.kind=text", "data.train.0.source.files.0=/x"],
+            r"^--data\.train\.0\.source\.files: .*; there is none yet: write '\[\"/x\"\]'$",
+        ),
+        (["mesh.replica=-1"], r"^mesh: replica and fsdp are -1 "),
+        (["training.step=3"], r"^--training\.step: unknown key; did you mean steps\?"),
+        (
+            ["data.train.0.source={kind: text, files: [3]}"],
+            r"^--data\.train\.0\.source\.files\.0: ",
+        ),
+        (
+            ["data.train.0.source.kind=text", "data.train.0.source.files=/x/*.md"],
+            r"--data\.train\.0\.source\.files: input should be a list, not \"/x/\*\.md\";"
+            r" write '\[\"/x/\*\.md\"\]'",
+        ),
         (["data.train=[]"], r"data\.train: .*at least 1"),
         (["data.train.4.name=x"], r"data\.train\.4: a list of 1 takes an index below 1"),
         (["sharding.batch=[[pod]]"], r"sharding\.batch\.0\.0: .*'replica'.*not \"pod\""),
         (["model.num_kv_heads=3"], r"model: num_kv_heads=3 must divide num_heads=4"),
         (["model.head_dim=15"], r"model: head_dim=15 must be even"),
         (["mesh.fsdp=0"], r"mesh: sizes are at least 1"),
-        (["mesh.tensor=-1"], r"mesh: .*at most one is -1"),
+        (
+            ["mesh.tensor=-1"],
+            r"mesh: fsdp and tensor are -1 \(fsdp is unless it is set\), and at most one is -1",
+        ),
         (["training.accumulate=3"], r"training: accumulate=3 must divide batch_size=8"),
         (["training.steps=5"], r"training: schedule: warm-up and decay take 10 of steps=5"),
         (["data.length=129"], r"data\.length=129 is above model\.max_length=128"),
@@ -308,8 +331,9 @@ def test_a_mistake_is_one_line_with_the_key_and_what_is_allowed(recipe, override
         (None, "no such file"),
         ("a: [1", "not readable as YAML"),
         ("- 1\n- 2\n", "expected keys and values"),
-        ("", "is required and missing"),
-        ("training: {steps: 3}\n", "is required and missing"),
+        ("", "model, compute, tokenizer, data, training, run: are required and missing"),
+        ("training: {steps: 3}\n", "training.batch_size, "),
+        ("training: {stepz: 3}\n", "training.stepz: unknown key"),
         ("run: {name: ${nowhere}}\n", "not readable as YAML"),
     ],
 )
@@ -324,6 +348,21 @@ def test_a_bad_file_is_named(tmp_path, text, said):
     assert "\n" not in str(caught.value)
 
 
+def test_a_list_can_be_written_as_the_error_says(recipe):
+    loaded = recipes.load(
+        recipe, ["data.train.0.source.kind=text", 'data.train.0.source.files=["**/*.md"]']
+    )
+    assert loaded.data.train[0].source.files == ("**/*.md",)
+
+
+def test_a_model_for_a_recipe_and_a_recipe_for_a_model_are_told_apart():
+    folder = recipes.configs_folder()
+    with pytest.raises(UserError, match=r"train/tiny\.yaml: is a recipe; .* is a model: a name"):
+        recipes.load_model(str(folder / "train" / "tiny.yaml"))
+    with pytest.raises(UserError, match=r"model/tiny\.yaml: is a model; .* --model=.*model/tiny\."):
+        recipes.load(folder / "model" / "tiny.yaml")
+
+
 @pytest.mark.parametrize(
     "path", sorted((recipes.configs_folder() / "train").glob("*.yaml")), ids=lambda p: p.stem
 )
@@ -334,6 +373,13 @@ def test_a_saved_recipe_loads_to_an_equal_one(path, tmp_path):
     again = recipes.load(saved)
     assert again == loaded == recipes.from_dict(recipes.to_dict(loaded), "test")
     assert hash(again) == hash(loaded)
+
+
+def test_the_recipe_for_own_text_in_the_docs_is_one(tmp_path):
+    page = recipes.configs_folder().parent / "docs" / "data.md"
+    (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", page.read_text(), re.S)[1])
+    loaded = recipes.load(tmp_path / "mine.yaml")
+    assert loaded.data.train[0].source == TextSource(kind="text", files=("text/**/*.txt",))
 
 
 def test_configs_are_frozen_and_serve_as_keys():

@@ -156,6 +156,13 @@ def script(capsys):
         (["--training.steps"], "--training.steps: needs a value"),
         (["steps=3"], "'steps=3'"),
         (["--mesh.fsdp=3"], "does not fill 8 devices"),
+        (
+            ["--training.batch_size=6"],
+            "training.batch_size=6: must be a multiple of 8, the 8 devices",
+        ),
+        (["--training.accumulate=2"], "multiple of 16, training.accumulate=2 microbatches x the 8"),
+        (["--training.batch_size=20"], "(mesh.replica x mesh.fsdp); nearest: 16 or 24"),
+        (["--eval.batch_size=3"], "eval.batch_size=3: must be a multiple of 8, the 8 devices"),
         (["--model.vocab_size=100"], "tokenizer.vocab_size=320 does not fit"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else None,

@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import grain
 import numpy as np
@@ -19,11 +20,13 @@ from jllama.config import (
     Config,
     DataConfig,
     SourceConfig,
+    TfdsSource,
     TokenizerFile,
     TrainedTokenizer,
     WholePacking,
 )
 from jllama.data import source as sources
+from jllama.data.files import NoFiles
 from jllama.data.pack import CutRows, Row, Rows, WholeRows, empty_row
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
@@ -33,6 +36,8 @@ from jllama.text.tokenizer import SentencePieceTokenizer, load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
 
 Batch = dict[str, np.ndarray]  # tokens int32, segments int32, weights float32; each [B, T+1]
+
+_Result = TypeVar("_Result")
 
 _FOREVER = 1 << 40  # steps
 
@@ -140,8 +145,8 @@ def open_data(config: Config, tokenizer: SentencePieceTokenizer) -> Data:
         twice = {n for n in names if names.count(n) > 1}
         if twice:
             raise UserError(f"data.{group}: two sources are named {min(twice)}; rename one")
-    train = {s.name: prepare(s, tokenizer, data.prepare) for s in data.train}
-    held_out = {s.name: prepare(s, tokenizer, data.prepare) for s in data.held_out}
+    train = _each(data, "train", lambda s: prepare(s, tokenizer, data.prepare))
+    held_out = _each(data, "held_out", lambda s: prepare(s, tokenizer, data.prepare))
     return Data(
         train=Dataset(
             {name: cut(p, data) for name, p in train.items()},
@@ -155,6 +160,24 @@ def open_data(config: Config, tokenizer: SentencePieceTokenizer) -> Data:
     )
 
 
+def _each(
+    data: DataConfig, part: str, action: Callable[[SourceConfig], _Result]
+) -> dict[str, _Result]:
+    """`action` of each source, by name; for a source without files, a UserError with its key."""
+    results = {}
+    for i, source in enumerate(getattr(data, part)):
+        try:
+            results[source.name] = action(source)
+        except NoFiles as e:
+            raise UserError(f"data.{part}.{i}.source.files: {e}") from None
+    return results
+
+
+def _check_files(source: SourceConfig) -> None:
+    if not isinstance(source.source, TfdsSource):  # which may have to be downloaded first
+        sources.source_files(source.source)
+
+
 def open_tokenizer(config: Config) -> SentencePieceTokenizer:
     """The recipe's tokenizer: loaded, or trained once on the training sources.
 
@@ -163,7 +186,13 @@ def open_tokenizer(config: Config) -> SentencePieceTokenizer:
     """
     match config.tokenizer:
         case TokenizerFile(path=path):
-            return load_tokenizer(path)
+            try:
+                return load_tokenizer(path)
+            except UserError as e:
+                raise UserError(
+                    f"tokenizer.path: {e} (the file is not part of jllama: it comes with a model's"
+                    " weights, as Llama 2's tokenizer.model; tokenizer.kind=train makes one)"
+                ) from None
         case TrainedTokenizer() as wanted:
             return _trained(wanted, config.data)
 
@@ -178,6 +207,8 @@ def _trained(wanted: TrainedTokenizer, data: DataConfig) -> SentencePieceTokeniz
     path = folder / f"tokenizer-{identity[:16]}.model"
     with storage.locked(folder, ".tokenizer.lock"):
         if not storage.exists(path):
+            for part in ("train", "held_out"):  # a wrong path is known before minutes of work
+                _each(data, part, _check_files)
             print(f"tokenizer: training {wanted.vocab_size} pieces", file=sys.stderr)
             train_sentencepiece(_texts(data, wanted.max_bytes), wanted, path)
     return load_tokenizer(path)

@@ -16,13 +16,23 @@ from jllama.errors import UserError
 _CHUNK = 1 << 18
 
 
-def matches(patterns: tuple[str, ...]) -> list[str]:
-    """Sorted paths, as spelt by the patterns. UserError for a pattern that matches no file."""
+class NoFiles(UserError):
+    """A pattern that matches no file."""
+
+
+def matches(patterns: tuple[str, ...], suffix: str = "") -> list[str]:
+    """Sorted paths, as spelt by the patterns. `NoFiles` for a pattern that matches no file.
+
+    `suffix` is what such files mostly end with, for advice.
+    """
     found = set()
     for pattern in patterns:
         names = storage.matches(pattern)
         if not names:
-            raise UserError(f"{pattern}: no file matches; check the path")
+            if storage.is_folder(storage.path(pattern)):
+                glob = f"{pattern.rstrip('/')}/**/*{suffix}"
+                raise NoFiles(f"{pattern}: is a folder; its files are {glob!r}")
+            raise NoFiles(f"{pattern}: no file matches; check the path")
         found.update(names)
     return sorted(found)
 

@@ -136,7 +136,8 @@ def source_files(source: Source, *, fetch: bool = True) -> list[SourceFile]:
             paths = [storage.path(p) for p in _split(builder, source).filepaths]
             pairs = [(p.name, p) for p in paths]
         case _:
-            pairs = [(p, storage.path(p)) for p in files.matches(source.files)]
+            suffix = ".txt" if isinstance(source, TextSource) else f".{source.kind}"
+            pairs = [(p, storage.path(p)) for p in files.matches(source.files, suffix)]
     return [_file(name, path) for name, path in pairs]
 
 

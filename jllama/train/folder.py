@@ -7,6 +7,7 @@ RUN/data.json    digests of the prepared text
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,20 @@ def begin(config: Config, folder: Path, stack: contextlib.ExitStack) -> Data:
         data = open_data(config, tokenizer)
         tokenizer.save(folder / "tokenizer.model")
         storage.write_text(folder / _DATA, digests(data))
+    _note_unused_rows(config.model.vocab_size, tokenizer.vocab_size)
     storage.make_folder(folder / "checkpoints")  # Orbax has a traceback for a file in its place
     storage.write_text(folder / "config.yaml", recipes.to_yaml(config))
     return data
+
+
+def _note_unused_rows(rows: int, pieces: int) -> None:
+    # Fewer are padding, to a number that divides well.
+    if rows - pieces > rows // 100:
+        print(
+            f"note: {rows - pieces:,} of model.vocab_size={rows:,} rows have no piece: the"
+            f" tokenizer has {pieces:,}",
+            file=sys.stderr,
+        )
 
 
 def join(config: Config, folder: Path) -> Data:

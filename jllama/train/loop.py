@@ -6,6 +6,7 @@ import functools
 import math
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from jllama import storage
 from jllama.config import Config
 from jllama.data.dataset import eval_batches
 from jllama.data.pack import CutRows
-from jllama.flops import train_flops_per_token
+from jllama.flops import parameter_count, train_flops_per_token
 from jllama.hardware import peak_flops, use_compilation_cache
 from jllama.parallel import distributed
 from jllama.parallel.mesh import make_mesh
@@ -28,7 +29,7 @@ from jllama.train.loss import causal_lm_loss
 from jllama.train.metrics import Metrics, NoMetrics
 from jllama.train.metrics import read as metrics_of
 from jllama.train.mirror import Mirror
-from jllama.train.state import define_state, init_state
+from jllama.train.state import check_batches, define_state, init_state
 from jllama.train.step import make_eval_step, make_train_step
 
 
@@ -80,6 +81,7 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
         "the recipe", run_folder.told_alike(config), "start all with the same arguments"
     )
     placement = together(lambda: Placement(make_mesh(config.mesh), config.sharding))
+    together(lambda: check_batches(config, placement))
     definition = together(lambda: define_state(config, placement))
     # The leader makes what is missing while the others wait; they find it, or make their own
     # where prepared data is not on shared storage.
@@ -90,6 +92,8 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     stack.callback(checkpoints.close)
     start = checkpoints.latest() or 0
     distributed.same("the newest checkpoint", str(start), "run.folder must be shared storage")
+    if leader:
+        print(_opening(config, placement, folder, start), file=sys.stderr, flush=True)
     if start:
         state = checkpoints.restore(start, definition)
     else:
@@ -101,6 +105,25 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
         metrics.say(f"resumed at step {start} of {steps}")
     run = together(lambda: _Run(config, placement, definition, data, checkpoints, metrics, folder))
     return run.go(state, start)
+
+
+def _opening(config: Config, placement: Placement, folder: Path, start: int) -> str:
+    """What runs, on what, and when it is safe: the line before the long silence of a compiler."""
+    steps, every = config.training.steps, config.checkpoint.every
+    sizes = [f"{axis}={n}" for axis, n in placement.mesh.shape.items() if n > 1]
+    count, processes = placement.mesh.size, jax.process_count()
+    return "".join(
+        [
+            f"{folder}: {parameter_count(config.model):,} parameters",
+            f" on {count} {placement.platform} device{'s' * (count > 1)}",
+            f" of {processes} processes" if processes > 1 else "",
+            f", mesh {' '.join(sizes)}" if sizes else "",
+            f"; a checkpoint every {every} steps"
+            if 0 < every < steps
+            else f"; no checkpoint before the end (checkpoint.every={every})",
+            "; compiling the first step" if start < steps else "",
+        ]
+    )
 
 
 class _Run:

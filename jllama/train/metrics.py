@@ -35,19 +35,36 @@ class Metrics:
             self._board = SummaryWriter(str(folder), purge_step=start + 1)
         self._boarder = self._board.file_writer.event_writer._worker
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=None, smoothing=0.05)
-        self._every = log_every
+        self._first, self._steps, self._every = start + 1, steps, log_every
+        self._since: list[tuple[float, float]] = []  # (tokens, seconds) of steps since a line
+        self._speed = ""
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """The metrics of a training step."""
         self._record(step, values)
+        if step == self._first:  # mostly compilation, and so part of no mean
+            self._speed = f"first step {values['seconds']:.1f} s"
+        else:
+            self._since.append((values["weight"], values["seconds"]))
+        if step % self._every == 0 and self._since:
+            self._speed, self._since = self._mean_speed(step), []
         brief = (
             f"loss {values['loss']:.3f}  grad {values['grad_norm']:.2f}"
-            f"  lr {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tok/s"
+            f"  lr {values['learning_rate']:.2e}  {self._speed}"
         )
         self._bar.set_postfix_str(brief, refresh=False)
         self._bar.update(step - self._bar.n)
         if self._bar.disable and step % self._every == 0:
             self.say(f"step {step}  {brief}")
+
+    def _mean_speed(self, step: int) -> str:
+        """Of the steps since the last line; the bar itself says what is left."""
+        tokens, seconds = map(sum, zip(*self._since, strict=True))
+        speed = f"{tokens / seconds:,.0f} tok/s"
+        if not self._bar.disable or step == self._steps:
+            return speed
+        left = (self._steps - step) * seconds / len(self._since)
+        return f"{speed}  {tqdm.format_interval(left)} left"
 
     def write_eval(self, step: int, values: dict[str, float]) -> None:
         """The metrics of an evaluation."""

@@ -1,6 +1,7 @@
 """The training state: what a run is at a step, and how it starts."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -71,6 +72,33 @@ def _check_rows(config: Config, placement: Placement) -> None:
             f"data.length={length} does not divide by mesh.context={ways}: every device would"
             f" compute whole rows; choose a multiple, best of {2 * ways}"
         )
+
+
+def check_batches(config: Config, placement: Placement) -> None:
+    """Raises `UserError` for a batch, of training or evaluation, that devices cannot share out."""
+    training = config.training
+    _check_batch("training.batch_size", training.batch_size, training.accumulate, placement)
+    if config.data.held_out:
+        _check_batch("eval.batch_size", config.eval.batch_size, 1, placement)
+
+
+def _check_batch(key: str, rows: int, splits: int, placement: Placement) -> None:
+    candidates = placement.rules.batch
+    if None in candidates:
+        return
+    ways = {math.prod(placement.mesh.shape[a] for a in c): c for c in candidates}
+    units = [splits * n for n in ways]
+    if any(rows % unit == 0 for unit in units):
+        return
+    below, above = max(rows // u * u for u in units), min(-(-rows // u) * u for u in units)
+    nearest = f"{below} or {above}" if below else above
+    least = min(ways)
+    micro = f"training.accumulate={splits} microbatches x " if splits > 1 else ""
+    axes = " x ".join(f"mesh.{axis}" for axis in ways[least])
+    raise UserError(
+        f"{key}={rows}: must be a multiple of {splits * least}, {micro}the {least} devices that"
+        f" share out rows ({axes}); nearest: {nearest}"
+    )
 
 
 def _like_parameters(opt_state: Any, specs: Any, shardings: Any, placement: Placement) -> Any:

@@ -153,3 +153,29 @@ def test_tokenising_processes_do_not_import_jax():
     program = "import sys, jllama.data.prepare, jllama.data.worker; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+def changed(recipe, *overrides):
+    return recipes.from_dict(recipes.override(recipes.to_dict(recipe), overrides), "recipe")
+
+
+@pytest.mark.parametrize("part", ["train", "held_out"])
+def test_missing_files_are_named_by_key_before_a_tokenizer_is_trained(
+    recipe, tmp_path, part, capfd
+):
+    bad = changed(recipe, f"data.{part}.0.source.files=[{tmp_path}]")
+    said = rf"^data\.{part}\.0\.source\.files: {tmp_path}: is a folder"
+    with pytest.raises(UserError, match=said):
+        open_tokenizer(bad)
+    assert "tokenizer: training" not in capfd.readouterr().err
+    # With a tokenizer that is there, the text is missed when it is prepared.
+    with pytest.raises(UserError, match=said):
+        open_data(bad, open_tokenizer(recipe))
+
+
+def test_a_missing_tokenizer_is_named_by_key_with_where_it_comes_from(recipe, tmp_path):
+    file = ["tokenizer.kind=sentencepiece", f"tokenizer.path={tmp_path}/a.model"]
+    with pytest.raises(
+        UserError, match=r"^tokenizer\.path: .*/a\.model: no such .*model's weights"
+    ):
+        open_tokenizer(changed(recipe, *file))

@@ -183,7 +183,10 @@ def test_bad_input_on_one_host_ends_all_with_its_line(recipe, tmp_path):
         assert [p.status() for p in processes] == [2, 2]
     for process in processes:
         line = process.err.splitlines()[-1]
-        assert re.match(r"error: process 1 of 2: ~/train.txt: no file matches", line), line
+        assert re.match(
+            r"error: process 1 of 2: data\.train\.0\.source\.files: ~/train.txt: no file matches",
+            line,
+        ), line
         assert "Traceback" not in process.err
 
 

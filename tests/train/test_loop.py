@@ -19,7 +19,7 @@ import jllama
 from jllama import recipe as configs
 from jllama.config import MeshConfig
 from jllama.errors import UserError
-from jllama.flops import train_flops_per_token
+from jllama.flops import parameter_count, train_flops_per_token
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train import loop
@@ -139,6 +139,34 @@ def test_a_stopped_run_goes_on_bit_for_bit(recipe, whole, capfd):
     assert losses(result.folder) == losses(whole.folder)
     assert digest(result.folder) == digest(whole.folder)
     assert [p.name for p in (result.folder / "checkpoints").iterdir()] == ["10"]
+
+
+def test_a_run_begins_with_what_runs_on_what(recipe, capfd):
+    changes = ["model.vocab_size=400", "mesh.fsdp=4", "mesh.tensor=2"]
+    config = recipe("run.stop_after=1", *changes)
+    folder = loop.train(config).folder
+    lines = capfd.readouterr().err.splitlines()
+    said = next(line for line in lines if line.startswith(f"{folder}: "))
+    parameters = f"{parameter_count(config.model):,} parameters"
+    assert said == (
+        f"{folder}: {parameters} on 8 cpu devices, mesh fsdp=4 tensor=2;"
+        " a checkpoint every 4 steps; compiling the first step"
+    )
+    note = "note: 80 of model.vocab_size=400 rows have no piece: the tokenizer has 320"
+    assert note in lines
+    assert lines.index(note) < lines.index(said)
+
+
+def test_a_run_without_checkpoints_says_so_and_a_finished_one_compiles_nothing(
+    recipe, whole, tmp_path, capfd
+):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    capfd.readouterr()
+    loop.train(recipe("eval.stride=9", "checkpoint.every=0"))
+    err = capfd.readouterr().err
+    end = "on 1 cpu device; no checkpoint before the end (checkpoint.every=0)\n"
+    assert end in err
+    assert "note: " not in err  # as many pieces as rows
 
 
 def test_a_run_that_lost_its_last_checkpoint_goes_on_from_the_one_before(recipe, whole, tmp_path):

@@ -9,7 +9,7 @@ from tensorboardX.proto.event_pb2 import Event
 from jllama.errors import UserError
 from jllama.train.metrics import Metrics, read
 
-VALUES = {"loss": 2.5, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 100.0}
+VALUES = {"loss": 2.5, "grad_norm": 1.0, "learning_rate": 1e-3, "weight": 100.0, "seconds": 1.0}
 
 
 def scalars(folder):
@@ -77,6 +77,24 @@ def test_without_a_terminal_every_nth_step_is_a_line_on_stderr(tmp_path, capfd):
     assert out == ""
     assert [line.split("  ")[0] for line in err.splitlines()] == ["step 3", "step 6"]
     assert "loss 3.000" in err
+
+
+def test_a_line_has_the_mean_speed_since_the_last_and_the_time_left(tmp_path, capfd):
+    metrics = Metrics(tmp_path, 4, 18, log_every=3)
+    seconds = {5: 60.0, 6: 1.0, 7: 1.0, 8: 3.0, 9: 5.0, 10: 1.0, 11: 1.0, 12: 1.0}
+    for step, taken in seconds.items():
+        metrics.write(step, VALUES | {"seconds": taken})
+    metrics.close()
+    ends = [line.rpartition("e-03  ")[2] for line in capfd.readouterr().err.splitlines()]
+    # Step 5 compiled: it is in no mean.
+    assert ends == ["100 tok/s  00:12 left", "33 tok/s  00:27 left", "100 tok/s  00:06 left"]
+
+
+def test_the_first_line_says_how_long_the_first_step_took(tmp_path, capfd):
+    write(tmp_path, (1, 2)).close()
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.endswith("  first step 1.0 s")
+    assert second.endswith("  100 tok/s  00:08 left")
 
 
 def test_a_full_disk_is_one_line_and_no_wait(tmp_path):
