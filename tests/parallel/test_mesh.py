@@ -26,11 +26,30 @@ def test_minus_one_takes_what_is_left():
     assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape)["fsdp"] == 1
 
 
-@pytest.mark.parametrize("given", [{"fsdp": 3}, {"fsdp": -1, "tensor": 3}, {"tensor": 16}])
+@pytest.mark.parametrize("given", [{"fsdp": 3}, {"fsdp": 4, "tensor": 4}])
 def test_a_mesh_that_does_not_fill_the_devices_is_an_error(given):
     for make, devices in ((make_mesh, jax.devices()[:8]), (abstract_mesh, 8)):
-        with pytest.raises(UserError, match="does not fill 8 devices"):
+        with pytest.raises(UserError, match=r"does not fill 8 devices; set one size to -1$"):
             make(MeshConfig(**given), devices)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tensor": 5}, "mesh.tensor=5: 16 devices do not divide by it; by 4 or 8 they do"),
+        ({"tensor": 32}, "mesh.tensor=32: 16 devices do not divide by it; by 16 they do"),
+        (
+            {"fsdp": 3, "tensor": 4, "context": -1},
+            "mesh.fsdp=3, mesh.tensor=4: 16 devices do not divide by their product, 12;"
+            " by 8 or 16 they do",
+        ),
+    ],
+    ids=str,
+)
+def test_sizes_that_leave_no_whole_number_are_named_with_what_would_do(given, said):
+    with pytest.raises(UserError) as error:
+        abstract_mesh(MeshConfig(**given), 16)
+    assert str(error.value) == said
 
 
 def test_a_mesh_without_devices_has_the_same_axes():
