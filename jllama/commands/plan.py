@@ -6,9 +6,13 @@ import sys
 from typing import Any
 
 from jllama import recipe as recipes
+from jllama.config import Config
 from jllama.errors import UserError
-from jllama.plan.process import CompileFailed, compile_step
+from jllama.parallel.mesh import abstract_mesh
+from jllama.parallel.sharding import Placement
+from jllama.plan.process import CompileFailed, compile_step, environment
 from jllama.plan.search import Change, Tried, search
+from jllama.plan.step import state_bytes
 from jllama.plan.topology import parse
 
 _GIB = 2**30
@@ -41,19 +45,28 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--tries={args.tries}: at least 0")
     topology = parse(args.topology, args.slices)
     given = ["--config", args.config, *args.overrides]
-    config = recipes.from_arguments(given)
+
+    def changed(change: Change) -> Config:
+        return recipes.from_arguments([*given, *(f"--{c}" for c in change)])
+
+    def state(change: Change = ()) -> int:
+        config = changed(change)
+        mesh = abstract_mesh(config.mesh, topology.devices, topology.slices)
+        return state_bytes(config, Placement(mesh, config.sharding))
 
     def attempt(change: Change = ()) -> dict[str, Any]:
         say(f"compiling for {args.topology}: {' '.join(change) or 'as given'}")
-        changed = recipes.from_arguments([*given, *(f"--{c}" for c in change)])
-        return compile_step(changed, topology, args.config)
+        return compile_step(changed(change), topology, args.config)
 
+    config = changed(())
+    state()  # what cannot be placed is said before anything is compiled,
+    environment(topology)  # and so is a compiler that is missing
     try:
         report = attempt()
     except CompileFailed as error:
         print(f"error: the compiler failed: {error}", file=sys.stderr)
         return FAILED
-    tried = [] if report["fits"] else search(config, report, attempt, args.tries)
+    tried = [] if report["fits"] else search(config, report, attempt, state, args.tries)
     figures = {"recipe": args.config, "overrides": args.overrides} | report
     if not report["fits"]:
         figures["tried"] = [vars(t) | {"change": list(t.change)} for t in tried]

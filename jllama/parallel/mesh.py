@@ -32,12 +32,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     # Elsewhere an index says which machine a device is in, and any axis may cross machines.
     on_tpu = devices[0].platform == "tpu"
     slices = {getattr(d, "slice_index", 0) for d in devices} if on_tpu else {0}
+    _check_slices(sizes, len(slices))
     replica, rest = sizes[0], sizes[1:]
-    if replica % len(slices):
-        raise UserError(
-            f"mesh.replica={replica}: the {len(devices)} devices are {len(slices)} slices, and only"
-            f" replica goes from slice to slice; set mesh.replica to {len(slices)} or a multiple"
-        )
     if len(slices) > 1:
         inner, outer = (replica // len(slices), *rest), (len(slices),) + (1,) * len(rest)
         ordered = _arrange(mesh_utils.create_hybrid_device_mesh, inner, outer, devices)
@@ -63,9 +59,22 @@ def parse_mesh(text: str) -> MeshConfig:
         raise UserError(f"--mesh={text}: sizes are at least 1; at most one is -1") from None
 
 
-def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
-    """The mesh of `count` devices that are not there: enough to say where an array would lie."""
-    return AbstractMesh(_sizes(config, count), AXES, axis_types=_TYPES)
+def abstract_mesh(config: MeshConfig, count: int, slices: int = 1) -> AbstractMesh:
+    """The mesh of `count` devices that are not there: enough to say where an array would lie.
+
+    Raises as `make_mesh` does of devices that are `slices` slices.
+    """
+    sizes = _sizes(config, count)
+    _check_slices(sizes, slices)
+    return AbstractMesh(sizes, AXES, axis_types=_TYPES)
+
+
+def _check_slices(sizes: tuple[int, ...], slices: int) -> None:
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh.replica={sizes[0]}: the {math.prod(sizes)} devices are {slices} slices, and only"
+            f" replica goes from slice to slice; set mesh.replica to {slices} or a multiple"
+        )
 
 
 def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:

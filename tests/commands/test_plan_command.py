@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import recipes
@@ -82,28 +84,63 @@ def test_a_step_that_does_not_fit_says_what_would(recipe, compiler, capsys):
     assert err.count("compiling") == 2
 
 
-@pytest.mark.parametrize("key", ["training.batch_size", "eval.batch_size"])
-def test_rows_that_do_not_divide_are_the_users_error(recipe, compiler, key, capsys):
-    status, out, err = run(capsys, "--config", recipe, f"--{key}=6")
+def pretend(monkeypatch, compile_step):
+    """Makes `compile_step` the compiler, installed or not."""
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    monkeypatch.setattr(plan, "environment", lambda _: {})
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--training.batch_size=6"], "training.batch_size: axis 'batch'"),
+        (["--eval.batch_size=6"], "eval.batch_size: axis 'batch'"),
+        (["--mesh.fsdp=3"], "mesh: replica=1, fsdp=3, context=1, tensor=1 does not fill 4 devices"),
+        (["--mesh.tensor=3"], "mesh.tensor=3: 4 devices do not divide by it; by 2 or 4 they do"),
+        (["--slices=2"], "mesh.replica=1: the 8 devices are 2 slices"),
+        (["--mesh.tensor=4"], "layers.attention.o.kernel: axis 'heads'"),
+        (
+            ["--mesh.context=4", "--data.length=18"],
+            "data.length=18 does not divide by mesh.context",
+        ),
+        (["--training.batch_size=8"], "planning takes the TPU compiler"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_said_before_anything_is_compiled(
+    recipe, args, said, monkeypatch, capsys
+):
+    def missing(_):
+        raise UserError("planning takes the TPU compiler")
+
+    monkeypatch.setattr(plan, "compile_step", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(plan, "environment", missing)
+    status, out, err = run(capsys, "--config", recipe, *args)
     assert (status, out) == (2, "")
-    assert err.splitlines()[-1].startswith(f"error: {key}: axis 'batch'")
+    assert err.startswith(f"error: {said}") and err.count("\n") == 1
+
+
+def test_what_is_known_without_compiling_starts_no_device(recipe):
+    code = "import sys; from jllama.cli import main; sys.exit(main(sys.argv[1:]))"
+    heads = ["--topology", "v5e:2x2", "--mesh.tensor=4"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", "--config", recipe, *heads],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "nowhere"},
+    )
+    assert (done.returncode, "axis 'heads'" in done.stderr) == (2, True), done.stderr
 
 
 def test_what_is_no_lack_of_memory_is_reported_as_itself(recipe, monkeypatch, capsys):
     def fail(*_):
         raise CompileFailed("INTERNAL: Mosaic failed to compile TPU kernel")
 
-    monkeypatch.setattr(plan, "compile_step", fail)
+    pretend(monkeypatch, fail)
     status, out, err = run(capsys, "--config", recipe)
     assert (status, out) == (3, "")
     last = err.splitlines()[-1]
     assert last == "error: the compiler failed: INTERNAL: Mosaic failed to compile TPU kernel"
-
-
-def test_a_mesh_that_does_not_fill_the_slice_is_the_users_error(recipe, compiler, capsys):
-    status, out, err = run(capsys, "--config", recipe, "--mesh.fsdp=3")
-    assert (status, out) == (2, "")
-    assert "does not fill 4 devices" in err.splitlines()[-1]
 
 
 def report(fits):
@@ -124,7 +161,7 @@ def test_json_of_a_search_has_what_was_tried(recipe, monkeypatch, capsys):
     def compile_step(config, *_):
         return report(config.compute.remat == "full")
 
-    monkeypatch.setattr(plan, "compile_step", compile_step)
+    pretend(monkeypatch, compile_step)
     status, out, _ = run(capsys, "--config", recipe, "--json", "--training.batch_size=4")
     figures = json.loads(out)
     assert status == 1 and figures["fits"] is False
@@ -139,7 +176,7 @@ def test_an_evaluation_that_does_not_fit_is_named_and_gets_fewer_rows(recipe, mo
         size = {"eval_hbm_bytes_per_device": 2**29 if fits else 2**31}
         return report(True) | {"fits": fits, "eval_fits": fits} | size
 
-    monkeypatch.setattr(plan, "compile_step", compile_step)
+    pretend(monkeypatch, compile_step)
     status, out, _ = run(capsys, "--config", recipe)
     assert status == 1
     lines = out.splitlines()
@@ -148,7 +185,7 @@ def test_an_evaluation_that_does_not_fit_is_named_and_gets_fewer_rows(recipe, mo
 
 
 def test_the_page_is_aligned(recipe, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "compile_step", lambda *_: report(True))
+    pretend(monkeypatch, lambda *_: report(True))
     status, out, _ = run(capsys, "--config", recipe)
     lines = out.splitlines()[1:]
     assert status == 0

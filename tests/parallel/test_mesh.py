@@ -70,12 +70,14 @@ def fakes(slices, each):
 
 @pytest.mark.parametrize(("replica", "fsdp"), [(1, -1), (2, -1), (-1, 8)])
 def test_only_replica_goes_from_slice_to_slice(replica, fsdp):
-    with pytest.raises(UserError) as error:
-        make_mesh(MeshConfig(replica=replica, fsdp=fsdp), fakes(4, 4))
-    said = str(error.value)
-    assert "4 slices" in said
-    assert "set mesh.replica to 4 or a multiple" in said
-    assert "\n" not in said
+    config = MeshConfig(replica=replica, fsdp=fsdp)
+    for make in (lambda: make_mesh(config, fakes(4, 4)), lambda: abstract_mesh(config, 16, 4)):
+        with pytest.raises(UserError) as error:
+            make()
+        said = str(error.value)
+        assert "4 slices" in said
+        assert "set mesh.replica to 4 or a multiple" in said
+        assert "\n" not in said
 
 
 def coordinates(mesh):
