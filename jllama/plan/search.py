@@ -14,7 +14,7 @@ from jllama.plan.process import CompileFailed
 
 _REMAT = ("none", "dots", "attention", "full")  # from the fastest to the smallest
 
-_ALONE = "parameters and optimizer alone, nothing compiled"
+_ALONE = "of parameters and optimizer alone: not compiled"
 
 Change = tuple[str, ...]  # overrides, key=value
 Try = Callable[[Change], dict[str, Any]]
@@ -22,7 +22,10 @@ Try = Callable[[Change], dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """One change and what came of it: bytes, or the line that says why it cannot be."""
+    """One change and what came of it: bytes, or the line that says why it cannot be.
+
+    What is too large by parameters and optimizer alone has their bytes, and a line that says so.
+    """
 
     kind: str
     change: Change

@@ -173,15 +173,50 @@ def test_json_of_a_search_has_what_was_tried(recipe, monkeypatch, capsys):
 def test_an_evaluation_that_does_not_fit_is_named_and_gets_fewer_rows(recipe, monkeypatch, capsys):
     def compile_step(config, *_):
         fits = config.eval.batch_size == 4  # a row per device
-        size = {"eval_hbm_bytes_per_device": 2**29 if fits else 2**31}
+        size = {"eval_hbm_bytes_per_device": 0.4 * 2**30 if fits else 2**31}
         return report(True) | {"fits": fits, "eval_fits": fits} | size
 
     pretend(monkeypatch, compile_step)
     status, out, _ = run(capsys, "--config", recipe)
     assert status == 1
     lines = out.splitlines()
-    assert "  the evaluation does not fit: 2.00 GiB of 1.00 GiB; lower eval.batch_size" in lines
-    assert lines[-1].split() == ["eval", "--eval.batch_size=4", "fits", "0.50", "GiB"]
+    at = lines.index("  the step fits: 0.50 GiB of 1.00 GiB")
+    hint = "; lower eval.batch_size, down to 4"
+    assert lines[at + 1] == f"  the evaluation does not fit: 2.00 GiB of 1.00 GiB{hint}"
+    outcome = "fits 0.50 GiB, evaluation 0.40 GiB"
+    assert " ".join(lines[-1].split()) == f"eval --eval.batch_size=4 {outcome}"
+
+
+def test_what_the_compiler_leaves_out_of_an_evaluation_is_said(recipe, monkeypatch, capsys):
+    refused = {
+        "fits": False, "eval_fits": False, "eval_hbm_bytes_per_device": 3 * 2**30,
+        "eval_compiler_message": "(2.50G) exceeds available HBM (1.00G).",
+        "hbm_bytes_by_kind": {"parameters": 1, "optimizer": 2**29},
+    }  # fmt: skip
+    pretend(monkeypatch, lambda *_: report(True) | refused)
+    _, out, _ = run(capsys, "--config", recipe, "--eval.batch_size=4", "--tries=0")
+    assert "  the evaluation does not fit: 3.00 GiB of 1.00 GiB\n" in out, "a row on each device"
+    assert "without the optimizer's 0.50 GiB, which stays beside it: (2.50G) exceeds" in out
+
+
+def test_a_state_above_the_capacity_has_the_devices_that_it_takes(recipe, monkeypatch, capsys):
+    config = recipe_loader.load(recipe)
+    block = 4 * 128 * 128 + 3 * 128 * 384 + 2 * 128
+    whole = 3 * 4 * (12 * block + 2 * 512 * 128 + 128)  # parameters and both moments, float32
+    capacity = whole // 6 + 100  # more than a sixth, the fifth and last of the devices not full
+    assert config.model.num_layers == 12
+    small = {"hbm_capacity_bytes": capacity, "hbm_bytes_by_kind": {
+        "parameters": capacity, "optimizer": capacity}}  # fmt: skip
+    pretend(monkeypatch, lambda *_: report(False) | small)
+    status, out, err = run(capsys, "--config", recipe, "--json", "--compute.remat=full")
+    figures = json.loads(out)
+    assert status == 1
+    assert whole < figures["state_bytes"] < whole + 64
+    assert figures["state_devices_at_least"] == 6
+    assert err.count("compiling") == 1 + sum(not t["failure"] for t in figures["tried"])
+    _, out, _ = run(capsys, "--config", recipe, "--compute.remat=full")
+    assert "  parameters and optimizer alone are " in out and " take 6 of them at least\n" in out
+    assert "of parameters and optimizer alone: not compiled" in out
 
 
 def test_the_page_is_aligned(recipe, monkeypatch, capsys):
