@@ -72,13 +72,14 @@ def run(args: argparse.Namespace) -> int:
     figures = {"recipe": args.config, "overrides": args.overrides} | report
     if not report["fits"]:
         figures["tried"] = [vars(t) | {"change": list(t.change)} for t in tried]
-    if alone >= report["hbm_capacity_bytes"]:
+    too_large = alone >= report["hbm_capacity_bytes"]
+    if too_large:
         one = Placement(abstract_mesh(MeshConfig(), 1), config.sharding)
         whole = state_bytes(config, one)
         figures["state_bytes"] = whole
         figures["state_devices_at_least"] = math.ceil(whole / report["hbm_capacity_bytes"])
     lowest = report["mesh"]["replica"] * report["mesh"]["fsdp"]  # a row per data-parallel group
-    fewer_rows = lowest if lowest < config.eval.batch_size else None
+    fewer_rows = lowest if lowest < config.eval.batch_size and not too_large else None
     print(json.dumps(figures, indent=2) if args.json else _page(figures, tried, fewer_rows))
     return 0 if report["fits"] else NOT_FITTING
 
@@ -88,7 +89,7 @@ def say(text: str) -> None:
 
 
 def _page(figures: dict[str, Any], tried: list[Tried], fewer_rows: int | None) -> str:
-    """`fewer_rows` is the least eval.batch_size, None when it is that already."""
+    """`fewer_rows` is the least eval.batch_size, None when going there does not help."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1)
     need, have = figures["hbm_bytes_per_device"], figures["hbm_capacity_bytes"]
     times = figures["step_seconds_at_least"]
@@ -165,7 +166,7 @@ def _outcome(t: Tried) -> str:
     said = [_gib(step)] if step else []
     if evaluation > step or (evaluation and any(c.startswith("eval.") for c in t.change)):
         said.append(f"evaluation {_gib(evaluation)}")
-    return ", ".join(said + ([t.failure] if t.failure else []))
+    return ": ".join(x for x in (", ".join(said), t.failure) if x)
 
 
 def _gib(n: float) -> str:

@@ -14,7 +14,7 @@ from jllama.plan.process import CompileFailed
 
 _REMAT = ("none", "dots", "attention", "full")  # from the fastest to the smallest
 
-_ALONE = "of parameters and optimizer alone: not compiled"
+_ALONE = "parameters and optimizer alone, not compiled"
 
 Change = tuple[str, ...]  # overrides, key=value
 Try = Callable[[Change], dict[str, Any]]

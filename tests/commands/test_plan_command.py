@@ -205,8 +205,10 @@ def test_a_state_above_the_capacity_has_the_devices_that_it_takes(recipe, monkey
     whole = 3 * 4 * (12 * block + 2 * 512 * 128 + 128)  # parameters and both moments, float32
     capacity = whole // 6 + 100  # more than a sixth, the fifth and last of the devices not full
     assert config.model.num_layers == 12
-    small = {"hbm_capacity_bytes": capacity, "hbm_bytes_by_kind": {
-        "parameters": capacity, "optimizer": capacity}}  # fmt: skip
+    small = {
+        "hbm_capacity_bytes": capacity, "eval_fits": False,
+        "hbm_bytes_by_kind": {"parameters": capacity, "optimizer": capacity},
+    }  # fmt: skip
     pretend(monkeypatch, lambda *_: report(False) | small)
     status, out, err = run(capsys, "--config", recipe, "--json", "--compute.remat=full")
     figures = json.loads(out)
@@ -216,7 +218,8 @@ def test_a_state_above_the_capacity_has_the_devices_that_it_takes(recipe, monkey
     assert err.count("compiling") == 1 + sum(not t["failure"] for t in figures["tried"])
     _, out, _ = run(capsys, "--config", recipe, "--compute.remat=full")
     assert "  parameters and optimizer alone are " in out and " take 6 of them at least\n" in out
-    assert "of parameters and optimizer alone: not compiled" in out
+    assert "iB: parameters and optimizer alone, not compiled" in out
+    assert "the evaluation does not fit" in out and "lower" not in out, "fewer rows do not help"
 
 
 def test_the_page_is_aligned(recipe, monkeypatch, capsys):
