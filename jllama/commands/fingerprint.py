@@ -2,14 +2,17 @@
 
 import argparse
 
+import jax
+
 from jllama import recipe as recipes
 from jllama import storage
+from jllama.config import Config, MeshConfig
 from jllama.errors import UserError
-from jllama.parallel.mesh import make_mesh
+from jllama.parallel.mesh import AXES, make_mesh, parse_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.checkpoint import latest_step, load_state
 from jllama.train.fingerprint import fingerprint
-from jllama.train.state import define_state
+from jllama.train.state import StateDef, define_state
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mesh",
         action="append",
         default=[],
-        metavar="AXIS=SIZE",
-        help="read it onto another mesh; the digest stays the same",
+        metavar="AXIS=SIZE,...",
+        help=f"devices along {', '.join(AXES)}; 1 where left out; the digest is the same on any"
+        " mesh [fsdp over this machine's devices]",
     )
 
 
@@ -28,9 +32,29 @@ def run(args: argparse.Namespace) -> None:
     folder = storage.path(args.run_folder)
     if not storage.exists(folder / "config.yaml"):
         raise UserError(f"{folder}: no run folder, config.yaml is missing")
-    recipe = recipes.load(folder / "config.yaml", [f"mesh.{size}" for size in args.mesh])
+    recipe = recipes.load(folder / "config.yaml")
     step = latest_step(folder) if args.step is None else args.step
     if step is None:
         raise UserError(f"{folder}: the run has no checkpoint yet; train it first")
-    definition = define_state(recipe, Placement(make_mesh(recipe.mesh), recipe.sharding))
-    print(fingerprint(load_state(folder, step, definition)))
+    print(fingerprint(load_state(folder, step, _define(recipe, ",".join(args.mesh)))))
+
+
+def _define(recipe: Config, mesh: str) -> StateDef:
+    """The run's state on the mesh asked for, else on all devices, or one where they do not divide.
+
+    The run's own mesh is of the devices that it ran on.
+    """
+
+    def on(sizes: MeshConfig, devices: list[jax.Device]) -> StateDef:
+        return define_state(recipe, Placement(make_mesh(sizes, devices), recipe.sharding))
+
+    devices = jax.devices()
+    try:
+        return on(parse_mesh(mesh) if mesh else MeshConfig(), devices)
+    except UserError as error:
+        if mesh:
+            text = str(error).removeprefix("mesh: ")
+            raise UserError(
+                text if text.startswith("--mesh") else f"--mesh {mesh}: {text}"
+            ) from None
+        return on(MeshConfig(), devices[:1])

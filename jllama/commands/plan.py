@@ -2,13 +2,18 @@
 
 import argparse
 import json
+import math
 import sys
 from typing import Any
 
 from jllama import recipe as recipes
+from jllama.config import Config, MeshConfig
 from jllama.errors import UserError
-from jllama.plan.process import CompileFailed, compile_step
+from jllama.parallel.mesh import abstract_mesh
+from jllama.parallel.sharding import Placement
+from jllama.plan.process import CompileFailed, compile_step, environment
 from jllama.plan.search import Change, Tried, search
+from jllama.plan.step import state_bytes
 from jllama.plan.topology import parse
 
 _GIB = 2**30
@@ -41,23 +46,41 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--tries={args.tries}: at least 0")
     topology = parse(args.topology, args.slices)
     given = ["--config", args.config, *args.overrides]
-    config = recipes.from_arguments(given)
+
+    def changed(change: Change) -> Config:
+        return recipes.from_arguments([*given, *(f"--{c}" for c in change)])
+
+    def state(change: Change = ()) -> int:
+        """Bytes of parameters and optimizer on a device."""
+        config = changed(change)
+        mesh = abstract_mesh(config.mesh, topology.devices, topology.slices)
+        return state_bytes(config, Placement(mesh, config.sharding))
 
     def attempt(change: Change = ()) -> dict[str, Any]:
         say(f"compiling for {args.topology}: {' '.join(change) or 'as given'}")
-        changed = recipes.from_arguments([*given, *(f"--{c}" for c in change)])
-        return compile_step(changed, topology, args.config)
+        return compile_step(changed(change), topology, args.config)
 
+    config = changed(())
+    alone = state()  # what cannot be placed is said before anything is compiled,
+    environment(topology)  # and so is a compiler that is missing
     try:
         report = attempt()
     except CompileFailed as error:
         print(f"error: the compiler failed: {error}", file=sys.stderr)
         return FAILED
-    tried = [] if report["fits"] else search(config, report, attempt, args.tries)
+    tried = [] if report["fits"] else search(config, report, attempt, state, args.tries)
     figures = {"recipe": args.config, "overrides": args.overrides} | report
     if not report["fits"]:
         figures["tried"] = [vars(t) | {"change": list(t.change)} for t in tried]
-    print(json.dumps(figures, indent=2) if args.json else _page(figures, tried))
+    too_large = alone >= report["hbm_capacity_bytes"]
+    if too_large:
+        one = Placement(abstract_mesh(MeshConfig(), 1), config.sharding)
+        whole = state_bytes(config, one)
+        figures["state_bytes"] = whole
+        figures["state_devices_at_least"] = math.ceil(whole / report["hbm_capacity_bytes"])
+    lowest = report["mesh"]["replica"] * report["mesh"]["fsdp"]  # a row per data-parallel group
+    fewer_rows = lowest if lowest < config.eval.batch_size and not too_large else None
+    print(json.dumps(figures, indent=2) if args.json else _page(figures, tried, fewer_rows))
     return 0 if report["fits"] else NOT_FITTING
 
 
@@ -65,7 +88,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _page(figures: dict[str, Any], tried: list[Tried]) -> str:
+def _page(figures: dict[str, Any], tried: list[Tried], fewer_rows: int | None) -> str:
+    """`fewer_rows` is the least eval.batch_size, None when going there does not help."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1)
     need, have = figures["hbm_bytes_per_device"], figures["hbm_capacity_bytes"]
     times = figures["step_seconds_at_least"]
@@ -90,32 +114,59 @@ def _page(figures: dict[str, Any], tried: list[Tried]) -> str:
         rows = [row for row in rows if not row[0].startswith("evaluation")]
     width = max(len(label) for label, _ in rows)
     lines = [figures["recipe"], *(f"  {label:<{width}}  {text}" for label, text in rows)]
-    if "compiler_message" in figures:
-        lines.append(f"  the compiler: {figures['compiler_message']}")
-    if figures["eval_fits"] is False:
-        lines.append(
-            f"  the evaluation does not fit: {_gib(figures['eval_hbm_bytes_per_device'])} of"
-            f" {_gib(have)}; lower eval.batch_size"
-        )
-        if "eval_compiler_message" in figures:
-            lines.append(f"  the compiler: {figures['eval_compiler_message']}")
-    return "\n".join(lines + _advice(figures, tried))
-
-
-def _advice(figures: dict[str, Any], tried: list[Tried]) -> list[str]:
     if figures["fits"]:
-        return []
+        return "\n".join(lines)
+    lines += [f"  {line}" for line in _verdicts(figures, fewer_rows)]
+    return "\n".join(lines + _advice(tried))
+
+
+def _verdicts(figures: dict[str, Any], fewer_rows: int | None) -> list[str]:
+    """Which of step and evaluation does not fit, and what the compiler said of it."""
+    have, need = figures["hbm_capacity_bytes"], figures["hbm_bytes_per_device"]
+    refused = figures.get("compiler_message")
+    word = "does not fit" if refused or need > have else "fits"
+    lines = [f"the step {word}: {_gib(need)} of {_gib(have)}"]
+    if refused:
+        lines.append(f"the compiler, of the step: {refused}")
+    if figures["eval_fits"] is not None:
+        word, hint = "fits", ""
+        if not figures["eval_fits"]:
+            word = "does not fit"
+            hint = f"; lower eval.batch_size, down to {fewer_rows}" if fewer_rows else ""
+        need = figures["eval_hbm_bytes_per_device"]
+        lines.append(f"the evaluation {word}: {_gib(need)} of {_gib(have)}{hint}")
+    if refused := figures.get("eval_compiler_message"):
+        beside = _gib(figures["hbm_bytes_by_kind"]["optimizer"])
+        lines.append(
+            f"the compiler, of the evaluation without the optimizer's {beside}, which stays"
+            f" beside it: {refused}"
+        )
+    if "state_bytes" in figures:
+        lines.append(
+            f"parameters and optimizer alone are {_gib(figures['state_bytes'])}: spread over all"
+            f" devices of a slice they take {figures['state_devices_at_least']:,} of them at least"
+        )
+    return lines
+
+
+def _advice(tried: list[Tried]) -> list[str]:
     if not tried:
         return ["nothing else was tried"]
     lines = ["tried:" if any(t.fits for t in tried) else "tried, and none of it fits:"]
     names = [" ".join(f"--{c}" for c in t.change) for t in tried]
     width = max(map(len, names))
     for name, t in zip(names, tried, strict=True):
-        need = max(t.hbm_bytes_per_device or 0, t.eval_hbm_bytes_per_device or 0)
-        size = _gib(need) if need else ""
         word = "fits" if t.fits else "no"
-        lines.append(f"  {t.kind:<8}  {name:<{width}}  {word:<4}  {t.failure or size}")
+        lines.append(f"  {t.kind:<8}  {name:<{width}}  {word:<4}  {_outcome(t)}")
     return lines
+
+
+def _outcome(t: Tried) -> str:
+    step, evaluation = t.hbm_bytes_per_device or 0, t.eval_hbm_bytes_per_device or 0
+    said = [_gib(step)] if step else []
+    if evaluation > step or (evaluation and any(c.startswith("eval.") for c in t.change)):
+        said.append(f"evaluation {_gib(evaluation)}")
+    return ": ".join(x for x in (", ".join(said), t.failure) if x)
 
 
 def _gib(n: float) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from jllama.config import (
 )
 from jllama.errors import UserError
 from jllama.model import llama
-from jllama.parallel.mesh import AXES, abstract_mesh
+from jllama.parallel.mesh import AXES, abstract_mesh, parse_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.optimizer import make_optimizer
 from jllama.train.state import dotted
@@ -42,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         metavar="AXIS=SIZE,...",
-        help=f"devices along {', '.join(AXES)}; 1 where left out [the recipe's]",
+        help=f"devices along {', '.join(AXES)}; 1 where left out [the recipe's;"
+        " with MODEL fsdp over --devices]",
     )
     parser.add_argument("--devices", type=int, help="devices in all, for a size of -1")
     parser.add_argument("--json", action="store_true", help="exact figures, for programs")
@@ -52,49 +54,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if (args.model is None) == (args.config is None):
         raise UserError("give MODEL or --config FILE, one of them; keys follow as --key=value")
+    given = None if args.mesh is None else parse_mesh(args.mesh)
     if args.config is not None:
         recipe = recipes.from_arguments(["--config", args.config, *args.overrides])
-        mesh = recipe.mesh if args.mesh is None else _mesh(args.mesh)
-        placement = _placement(mesh, recipe.sharding, args.devices)
+        placement = _placement(given, recipe.mesh, recipe.sharding, args.devices)
         micro = recipe.training.batch_size // recipe.training.accumulate
         placement.mesh_axes((micro,), ("batch",), "rows of a microbatch")
         figures = describe(recipe.model, recipe.compute, recipe.training.optimizer, placement)
     else:
         if args.overrides:
-            raise UserError(f"unrecognized arguments: {' '.join(args.overrides)}")
-        if args.mesh is None:
-            raise UserError("--mesh AXIS=SIZE,... is missing, such as --mesh fsdp=8,tensor=4")
+            raise UserError(_no_keys(" ".join(args.overrides)))
+        if given is None and args.devices is None:
+            raise UserError(
+                "give --mesh AXIS=SIZE,..., such as --mesh fsdp=8,tensor=4, or --devices N"
+            )
         model = recipes.load_model(args.model)
-        placement = _placement(_mesh(args.mesh), ShardingConfig(), args.devices)
+        placement = _placement(given, MeshConfig(), ShardingConfig(), args.devices)
         figures = describe(model, _COMPUTE, _OPTIMIZER, placement)
     print(json.dumps(figures, indent=2) if args.json else _page(figures))
 
 
-def _mesh(text: str) -> MeshConfig:
-    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
-    for item in text.split(","):
-        axis, _, size = item.partition("=")
-        if axis not in sizes:
-            raise UserError(f"--mesh: {item!r} is no AXIS=SIZE; the axes are {', '.join(AXES)}")
-        try:
-            sizes[axis] = int(size)
-        except ValueError:
-            raise UserError(f"--mesh: {item!r}: the size is a whole number") from None
-    try:
-        return MeshConfig(**sizes)
-    except ValueError:
-        raise UserError(f"--mesh={text}: sizes are at least 1; at most one is -1") from None
+def _no_keys(overrides: str) -> str:
+    mesh = ",".join("=".join(x) for x in re.findall(r"--mesh\.(\w+)[= ](-?\d+)", overrides))
+    meant = f"; for a mesh give --mesh {mesh}" if mesh else ""
+    return f"{overrides}: keys of a recipe go with --config FILE, not with MODEL{meant}"
 
 
-def _placement(mesh: MeshConfig, rules: ShardingConfig, devices: int | None) -> Placement:
+def _placement(
+    given: MeshConfig | None, default: MeshConfig, rules: ShardingConfig, devices: int | None
+) -> Placement:
     if devices is not None and devices < 1:
         raise UserError(f"--devices={devices}: at least 1")
+    mesh = given or default
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     if devices is None and -1 in sizes.values():
         (rest,) = (axis for axis in AXES if sizes[axis] == -1)
-        raise UserError(
-            f"mesh.{rest}=-1 takes what is left: say of how many, with --devices, or give --mesh"
-        )
+        name, more = (f"--mesh {rest}", "") if given else (f"mesh.{rest}", ", or give --mesh")
+        raise UserError(f"{name}=-1 takes what is left: say of how many, with --devices{more}")
     count = math.prod(sizes.values()) if devices is None else devices
     return Placement(abstract_mesh(mesh, count), rules)
 

@@ -32,12 +32,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     # Elsewhere an index says which machine a device is in, and any axis may cross machines.
     on_tpu = devices[0].platform == "tpu"
     slices = {getattr(d, "slice_index", 0) for d in devices} if on_tpu else {0}
+    _check_slices(sizes, len(slices))
     replica, rest = sizes[0], sizes[1:]
-    if replica % len(slices):
-        raise UserError(
-            f"mesh.replica={replica}: the {len(devices)} devices are {len(slices)} slices, and only"
-            f" replica goes from slice to slice; set mesh.replica to {len(slices)} or a multiple"
-        )
     if len(slices) > 1:
         inner, outer = (replica // len(slices), *rest), (len(slices),) + (1,) * len(rest)
         ordered = _arrange(mesh_utils.create_hybrid_device_mesh, inner, outer, devices)
@@ -46,19 +42,62 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(ordered, AXES, axis_types=_TYPES)
 
 
-def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
-    """The mesh of `count` devices that are not there: enough to say where an array would lie."""
-    return AbstractMesh(_sizes(config, count), AXES, axis_types=_TYPES)
+def parse_mesh(text: str) -> MeshConfig:
+    """The mesh of an argument `--mesh AXIS=SIZE,...`, 1 along the axes left out."""
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    for item in text.split(","):
+        axis, _, size = item.partition("=")
+        if axis not in sizes:
+            raise UserError(f"--mesh: {item!r} is no AXIS=SIZE; the axes are {', '.join(AXES)}")
+        try:
+            sizes[axis] = int(size)
+        except ValueError:
+            raise UserError(f"--mesh: {item!r}: the size is a whole number") from None
+    try:
+        return MeshConfig(**sizes)
+    except ValueError:
+        raise UserError(f"--mesh={text}: sizes are at least 1; at most one is -1") from None
+
+
+def abstract_mesh(config: MeshConfig, count: int, slices: int = 1) -> AbstractMesh:
+    """The mesh of `count` devices that are not there: enough to say where an array would lie.
+
+    Raises as `make_mesh` does of devices that are `slices` slices.
+    """
+    sizes = _sizes(config, count)
+    _check_slices(sizes, slices)
+    return AbstractMesh(sizes, AXES, axis_types=_TYPES)
+
+
+def _check_slices(sizes: tuple[int, ...], slices: int) -> None:
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh.replica={sizes[0]}: the {math.prod(sizes)} devices are {slices} slices, and only"
+            f" replica goes from slice to slice; set mesh.replica to {slices} or a multiple"
+        )
 
 
 def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
-    sizes = [getattr(config, name) for name in AXES]
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = count // math.prod(s for s in sizes if s > 0)
-    if math.prod(sizes) != count:
-        asked = ", ".join(f"{n}={getattr(config, n)}" for n in AXES)
+    sizes = {name: getattr(config, name) for name in AXES}
+    given = {name: size for name, size in sizes.items() if size != -1}
+    ways = math.prod(given.values())
+    if len(given) < len(sizes):
+        if count % ways:
+            raise UserError(_not_dividing(given, ways, count))
+        return tuple(count // ways if size == -1 else size for size in sizes.values())
+    if ways != count:
+        asked = ", ".join(f"{n}={size}" for n, size in sizes.items())
         raise UserError(f"mesh: {asked} does not fill {count} devices; set one size to -1")
-    return tuple(sizes)
+    return tuple(sizes.values())
+
+
+def _not_dividing(given: dict[str, int], ways: int, count: int) -> str:
+    asked = [f"mesh.{name}={size}" for name, size in given.items() if size > 1]
+    by = "it" if len(asked) == 1 else f"their product, {ways}"
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    near = [n for n in divisors if n < ways][-1:] + [n for n in divisors if n > ways][:1]
+    would = " or ".join(map(str, near))
+    return f"{', '.join(asked)}: {count} devices do not divide by {by}; by {would} they do"
 
 
 def _arrange(create, *args) -> np.ndarray:

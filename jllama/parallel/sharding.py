@@ -94,12 +94,15 @@ class Placement:
             ways = math.prod(self.mesh.shape[a] for a in candidate)
             if size % ways == 0 and not used.intersection(candidate):
                 return candidate
-            why = "taken" if used.intersection(candidate) else f"{ways} does not divide"
-            tried.append(f"{'+'.join(candidate)} ({why})")
+            if size % ways:
+                spread = (a for a in candidate if self.mesh.shape[a] > 1)
+                tried.append(f"{'+'.join(spread)} ({ways} does not divide)")
+            else:
+                tried.append(f"{'+'.join(candidate)} (taken)")
         raise UserError(
             f"{name}: axis {axis!r} of shape {tuple(shape)}, size {size}: no candidate fits:"
-            f" {', '.join(tried)}; change the mesh, or add a candidate (null is replication)"
-            f" to sharding.{axis}"
+            f" {', '.join(dict.fromkeys(tried))}; change the mesh, or add a candidate (null is"
+            f" replication) to sharding.{axis}"
         )
 
     def sharding(

@@ -14,13 +14,18 @@ from jllama.plan.process import CompileFailed
 
 _REMAT = ("none", "dots", "attention", "full")  # from the fastest to the smallest
 
+_ALONE = "parameters and optimizer alone, not compiled"
+
 Change = tuple[str, ...]  # overrides, key=value
 Try = Callable[[Change], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """One change and what came of it: bytes, or the line that says why it cannot be."""
+    """One change and what came of it: bytes, or the line that says why it cannot be.
+
+    What is too large by parameters and optimizer alone has their bytes, and a line that says so.
+    """
 
     kind: str
     change: Change
@@ -30,12 +35,17 @@ class Tried:
     eval_hbm_bytes_per_device: int | None = None
 
 
-def search(config: Config, report: dict[str, Any], attempt: Try, limit: int) -> list[Tried]:
+def search(
+    config: Config, report: dict[str, Any], attempt: Try, state: Callable[[Change], int], limit: int
+) -> list[Tried]:
     """Tries changes until each kind has its answer or `limit` compilations are done.
 
-    `attempt` gives the report of the recipe with overrides; `report` is that without any.
+    `attempt` gives the report of the recipe with overrides; `report` is that without any. `state`
+    gives the bytes of parameters and optimizer alone: what they are too many for is not compiled.
     """
     tried: dict[Change, Tried] = {}
+    capacity = report["hbm_capacity_bytes"]
+    compiled = 0
 
     # Fewer rows at a time change neither the step nor what the evaluation says: tried first, and
     # with all else.
@@ -44,21 +54,31 @@ def search(config: Config, report: dict[str, Any], attempt: Try, limit: int) -> 
     def one(kind: str, change: Change) -> bool | None:
         if kind not in ("mesh", "eval"):
             change = (*change, *lower)
-        if change not in tried:
-            if len(tried) >= limit:
-                return None
-            tried[change] = _try(kind, change, attempt)
+        if change in tried:
+            return tried[change].fits
+        nonlocal compiled
+        if compiled >= limit:
+            return None
+        try:
+            alone = state(change)
+            if alone >= capacity:
+                tried[change] = Tried(kind, change, False, alone, _ALONE)
+            else:
+                compiled += 1
+                tried[change] = _tried(kind, change, attempt(change))
+        except (UserError, CompileFailed) as error:
+            tried[change] = Tried(kind, change, False, None, str(error))
         return tried[change].fits
 
-    if lower and one("eval", lower) in (True, None):
-        return list(tried.values())
     known = report["hbm_bytes_by_kind"]
-    state, capacity = known["parameters"] + known["optimizer"], report["hbm_capacity_bytes"]
+    alone = known["parameters"] + known["optimizer"]
+    if lower and alone < capacity and one("eval", lower) in (True, None):
+        return list(tried.values())
     step_fits = "compiler_message" not in report and report["hbm_bytes_per_device"] <= capacity
     kinds = {"mesh": _meshes(config, report)}
     # Nothing helps that leaves the state as it is when that is too large, nor the evaluation what
     # the step alone does.
-    if state < capacity and not step_fits:
+    if alone < capacity and not step_fits:
         kinds = {"remat": _remats(config), "batch": _batches(config, report)} | kinds
         kinds["offload"] = [("compute.remat=offload",)] if config.compute.remat != "offload" else []
     for kind, changes in kinds.items():
@@ -73,11 +93,7 @@ def search(config: Config, report: dict[str, Any], attempt: Try, limit: int) -> 
     return list(tried.values())
 
 
-def _try(kind: str, change: Change, attempt: Try) -> Tried:
-    try:
-        report = attempt(change)
-    except (UserError, CompileFailed) as error:
-        return Tried(kind, change, False, None, str(error))
+def _tried(kind: str, change: Change, report: dict[str, Any]) -> Tried:
     return Tried(
         kind,
         change,

@@ -46,12 +46,7 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
     capacity = hbm_bytes(topology)
     devices = compile_only_devices(topology)
     placement = Placement(make_mesh(config.mesh, devices), config.sharding)
-    definition = define_state(config, placement)
-    batch_rows = {"training.batch_size": config.training.batch_size}
-    if config.data.held_out:
-        batch_rows["eval.batch_size"] = config.eval.batch_size
-    for name, rows in batch_rows.items():  # what the run refuses is refused here, in its words
-        placement.sharding((rows,), ("batch",), name)
+    definition = define(config, placement)
     state = abstract_state(definition)
     batch = abstract_batch(config, placement, config.training.batch_size)
     known = {
@@ -97,6 +92,24 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
         "jax": jax.__version__,
         "compiler": _compiler(topology),
     }
+
+
+def define(config: Config, placement: Placement) -> StateDef:
+    """The run's state; raises what the run would of its rows too, in its words."""
+    batch_rows = {"training.batch_size": config.training.batch_size}
+    if config.data.held_out:
+        batch_rows["eval.batch_size"] = config.eval.batch_size
+    for name, rows in batch_rows.items():
+        placement.sharding((rows,), ("batch",), name)
+    return define_state(config, placement)
+
+
+def state_bytes(config: Config, placement: Placement) -> int:
+    """Bytes of parameters and optimizer on a device, compiling nothing; raises as `define`."""
+    found = []
+    # Traced, and so on no device: the key of a state would start those of this machine.
+    jax.eval_shape(lambda: found.append(define(config, placement)))
+    return bytes_per_device(abstract_state(found[0]))
 
 
 def abstract_state(definition: StateDef) -> TrainState:

@@ -51,6 +51,10 @@ class Topology:
         return CHIPS[self.chip_name]
 
     @property
+    def devices(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    @property
     def pod(self) -> Pod:
         return _PODS[self.chip_name]
 

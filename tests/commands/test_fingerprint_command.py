@@ -35,6 +35,7 @@ def run(tmp_path_factory):
         ([], 2),
         (["--step", "1"], 1),
         (["--mesh", "fsdp=4", "--mesh", "tensor=2"], 2),
+        (["--mesh", "fsdp=4,tensor=2"], 2),
     ],
     ids=str,
 )
@@ -45,13 +46,26 @@ def test_it_prints_the_digest_of_the_state(run, args, step, capsys):
     assert capsys.readouterr().out == f"{digests[step]}\n"
 
 
+@pytest.mark.parametrize("count", [8, 7])  # 7 does not divide the width, 48
+def test_the_devices_that_a_run_had_are_not_needed(run, count, tmp_path, monkeypatch, capsys):
+    folder, digests = run
+    elsewhere = recipes.in_memory("mesh.fsdp=64", "mesh.tensor=2")
+    (tmp_path / "config.yaml").write_text(recipe.to_yaml(elsewhere))
+    (tmp_path / "checkpoints").symlink_to(folder / "checkpoints")
+    here = jax.devices()[:count]
+    monkeypatch.setattr(jax, "devices", lambda: here)
+    assert cli.main(["fingerprint", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{digests[2]}\n"
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
         (["--step", "9"], "no step 9; there are: 1, 2"),
-        (["--mesh", "fsdp=3"], "does not fill 8 devices"),
-        (["--mesh", "width=3"], "mesh.width: unknown key"),
-        (["--mesh", "fsdp"], "key=value"),
+        (["--mesh", "fsdp=3"], "error: --mesh fsdp=3: replica=1, fsdp=3, context=1, tensor=1 does"),
+        (["--mesh", "tensor=8"], "error: --mesh tensor=8: layers.attention.o.kernel: axis 'heads'"),
+        (["--mesh", "width=3"], "error: --mesh: 'width=3' is no AXIS=SIZE"),
+        (["--mesh", "fsdp"], "error: --mesh: 'fsdp': the size is a whole number"),
     ],
     ids=str,
 )

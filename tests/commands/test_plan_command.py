@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import recipes
@@ -94,28 +96,63 @@ def test_an_evaluation_that_the_compiler_refuses_beside_a_step_that_fits(recipe,
     assert "exceeds available HBM (15.75G)" in figures["eval_compiler_message"]
 
 
-@pytest.mark.parametrize("key", ["training.batch_size", "eval.batch_size"])
-def test_rows_that_do_not_divide_are_the_users_error(recipe, compiler, key, capsys):
-    status, out, err = run(capsys, "--config", recipe, f"--{key}=6")
+def pretend(monkeypatch, compile_step):
+    """Makes `compile_step` the compiler, installed or not."""
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    monkeypatch.setattr(plan, "environment", lambda _: {})
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--training.batch_size=6"], "training.batch_size: axis 'batch'"),
+        (["--eval.batch_size=6"], "eval.batch_size: axis 'batch'"),
+        (["--mesh.fsdp=3"], "mesh: replica=1, fsdp=3, context=1, tensor=1 does not fill 4 devices"),
+        (["--mesh.tensor=3"], "mesh.tensor=3: 4 devices do not divide by it; by 2 or 4 they do"),
+        (["--slices=2"], "mesh.replica=1: the 8 devices are 2 slices"),
+        (["--mesh.tensor=4"], "layers.attention.o.kernel: axis 'heads'"),
+        (
+            ["--mesh.context=4", "--data.length=18"],
+            "data.length=18 does not divide by mesh.context",
+        ),
+        (["--training.batch_size=8"], "planning takes the TPU compiler"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_said_before_anything_is_compiled(
+    recipe, args, said, monkeypatch, capsys
+):
+    def missing(_):
+        raise UserError("planning takes the TPU compiler")
+
+    monkeypatch.setattr(plan, "compile_step", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(plan, "environment", missing)
+    status, out, err = run(capsys, "--config", recipe, *args)
     assert (status, out) == (2, "")
-    assert err.splitlines()[-1].startswith(f"error: {key}: axis 'batch'")
+    assert err.startswith(f"error: {said}") and err.count("\n") == 1
+
+
+def test_what_is_known_without_compiling_starts_no_device(recipe):
+    code = "import sys; from jllama.cli import main; sys.exit(main(sys.argv[1:]))"
+    heads = ["--topology", "v5e:2x2", "--mesh.tensor=4"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", "--config", recipe, *heads],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "nowhere"},
+    )
+    assert (done.returncode, "axis 'heads'" in done.stderr) == (2, True), done.stderr
 
 
 def test_what_is_no_lack_of_memory_is_reported_as_itself(recipe, monkeypatch, capsys):
     def fail(*_):
         raise CompileFailed("INTERNAL: Mosaic failed to compile TPU kernel")
 
-    monkeypatch.setattr(plan, "compile_step", fail)
+    pretend(monkeypatch, fail)
     status, out, err = run(capsys, "--config", recipe)
     assert (status, out) == (3, "")
     last = err.splitlines()[-1]
     assert last == "error: the compiler failed: INTERNAL: Mosaic failed to compile TPU kernel"
-
-
-def test_a_mesh_that_does_not_fill_the_slice_is_the_users_error(recipe, compiler, capsys):
-    status, out, err = run(capsys, "--config", recipe, "--mesh.fsdp=3")
-    assert (status, out) == (2, "")
-    assert "does not fill 4 devices" in err.splitlines()[-1]
 
 
 def report(fits):
@@ -136,7 +173,7 @@ def test_json_of_a_search_has_what_was_tried(recipe, monkeypatch, capsys):
     def compile_step(config, *_):
         return report(config.compute.remat == "full")
 
-    monkeypatch.setattr(plan, "compile_step", compile_step)
+    pretend(monkeypatch, compile_step)
     status, out, _ = run(capsys, "--config", recipe, "--json", "--training.batch_size=4")
     figures = json.loads(out)
     assert status == 1 and figures["fits"] is False
@@ -148,19 +185,57 @@ def test_json_of_a_search_has_what_was_tried(recipe, monkeypatch, capsys):
 def test_an_evaluation_that_does_not_fit_is_named_and_gets_fewer_rows(recipe, monkeypatch, capsys):
     def compile_step(config, *_):
         fits = config.eval.batch_size == 4  # a row per device
-        size = {"eval_hbm_bytes_per_device": 2**29 if fits else 2**31}
+        size = {"eval_hbm_bytes_per_device": 0.4 * 2**30 if fits else 2**31}
         return report(True) | {"fits": fits, "eval_fits": fits} | size
 
-    monkeypatch.setattr(plan, "compile_step", compile_step)
+    pretend(monkeypatch, compile_step)
     status, out, _ = run(capsys, "--config", recipe)
     assert status == 1
     lines = out.splitlines()
-    assert "  the evaluation does not fit: 2.00 GiB of 1.00 GiB; lower eval.batch_size" in lines
-    assert lines[-1].split() == ["eval", "--eval.batch_size=4", "fits", "0.50", "GiB"]
+    at = lines.index("  the step fits: 0.50 GiB of 1.00 GiB")
+    hint = "; lower eval.batch_size, down to 4"
+    assert lines[at + 1] == f"  the evaluation does not fit: 2.00 GiB of 1.00 GiB{hint}"
+    outcome = "fits 0.50 GiB, evaluation 0.40 GiB"
+    assert " ".join(lines[-1].split()) == f"eval --eval.batch_size=4 {outcome}"
+
+
+def test_what_the_compiler_leaves_out_of_an_evaluation_is_said(recipe, monkeypatch, capsys):
+    refused = {
+        "fits": False, "eval_fits": False, "eval_hbm_bytes_per_device": 3 * 2**30,
+        "eval_compiler_message": "(2.50G) exceeds available HBM (1.00G).",
+        "hbm_bytes_by_kind": {"parameters": 1, "optimizer": 2**29},
+    }  # fmt: skip
+    pretend(monkeypatch, lambda *_: report(True) | refused)
+    _, out, _ = run(capsys, "--config", recipe, "--eval.batch_size=4", "--tries=0")
+    assert "  the evaluation does not fit: 3.00 GiB of 1.00 GiB\n" in out, "a row on each device"
+    assert "without the optimizer's 0.50 GiB, which stays beside it: (2.50G) exceeds" in out
+
+
+def test_a_state_above_the_capacity_has_the_devices_that_it_takes(recipe, monkeypatch, capsys):
+    config = recipe_loader.load(recipe)
+    block = 4 * 128 * 128 + 3 * 128 * 384 + 2 * 128
+    whole = 3 * 4 * (12 * block + 2 * 512 * 128 + 128)  # parameters and both moments, float32
+    capacity = whole // 6 + 100  # more than a sixth, the fifth and last of the devices not full
+    assert config.model.num_layers == 12
+    small = {
+        "hbm_capacity_bytes": capacity, "eval_fits": False,
+        "hbm_bytes_by_kind": {"parameters": capacity, "optimizer": capacity},
+    }  # fmt: skip
+    pretend(monkeypatch, lambda *_: report(False) | small)
+    status, out, err = run(capsys, "--config", recipe, "--json", "--compute.remat=full")
+    figures = json.loads(out)
+    assert status == 1
+    assert whole < figures["state_bytes"] < whole + 64
+    assert figures["state_devices_at_least"] == 6
+    assert err.count("compiling") == 1 + sum(not t["failure"] for t in figures["tried"])
+    _, out, _ = run(capsys, "--config", recipe, "--compute.remat=full")
+    assert "  parameters and optimizer alone are " in out and " take 6 of them at least\n" in out
+    assert "iB: parameters and optimizer alone, not compiled" in out
+    assert "the evaluation does not fit" in out and "lower" not in out, "fewer rows do not help"
 
 
 def test_the_page_is_aligned(recipe, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "compile_step", lambda *_: report(True))
+    pretend(monkeypatch, lambda *_: report(True))
     status, out, _ = run(capsys, "--config", recipe)
     lines = out.splitlines()[1:]
     assert status == 0

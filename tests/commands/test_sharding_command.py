@@ -107,6 +107,11 @@ def test_a_recipe_brings_its_own_mesh_and_takes_overrides(tmp_path, capsys):
     assert gate["placement"] == [[], [], ["tensor"]]
 
 
+def test_devices_alone_are_the_default_mesh(capsys):
+    got = figures(capsys, "llama2-7b", "--devices", "16")
+    assert got["mesh"] == {"replica": 1, "fsdp": 16, "context": 1, "tensor": 1}
+
+
 def test_it_starts_no_device(monkeypatch, capsys):
     monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("asked for the devices"))
     assert figures(capsys, "llama2-7b", "--mesh", "fsdp=512,tensor=8")["devices"] == 4096
@@ -120,18 +125,29 @@ RECIPE = "configs/train/tiny.yaml"
     [
         ([], "give MODEL or --config"),
         (["tiny", "--config", RECIPE], "give MODEL or --config"),
-        (["tiny"], "--mesh AXIS=SIZE"),
+        (["tiny"], "give --mesh AXIS=SIZE,..., such as --mesh fsdp=8,tensor=4, or --devices N"),
         (["llama9", "--mesh", "fsdp=8"], "no 'llama9'"),
         (["tiny", "--mesh", "width=8"], "'width=8' is no AXIS=SIZE"),
         (["tiny", "--mesh", "fsdp"], "'fsdp': the size is a whole number"),
         (["tiny", "--mesh", "fsdp=0"], "sizes are at least 1"),
         (["tiny", "--mesh", "fsdp=-1,tensor=-1"], "at most one is -1"),
-        (["tiny", "--mesh", "fsdp=-1"], "--devices"),
+        (
+            ["tiny", "--mesh", "fsdp=-1"],
+            "--mesh fsdp=-1 takes what is left: say of how many, with --devices\n",
+        ),
+        (
+            ["--config", RECIPE],
+            "mesh.fsdp=-1 takes what is left: say of how many, with --devices, or give --mesh\n",
+        ),
         (["tiny", "--mesh", "fsdp=2", "--devices", "0"], "--devices=0"),
         (["tiny", "--mesh", "fsdp=2", "--devices", "3"], "does not fill 3 devices"),
-        (["tiny", "--mesh", "fsdp=2", "--model.ffn_dim=8"], "--model.ffn_dim=8"),
+        (
+            ["tiny", "--mesh", "fsdp=2", "--model.ffn_dim=8"],
+            "--model.ffn_dim=8: keys of a recipe go with --config FILE, not with MODEL\n",
+        ),
+        (["llama2-7b", "--mesh.fsdp=8", "--mesh.tensor", "4"], "--mesh fsdp=8,tensor=4\n"),
         (["llama2-7b", "--mesh", "tensor=5"], "layers.attention.o.kernel: axis 'heads'"),
-        (["llama2-7b", "--mesh", "fsdp=3"], "3 does not divide"),
+        (["llama2-7b", "--mesh", "fsdp=3"], "no candidate fits: fsdp (3 does not divide); change"),
         (["--config", RECIPE, "--mesh", "fsdp=1,replica=1024"], "rows of a microbatch"),
     ],
     ids=str,

@@ -28,11 +28,30 @@ def test_minus_one_takes_what_is_left():
     assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape)["fsdp"] == 1
 
 
-@pytest.mark.parametrize("given", [{"fsdp": 3}, {"fsdp": -1, "tensor": 3}, {"tensor": 16}])
+@pytest.mark.parametrize("given", [{"fsdp": 3}, {"fsdp": 4, "tensor": 4}])
 def test_a_mesh_that_does_not_fill_the_devices_is_an_error(given):
     for make, devices in ((make_mesh, jax.devices()[:8]), (abstract_mesh, 8)):
-        with pytest.raises(UserError, match="does not fill 8 devices"):
+        with pytest.raises(UserError, match=r"does not fill 8 devices; set one size to -1$"):
             make(MeshConfig(**given), devices)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tensor": 5}, "mesh.tensor=5: 16 devices do not divide by it; by 4 or 8 they do"),
+        ({"tensor": 32}, "mesh.tensor=32: 16 devices do not divide by it; by 16 they do"),
+        (
+            {"fsdp": 3, "tensor": 4, "context": -1},
+            "mesh.fsdp=3, mesh.tensor=4: 16 devices do not divide by their product, 12;"
+            " by 8 or 16 they do",
+        ),
+    ],
+    ids=str,
+)
+def test_sizes_that_leave_no_whole_number_are_named_with_what_would_do(given, said):
+    with pytest.raises(UserError) as error:
+        abstract_mesh(MeshConfig(**given), 16)
+    assert str(error.value) == said
 
 
 def test_a_mesh_without_devices_has_the_same_axes():
@@ -53,12 +72,14 @@ def fakes(slices, each):
 
 @pytest.mark.parametrize(("replica", "fsdp"), [(1, -1), (2, -1), (-1, 8)])
 def test_only_replica_goes_from_slice_to_slice(replica, fsdp):
-    with pytest.raises(UserError) as error:
-        make_mesh(MeshConfig(replica=replica, fsdp=fsdp), fakes(4, 4))
-    said = str(error.value)
-    assert "4 slices" in said
-    assert "set mesh.replica to 4 or a multiple" in said
-    assert "\n" not in said
+    config = MeshConfig(replica=replica, fsdp=fsdp)
+    for make in (lambda: make_mesh(config, fakes(4, 4)), lambda: abstract_mesh(config, 16, 4)):
+        with pytest.raises(UserError) as error:
+            make()
+        said = str(error.value)
+        assert "4 slices" in said
+        assert "set mesh.replica to 4 or a multiple" in said
+        assert "\n" not in said
 
 
 def coordinates(mesh):

@@ -53,6 +53,12 @@ def test_nothing_that_divides_is_an_error_with_the_way_out():
         assert part in said
 
 
+def test_a_candidate_is_named_by_the_axes_of_several_devices():
+    rules = {"table_embed": (("tensor", "fsdp", "context"), ("tensor", "fsdp"), ("fsdp",))}
+    said = message(placement(rules, fsdp=5), (96, 48), ("vocab", "table_embed"))
+    assert "no candidate fits: fsdp (5 does not divide); change" in said
+
+
 def test_unknown_axis_is_an_error():
     said = message(placement(), (4,), ("widht",))
     assert "layers/mlp/gate/kernel" in said

@@ -25,8 +25,11 @@ def report(size, parameters=10, evaluation=None):
     }
 
 
-def run(sizes, *overrides, limit=20, parameters=10):
-    """Searches from 500 bytes; `sizes` gives a change's bytes, 300 where it says nothing."""
+def run(sizes, *overrides, limit=20, parameters=10, states=()):
+    """Searches from 500 bytes; `sizes` gives a change's bytes, 300 where it says nothing.
+
+    `states` gives those of parameters and optimizer, where a change has others.
+    """
     asked = []
 
     def attempt(change):
@@ -36,8 +39,11 @@ def run(sizes, *overrides, limit=20, parameters=10):
             raise size
         return report(size)
 
+    def state(change):
+        return dict(states).get(change, 3 * parameters)
+
     config = recipes.in_memory("training.batch_size=64", *overrides)
-    return search(config, report(500, parameters), attempt, limit), asked
+    return search(config, report(500, parameters), attempt, state, limit), asked
 
 
 def test_the_mildest_change_of_a_kind_that_fits_is_found():
@@ -73,9 +79,20 @@ def test_compilations_are_bounded():
     assert run({}, limit=0)[1] == []
 
 
-def test_what_leaves_the_state_as_it_is_is_not_tried_when_the_state_alone_is_too_large():
-    _, asked = run({}, parameters=40)
-    assert all(c[0].startswith("mesh.") or "param_dtype" in c[-1] for c in asked)
+def test_a_state_that_cannot_fit_is_not_compiled():
+    spread = ("mesh.fsdp=2", "mesh.tensor=2")
+    tried, asked = run({spread: 90}, parameters=40, states={spread: 99})
+    assert asked == [spread] and tried[-1].change == spread
+    tried, asked = run({}, parameters=40)
+    assert asked == [] and tried
+    assert all((t.fits, t.hbm_bytes_per_device) == (False, 120) and t.failure for t in tried)
+    assert all(t.kind == "mesh" or "param_dtype" in t.change[-1] for t in tried)
+
+
+def test_smaller_parameters_are_tried_when_they_make_the_state_fit():
+    smaller = ("compute.param_dtype=bfloat16",)
+    tried, asked = run({smaller: 90}, parameters=40, states={smaller: 80})
+    assert asked == [smaller] and tried[-1].fits
 
 
 def search_evaluation(size, evaluations, sizes=()):
@@ -87,7 +104,7 @@ def search_evaluation(size, evaluations, sizes=()):
         return report(dict(sizes).get(change, size), evaluation=evaluations.get(change, 300))
 
     config = recipes.in_memory("training.batch_size=64", "eval.batch_size=64")
-    return search(config, report(size, evaluation=500), attempt, 20), asked
+    return search(config, report(size, evaluation=500), attempt, lambda _: 30, 20), asked
 
 
 def test_an_evaluation_that_does_not_fit_gets_fewer_rows_and_nothing_else():
