@@ -30,7 +30,7 @@ from jllama.plan import bounds
 from jllama.plan.devices import compile_only_devices, hbm_bytes
 from jllama.plan.topology import Topology, parse
 from jllama.train.loss import causal_lm_loss
-from jllama.train.state import StateDef, TrainState, define_state, dotted
+from jllama.train.state import StateDef, TrainState, check_batches, define_state, dotted
 from jllama.train.step import make_eval_step, make_train_step
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
@@ -96,11 +96,7 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
 
 def define(config: Config, placement: Placement) -> StateDef:
     """The run's state; raises what the run would of its rows too, in its words."""
-    batch_rows = {"training.batch_size": config.training.batch_size}
-    if config.data.held_out:
-        batch_rows["eval.batch_size"] = config.eval.batch_size
-    for name, rows in batch_rows.items():
-        placement.sharding((rows,), ("batch",), name)
+    check_batches(config, placement)
     return define_state(config, placement)
 
 

@@ -105,8 +105,8 @@ def pretend(monkeypatch, compile_step):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--training.batch_size=6"], "training.batch_size: axis 'batch'"),
-        (["--eval.batch_size=6"], "eval.batch_size: axis 'batch'"),
+        (["--training.batch_size=6"], "training.batch_size=6: must be a multiple of 4"),
+        (["--eval.batch_size=6"], "eval.batch_size=6: must be a multiple of 4"),
         (["--mesh.fsdp=3"], "mesh: replica=1, fsdp=3, context=1, tensor=1 does not fill 4 devices"),
         (["--mesh.tensor=3"], "mesh.tensor=3: 4 devices do not divide by it; by 2 or 4 they do"),
         (["--slices=2"], "mesh.replica=1: the 8 devices are 2 slices"),
