@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,6 +40,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ordered = _arrange(mesh_utils.create_hybrid_device_mesh, inner, outer, devices)
     else:
         ordered = _arrange(mesh_utils.create_device_mesh, sizes, devices)
+    if ordered is None:
+        ordered = np.array(sorted(devices, key=_place), object).reshape(sizes)
     return Mesh(ordered, AXES, axis_types=_TYPES)
 
 
@@ -100,9 +103,21 @@ def _not_dividing(given: dict[str, int], ways: int, count: int) -> str:
     return f"{', '.join(asked)}: {count} devices do not divide by {by}; by {would} they do"
 
 
-def _arrange(create, *args) -> np.ndarray:
+def _arrange(create: Any, *args: Any) -> np.ndarray | None:
+    """What JAX makes of the links; None where it finds no layout."""
     try:
         return create(*args)
     except NotImplementedError:
+        pass
+    except AssertionError:  # two devices a chip, or chips that are no whole box
+        return None
+    try:
         # No axis of chips has that size: part of one then, whose links carry two mesh axes.
         return create(*args, allow_split_physical_axes=True)
+    except (TypeError, ValueError):  # JAX 0.10 loses prime factors of sides such as 20 and 28
+        return None
+
+
+def _place(device: jax.Device) -> tuple[int, ...]:
+    """Slice by slice, row by row: neighbours in this order are mostly neighbours on the links."""
+    return (getattr(device, "slice_index", 0), *device.coords[::-1], device.core_on_chip)

@@ -130,7 +130,6 @@ def test_every_shape_that_fills_a_slice_is_a_mesh_of_all_its_chips(topology, opt
         assert {d.id for d in mesh.devices.flat} == {d.id for d in chips}
 
 
-@pytest.mark.xfail(strict=True, reason="jax.experimental.mesh_utils finds no layout, and raises")
 @pytest.mark.parametrize(
     ("topology", "given"),
     [
