@@ -9,7 +9,6 @@ Parameters are nested dicts of arrays; the layers are stacked on a leading axis:
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -144,7 +143,7 @@ def init_params(config: ModelConfig, compute: ComputeConfig, key: jax.Array) -> 
 
 def param_specs(config: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
     """The parameter tree with a `ParamSpec` at each leaf; computes nothing."""
-    boxed = jax.eval_shape(functools.partial(_init_boxed, config, compute), jax.random.key(0))
+    boxed = jax.eval_shape(lambda: _init_boxed(config, compute, jax.random.key(0)))
     return jax.tree.map(
         lambda p: ParamSpec(p.value.shape, p.value.dtype, p.axes, p.decay, p.inputs),
         boxed,

@@ -102,10 +102,7 @@ def define(config: Config, placement: Placement) -> StateDef:
 
 def state_bytes(config: Config, placement: Placement) -> int:
     """Bytes of parameters and optimizer on a device, compiling nothing; raises as `define`."""
-    found = []
-    # Traced, and so on no device: the key of a state would start those of this machine.
-    jax.eval_shape(lambda: found.append(define(config, placement)))
-    return bytes_per_device(abstract_state(found[0]))
+    return bytes_per_device(abstract_state(define(config, placement)))
 
 
 def abstract_state(definition: StateDef) -> TrainState:

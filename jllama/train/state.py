@@ -55,7 +55,8 @@ def define_state(config: Config, placement: Placement) -> StateDef:
         params = llama.init_params(config.model, config.compute, key)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(as_float32(params)))
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    # The key is made inside: outside it would start this machine's devices.
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
     shardings = jax.tree_util.tree_map_with_path(
         lambda path, s: placement.sharding(s.shape, s.axes, dotted(path)), specs
     )
