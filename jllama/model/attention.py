@@ -56,7 +56,10 @@ class Attention(nn.Module):
         if self.is_initializing():
             out = q  # of a single position, whose length no kernel needs to like
         elif cache is None:
-            out = attend_row(q, k, v, segments, self.compute.attention, self.balanced)
+            unrolled = self.compute.scan_unroll > 1 and self.compute.remat == "none"
+            out = attend_row(
+                q, k, v, segments, self.compute.attention, self.balanced, prevent_cse=unrolled
+            )
         else:
             rows = jnp.arange(x.shape[0])[:, None]
             cache = Cache(

@@ -43,6 +43,7 @@ def attend_row(
     segments: jax.Array | None,
     config: Attention,
     balanced: bool = False,
+    prevent_cse: bool = True,
 ) -> jax.Array:
     """Causal attention within rows, each position within its own segment.
 
@@ -51,7 +52,7 @@ def attend_row(
     Args:
       q: [B,T,H,N]; k, v: [B,T,K,N]; segments: [B,T] int32, or None for one segment a row.
       config: the kernel, or `auto`; see `choose`.
-      balanced: how the row lies on the devices; see `jllama.parallel.context`.
+      balanced, prevent_cse: see `jllama.parallel.context.spread`.
     """
     ways = context.sequence_ways(*q.shape[:2])
     kind = choose(
@@ -73,7 +74,7 @@ def attend_row(
         starts = None if segments is None else segment_starts(segments)
         return kernel(q, k, v, rows, starts, mask)
 
-    return context.spread(by_runs, q, k, v, segments, balanced, mask)
+    return context.spread(by_runs, q, k, v, segments, balanced, mask, prevent_cse)
 
 
 def choose(

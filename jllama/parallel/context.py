@@ -71,6 +71,7 @@ def spread(
     segments: jax.Array | None,
     balanced: bool,
     mask: Any = None,
+    prevent_cse: bool = True,
 ) -> jax.Array:
     """Runs `kernel` on every device of the active placement; without one, or on one device, as is.
 
@@ -79,6 +80,8 @@ def spread(
       balanced: that layout is `balanced_order` of the row over the ways of its positions.
       mask: what a kernel knows ahead of time about its queries; has `manual_sharding_spec`, which
         tells the parts of it that belong to a part of the queries.
+      prevent_cse: as of `jax.checkpoint`, for the keys and values of the whole row; False where a
+        loop, or the recomputation of a block, parts the forward from the backward pass already.
 
     Returns:
       [B,T,H,N], in the same layout.
@@ -120,7 +123,7 @@ def spread(
         # The backward pass gathers again: keys and values of the whole row would else be kept for
         # every layer. What the kernel names (its result) is kept, so that it does not run again.
         policy = jax.checkpoint_policies.save_only_these_names("attention")
-        local = jax.checkpoint(local, policy=policy)
+        local = jax.checkpoint(local, policy=policy, prevent_cse=prevent_cse)
 
     parts = None
     if mask is not None:
