@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import annotated_types
 import pytest
 
-from jllama import config
+from jllama import config, schema
 from jllama import recipe as recipes
 from jllama.config import (
     AdamWConfig,
@@ -213,7 +213,7 @@ def test_every_member_and_every_chosen_key_exists():
     found = {m for m in vars(config).values() if dataclasses.is_dataclass(m) and tag(m)}
     assert found == set(MEMBERS)
     assert {key for _, key, _ in LEAVES} >= set(CHOSEN)
-    described = {key for key, _, _ in recipes.describe() if not key.endswith("kind")}
+    described = {key for key, _, _ in schema.describe(Config) if not key.endswith("kind")}
     assert described >= {key for _, key, _ in LEAVES}
 
 
@@ -397,7 +397,7 @@ def test_constructing_a_config_in_code_is_validated_too():
 
 
 def test_every_key_is_described():
-    for key, kind, meaning in recipes.describe():
+    for key, kind, meaning in schema.describe(Config):
         assert key
         assert kind
         assert meaning, f"{key} has no meaning"

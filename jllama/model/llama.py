@@ -36,7 +36,7 @@ def _cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
 
 # What `compute.remat` keeps of each block for the backward pass beside the block's input, which
 # "offload" keeps in the host's memory; the rest is computed again. The names are given where the
-# values are made: Linear's products, and the result and log-sum-exp of attention.
+# values are made: the products of `project`, and the result and log-sum-exp of attention.
 _REMAT = {
     "dots": _policies.save_from_both_policies(
         _policies.save_only_these_names("matmul", "attention"), _cudnn_forward
