@@ -1,0 +1,1 @@
+"""Models of other projects' formats, in and out: Hugging Face, Meta, GGUF."""

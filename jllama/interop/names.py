@@ -1,0 +1,133 @@
+"""One table: a parameter's path here, and its name and layout in every other format.
+
+Files hold one matrix per layer, [outputs, inputs]; here the layers are stacked and a matrix is
+[inputs..., outputs...], with heads apart. In a query or key head, Meta and GGUF turn the pair
+(2i, 2i+1) by RoPE, Hugging Face and this package (i, i + N/2): the rows are in another order.
+L layers, N head width.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from jllama.errors import UserError
+
+Format = Literal["hf", "meta", "gguf"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """A parameter's names: `{}` is the layer's number.
+
+    Attributes:
+      path: here, dotted.
+      hf, meta, gguf: there.
+      rotary: whether its rows are queries or keys, which RoPE turns in pairs.
+      split: the axis of the file's matrix along which Meta's model parallelism cuts it; None:
+        every shard has it whole. A table may be cut along either axis, which its shape tells.
+    """
+
+    path: str
+    hf: str
+    meta: str
+    gguf: str
+    split: int | None
+    rotary: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        """Whether there is one per layer."""
+        return "{}" in self.hf
+
+    def of(self, format: Format, layer: int = 0) -> str:
+        """The name of `layer`'s tensor in a file."""
+        return getattr(self, format).format(layer)
+
+
+_HF, _META, _GGUF = "model.layers.{}.", "layers.{}.", "blk.{}."
+
+
+def _in_layer(path, hf, meta, gguf, split, rotary=False):
+    return Name(
+        f"layers.{path}",
+        f"{_HF}{hf}.weight",
+        f"{_META}{meta}.weight",
+        f"{_GGUF}{gguf}.weight",
+        split,
+        rotary,
+    )
+
+
+NAMES = (
+    Name(
+        "embedding.weight",
+        "model.embed_tokens.weight",
+        "tok_embeddings.weight",
+        "token_embd.weight",
+        0,
+    ),
+    _in_layer(
+        "attention_norm.scale", "input_layernorm", "attention_norm", "attn_norm", None
+    ),
+    _in_layer("attention.q.kernel", "self_attn.q_proj", "attention.wq", "attn_q", 0, rotary=True),
+    _in_layer("attention.k.kernel", "self_attn.k_proj", "attention.wk", "attn_k", 0, rotary=True),
+    _in_layer("attention.v.kernel", "self_attn.v_proj", "attention.wv", "attn_v", 0),
+    _in_layer("attention.o.kernel", "self_attn.o_proj", "attention.wo", "attn_output", 1),
+    _in_layer("ffn_norm.scale", "post_attention_layernorm", "ffn_norm", "ffn_norm", None),
+    _in_layer("mlp.gate.kernel", "mlp.gate_proj", "feed_forward.w1", "ffn_gate", 0),
+    _in_layer("mlp.down.kernel", "mlp.down_proj", "feed_forward.w2", "ffn_down", 1),
+    _in_layer("mlp.up.kernel", "mlp.up_proj", "feed_forward.w3", "ffn_up", 0),
+    Name("final_norm.scale", "model.norm.weight", "norm.weight", "output_norm.weight", None),
+    Name("head.weight", "lm_head.weight", "output.weight", "output.weight", 0),
+)  # fmt: skip
+_BY_PATH = {name.path: name for name in NAMES}
+
+
+def name_of(path: str) -> Name:
+    """The names of the parameter at `path`; UserError for one that only this package has."""
+    if path not in _BY_PATH:
+        raise UserError(f"{path}: has no name in other formats, whose LLaMA has no such parameter")
+    return _BY_PATH[path]
+
+
+def file_shape(shape: Sequence[int], inputs: int) -> tuple[int, ...]:
+    """The shape in a file of one layer's parameter, here `shape`, of `inputs` input axes.
+
+    `inputs` is that of `jllama.model.llama.ParamSpec`: 0 for tables and scales, which are the same.
+    """
+    if not inputs:
+        return tuple(shape)
+    return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+
+
+def from_file(
+    array: np.ndarray, shape: Sequence[int], inputs: int, *, interleaved: bool
+) -> np.ndarray:
+    """A file's array as one layer's parameter of `shape`, a view if it can be.
+
+    `interleaved`: the rows are queries or keys whose RoPE pairs lie side by side.
+    """
+    if not inputs:
+        return array.reshape(shape)
+    outputs, width = tuple(shape[inputs:]), math.prod(shape[:inputs])
+    if interleaved:
+        heads, n = outputs
+        array = array.reshape(heads, n // 2, 2, width).swapaxes(1, 2)
+    array = array.reshape(*outputs, *shape[:inputs])
+    return np.moveaxis(array, range(len(outputs)), range(inputs, len(shape)))
+
+
+def to_file(array: np.ndarray, inputs: int, *, interleaved: bool) -> np.ndarray:
+    """The inverse of `from_file`: one layer's parameter as a file has it, a view if it can be."""
+    if not inputs:
+        return array
+    shape = array.shape
+    outputs = shape[inputs:]
+    array = np.moveaxis(array, range(inputs, len(shape)), range(len(outputs)))
+    if interleaved:
+        heads, n = outputs
+        array = array.reshape(heads, 2, n // 2, *shape[:inputs]).swapaxes(1, 2)
+    return array.reshape(file_shape(shape, inputs))
