@@ -23,7 +23,7 @@ from jllama.interop.names import Format
 from jllama.interop.parameters import match, read_params, widest_dtype
 from jllama.interop.tensors import Tensor
 from jllama.model import llama
-from jllama.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from jllama.train.checkpoint import Checkpoints, latest_step, load_params, room_for
 
 StoredFormat = Literal["jllama", "hf", "meta"]
@@ -113,7 +113,7 @@ def _own(path: Path) -> StoredModel:
     if step is None:
         raise UserError(f"{path}: the run has no checkpoint yet; train it first")
     compute = dataclasses.replace(stored.compute, attention=AutoAttention(kind="auto"))
-    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    tokenizer = _tokenizer(folder)
     read = functools.partial(load_params, folder, step)
     dtype = compute.param_dtype
     cache = (stored.run or _NO_RUN).compilation_cache
@@ -125,7 +125,7 @@ def _foreign(
 ) -> StoredModel:
     specs = llama.param_specs(config, ComputeConfig(dtype="float32"))
     found = match(tensors, specs, format, path)
-    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
+    tokenizer = _tokenizer(path, path.parent) if format == "meta" else _tokenizer(path)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {tokenizer.vocab_size:,} ids and the embedding"
@@ -141,6 +141,14 @@ def _foreign(
     scales = widest_dtype(found, scales=True)
     cache = _NO_RUN.compilation_cache
     return StoredModel(format, config, compute, stored, scales, tokenizer, cache, read)
+
+
+def _tokenizer(*folders: Path) -> Tokenizer | None:
+    """That of the first folder which has one; Meta keeps it with the weights, or above them."""
+    for folder in folders:
+        if {"tokenizer.model", "tokenizer.json"} & storage.names(folder).keys():
+            return load_tokenizer(folder)
+    return None
 
 
 def write_model(
