@@ -7,6 +7,7 @@ Formats are told apart by the file that says what the model is:
   meta    params.json
 """
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -158,19 +159,21 @@ def write_model(
 
     Hosts read it in parts, each its own, where they would read the whole of another format.
 
-    Every process that holds a part of it calls it. config.yaml is written last: what lacks it is no
-    model. Raises UserError if the folder holds anything.
+    config.yaml is written last: what lacks it is no model. Raises UserError if the folder holds
+    anything.
     """
     storage.check_absent(folder)
-    checkpoints = Checkpoints(folder, keep=1, copies=room_for(params))
     try:
-        checkpoints.save_params(0, params)
-    finally:
-        checkpoints.close()
-    if tokenizer is not None:
-        tokenizer.save(folder)
-    stored = StoredConfig(model=config, compute=ComputeConfig(dtype=dtype, param_dtype=dtype))
-    storage.write_text(folder / "config.yaml", recipes.to_yaml(stored))
+        checkpoints = Checkpoints(folder, keep=1, copies=room_for(params))
+        with contextlib.closing(checkpoints):
+            checkpoints.save_params(0, params)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        stored = StoredConfig(model=config, compute=ComputeConfig(dtype=dtype, param_dtype=dtype))
+        storage.write_text(folder / "config.yaml", recipes.to_yaml(stored))
+    except BaseException:
+        storage.remove_folder(folder)
+        raise
 
 
 def initial_model(config: Config) -> StoredModel | None:
