@@ -64,7 +64,9 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         if key in config and config[key] not in neutral:
             raise read.error(key, f"is {_short(config[key])}, which this model cannot express")
     layers = config.get("layer_types")
-    if layers is not None and layers != ["full_attention"] * len(layers):
+    if layers is not None and (
+        not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)
+    ):
         raise read.error("layer_types", "other than full_attention cannot be expressed here")
     hidden_dim, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
     kv_heads = read.integer("num_key_value_heads", heads, null=True)
