@@ -34,6 +34,7 @@ from jllama.interop.gguf_vocabulary import vocabulary_of
 from jllama.interop.names import Name, file_shape, name_of, to_file
 from jllama.model.llama import Params, param_specs
 from jllama.model.rope import inverse_frequencies
+from jllama.text.interface import Tokenizer
 
 # kind: (matrices, embedding and head, general.file_type). Below eight bits the two tables keep
 # eight: they are few of the bits of a large model, and every token goes through both of them.
@@ -110,7 +111,7 @@ def write_gguf(
     path: str | Path,
     config: ModelConfig,
     params: Params,
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     kind: str,
     name: str,
     progress: bool = False,
@@ -120,7 +121,7 @@ def write_gguf(
     Args:
       path: of the new file, local or a URL.
       params: the tree of `jllama.model.llama`, of any float type and sharding.
-      tokenizer: one of `jllama.text`; llama.cpp runs no text without one.
+      tokenizer: one of `jllama.text`; llama.cpp loads no model without one.
       kind: one of `KINDS`. Norms are F32 in all of them, and a tensor whose rows do not divide into
         the kind's blocks is F16, which is said on stderr.
       name: the model's, for people.

@@ -17,10 +17,10 @@ from gguf import TokenType
 
 from jllama.errors import UserError
 from jllama.text.huggingface import HuggingFaceTokenizer
-from jllama.text.sentencepiece import SentencePieceTokenizer
-from jllama.text.tiktoken import PATTERN, TiktokenTokenizer
+from jllama.text.interface import Tokenizer
+from jllama.text.llama3 import PATTERN, TiktokenTokenizer
+from jllama.text.spm import SPACE, SentencePieceTokenizer
 
-_SPACE = "\u2581"
 _ADDED_SCORE = -1000.0  # of a token that no merge makes; llama.cpp's converter gives it too
 
 
@@ -69,7 +69,7 @@ class Vocabulary:
                 self.scores.append(_ADDED_SCORE)
 
 
-def vocabulary_of(tokenizer: Any, rows: int) -> Vocabulary:
+def vocabulary_of(tokenizer: Tokenizer | None, rows: int) -> Vocabulary:
     """The vocabulary of a tokenizer of `jllama.text`, with `rows` tokens: as many as the embedding.
 
     Raises UserError if there is no tokenizer, it has more tokens, or llama.cpp would tokenise
@@ -132,7 +132,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
         raise _cannot("BPE without a piece for every byte")
     for id, (token, type) in enumerate(zip(made.tokens, made.types, strict=True)):
         if type == TokenType.USER_DEFINED:  # looked for in the text before its spaces are marked
-            made.tokens[id] = token.replace(_SPACE, " ")
+            made.tokens[id] = token.replace(SPACE, " ")
     _add(made, tokenizer.added_tokens, tokenizer.special_tokens)
     return made
 
@@ -290,15 +290,16 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 # --------------------------------------------------------------------------------------- for all
 
 
-def _ids(tokenizer: Any, unk: int | None = None, pad: int | None = None) -> dict[str, int]:
+def _ids(tokenizer: Tokenizer, unk: int | None = None, pad: int | None = None) -> dict[str, int]:
     """Ids by their roles; end of turn and of message so that llama.cpp stops at them as well."""
     named = tokenizer.special_tokens.get
+    others = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
     roles = {
         "bos": tokenizer.bos_id,
         "eos": tokenizer.eos_id,
         "unk": unk,
         "pad": named("<|finetune_right_pad_id|>", pad),
-        "eot": named("<|eot_id|>"),
+        "eot": named("<|eot_id|>", others[0] if others else None),
         "eom": named("<|eom_id|>"),
     }
     return {role: id for role, id in roles.items() if id is not None and id >= 0}
