@@ -19,10 +19,10 @@ from jllama.config import ComputeConfig, ModelConfig
 from jllama.model.block import Block
 from jllama.model.cache import Cache
 from jllama.model.norm import RMSNorm
-from jllama.model.param import Declared, declare, embedding_init
+from jllama.model.param import Declared, declare, dotted, embedding_init
 from jllama.model.rope import rope_tables
 from jllama.parallel.lookup import take_rows
-from jllama.parallel.sharding import constrain
+from jllama.parallel.sharding import Placement, constrain
 
 Params = dict[str, Any]
 
@@ -149,6 +149,23 @@ def param_specs(config: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
         boxed,
         is_leaf=lambda p: isinstance(p, Declared),
     )
+
+
+def placed_shapes(
+    config: ModelConfig, placement: Placement, dtype: str, scale_dtype: str
+) -> Params:
+    """The parameter tree with a `jax.ShapeDtypeStruct` and its sharding at each leaf.
+
+    `dtype` is of matrices and tables, `scale_dtype` of the norms' scales.
+    """
+
+    def place(path: tuple[Any, ...], spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        sharding = placement.sharding(spec.shape, spec.axes, dotted(path))
+        kind = scale_dtype if path[-1].key == "scale" else dtype
+        return jax.ShapeDtypeStruct(spec.shape, kind, sharding=sharding)
+
+    specs = param_specs(config, ComputeConfig(dtype="float32"))
+    return jax.tree_util.tree_map_with_path(place, specs)
 
 
 def apply(
