@@ -1,42 +1,45 @@
-"""A tokenizer as GGUF has it: llama.cpp encodes and decodes by these tables with code of its own.
+"""A tokenizer as GGUF has it: tables, by which llama.cpp encodes and decodes with its own code.
 
-That code knows three algorithms that matter here: "llama" (SentencePiece's BPE with bytes for what
-has no piece), "t5" (SentencePiece's unigram) and "gpt2" (BPE of bytes; `pre` names the rule that
-cuts the text first). What they cannot say is a UserError: a file that tokenises otherwise than the
-model was trained looks whole and is not.
+Three of its algorithms are used: "llama" (SentencePiece's BPE, with bytes for what has no piece),
+"t5" (SentencePiece's unigram) and "gpt2" (byte-level BPE; "pre" names the pattern that cuts words).
+What they would tokenise otherwise than the tokenizer itself is refused.
 """
 
 import dataclasses
-import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gguf
 from gguf import TokenType
 
 from jllama.errors import UserError
-from jllama.text.huggingface import HuggingFaceTokenizer
-from jllama.text.interface import Tokenizer
-from jllama.text.llama3 import PATTERN, TiktokenTokenizer
-from jllama.text.spm import SPACE, SentencePieceTokenizer
+from jllama.text.interface import SPACE
+from jllama.text.llama3 import PATTERN
+from jllama.text.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+)
+from jllama.text.tokenizer_json import BYTE_TOKENS, TokenizerJson, spell
 
-_ADDED_SCORE = -1000.0  # of a token that no merge makes; llama.cpp's converter gives it too
+_NO_SCORE = -1000.0  # of a token that no merge makes; llama.cpp's converter gives it too
 
 
 @dataclasses.dataclass
 class Vocabulary:
-    """What goes into a GGUF file. `scores` is empty for "gpt2", which goes by `merges`."""
+    """What goes into a GGUF file; "gpt2" has `merges`, the others `scores`."""
 
     model: str
-    tokens: list[str]
-    types: list[int]
-    scores: list[float]
-    merges: list[str]
-    ids: dict[str, int]  # "bos", "eos", "unk", "pad", "eot", "eom"
+    ids: dict[str, int]  # by role: "bos", "eos", "unk", "pad", "eot", "eom"
+    merges: list[str] = dataclasses.field(default_factory=list)
     space_prefix: bool = False
     charsmap: bytes = b""
     remove_extra_whitespaces: bool = False
+    tokens: list[str] = dataclasses.field(default_factory=list)
+    types: list[TokenType] = dataclasses.field(default_factory=list)
+    scores: list[float] = dataclasses.field(default_factory=list)
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
         """Adds the metadata; a text gets BOS, as it does in `jllama.load(...).generate`."""
@@ -44,54 +47,54 @@ class Vocabulary:
         writer.add_tokenizer_pre("llama-bpe" if self.model == "gpt2" else "default")
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
-        writer.add_token_scores(self.scores)
-        writer.add_token_merges(self.merges)
         for role, id in self.ids.items():
             getattr(writer, f"add_{role}_token_id")(id)
         writer.add_add_bos_token(True)
         writer.add_add_eos_token(False)
-        if self.model != "gpt2":
+        if self.model == "gpt2":
+            writer.add_token_merges(self.merges)
+        else:
+            writer.add_token_scores(self.scores)
             writer.add_add_space_prefix(self.space_prefix)
         if self.model == "t5":
             writer.add_remove_extra_whitespaces(self.remove_extra_whitespaces)
             writer.add_precompiled_charsmap(self.charsmap)
 
-    def put(self, id: int, token: str, type: TokenType) -> None:
-        """Adds a token at `id`, or changes the one that is there."""
-        self._grow(id + 1)
-        self.tokens[id], self.types[id] = token, type
-
-    def _grow(self, rows: int) -> None:
-        for id in range(len(self.tokens), rows):
-            self.tokens.append(f"[PAD{id}]")
+    def put(self, id: int, token: str, type: TokenType, score: float = _NO_SCORE) -> None:
+        """Sets the token of `id`, with unused ones before it where there are none."""
+        for row in range(len(self.tokens), id + 1):
+            self.tokens.append(f"[PAD{row}]")
             self.types.append(TokenType.UNUSED)
-            if self.model != "gpt2":
-                self.scores.append(_ADDED_SCORE)
+            self.scores.append(_NO_SCORE)
+        self.tokens[id], self.types[id], self.scores[id] = token, type, score
 
 
 def vocabulary_of(tokenizer: Tokenizer | None, rows: int) -> Vocabulary:
-    """The vocabulary of a tokenizer of `jllama.text`, with `rows` tokens: as many as the embedding.
+    """The vocabulary of a tokenizer, of as many tokens as the embedding has `rows`.
 
     Raises UserError if there is no tokenizer, it has more tokens, or llama.cpp would tokenise
     otherwise.
     """
     match tokenizer:
-        case None:
-            raise UserError(
-                "gguf: the model has no tokenizer, and llama.cpp loads no text model"
-                " without one; put tokenizer.model or tokenizer.json beside it"
-            )
         case SentencePieceTokenizer():
             made = _sentencepiece(tokenizer)
         case TiktokenTokenizer():
             made = _tiktoken(tokenizer)
         case HuggingFaceTokenizer():
             made = _huggingface(tokenizer)
-    if len(made.tokens) > rows:
-        raise UserError(
-            f"gguf: the tokenizer has {len(made.tokens)} tokens and the model {rows} rows"
-        )
-    made._grow(rows)
+        case _:
+            raise UserError(
+                "gguf: the model has no tokenizer, and llama.cpp loads none without; put its"
+                " tokenizer.model or tokenizer.json into the folder"
+            )
+    for token, id in tokenizer.special_tokens.items():
+        if id >= len(made.tokens) or made.types[id] != TokenType.UNKNOWN:
+            made.put(id, token, TokenType.CONTROL)
+    size = len(made.tokens)
+    if size > rows:
+        raise UserError(f"gguf: the tokenizer has {size} tokens, and the model {rows} rows")
+    for row in range(size, rows):
+        made.put(row, f"[PAD{row}]", TokenType.UNUSED)
     return made
 
 
@@ -106,34 +109,35 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
             case 1:
                 pieces.append({2: b"\0\0\0\0", 3: TokenType.NORMAL, **dict(_fields(value))})
             case 2:
-                trainer = dict(_fields(value))
+                trainer |= dict(_fields(value))
             case 3:
-                normalizer = dict(_fields(value))
-    kind = {1: "t5", 2: "llama"}.get(trainer.get(3, 1))
+                normalizer |= dict(_fields(value))
+    types = [TokenType(piece[3]) for piece in pieces]
+    model = {1: "t5", 2: "llama"}.get(trainer.get(3, 1))
     charsmap, remove_extra = normalizer.get(2, b""), bool(normalizer.get(4, 1))
-    if kind is None:
-        raise _cannot("pieces that are neither BPE's nor unigram's")
+    if model is None:
+        raise _cannot("a SentencePiece model that is neither BPE nor unigram")
     if not normalizer.get(5, 1) or trainer.get(24, 0):
         raise _cannot("spaces that are not marked before the word")
-    if kind == "llama" and (charsmap or remove_extra):
-        raise _cannot("BPE after a normalisation that changes the text")
+    if model == "llama" and (charsmap or remove_extra):
+        raise _cannot("a normalisation of the text before BPE")
+    if model == "llama" and TokenType.BYTE not in types:
+        raise _cannot("BPE without a piece for every byte")
+    unk, pad = types.index(TokenType.UNKNOWN), trainer.get(43, -1)
     made = Vocabulary(
-        model=kind,
-        tokens=[piece[1].decode() for piece in pieces],
-        types=[TokenType(piece[3]) for piece in pieces],
-        scores=[struct.unpack("<f", piece[2])[0] for piece in pieces],
-        merges=[],
-        ids=_ids(tokenizer, unk=trainer.get(40, 0), pad=trainer.get(43, -1)),
+        model,
+        _ids(tokenizer, unk, None if pad < 0 else pad),
         space_prefix=bool(normalizer.get(3, 1)),
         charsmap=charsmap,
         remove_extra_whitespaces=remove_extra,
     )
-    if kind == "llama" and TokenType.BYTE not in made.types:
-        raise _cannot("BPE without a piece for every byte")
-    for id, (token, type) in enumerate(zip(made.tokens, made.types, strict=True)):
+    for id, (piece, type) in enumerate(zip(pieces, types, strict=True)):
+        text = piece[1].decode()
         if type == TokenType.USER_DEFINED:  # looked for in the text before its spaces are marked
-            made.tokens[id] = token.replace(SPACE, " ")
-    _add(made, tokenizer.added_tokens, tokenizer.special_tokens)
+            text = text.replace(SPACE, " ")
+        made.put(id, text, type, struct.unpack("<f", piece[2])[0])
+    for text, id in tokenizer.added_tokens.items():
+        made.put(id, text, TokenType.USER_DEFINED)
     return made
 
 
@@ -166,150 +170,91 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
         at += size
 
 
-# ------------------------------------------------------------------------------------ BPE of bytes
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's character for each byte: its own where that can be printed, else one from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-_ALPHABET = _byte_alphabet()
-
-
-def _written(token: bytes) -> str:
-    return "".join([_ALPHABET[b] for b in token])
+# ---------------------------------------------------------------------------------- BPE of bytes
 
 
 def _tiktoken(tokenizer: TiktokenTokenizer) -> Vocabulary:
-    ranks = tokenizer.ranks
-    made = Vocabulary("gpt2", [], [], [], _merges(ranks), _ids(tokenizer))
-    for token, rank in ranks.items():
-        made.put(rank, _written(token), TokenType.NORMAL)
-    _add(made, tokenizer.special_tokens, tokenizer.special_tokens)
+    made = Vocabulary("gpt2", merges=_merges(tokenizer.ranks), ids=_ids(tokenizer))
+    for piece, rank in tokenizer.ranks.items():
+        made.put(rank, spell(piece), TokenType.NORMAL)
     return made
 
 
 def _merges(ranks: Mapping[bytes, int]) -> list[str]:
-    """Every pair of tokens that makes a token, by the rank of what it makes.
+    """Every pair of pieces that makes a piece, by the rank of what it makes.
 
-    tiktoken merges whichever neighbours make a token, not only the pair that first made it.
+    tiktoken merges whichever neighbours make a piece, and not only those that first made it.
     """
     merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+    for piece in sorted(ranks, key=ranks.__getitem__):
+        pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
         pairs = [(ranks[a], ranks[b], a, b) for a, b in pairs if a in ranks and b in ranks]
-        merges += [f"{_written(a)} {_written(b)}" for _, _, a, b in sorted(pairs)]
+        merges += [f"{spell(a)} {spell(b)}" for _, _, a, b in sorted(pairs)]
     return merges
 
 
-# ---------------------------------------------------------------------------------- tokenizer.json
+# -------------------------------------------------------------------------------- tokenizer.json
 
 
 def _huggingface(tokenizer: HuggingFaceTokenizer) -> Vocabulary:
-    model = tokenizer.json["model"]
-    if model.get("type", "BPE") != "BPE":
-        raise _cannot(f"a model of type {model['type']}")
-    for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-        if model.get(option):
-            raise _cannot(f"BPE with {option}")
+    file = TokenizerJson(tokenizer.json, "gguf")
+    model, cut = tokenizer.json["model"], tokenizer.json.get("pre_tokenizer")
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    steps = _steps(tokenizer.json.get("pre_tokenizer"), "pretokenizers")
-    normalizers = _steps(tokenizer.json.get("normalizer"), "normalizers")
-    if any(step["type"] == "ByteLevel" for step in steps):
-        made = _of_bytes(tokenizer, model["vocab"], merges, steps, normalizers)
+    if file.byte_level:
+        _check_cut(cut)
+        made = Vocabulary("gpt2", merges=[f"{a} {b}" for a, b in merges], ids=_ids(tokenizer))
+        for piece, id in file.vocab.items():
+            made.put(id, piece, TokenType.NORMAL)
     else:
-        made = _of_pieces(tokenizer, model, merges, steps, normalizers)
-    added = {t["content"]: t["id"] for t in tokenizer.json.get("added_tokens", ())}
-    _add(made, added, tokenizer.special_tokens)
-    if (unk := made.ids.get("unk")) is not None:
-        made.types[unk] = TokenType.UNKNOWN
+        if cut and cut.get("split", True):
+            raise _cannot("words that are cut before BPE")
+        unk = file.vocab.get(file.unk)
+        prefix = file.prefix != "never"
+        made = Vocabulary("llama", ids=_ids(tokenizer, unk=unk), space_prefix=prefix)
+        for piece, id in file.vocab.items():
+            made.put(id, piece, TokenType.BYTE if piece in BYTE_TOKENS else TokenType.NORMAL)
+        # llama.cpp merges the neighbours whose piece has the highest score.
+        for rank, (a, b) in reversed(list(enumerate(merges))):
+            made.scores[file.vocab[a + b]] = -float(rank)
+        if unk is not None:
+            made.types[unk] = TokenType.UNKNOWN
+    for token in file.added:
+        if not token.special and (token.lstrip or token.rstrip or token.single_word):
+            raise _cannot(f"the added token {token.text!r}, which depends on what is beside it")
+        made.put(token.id, token.text, TokenType.USER_DEFINED)
+    for id in range(len(made.tokens), tokenizer.vocab_size):
+        if text := tokenizer.decode([id]):  # added by a file beside it
+            made.put(id, text, TokenType.USER_DEFINED)
     return made
 
 
-def _steps(step: Mapping | None, many: str) -> list[Mapping]:
-    if step is None:
-        return []
-    return list(step[many]) if step["type"] == "Sequence" else [step]
-
-
-def _of_bytes(tokenizer, vocab, merges, steps, normalizers) -> Vocabulary:
-    for step in normalizers:
-        raise _cannot(f"the normalizer {step['type']} before a BPE of bytes")
-    match steps:
-        case [
+def _check_cut(cut: Mapping | None) -> None:
+    """UserError unless a text is cut into words as Llama 3's."""
+    match cut:
+        case {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"} as split,
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ] if not split.get("invert"):
-            if pattern != PATTERN:
-                raise _cannot(f"text cut by another rule than Llama 3's: {pattern}")
-        case _:
-            raise _cannot("text cut by another rule than Llama 3's")
-    written = [f"{a} {b}" for a, b in merges]
-    made = Vocabulary("gpt2", [], [], [], written, _ids(tokenizer))
-    for token, id in vocab.items():
-        made.put(id, token, TokenType.NORMAL)
-    return made
-
-
-def _of_pieces(tokenizer, model, merges, steps, normalizers) -> Vocabulary:
-    if not model.get("byte_fallback"):
-        raise _cannot("BPE without a piece for every byte")
-    prefix = False
-    for step in normalizers:
-        match step:
-            case {"type": "Prepend", "prepend": "\u2581"}:
-                prefix = True
-            case {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:
-                pass
-            case _:
-                raise _cannot(f"the normalizer {step['type']}")
-    for step in steps:
-        match step:
-            case {"type": "Metaspace", "replacement": "\u2581", "split": False}:
-                prefix = step.get("prepend_scheme", "always") != "never"
-            case _:
-                raise _cannot(f"the pre-tokenizer {step['type']}")
-    vocab = model["vocab"]
-    made = Vocabulary("llama", [], [], [], [], _ids(tokenizer, unk=vocab.get(model["unk_token"])))
-    made.space_prefix = prefix
-    for token, id in vocab.items():
-        byte = _BYTE.fullmatch(token) is not None
-        made.put(id, token, TokenType.BYTE if byte else TokenType.NORMAL)
-    # llama.cpp merges the neighbours that make the token of the highest score.
-    for rank, (a, b) in reversed(list(enumerate(merges))):
-        made.scores[vocab[a + b]] = -float(rank)
-    return made
-
-
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
+            {"type": "ByteLevel", "use_regex": False},
+        ]} if not split.get("invert") and pattern == PATTERN:  # fmt: skip
+            return
+    raise _cannot("words that are cut by another pattern than Llama 3's")
 
 
 # --------------------------------------------------------------------------------------- for all
 
 
 def _ids(tokenizer: Tokenizer, unk: int | None = None, pad: int | None = None) -> dict[str, int]:
-    """Ids by their roles; end of turn and of message so that llama.cpp stops at them as well."""
+    """Ids by role. An answer ends at "eot" and "eom" as it does at "eos"."""
     named = tokenizer.special_tokens.get
-    others = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
+    stops = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
     roles = {
         "bos": tokenizer.bos_id,
         "eos": tokenizer.eos_id,
         "unk": unk,
         "pad": named("<|finetune_right_pad_id|>", pad),
-        "eot": named("<|eot_id|>", others[0] if others else None),
+        "eot": named("<|eot_id|>", stops[0] if stops else None),
         "eom": named("<|eom_id|>"),
     }
-    return {role: id for role, id in roles.items() if id is not None and id >= 0}
-
-
-def _add(made: Vocabulary, added: Mapping[str, int], special: Iterable[str]) -> None:
-    """Tokens that are looked for in the text as they are; the special ones only when asked."""
-    special = set(special)
-    for token, id in added.items():
-        made.put(id, token, TokenType.CONTROL if token in special else TokenType.USER_DEFINED)
+    return {role: id for role, id in roles.items() if id is not None}
 
 
 def _cannot(what: str) -> UserError:
