@@ -1,0 +1,177 @@
+"""GGUF, llama.cpp's format: a model and its tokenizer in one file.
+
+Metadata and names are those of llama.cpp's own converter for its architecture "llama". The host
+holds one tensor at a time, never the model.
+"""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from gguf import LlamaFileType as FileType
+
+from jllama import storage
+from jllama.config import (
+    ComputeConfig,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    ModelConfig,
+    NoRopeScaling,
+)
+from jllama.errors import UserError
+from jllama.flops import parameter_count
+from jllama.interop.gguf_vocabulary import vocabulary_of
+from jllama.interop.names import name_of
+from jllama.interop.parameters import file_tensors
+from jllama.model.llama import Params, param_specs
+from jllama.model.rope import inverse_frequencies
+from jllama.progress import Progress
+from jllama.text.tokenizer import Tokenizer
+
+# kind: the type of the matrices, that of embedding and head, and general.file_type. Below eight
+# bits the tables keep eight: every token passes through both, and llama.cpp gives them more too.
+_KINDS = {
+    "F32": (Type.F32, Type.F32, FileType.ALL_F32),
+    "F16": (Type.F16, Type.F16, FileType.MOSTLY_F16),
+    "BF16": (Type.BF16, Type.BF16, FileType.MOSTLY_BF16),
+    "Q8_0": (Type.Q8_0, Type.Q8_0, FileType.MOSTLY_Q8_0),
+    "Q5_1": (Type.Q5_1, Type.Q8_0, FileType.MOSTLY_Q5_1),
+    "Q5_0": (Type.Q5_0, Type.Q8_0, FileType.MOSTLY_Q5_0),
+    "Q4_1": (Type.Q4_1, Type.Q8_0, FileType.MOSTLY_Q4_1),
+    "Q4_0": (Type.Q4_0, Type.Q8_0, FileType.MOSTLY_Q4_0),
+    "MXFP4": (Type.MXFP4, Type.Q8_0, FileType.MOSTLY_MXFP4_MOE),
+}
+KINDS = tuple(_KINDS)
+_TABLES = {name_of(path).gguf for path in ("embedding.weight", "head.weight")}
+_ROPE_FACTORS = "rope_freqs.weight"
+# The largest weight of a type. All others have a float16, be it a block's scale or minimum.
+_LARGEST = dict.fromkeys((Type.F32, Type.BF16, Type.MXFP4), 3.3895313892515355e38)
+_LARGEST_F16 = 65504.0
+# Smaller weights are zeros in a block: the library divides by the scale, which would be none.
+_SMALLEST_IN_BLOCK = 2.0**-100
+
+
+def write_gguf(
+    path: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer | None, kind: str
+) -> None:
+    """Writes a file that llama.cpp runs, whole or not at all; shows progress in bytes.
+
+    Args:
+      path: of the file, local or a URL; the model is named after it.
+      params: the tree of `jllama.model.llama`, of any float dtype and sharding.
+      kind: one of `KINDS`. Norms are F32 in all of them, and a matrix whose rows do not divide into
+        the kind's blocks is F16, which is said on stderr.
+
+    Raises:
+      UserError: the file exists, the kind is another, GGUF cannot express the model or its
+        tokenizer, there is none, or a weight is not finite or does not fit.
+      StorageError: the disk is full, or the storage fails.
+    """
+    kind = _checked(kind)
+    specs = param_specs(config, ComputeConfig(dtype="float32"))
+    tensors = file_tensors(params, specs, "gguf", interleaved=True)
+    types = {name: _type(kind, name, tensor.shape) for name, tensor in tensors.items()}
+    writer = gguf.GGUFWriter(None, "llama")
+    _add_metadata(writer, config, kind, path.stem)
+    vocabulary_of(tokenizer, config.vocab_size).add_to(writer)
+    factors = _rope_factors(config)
+    if factors is not None:
+        writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    for name, tensor in tensors.items():
+        size = _nbytes(types[name], tensor.shape)
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, types[name])
+
+    total = sum(_nbytes(types[name], tensor.shape) for name, tensor in tensors.items())
+    with storage.new_file(path) as new, Progress(f"write {path.name}", total) as progress:
+        if kind != "F16" and (others := [n for n, type in types.items() if type == Type.F16]):
+            progress.say(
+                f"{path}: {len(others)} of {len(types)} tensors are F16, for their rows do not"
+                f" divide into {kind}'s blocks of 32: {others[0]} and others"
+            )
+        try:
+            writer.write_header_to_file(new)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            if factors is not None:
+                writer.write_tensor_data(factors)
+            for name, tensor in tensors.items():
+                data = _quantize(tensor.read().astype(np.float32), types[name], name)
+                writer.write_tensor_data(data)
+                progress.advance(data.nbytes)
+        finally:
+            writer.close()
+
+
+def _checked(kind: str) -> str:
+    kind = kind.upper()
+    if kind in KINDS:
+        return kind
+    if re.match(r"(I?Q|TQ)\d", kind):
+        raise UserError(
+            f"{kind}: llama.cpp's own tool makes that kind: export F16, then run"
+            f" llama-quantize MODEL-F16.gguf MODEL-{kind}.gguf {kind}"
+        )
+    raise UserError(f"{kind}: no such kind of GGUF file; choose one of {', '.join(KINDS)}")
+
+
+def _type(kind: str, name: str, shape: tuple[int, ...]) -> Type:
+    if len(shape) == 1:
+        return Type.F32
+    matrix, table, _ = _KINDS[kind]
+    type = table if name in _TABLES else matrix
+    block, _ = gguf.GGML_QUANT_SIZES[type]
+    return Type.F16 if shape[-1] % block else type
+
+
+def _nbytes(type: Type, shape: tuple[int, ...]) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[type]
+    return math.prod(shape) // block * size
+
+
+def _quantize(values: np.ndarray, type: Type, name: str) -> np.ndarray:
+    """float32 values as `type` stores them; UserError, by `name`, if it cannot."""
+    largest = float(max(values.max(), -values.min()))
+    limit = _LARGEST.get(type, _LARGEST_F16)
+    if not math.isfinite(largest):
+        raise UserError(f"{name}: has weights that are no numbers (NaN or infinity)")
+    if largest > limit:
+        raise UserError(f"{name}: {largest:g} does not fit {type.name}; use BF16 or F32")
+    if gguf.GGML_QUANT_SIZES[type][0] > 1:
+        values = np.where(np.abs(values) < _SMALLEST_IN_BLOCK, np.float32(0), values)
+    return gguf.quantize(values, type)
+
+
+def _add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, kind: str, name: str) -> None:
+    count = parameter_count(config)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_size_label(gguf.size_label(count, count, 0, 0))
+    writer.add_file_type(_KINDS[kind][2])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_length)
+    writer.add_embedding_length(config.hidden_dim)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    if isinstance(config.rope, LinearRopeScaling):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope.factor)
+
+
+def _rope_factors(config: ModelConfig) -> np.ndarray | None:
+    """What each frequency is divided by, [head_dim/2] float32: the way to say llama3's scaling."""
+    if not isinstance(config.rope, Llama3RopeScaling):
+        return None
+    unscaled = dataclasses.replace(config, rope=NoRopeScaling(kind="none"))
+    return (inverse_frequencies(unscaled) / inverse_frequencies(config)).astype(np.float32)

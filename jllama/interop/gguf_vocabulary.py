@@ -1,0 +1,261 @@
+"""A tokenizer as GGUF has it: tables, by which llama.cpp encodes and decodes with its own code.
+
+Three of its algorithms are used: "llama" (SentencePiece's BPE, with bytes for what has no piece),
+"t5" (SentencePiece's unigram) and "gpt2" (byte-level BPE; "pre" names the pattern that cuts words).
+What they would tokenise otherwise than the tokenizer itself is refused.
+"""
+
+import dataclasses
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gguf
+from gguf import TokenType
+
+from jllama.errors import UserError
+from jllama.text.interface import SPACE
+from jllama.text.llama3 import PATTERN
+from jllama.text.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+)
+from jllama.text.tokenizer_json import BYTE_TOKENS, TokenizerJson, spell
+
+_NO_SCORE = -1000.0  # of a token that no merge makes; llama.cpp's converter gives it too
+
+
+@dataclasses.dataclass
+class Vocabulary:
+    """What goes into a GGUF file; "gpt2" has `merges`, the others `scores`."""
+
+    model: str
+    ids: dict[str, int]  # by role: "bos", "eos", "unk", "pad", "eot", "eom"
+    merges: list[str] = dataclasses.field(default_factory=list)
+    space_prefix: bool = False
+    charsmap: bytes = b""
+    remove_extra_whitespaces: bool = False
+    tokens: list[str] = dataclasses.field(default_factory=list)
+    types: list[TokenType] = dataclasses.field(default_factory=list)
+    scores: list[float] = dataclasses.field(default_factory=list)
+
+    def add_to(self, writer: gguf.GGUFWriter) -> None:
+        """Adds the metadata; a text gets BOS, as it does in `jllama.load(...).generate`."""
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre("llama-bpe" if self.model == "gpt2" else "default")
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        for role, id in self.ids.items():
+            getattr(writer, f"add_{role}_token_id")(id)
+        writer.add_add_bos_token(True)
+        writer.add_add_eos_token(False)
+        if self.model == "gpt2":
+            writer.add_token_merges(self.merges)
+        else:
+            writer.add_token_scores(self.scores)
+            writer.add_add_space_prefix(self.space_prefix)
+        if self.model == "t5":
+            writer.add_remove_extra_whitespaces(self.remove_extra_whitespaces)
+            writer.add_precompiled_charsmap(self.charsmap)
+
+    def put(self, id: int, token: str, type: TokenType, score: float = _NO_SCORE) -> None:
+        """Sets the token of `id`, with unused ones before it where there are none."""
+        for row in range(len(self.tokens), id + 1):
+            self.tokens.append(f"[PAD{row}]")
+            self.types.append(TokenType.UNUSED)
+            self.scores.append(_NO_SCORE)
+        self.tokens[id], self.types[id], self.scores[id] = token, type, score
+
+
+def vocabulary_of(tokenizer: Tokenizer | None, rows: int) -> Vocabulary:
+    """The vocabulary of a tokenizer, of as many tokens as the embedding has `rows`.
+
+    Raises UserError if there is no tokenizer, it has more tokens, or llama.cpp would tokenise
+    otherwise.
+    """
+    match tokenizer:
+        case SentencePieceTokenizer():
+            made = _sentencepiece(tokenizer)
+        case TiktokenTokenizer():
+            made = _tiktoken(tokenizer)
+        case HuggingFaceTokenizer():
+            made = _huggingface(tokenizer)
+        case _:
+            raise UserError(
+                "gguf: the model has no tokenizer, and llama.cpp loads none without; put its"
+                " tokenizer.model or tokenizer.json into the folder"
+            )
+    for token, id in tokenizer.special_tokens.items():
+        if id >= len(made.tokens) or made.types[id] != TokenType.UNKNOWN:
+            made.put(id, token, TokenType.CONTROL)
+    size = len(made.tokens)
+    if size > rows:
+        raise UserError(f"gguf: the tokenizer has {size} tokens, and the model {rows} rows")
+    for row in range(size, rows):
+        made.put(row, f"[PAD{row}]", TokenType.UNUSED)
+    return made
+
+
+# ---------------------------------------------------------------------------------- SentencePiece
+
+
+def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
+    # The fields of sentencepiece_model.proto, by their numbers there, and their defaults.
+    pieces, trainer, normalizer = [], {}, {}
+    for number, value in _fields(tokenizer.model):
+        match number:
+            case 1:
+                pieces.append({2: b"\0\0\0\0", 3: TokenType.NORMAL, **dict(_fields(value))})
+            case 2:
+                trainer |= dict(_fields(value))
+            case 3:
+                normalizer |= dict(_fields(value))
+    types = [TokenType(piece[3]) for piece in pieces]
+    model = {1: "t5", 2: "llama"}.get(trainer.get(3, 1))
+    charsmap, remove_extra = normalizer.get(2, b""), bool(normalizer.get(4, 1))
+    if model is None:
+        raise _cannot("a SentencePiece model that is neither BPE nor unigram")
+    if not normalizer.get(5, 1) or trainer.get(24, 0):
+        raise _cannot("spaces that are not marked before the word")
+    if model == "llama" and (charsmap or remove_extra):
+        raise _cannot("a normalisation of the text before BPE")
+    if model == "llama" and TokenType.BYTE not in types:
+        raise _cannot("BPE without a piece for every byte")
+    unk, pad = types.index(TokenType.UNKNOWN), trainer.get(43, -1)
+    made = Vocabulary(
+        model,
+        _ids(tokenizer, unk, None if pad < 0 else pad),
+        space_prefix=bool(normalizer.get(3, 1)),
+        charsmap=charsmap,
+        remove_extra_whitespaces=remove_extra,
+    )
+    for id, (piece, type) in enumerate(zip(pieces, types, strict=True)):
+        text = piece[1].decode()
+        if type == TokenType.USER_DEFINED:  # looked for in the text before its spaces are marked
+            text = text.replace(SPACE, " ")
+        made.put(id, text, type, struct.unpack("<f", piece[2])[0])
+    for text, id in tokenizer.added_tokens.items():
+        made.put(id, text, TokenType.USER_DEFINED)
+    return made
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Numbers and values of a protobuf message's fields: int, or bytes of whatever they are.
+
+    The generated module of the sentencepiece package asks for a newer protobuf than others allow.
+    """
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value - (1 << 64) if value >= 1 << 63 else value
+
+    while at < len(message):
+        key = varint()
+        wire = key & 7
+        if wire == 0:
+            yield key >> 3, varint()
+            continue
+        size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
+        yield key >> 3, message[at : at + size]
+        at += size
+
+
+# ---------------------------------------------------------------------------------- BPE of bytes
+
+
+def _tiktoken(tokenizer: TiktokenTokenizer) -> Vocabulary:
+    made = Vocabulary("gpt2", merges=_merges(tokenizer.ranks), ids=_ids(tokenizer))
+    for piece, rank in tokenizer.ranks.items():
+        made.put(rank, spell(piece), TokenType.NORMAL)
+    return made
+
+
+def _merges(ranks: Mapping[bytes, int]) -> list[str]:
+    """Every pair of pieces that makes a piece, by the rank of what it makes.
+
+    tiktoken merges whichever neighbours make a piece, and not only those that first made it.
+    """
+    merges = []
+    for piece in sorted(ranks, key=ranks.__getitem__):
+        pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        pairs = [(ranks[a], ranks[b], a, b) for a, b in pairs if a in ranks and b in ranks]
+        merges += [f"{spell(a)} {spell(b)}" for _, _, a, b in sorted(pairs)]
+    return merges
+
+
+# -------------------------------------------------------------------------------- tokenizer.json
+
+
+def _huggingface(tokenizer: HuggingFaceTokenizer) -> Vocabulary:
+    file = TokenizerJson(tokenizer.json, "gguf")
+    model, cut = tokenizer.json["model"], tokenizer.json.get("pre_tokenizer")
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    if file.byte_level:
+        _check_cut(cut)
+        made = Vocabulary("gpt2", merges=[f"{a} {b}" for a, b in merges], ids=_ids(tokenizer))
+        for piece, id in file.vocab.items():
+            made.put(id, piece, TokenType.NORMAL)
+    else:
+        if cut and cut.get("split", True):
+            raise _cannot("words that are cut before BPE")
+        unk = file.vocab.get(file.unk)
+        prefix = file.prefix != "never"
+        made = Vocabulary("llama", ids=_ids(tokenizer, unk=unk), space_prefix=prefix)
+        for piece, id in file.vocab.items():
+            made.put(id, piece, TokenType.BYTE if piece in BYTE_TOKENS else TokenType.NORMAL)
+        # llama.cpp merges the neighbours whose piece has the highest score.
+        for rank, (a, b) in reversed(list(enumerate(merges))):
+            made.scores[file.vocab[a + b]] = -float(rank)
+        if unk is not None:
+            made.types[unk] = TokenType.UNKNOWN
+    for token in file.added:
+        if not token.special and (token.lstrip or token.rstrip or token.single_word):
+            raise _cannot(f"the added token {token.text!r}, which depends on what is beside it")
+        made.put(token.id, token.text, TokenType.USER_DEFINED)
+    for id in range(len(made.tokens), tokenizer.vocab_size):
+        if text := tokenizer.decode([id]):  # added by a file beside it
+            made.put(id, text, TokenType.USER_DEFINED)
+    return made
+
+
+def _check_cut(cut: Mapping | None) -> None:
+    """UserError unless a text is cut into words as Llama 3's."""
+    match cut:
+        case {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"} as split,
+            {"type": "ByteLevel", "use_regex": False},
+        ]} if not split.get("invert") and pattern == PATTERN:  # fmt: skip
+            return
+    raise _cannot("words that are cut by another pattern than Llama 3's")
+
+
+# --------------------------------------------------------------------------------------- for all
+
+
+def _ids(tokenizer: Tokenizer, unk: int | None = None, pad: int | None = None) -> dict[str, int]:
+    """Ids by role. An answer ends at "eot" and "eom" as it does at "eos"."""
+    named = tokenizer.special_tokens.get
+    stops = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
+    roles = {
+        "bos": tokenizer.bos_id,
+        "eos": tokenizer.eos_id,
+        "unk": unk,
+        "pad": named("<|finetune_right_pad_id|>", pad),
+        "eot": named("<|eot_id|>", stops[0] if stops else None),
+        "eom": named("<|eom_id|>"),
+    }
+    return {role: id for role, id in roles.items() if id is not None}
+
+
+def _cannot(what: str) -> UserError:
+    return UserError(f"gguf: the tokenizer has {what}; llama.cpp would tokenise otherwise")
