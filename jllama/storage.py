@@ -19,6 +19,7 @@ import os
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -226,6 +227,69 @@ def read_range(file: Path, start: int, stop: int) -> bytes:
             return stream.read(stop - start)
 
 
+def read_into(file: Path, start: int, buffer: memoryview) -> None:
+    """Fills `buffer` with the bytes of a file from `start` on; UserError if it ends before that."""
+    with _errors(file, _NOT_READABLE):
+        if is_remote(file):
+            data = _system(file).cat_file(os.fspath(file), start=start, end=start + len(buffer))
+            done = len(data)
+            buffer[:done] = data
+        else:
+            with open(file, "rb", buffering=0) as stream:
+                stream.seek(start)
+                done = 0
+                while done < len(buffer) and (count := stream.readinto(buffer[done:])):
+                    done += count
+    if done < len(buffer):
+        raise UserError(f"{file}: truncated at byte {start + done:,}; copy it again")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, last: str) -> Iterator[Path]:
+    """A local folder to fill, which becomes `folder` when the context ends well, or nothing.
+
+    At a URL the file named `last` is put after all others: what lacks it is not whole. Raises
+    UserError if `folder` holds anything already.
+    """
+    check_absent(folder)
+    if is_remote(folder):
+        with tempfile.TemporaryDirectory(prefix="jllama-") as local:
+            yield Path(local)
+            files = [(path, folder / path.name) for path in sorted(Path(local).iterdir())]
+            transfer(upload, [pair for pair in files if pair[0].name != last])
+            upload(Path(local, last), folder / last)
+        return
+    folder = folder.absolute()
+    make_folder(folder.parent)
+    with _errors(folder, _NOT_WRITABLE), _replacing(folder) as part:
+        part.mkdir()
+        yield part
+
+
+def check_absent(where: Path) -> None:
+    """UserError if a result would replace a file, or a folder with anything in it."""
+    empty = is_folder(where) and not is_remote(where) and not any(where.iterdir())
+    if not empty and (exists(where) or is_folder(where)):
+        raise UserError(f"{where}: exists; choose another name, or remove it")
+
+
+@contextlib.contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """A local name to write to, which becomes `file` when the context ends well, or nothing.
+
+    Raises UserError if `file` exists.
+    """
+    check_absent(file)
+    if is_remote(file):
+        with tempfile.TemporaryDirectory(prefix="jllama-") as local:
+            yield Path(local, file.name)
+            upload(Path(local, file.name), file)
+        return
+    make_folder(file.absolute().parent)
+    with _errors(file, _NOT_WRITABLE), _replacing(file) as part:
+        yield part
+
+
 def put(local: Path, file: Path) -> None:
     """Copies a local file to a path or URL: whole, or not at all."""
     if is_remote(file):
@@ -299,7 +363,10 @@ def _replacing(file: Path) -> Iterator[Path]:
         yield part
         os.replace(part, file)
     except BaseException:
-        part.unlink(missing_ok=True)
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
         raise
 
 

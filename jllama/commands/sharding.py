@@ -21,10 +21,10 @@ from jllama.config import (
 )
 from jllama.errors import UserError
 from jllama.model import llama
+from jllama.model.param import dotted
 from jllama.parallel.mesh import AXES, abstract_mesh, parse_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.optimizer import make_optimizer
-from jllama.train.state import dotted
 
 # Without a recipe: float32 parameters and AdamW's two moments of each.
 _COMPUTE = ComputeConfig(dtype="bfloat16")

@@ -16,15 +16,12 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from jllama import storage
 from jllama.config import PrepareConfig, SourceConfig
@@ -40,6 +37,7 @@ from jllama.data.records import (
     write_tfds_metadata,
 )
 from jllama.errors import UserError
+from jllama.progress import Progress
 from jllama.recipe import to_dict
 from jllama.text.tokenizer import SentencePieceTokenizer
 
@@ -98,7 +96,9 @@ def _make(
     config: PrepareConfig,
 ) -> None:
     inputs = sources.source_files(source.source)
-    progress = _Progress(f"prepare {source.name}", inputs)
+    packed = any(f.path.suffix in (".gz", ".zst", ".parquet") for f in inputs)
+    size = None if packed else sum(f.size for f in inputs)
+    progress = Progress(f"prepare {source.name}", size)
     # A process takes longer to start than to tokenise a few megabytes.
     most = 1 + sum(f.size for f in inputs) // _PROCESS_BYTES
     workers = config.workers or min(os.cpu_count() or 1, most)
@@ -246,39 +246,3 @@ def wipe(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != _LOCK:
             path.unlink()
-
-
-class _Progress:
-    """A bar when stderr is a terminal, a plain line now and then when not."""
-
-    def __init__(self, title: str, inputs: list[sources.SourceFile]):
-        packed = any(f.path.suffix in (".gz", ".zst", ".parquet") for f in inputs)
-        self._title, self._done = title, 0
-        self._total = None if packed else sum(f.size for f in inputs)
-        self._began = self._told = time.monotonic()
-
-    def __enter__(self):
-        self._bar = tqdm(
-            total=self._total, desc=self._title, unit="B", unit_scale=True, disable=None
-        )
-        return self
-
-    def __exit__(self, *_):
-        self._bar.close()
-        if self._bar.disable:
-            self._tell()
-
-    def say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stderr)
-
-    def advance(self, size: int) -> None:
-        self._done += size
-        self._bar.update(size)
-        if self._bar.disable and time.monotonic() - self._told > 10:
-            self._tell()
-
-    def _tell(self) -> None:
-        self._told = time.monotonic()
-        of = f" of {self._total / 1e6:.1f}" if self._total else ""
-        rate = self._done / 1e6 / max(1e-9, self._told - self._began)
-        print(f"{self._title}: {self._done / 1e6:.1f}{of} MB, {rate:.1f} MB/s", file=sys.stderr)

@@ -19,10 +19,10 @@ from jllama.config import ComputeConfig, ModelConfig
 from jllama.model.block import Block
 from jllama.model.cache import Cache
 from jllama.model.norm import RMSNorm
-from jllama.model.param import Declared, declare, embedding_init
+from jllama.model.param import Declared, declare, dotted, embedding_init
 from jllama.model.rope import rope_tables
 from jllama.parallel.lookup import take_rows
-from jllama.parallel.sharding import constrain
+from jllama.parallel.sharding import Placement, constrain
 
 Params = dict[str, Any]
 
@@ -148,6 +148,16 @@ def param_specs(config: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
         lambda p: ParamSpec(p.value.shape, p.value.dtype, p.axes, p.decay, p.inputs),
         boxed,
         is_leaf=lambda p: isinstance(p, Declared),
+    )
+
+
+def placed_shapes(config: ModelConfig, compute: ComputeConfig, placement: Placement) -> Params:
+    """The parameter tree with, at each leaf, a `jax.ShapeDtypeStruct` that has its sharding."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, s: jax.ShapeDtypeStruct(
+            s.shape, s.dtype, sharding=placement.sharding(s.shape, s.axes, dotted(path))
+        ),
+        param_specs(config, compute),
     )
 
 

@@ -84,3 +84,8 @@ def _truncated_normal(std: float) -> Initializer:
         return (std * x).astype(dtype)
 
     return sample
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """A pytree path as `a.b.c`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -191,3 +191,8 @@ def pin(x: jax.Array, parts: Parts) -> jax.Array:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation's placement by its logical axes; the identity when none is active."""
     return pin(x, mesh_axes(x.shape, axes, "activation"))
+
+
+def of_a_layer(stacked: NamedSharding) -> NamedSharding:
+    """Where one layer of a stacked parameter lies: as the whole does, without its first axis."""
+    return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))

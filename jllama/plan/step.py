@@ -24,13 +24,14 @@ import jax.numpy as jnp
 from jllama import recipe as recipes
 from jllama.config import Config
 from jllama.errors import UserError
+from jllama.model.param import dotted
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.plan import bounds
 from jllama.plan.devices import compile_only_devices, hbm_bytes
 from jllama.plan.topology import Topology, parse
 from jllama.train.loss import causal_lm_loss
-from jllama.train.state import StateDef, TrainState, check_batches, define_state, dotted
+from jllama.train.state import StateDef, TrainState, check_batches, define_state
 from jllama.train.step import make_eval_step, make_train_step
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}

@@ -14,14 +14,13 @@ import jax
 import orbax.checkpoint as ocp
 
 from jllama import storage
-from jllama.config import Config
 from jllama.errors import StorageError, UserError
 from jllama.model import llama
+from jllama.model.param import dotted
 from jllama.parallel.distributed import is_loss
-from jllama.parallel.sharding import Placement
 from jllama.train import staging
 from jllama.train.staging import Staging
-from jllama.train.state import StateDef, TrainState, define_state, dotted
+from jllama.train.state import StateDef, TrainState
 
 # Orbax tells every save at INFO and WARNING; what a user needs to know is said here.
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -162,34 +161,30 @@ def latest_step(run: Path) -> int | None:
     return max(_steps(run / "checkpoints"), default=None)
 
 
-def load_params(run: Path, step: int, config: Config, placement: Placement) -> llama.Params:
-    """The parameters of a step, placed as told; by the processes whose devices that names.
+def load_params(run: Path, step: int, placed: llama.Params) -> llama.Params:
+    """The parameters of a step in the dtypes and on the devices of `llama.placed_shapes`.
 
-    Raises `UserError` when there is no such step, it is incomplete, or it is another model's.
+    By the processes whose devices those are. Raises `UserError` when there is no such step, it is
+    incomplete, or it is another model's.
     """
-    definition = define_state(config, placement)
-    placed = _placed(definition.shapes.trainable, definition.shardings.trainable)
-    with _open_step(run, step, definition) as (manager, where):
+    with _open_step(run, step, jax.tree.leaves(placed)[0].sharding) as (manager, where):
         return _restore(manager, where, step, trainable=placed)["trainable"]
 
 
 def load_state(run: Path, step: int, definition: StateDef) -> TrainState:
     """The whole state of a step; raises as `load_params` does."""
-    with _open_step(run, step, definition) as (manager, where):
+    with _open_step(run, step, definition.shardings.step) as (manager, where):
         return _restore_state(manager, where, step, definition)
 
 
 @contextlib.contextmanager
-def _open_step(
-    run: Path, step: int, definition: StateDef
-) -> Iterator[tuple[ocp.CheckpointManager, Path]]:
+def _open_step(run: Path, step: int, sharding: Any) -> Iterator[tuple[ocp.CheckpointManager, Path]]:
     folder = run / "checkpoints"
     there = _steps(folder)
     if step not in there:
         named = ", ".join(map(str, there)) or "none"
         raise UserError(f"{folder}: no step {step}; there are: {named}")
-    devices = jax.tree.leaves(definition.shardings)[0].device_set
-    processes = {device.process_index for device in devices}
+    processes = {device.process_index for device in sharding.device_set}
     with contextlib.ExitStack() as stack:
         here = folder
         if staging.needed(folder):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jllama.train.state import dotted
+from jllama.model.param import dotted
 
 _SALTS = (0x9E3779B9, 0x85EBCA6B)
 

@@ -12,6 +12,7 @@ import optax
 from jllama.config import Config
 from jllama.errors import UserError
 from jllama.model import llama
+from jllama.model.param import dotted
 from jllama.parallel.sharding import Placement
 from jllama.train.optimizer import make_optimizer
 
@@ -130,8 +131,3 @@ def init_state(definition: StateDef, seed: int) -> TrainState:
     """The state at step 0, made under jit in its shardings: no device holds more than its part."""
     init = jax.jit(definition.init, out_shardings=definition.shardings)
     return init(jax.random.key(seed))
-
-
-def dotted(path: tuple[Any, ...]) -> str:
-    """A pytree path as `a.b.c`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -9,9 +9,10 @@ import recipes
 
 from jllama import cli, recipe
 from jllama.config import MeshConfig
+from jllama.model.param import dotted
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
-from jllama.train.state import define_state, dotted, init_state
+from jllama.train.state import define_state, init_state
 
 
 def call(capsys, *args):

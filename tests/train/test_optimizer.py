@@ -11,11 +11,12 @@ import tiny
 
 from jllama.config import ConstantSchedule, CosineSchedule, MeshConfig, MuonConfig, WsdSchedule
 from jllama.model import llama
+from jllama.model.param import dotted
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import causal_lm_loss
 from jllama.train.optimizer import learning_rate, make_optimizer
-from jllama.train.state import define_state, dotted, init_state
+from jllama.train.state import define_state, init_state
 from jllama.train.step import make_train_step
 
 DECAYED = {

@@ -1,0 +1,167 @@
+"""Hugging Face folders: config.json, safetensors or PyTorch files, tokenizer; read and written."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jllama import storage
+from jllama.config import ModelConfig
+from jllama.errors import UserError
+from jllama.interop.hf_config import generation_config, read_config, write_config
+from jllama.interop.hf_tokenizer import tokenizer_files
+from jllama.interop.parameters import file_tensors
+from jllama.interop.pth import read_pth
+from jllama.interop.safetensors import read_safetensors, write_safetensors
+from jllama.interop.tensors import Tensor
+from jllama.model.llama import Params, ParamSpec
+from jllama.progress import Progress
+from jllama.text.tokenizer import Tokenizer
+
+CONFIG = "config.json"
+# The first that is there counts, as in transformers. An index names the file of each tensor.
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_HEAD = "lm_head.weight"
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old: no parameter
+SHARD_BYTES = 5_000_000_000
+
+
+def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The architecture and the tensors of a folder, by their names there; no data is read but a
+    second copy of a tied head.
+
+    Raises UserError for what is missing, broken, or not expressible here.
+    """
+    config = read_config(_json(folder / CONFIG), str(folder / CONFIG))
+    tensors = {n: t for n, t in _tensors(folder).items() if not _DERIVED.fullmatch(n)}
+    if config.tie_embeddings and _HEAD in tensors:
+        head, table = tensors.pop(_HEAD), tensors.get("model.embed_tokens.weight")
+        if table is not None and not _equal(head, table):
+            raise UserError(
+                f"{folder}: {_HEAD} differs from the embedding, and config.json ties them; set"
+                " tie_word_embeddings to false there"
+            )
+    return config, tensors
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and a.read().tobytes() == b.read().tobytes()
+
+
+def _json(file: Path) -> Any:
+    try:
+        found = json.loads(storage.read_text(file))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{file}: not readable as JSON: {storage.one_line(e)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return found
+
+
+def _tensors(folder: Path) -> Mapping[str, Tensor]:
+    here = storage.names(folder)
+    for name in _WEIGHTS:
+        read = read_safetensors if name.endswith(".safetensors") else read_pth
+        index = f"{name}.index.json"
+        if index in here:
+            return _indexed(folder / index, here, read)
+        if name in here:
+            return read(folder / name)
+    raise UserError(
+        f"{folder}: no weights: expected {' or '.join(_WEIGHTS)}, or its .index.json with its files"
+    )
+
+
+def _indexed(index: Path, here: Iterable[str], read: Any) -> dict[str, Tensor]:
+    where = _json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise UserError(f"{index}: has no weight_map from tensors to files")
+    files = sorted(set(where.values()))
+    outside = [file for file in files if PurePosixPath(file).name != file or "\\" in file]
+    if outside:
+        raise UserError(f"{index}: {outside[0]!r} is no file of this folder")
+    missing = [file for file in files if file not in here]
+    if missing:
+        raise UserError(f"{index}: names files that are not there: {', '.join(missing)}")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        found = read(index.parent / file)
+        listed = {name for name, place in where.items() if place == file}
+        if listed - found.keys():
+            lost = ", ".join(sorted(listed - found.keys()))
+            raise UserError(f"{index}: {file} does not hold {lost}")
+        # What the index leaves out is said as extra, and what is twice by the index's choice.
+        tensors |= {n: t for n, t in found.items() if where.get(n, file) == file}
+    return tensors
+
+
+def write_folder(
+    folder: Path,
+    config: ModelConfig,
+    params: Params,
+    specs: Mapping[str, ParamSpec],
+    tokenizer: Tokenizer | None,
+    dtype: str | None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a folder that transformers reads, whole or not at all.
+
+    Args:
+      specs: tree of `ParamSpec`, like `params`.
+      tokenizer: None leaves its files out.
+      dtype: of every tensor; None for the parameters' own.
+
+    Raises UserError if the folder holds anything, the model is one that Hugging Face's LLaMA cannot
+    express, or a value does not fit `dtype`.
+    """
+    tensors = file_tensors(params, specs, "hf", interleaved=False)
+    widest = dtype or np.result_type(*(jnp.dtype(t.dtype) for t in tensors.values())).name
+    files = {
+        CONFIG: write_config(config, widest, tokenizer),
+        "generation_config.json": generation_config(tokenizer),
+    }
+    shards = _shards(tensors, dtype, shard_bytes)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    sizes = {name: _bytes(tensor, dtype) for name, tensor in tensors.items()}
+    total = sum(sizes.values())
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        files["model.safetensors.index.json"] = {
+            "metadata": {"total_size": total},
+            "weight_map": {t: n for n, shard in zip(names, shards, strict=True) for t in shard},
+        }
+    data = {name: json.dumps(text, indent=2).encode() + b"\n" for name, text in files.items()}
+    if tokenizer is not None:
+        data |= tokenizer_files(tokenizer)
+    with storage.new_folder(folder, last=CONFIG) as new:
+        with Progress(f"write {folder.name}", total) as progress:
+            for name, shard in zip(names, shards, strict=True):
+                write_safetensors(new / name, shard, dtype, progress)
+        for name, text in data.items():
+            storage.write_bytes(new / name, text)
+
+
+def _bytes(tensor: Tensor, dtype: str | None) -> int:
+    return math.prod(tensor.shape) * jnp.dtype(dtype or tensor.dtype).itemsize
+
+
+def _shards(tensors: Mapping[str, Tensor], dtype: str | None, most: int) -> list[dict[str, Tensor]]:
+    """The tensors in order, in files of at most `most` bytes, or of one tensor."""
+    shards: list[dict[str, Tensor]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        size = _bytes(tensor, dtype)
+        if size > room or not shards:
+            shards.append({})
+            room = most
+        shards[-1][name] = tensor
+        room -= size
+    return shards

@@ -1,0 +1,203 @@
+"""Parameters from the tensors of a file, and the tensors of a file from parameters.
+
+A tensor is read with `pread` into a buffer of its own, turned into this package's layout, put on
+the devices that hold its parts, and written into the parameter's layer there. So the host's memory
+never holds more than three tensors beside what its devices hold; mapping the files and stacking the
+layers would take 2.3 times the parameters.
+"""
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jllama.errors import UserError
+from jllama.interop.names import NAMES, Format, file_shape, from_file, name_of
+from jllama.interop.tensors import DTYPES, ParamTensor, Tensor, contiguous
+from jllama.model.llama import Params, ParamSpec
+from jllama.model.param import dotted
+from jllama.parallel.sharding import of_a_layer
+from jllama.progress import Progress
+
+
+def match(
+    tensors: Mapping[str, Tensor], specs: Params, format: Format, where: Path
+) -> dict[str, list[Tensor]]:
+    """The tensors of each parameter, by its path: one per layer, or one.
+
+    Args:
+      tensors: all of the model, by their names there; what is no parameter is left out already.
+      specs: tree of `jllama.model.llama.ParamSpec`.
+
+    Raises UserError that lists every missing, extra and misshapen tensor, by both names.
+    """
+    found: dict[str, list[Tensor]] = {}
+    wrong: dict[str, list[tuple[str, str]]] = {}
+    left = set(tensors)
+    for path, spec in _flat(specs).items():
+        name = name_of(path)
+        layers, shape = (spec.shape[0], spec.shape[1:]) if name.stacked else (1, spec.shape)
+        want = file_shape(shape, spec.inputs)
+        for layer in range(layers):
+            there = name.of(format, layer)
+            left.discard(there)
+            tensor = tensors.get(there)
+            here = f"ours {path}"
+            if tensor is None:
+                wrong.setdefault("missing", []).append((there, here))
+            elif tensor.shape != want:
+                text = f"{here}: {list(tensor.shape)}, and the config makes it {list(want)}"
+                wrong.setdefault("misshapen", []).append((there, text))
+            elif tensor.dtype not in DTYPES:
+                text = f"{here}: {tensor.dtype}, and weights are float32, float16 or bfloat16"
+                wrong.setdefault("not weights", []).append((there, text))
+            else:
+                found.setdefault(path, []).append(tensor)
+    if left:
+        wrong["extra"] = [(name, "no such parameter") for name in sorted(left)]
+    if wrong:
+        parts = [f"{kind}: {', '.join(_ranges(names))}" for kind, names in wrong.items()]
+        raise UserError(f"{where}: not this model's tensors: {'; '.join(parts)}")
+    return found
+
+
+def _flat(tree: Params) -> dict[str, ParamSpec]:
+    return {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _ranges(names: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Names with the same text, but for the layer's number, as one: `layers.{0-31}.wq (text)`."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name, text in names:
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        pattern = f"{name[: number.start()]}{{}}{name[number.end() :]}" if number else name
+        groups.setdefault((pattern, text), []).append(int(number[0]) if number else 0)
+    for (pattern, text), layers in groups.items():
+        # Neighbours have the same distance to their place in the sorted list.
+        runs = itertools.groupby(enumerate(sorted(layers)), lambda pair: pair[1] - pair[0])
+        spans = [[layer for _, layer in run] for _, run in runs]
+        spelt = ",".join(str(s[0]) if len(s) == 1 else f"{s[0]}-{s[-1]}" for s in spans)
+        span = spelt if spelt.isdigit() else f"{{{spelt}}}"
+        yield f"{pattern.replace('{}', span)} ({text})"
+
+
+def stored_dtype(found: Mapping[str, Sequence[Tensor]]) -> str:
+    """The widest dtype among a model's matrices: float32 unless all are of one half precision."""
+    dtypes = {t.dtype for path, many in found.items() for t in many if not path.endswith("scale")}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
+
+
+def read_params(
+    found: Mapping[str, Sequence[Tensor]],
+    specs: Params,
+    placed: Params,
+    *,
+    interleaved: bool,
+    title: str,
+) -> Params:
+    """The parameters, in the dtypes and on the devices of `placed`; shows progress in bytes.
+
+    Args:
+      found: what `match` gives.
+      specs: tree of `ParamSpec`.
+      placed: tree of `jax.ShapeDtypeStruct` with shardings, as `llama.placed_shapes` makes it.
+      interleaved: the RoPE pairs of queries and keys lie side by side in the files.
+
+    Every process that holds a part of them calls it, and reads every tensor.
+    """
+    sizes = (math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for ts in found.values() for t in ts)
+    leaves, tree = jax.tree.flatten(placed)
+    paths = list(_flat(specs).items())
+    order = [tensor for path, _ in paths for tensor in found[path]]
+    out = []
+    with Progress(title, sum(sizes)) as progress, ThreadPoolExecutor(1) as reader:
+        arrays = _ahead(reader, order)
+        for (path, spec), leaf in zip(paths, leaves, strict=True):
+            name = name_of(path)
+            layout = functools.partial(
+                from_file, inputs=spec.inputs, interleaved=interleaved and name.rotary
+            )
+
+            def part(sharding, shape, layout=layout, dtype=leaf.dtype):
+                array = next(arrays)
+                progress.advance(array.nbytes)
+                return _put(layout(array, shape), sharding, dtype)
+
+            if not name.stacked:
+                out.append(part(leaf.sharding, spec.shape))
+                continue
+            stacked = _zeros(leaf.shape, leaf.dtype, leaf.sharding)
+            where = of_a_layer(leaf.sharding)
+            write = _writer(leaf.sharding)
+            for layer in range(spec.shape[0]):
+                stacked = write(stacked, part(where, spec.shape[1:]), layer)
+                stacked.block_until_ready()  # so that no layer waits on the host beside the next
+            out.append(stacked)
+    return tree.unflatten(out)
+
+
+def _ahead(reader: ThreadPoolExecutor, tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
+    """Each tensor read, while the one before it is used."""
+    pending = None
+    for tensor in tensors:
+        following = reader.submit(tensor.read)
+        if pending is not None:
+            yield pending.result()
+        pending = following
+    if pending is not None:
+        yield pending.result()
+
+
+@functools.cache
+def _writer(sharding):
+    def write(stacked: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stacked, layer, index, 0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+
+
+def _zeros(shape, dtype, sharding) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+def _put(array: np.ndarray, sharding, dtype) -> jax.Array:
+    """The array on the devices: each gets its own part, contiguous, in `dtype`."""
+    parts: dict[str, np.ndarray] = {}
+
+    def of(index: tuple[slice, ...]) -> np.ndarray:
+        key = str(index)  # devices that hold the same part share it
+        if key not in parts:
+            parts[key] = contiguous(array[index], jnp.dtype(dtype))
+        return parts[key]
+
+    return jax.make_array_from_callback(array.shape, sharding, of)
+
+
+def file_tensors(
+    params: Params, specs: Params, format: Format, *, interleaved: bool
+) -> dict[str, ParamTensor]:
+    """The tensors that a file of `format` has of these parameters, in the order of `NAMES`.
+
+    Raises UserError for a parameter that it has no name for.
+    """
+    leaves = {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    flat = _flat(specs)
+    for path in flat:
+        name_of(path)
+    out = {}
+    for name in NAMES:
+        if name.path not in flat:
+            continue
+        leaf, spec = leaves[name.path], flat[name.path]
+        turned = interleaved and name.rotary
+        for layer in range(spec.shape[0]) if name.stacked else [None]:
+            tensor = ParamTensor(leaf, layer, spec.inputs, turned)
+            out[name.of(format, layer or 0)] = tensor
+    return out

@@ -1,0 +1,138 @@
+"""A tensor of a file, of several, or of the parameters: a name's shape, dtype and bytes."""
+
+import dataclasses
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jllama import storage
+from jllama.errors import UserError
+from jllama.interop.names import file_shape, to_file
+
+# A model's weights are of these; others are quantised, or no weights.
+DTYPES = {"float32", "float16", "bfloat16"}
+_BLOCK = 128  # columns of a transposition whose lines stay in the cache: three times as fast
+
+
+class Tensor(Protocol):
+    """Something with a shape and a dtype that can be read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    def read(self) -> np.ndarray:
+        """The whole of it, in an array of its own."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """Bytes of a file, in C order, little-endian.
+
+    `dtype` is NumPy's name of it, or the file's own if NumPy has none; only what `DTYPES` holds is
+    ever read.
+    """
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> np.ndarray:
+        """The whole of it, in an array of its own."""
+        out = np.empty(self.shape, jnp.dtype(self.dtype))
+        self.read_into(out)
+        return out
+
+    def read_into(self, out: np.ndarray) -> None:
+        """Reads it into a C-contiguous array of its shape and dtype."""
+        storage.read_into(self.file, self.offset, memoryview(out.reshape(-1).view(np.uint8)))
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinedTensor:
+    """Parts of one tensor along an axis, as model-parallel shards have them."""
+
+    parts: tuple[FileTensor, ...]
+    axis: int
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.parts[0].shape)
+        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
+        return tuple(shape)
+
+    def read(self) -> np.ndarray:
+        out = np.empty(self.shape, jnp.dtype(self.dtype))
+        start = 0
+        for part in self.parts:
+            stop = start + part.shape[self.axis]
+            if self.axis == 0:
+                part.read_into(out[start:stop])
+            else:
+                out[:, start:stop] = part.read()
+            start = stop
+        return out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParamTensor:
+    """A layer of a parameter, as a file of another format has it; `layer` None is all of it."""
+
+    leaf: jax.Array
+    layer: int | None
+    inputs: int
+    interleaved: bool
+
+    @property
+    def dtype(self) -> str:
+        return self.leaf.dtype.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return file_shape(self.leaf.shape[self.layer is not None :], self.inputs)
+
+    def read(self) -> np.ndarray:
+        """In C order."""
+        array = self.leaf if self.layer is None else _layer(self.leaf, self.layer)
+        array = to_file(np.asarray(array), self.inputs, interleaved=self.interleaved)
+        return contiguous(array, array.dtype)
+
+
+@jax.jit
+def _layer(leaf: jax.Array, index: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
+
+
+def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """The array in `dtype`; UserError, by `name`, if a value of it becomes infinite."""
+    with np.errstate(over="ignore"):
+        out = contiguous(array, jnp.dtype(dtype))
+    if out.dtype != array.dtype and not np.isfinite(out).all() and np.isfinite(array).all():
+        largest = np.abs(array.astype(np.float32)).max()
+        raise UserError(f"{name}: {largest:g} does not fit {dtype}; use bfloat16 or float32")
+    return out
+
+
+def contiguous(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A C-contiguous copy in `dtype`, block by block."""
+    if array.dtype == dtype:
+        if array.flags.c_contiguous:
+            return array
+        if dtype.itemsize == 2:  # bits are copied faster than bfloat16s, which NumPy does not know
+            return contiguous(array.view(np.uint16), np.dtype(np.uint16)).view(dtype)
+    out = np.empty(array.shape, dtype)
+    for start in range(0, array.shape[-1], _BLOCK):
+        columns = np.s_[..., start : start + _BLOCK]
+        out[columns] = array[columns]
+    return out

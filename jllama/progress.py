@@ -1,0 +1,43 @@
+"""Progress of long work on bytes, on stderr."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar when stderr is a terminal, a plain line now and then when not."""
+
+    def __init__(self, title: str, total: int | None):
+        """`total` is in bytes; None if it is not known."""
+        self._title, self._done, self._total = title, 0, total
+        self._began = self._told = time.monotonic()
+
+    def __enter__(self):
+        self._bar = tqdm(
+            total=self._total, desc=self._title, unit="B", unit_scale=True, disable=None
+        )
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+        if self._bar.disable:
+            self._tell()
+
+    def say(self, line: str) -> None:
+        """A line on stderr, above the bar."""
+        tqdm.write(line, file=sys.stderr)
+
+    def advance(self, size: int) -> None:
+        """So many bytes more are done."""
+        self._done += size
+        self._bar.update(size)
+        if self._bar.disable and time.monotonic() - self._told > 10:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        of = f" of {self._total / 1e6:.1f}" if self._total else ""
+        rate = self._done / 1e6 / max(1e-9, self._told - self._began)
+        print(f"{self._title}: {self._done / 1e6:.1f}{of} MB, {rate:.1f} MB/s", file=sys.stderr)
