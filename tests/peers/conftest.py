@@ -37,7 +37,7 @@ def run_peer():
 
 @pytest.fixture
 def measured(request):
-    """`measured(pair, direction, error, own)`: a row of the table; `own` is the peer's own error."""
+    """`measured(pair, direction, error, own)`: a row; `own` is the peer's own error."""
 
     def row(pair: str, direction: str, error: float, own: float | None = None) -> None:
         request.node.user_properties.append((_MEASURED, [pair, direction, error, own]))

@@ -4,6 +4,7 @@ Errors are the largest difference over the largest logit, at positions up to 2,0
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 
 import jllama
 from jllama import cli
+from jllama.interop import hf
 from jllama.model.rope import inverse_frequencies
 from tests.tiny import relative_error
 
@@ -70,20 +72,17 @@ VARIANTS = {
 }
 CASES = [(variant, std) for variant in VARIANTS for std in (0.02, 0.1)]
 NAMES = [f"{variant}, std {std}" for variant, std in CASES]
+PEERS = ("transformers", "transformers4")
 by_case = pytest.mark.parametrize("case", NAMES)
-by_reader = pytest.mark.parametrize("reader", ["transformers", "transformers4"])
-
-
-def _ids(vocab_size: int) -> list[int]:
-    return np.random.default_rng(0).integers(0, vocab_size, LENGTH).tolist()
+by_peer = pytest.mark.parametrize("peer", PEERS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A folder, and where a peer writes what it computes with it."""
+    """A model's folder, and the file where a peer writes what it computes of `ids`."""
 
-    folder: object
-    out: object
+    folder: Path
+    out: Path
     ids: list[int]
 
     def json(self, **more) -> dict:
@@ -94,29 +93,14 @@ class Job:
         return np.load(self.out)
 
 
-def _jobs(folder, which=NAMES) -> dict[str, Job]:
-    cases = dict(zip(NAMES, CASES, strict=True))
-    sizes = {name: {**SIZES, **VARIANTS[cases[name][0]]}["vocab_size"] for name in which}
-    return {
-        name: Job(folder / str(i), folder / f"{i}.npz", _ids(sizes[name]))
-        for i, name in enumerate(which)
-    }
-
-
-def _make(run_peer, peer, folder) -> dict[str, Job]:
-    jobs = _jobs(folder)
-    work = [
-        job.json(seed=i, make={"config": {**SIZES, **VARIANTS[variant]}, "std": std})
-        for i, (job, (variant, std)) in enumerate(zip(jobs.values(), CASES, strict=True))
-    ]
-    run_peer(peer, "models", work, folder)
+def _jobs(folders: Path, out: Path) -> dict[str, Job]:
+    """One for each case."""
+    jobs = {}
+    for i, (name, (variant, _)) in enumerate(zip(NAMES, CASES, strict=True)):
+        vocab_size = {**SIZES, **VARIANTS[variant]}["vocab_size"]
+        ids = np.random.default_rng(i).integers(0, vocab_size, LENGTH).tolist()
+        jobs[name] = Job(folders / str(i), out / f"{i}.npz", ids)
     return jobs
-
-
-@pytest.fixture(scope="module", params=["transformers", "transformers4"])
-def made(request, run_peer, tmp_path_factory):
-    """The peer's name, and the random models that it made."""
-    return request.param, _make(run_peer, request.param, tmp_path_factory.mktemp("made"))
 
 
 def _convert(*args) -> None:
@@ -129,93 +113,104 @@ def _logits(folder, ids) -> np.ndarray:
 
 
 def _check(error: float, own: float, case: str) -> None:
-    """The peer's float32 is as far from float64: at least half its digits are noise of the sums."""
     assert error < (1e-5 if "std 0.02" in case else 10 * own)
 
 
+@pytest.fixture(scope="module")
+def made(run_peer, tmp_path_factory):
+    """Random models that each transformers made, and what it computes with them."""
+    found = {}
+    for peer in PEERS:
+        folder = tmp_path_factory.mktemp(peer)
+        found[peer] = _jobs(folder, folder)
+        work = [
+            job.json(seed=i, make={"config": {**SIZES, **VARIANTS[variant]}, "std": std})
+            for i, (job, (variant, std)) in enumerate(zip(found[peer].values(), CASES, strict=True))
+        ]
+        run_peer(peer, "models", work, folder)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ours(made, tmp_path_factory):
+    """transformers 5's models as jllama's folders, and what jllama computes with them."""
+    folders = tmp_path_factory.mktemp("jllama")
+    found = _jobs(folders, folders)
+    for name, job in found.items():
+        _convert(made["transformers"][name].folder, job.folder, "--to", "jllama")
+        np.save(job.out.with_suffix(".npy"), _logits(job.folder, job.ids))
+    return found
+
+
+@pytest.fixture(scope="module")
+def exported(ours, run_peer, tmp_path_factory):
+    """jllama's folders as Hugging Face's, and what each transformers computes with them."""
+    folders = tmp_path_factory.mktemp("hf")
+    for name, job in _jobs(folders, folders).items():
+        _convert(ours[name].folder, job.folder, "--to", "hf")
+    found = {}
+    for peer in PEERS:
+        out = tmp_path_factory.mktemp(f"read-by-{peer}")
+        found[peer] = _jobs(folders, out)
+        run_peer(peer, "models", [job.json() for job in found[peer].values()], out)
+    return found
+
+
+@by_peer
 @by_case
-def test_jllama_reads_what_transformers_wrote(case, made, measured):
-    peer, jobs = made
-    job, exact = jobs[case], jobs[case].found()
+def test_jllama_reads_what_transformers_wrote(case, peer, made, measured):
+    job = made[peer][case]
+    exact = job.found()
     error = relative_error(_logits(job.folder, job.ids), exact["logits"])
     own = relative_error(exact["logits32"], exact["logits"])
     measured(case, f"{peer} → jllama", error, own)
     _check(error, own, case)
 
 
+@by_peer
 @by_case
-def test_inverse_frequencies_of_what_transformers_wrote(case, made):
-    _, jobs = made
-    ours = inverse_frequencies(jllama.load(jobs[case].folder).config)
-    np.testing.assert_allclose(ours, jobs[case].found()["inv_freq"], rtol=1e-6)
+def test_inverse_frequencies_of_what_transformers_wrote(case, peer, made):
+    config, _ = hf.read_folder(made[peer][case].folder)
+    exact = made[peer][case].found()["inv_freq"]
+    np.testing.assert_allclose(inverse_frequencies(config), exact, rtol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def exported(run_peer, tmp_path_factory):
-    """transformers' models through a jllama folder into Hugging Face's; where each of them lies."""
-    root = tmp_path_factory.mktemp("exported")
-    for name in ("source", "jllama", "hf"):
-        (root / name).mkdir()
-    sources = _make(run_peer, "transformers", root / "source")
-    for i, source in enumerate(sources.values()):
-        _convert(source.folder, root / "jllama" / str(i), "--to", "jllama")
-        _convert(root / "jllama" / str(i), root / "hf" / str(i), "--to", "hf")
-    return root, sources
-
-
-@pytest.fixture(scope="module")
-def readings(exported, run_peer, tmp_path_factory):
-    """What each transformers computes with the exported folders."""
-    root, _ = exported
-    readings = {}
-    for peer in ("transformers", "transformers4"):
-        out = tmp_path_factory.mktemp(peer)
-        jobs = [
-            dataclasses.replace(job, out=out / job.out.name) for job in _jobs(root / "hf").values()
-        ]
-        run_peer(peer, "models", [job.json() for job in jobs], out)
-        readings[peer] = dict(zip(NAMES, jobs, strict=True))
-    return readings
-
-
-@by_reader
+@by_peer
 @by_case
-def test_transformers_reads_what_jllama_wrote(case, reader, exported, readings, measured):
-    root, sources = exported
-    exact = readings[reader][case].found()
-    ours = _logits(root / "jllama" / str(NAMES.index(case)), sources[case].ids)
-    error, own = (relative_error(x, exact["logits"]) for x in (ours, exact["logits32"]))
-    measured(case, f"jllama → {reader}", error, own)
+def test_transformers_reads_what_jllama_wrote(case, peer, made, ours, exported, measured):
+    exact = exported[peer][case].found()
+    logits = np.load(ours[case].out.with_suffix(".npy"))
+    error, own = (relative_error(x, exact["logits"]) for x in (logits, exact["logits32"]))
+    measured(case, f"jllama → {peer}", error, own)
     _check(error, own, case)
-    # Both folders are one function to the peer.
-    np.testing.assert_allclose(exact["logits"], sources[case].found()["logits"], atol=1e-12)
-    np.testing.assert_allclose(exact["inv_freq"], sources[case].found()["inv_freq"], rtol=1e-6)
+    # Before and after, it is one function to the peer.
+    source = made["transformers"][case].found()
+    assert relative_error(exact["logits"], source["logits"]) < 1e-12
+    np.testing.assert_allclose(exact["inv_freq"], source["inv_freq"], rtol=1e-6)
 
 
 @by_case
-def test_the_way_through_jllama_keeps_every_bit(case, exported):
-    _, sources = exported
-    before = load_file(sources[case].folder / "model.safetensors")
-    after = load_file(exported[0] / "hf" / str(NAMES.index(case)) / "model.safetensors")
+def test_the_way_through_jllama_keeps_every_bit(case, made, exported):
+    before, after = (
+        load_file(peers["transformers"][case].folder / "model.safetensors")
+        for peers in (made, exported)
+    )
     assert before.keys() == after.keys()
     for name in before:
         np.testing.assert_array_equal(before[name], after[name], strict=True)
 
 
-@by_reader
+@by_peer
 def test_transformers_reads_bfloat16_that_jllama_rounded(
-    reader, exported, run_peer, measured, tmp_path
+    peer, made, ours, run_peer, measured, tmp_path
 ):
     case = "Llama-3.1, std 0.02"
-    folder = tmp_path / "bfloat16"
-    _convert(
-        exported[0] / "jllama" / str(NAMES.index(case)), folder, "--to", "hf", "--dtype", "bfloat16"
-    )
-    job = Job(folder, tmp_path / "out.npz", exported[1][case].ids)
-    run_peer(reader, "models", [job.json()], tmp_path)
+    job = Job(tmp_path / "bfloat16", tmp_path / "out.npz", ours[case].ids)
+    _convert(ours[case].folder, job.folder, "--to", "hf", "--dtype", "bfloat16")
+    run_peer(peer, "models", [job.json()], tmp_path)
     exact = job.found()
-    error = relative_error(_logits(folder, job.ids), exact["logits"])
+    error = relative_error(_logits(job.folder, job.ids), exact["logits"])
     own = relative_error(exact["logits32"], exact["logits"])
-    measured(f"{case}, bfloat16 weights", f"jllama → {reader}", error, own)
+    measured(f"{case}, bfloat16 weights", f"jllama → {peer}", error, own)
     assert error < 1e-5
-    assert relative_error(exact["logits"], exported[1][case].found()["logits"]) < 2e-2
+    assert relative_error(exact["logits"], made["transformers"][case].found()["logits"]) < 2e-2
