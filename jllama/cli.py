@@ -18,6 +18,10 @@ COMMANDS = {
     "info": ("jllama.commands.info", "parameters, bytes, FLOPs and KV-cache bytes of a model"),
     "plan": ("jllama.commands.plan", "whether a recipe's step fits a slice that is not there"),
     "prepare": ("jllama.commands.prepare", "tokenise a recipe's text ahead of training"),
+    "convert": (
+        "jllama.commands.convert",
+        "a model to Hugging Face's format, GGUF or ours",
+    ),
     "sharding": ("jllama.commands.sharding", "where each parameter lies on a mesh, and its bytes"),
     "fingerprint": ("jllama.commands.fingerprint", "one digest of a checkpoint's bits"),
     "plot": ("jllama.commands.plot", "loss, learning rate and throughput of runs as a PNG"),

@@ -497,6 +497,11 @@ class TrainingConfig:
     steps: PositiveInt = _doc("optimizer steps of the whole run")
     batch_size: PositiveInt = _doc("rows per step, over all devices")
     accumulate: PositiveInt = _default("microbatches a step is split into", 1)
+    init_from: str = _default(
+        "begin from these parameters: a run, one of its steps, or a model's folder in any format;"
+        " empty is from fresh ones",
+        "",
+    )
     z_loss: Nonnegative = _default("weight of log(Z)^2 in the loss", 0.0)
     optimizer: Optimizer = _doc("optimizer")
     schedule: Schedule = _doc("learning rate")
@@ -566,6 +571,15 @@ class RunConfig:
             first, end = map(int, self.profile.split(":"))
             if first >= end:
                 raise ValueError(f"profile={self.profile}: FROM must be below TO")
+
+
+@_config
+class StoredConfig:
+    """What the config.yaml of a folder says of its parameters: a run's, or a model's alone."""
+
+    model: ModelConfig = _doc("architecture")
+    compute: ComputeConfig = _doc("how it is computed, and the dtype it is stored in")
+    run: RunConfig | None = _default("the run; a model alone has none", None)
 
 
 @_config

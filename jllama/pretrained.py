@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jllama import recipe as recipes
 from jllama import storage
-from jllama.config import AutoAttention, ComputeConfig, MeshConfig, ModelConfig, ShardingConfig
+from jllama.config import ComputeConfig, MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.generate import engine
 from jllama.generate.sampling import Sampling
@@ -23,8 +22,8 @@ from jllama.hardware import use_compilation_cache
 from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
-from jllama.text.tokenizer import load_tokenizer
-from jllama.train.checkpoint import latest_step, load_params
+from jllama.text.tokenizer import Tokenizer
+from jllama.train.stored import open_model
 
 # New tokens when nobody says how many; fewer where the model has no room for them.
 DEFAULT_NEW_TOKENS = 256
@@ -37,13 +36,13 @@ class Llama:
     Attributes:
       config: the architecture.
       params: nested dict of arrays; layout in `jllama.model.llama`.
-      tokenizer: text to ids and back.
+      tokenizer: text to ids and back; None where the folder has none, and then texts are an error.
       compute: dtypes and blocking of the computation.
     """
 
     config: ModelConfig
     params: llama.Params
-    tokenizer: Any
+    tokenizer: Tokenizer | None
     compute: ComputeConfig
 
     def logits(self, tokens: Any) -> jax.Array:
@@ -76,8 +75,9 @@ class Llama:
     ) -> list[str]:
         """Continuations, without their prompts: `num_samples` of the first prompt, and so on.
 
-        A continuation ends at EOS, which is not part of it, or at `max_new_tokens`. It is a
-        function of its prompt, its number among the samples, the seed and the settings, and not of
+        A continuation ends at a stop id of the tokenizer (EOS; of Llama 3 also the ends of a turn
+        and of a message), which is not part of it, or at `max_new_tokens`. It is a function of its
+        prompt, its number among the samples, the seed and the settings, and not of
         what else is generated with it.
 
         Args:
@@ -143,6 +143,8 @@ class Llama:
 
     def _request(self, prompt, max_new_tokens, sampling, seed, number) -> engine.Request:
         tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise UserError("generate: the model's folder has no tokenizer; put its files there")
         if isinstance(prompt, str):
             ids = tuple(tokenizer.encode(prompt, bos=True))
         else:
@@ -150,12 +152,11 @@ class Llama:
         if max_new_tokens is None:
             # At least one, so that a prompt which leaves no room is an error and not no text.
             max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, self.config.max_length - len(ids)))
-        stop = frozenset({tokenizer.eos_id})
         return engine.Request(
             prompt=ids,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            stop=stop,
+            stop=tokenizer.stop_ids,
             seed=seed,
             number=number,
         )
@@ -175,55 +176,40 @@ def _logits(
     return llama.logits(params, config, hidden)
 
 
-def load(path: str | Path, dtype: str | None = None) -> Llama:
-    """A trained model from a run folder (its newest checkpoint) or a step, RUN/checkpoints/STEP.
+def load(path: str | Path, dtype: str | None = None, model: str | None = None) -> Llama:
+    """A trained model: a run (its newest checkpoint), a step of it, or a model's folder.
 
     Args:
-      path: local, or a URL: gs://, s3://.
-      dtype: "float32" or "bfloat16" for the computation; default the run's own. Matrices are kept
-        in it too, which changes no result: they would be cast at every use. Norms stay as they are.
+      path: a run folder, RUN/checkpoints/STEP, or a folder of this project, Hugging Face or Meta;
+        local, or a URL: gs://, s3://.
+      dtype: "float32" or "bfloat16" for the computation; default the run's own, or what the folder
+        is stored in (float32 for float16). Matrices are kept in it too, which changes no result:
+        they would be cast at every use. Norms are kept in float32.
+      model: what a folder of Meta's is, where it does not say all: a name in configs/model, or a
+        file like those.
 
     Raises:
-      UserError: if the path is neither, the run has no checkpoint, or the dtype is another.
+      UserError: if the path is none of these, the run has no checkpoint, the folder holds what
+        cannot be expressed here, or the dtype is another.
     """
-    run, step = _locate(storage.path(path))
-    recipe = recipes.load(run / "config.yaml")
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
-    use_compilation_cache(recipe.run.compilation_cache)
-    # The devices here are not those of the training: the run's mesh, placement and attention kernel
-    # say nothing. And a process among several has only its own.
-    placement = Placement(make_mesh(MeshConfig(), jax.local_devices()), ShardingConfig())
-    compute = dataclasses.replace(
-        recipe.compute,
-        dtype=dtype or recipe.compute.dtype,
-        attention=AutoAttention(kind="auto"),
-    )
-    tokenizer = load_tokenizer(run / "tokenizer.model")
-    params = load_params(run, step, recipe, placement)
-    return Llama(recipe.model, _cast(params, compute.dtype), tokenizer, compute)
+    stored = open_model(storage.path(path), model=model)
+    use_compilation_cache(stored.compilation_cache)
+    compute = stored.compute if dtype is None else dataclasses.replace(stored.compute, dtype=dtype)
+    placed = llama.placed_shapes(stored.config, _local(stored.config), compute.dtype, "float32")
+    return Llama(stored.config, stored.read(placed), stored.tokenizer, compute)
 
 
-def _locate(path: Path) -> tuple[Path, int]:
-    """The run folder and the step that `path` means."""
-    if storage.exists(path / "config.yaml"):
-        step = latest_step(path)
-        if step is None:
-            raise UserError(f"{path}: the run has no checkpoint yet; train it first")
-        return path, step
-    run = storage.absolute(path).parent.parent
-    folder = storage.is_folder(path)
-    if folder and path.name.isdigit() and storage.exists(run / "config.yaml"):
-        return run, int(path.name)
-    what = "not a model" if folder else "no such folder"
-    raise UserError(
-        f"{path}: {what}; expected a run folder, with config.yaml and checkpoints/ in it,"
-        " or one of its steps, RUN/checkpoints/STEP"
-    )
+def _local(config: ModelConfig) -> Placement:
+    """This process's devices, or one of them where the model's sizes do not divide.
 
-
-def _cast(params: llama.Params, dtype: str) -> llama.Params:
-    def cast(path, leaf):
-        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+    They are not those of the training: the run's mesh and placement say nothing.
+    """
+    devices = jax.local_devices()
+    whole = Placement(make_mesh(MeshConfig(), devices), ShardingConfig())
+    try:
+        llama.placed_shapes(config, whole, "float32", "float32")
+    except UserError:
+        return Placement(make_mesh(MeshConfig(), devices[:1]), ShardingConfig())
+    return whole

@@ -20,10 +20,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from jllama import schema, storage
-from jllama.config import Config, ModelConfig
+from jllama.config import Config, ModelConfig, StoredConfig
 from jllama.errors import UserError
 
 T = typing.TypeVar("T")
+_STORED = {field.name for field in dataclasses.fields(StoredConfig)}
 
 
 def configs_folder() -> Path:
@@ -102,6 +103,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if isinstance(data.get("model"), str):
         data["model"] = _model_dict(data["model"])
     return _validate(Config, override(data, rest), where=str(path), given=rest)
+
+
+def load_stored(path: Path) -> StoredConfig:
+    """What a folder's config.yaml says of the parameters in it; of a run, a part of its recipe."""
+    data = _read_yaml(path)
+    return _validate(StoredConfig, {k: v for k, v in data.items() if k in _STORED}, str(path))
 
 
 def override(data: dict, overrides: Sequence[str]) -> dict:

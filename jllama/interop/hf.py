@@ -8,10 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jllama import storage
-from jllama.config import ModelConfig
+from jllama.config import ComputeConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.interop.hf_config import generation_config, read_config, write_config
 from jllama.interop.hf_tokenizer import tokenizer_files
@@ -19,7 +18,7 @@ from jllama.interop.parameters import file_tensors
 from jllama.interop.pth import read_pth
 from jllama.interop.safetensors import read_safetensors, write_safetensors
 from jllama.interop.tensors import Tensor
-from jllama.model.llama import Params, ParamSpec
+from jllama.model.llama import Params, param_specs
 from jllama.progress import Progress
 from jllama.text.tokenizer import Tokenizer
 
@@ -106,25 +105,23 @@ def write_folder(
     folder: Path,
     config: ModelConfig,
     params: Params,
-    specs: Mapping[str, ParamSpec],
     tokenizer: Tokenizer | None,
-    dtype: str | None,
+    dtype: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a folder that transformers reads, whole or not at all.
 
     Args:
-      specs: tree of `ParamSpec`, like `params`.
       tokenizer: None leaves its files out.
-      dtype: of every tensor; None for the parameters' own.
+      dtype: of every tensor, float32, bfloat16 or float16.
 
     Raises UserError if the folder holds anything, the model is one that Hugging Face's LLaMA cannot
     express, or a value does not fit `dtype`.
     """
+    specs = param_specs(config, ComputeConfig(dtype="float32"))
     tensors = file_tensors(params, specs, "hf", interleaved=False)
-    widest = dtype or np.result_type(*(jnp.dtype(t.dtype) for t in tensors.values())).name
     files = {
-        CONFIG: write_config(config, widest, tokenizer),
+        CONFIG: write_config(config, dtype, tokenizer),
         "generation_config.json": generation_config(tokenizer),
     }
     shards = _shards(tensors, dtype, shard_bytes)
@@ -149,11 +146,11 @@ def write_folder(
             storage.write_bytes(new / name, text)
 
 
-def _bytes(tensor: Tensor, dtype: str | None) -> int:
-    return math.prod(tensor.shape) * jnp.dtype(dtype or tensor.dtype).itemsize
+def _bytes(tensor: Tensor, dtype: str) -> int:
+    return math.prod(tensor.shape) * jnp.dtype(dtype).itemsize
 
 
-def _shards(tensors: Mapping[str, Tensor], dtype: str | None, most: int) -> list[dict[str, Tensor]]:
+def _shards(tensors: Mapping[str, Tensor], dtype: str, most: int) -> list[dict[str, Tensor]]:
     """The tensors in order, in files of at most `most` bytes, or of one tensor."""
     shards: list[dict[str, Tensor]] = []
     room = 0

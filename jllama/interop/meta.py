@@ -1,4 +1,4 @@
-"""Folders as Meta ships them: params.json and consolidated.NN.pth, one file per model-parallel shard.
+"""Folders as Meta ships them: params.json and consolidated.NN.pth, a file per model-parallel shard.
 
 params.json does not say everything: Llama-1 and 2 leave the base of RoPE out, Llama-3.1 its scaling
 but for a flag, none the length. So what it says, and the shapes, must be those of one model in

@@ -88,9 +88,10 @@ def _ranges(names: Sequence[tuple[str, str]]) -> Iterator[str]:
         yield f"{pattern.replace('{}', span)} ({text})"
 
 
-def stored_dtype(found: Mapping[str, Sequence[Tensor]]) -> str:
-    """The widest dtype among a model's matrices: float32 unless all are of one half precision."""
-    dtypes = {t.dtype for path, many in found.items() for t in many if not path.endswith("scale")}
+def widest_dtype(found: Mapping[str, Sequence[Tensor]], *, scales: bool) -> str:
+    """The dtype that holds every matrix, or every scale of a norm, exactly."""
+    chosen = [t for path, some in found.items() if path.endswith("scale") == scales for t in some]
+    dtypes = {tensor.dtype for tensor in chosen}
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 

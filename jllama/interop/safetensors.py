@@ -95,9 +95,9 @@ def _check_gapless(spans: list[tuple[str, int, int]]) -> int:
 
 
 def write_safetensors(
-    file: Path, tensors: Mapping[str, Tensor], dtype: str | None, progress: Progress
+    file: Path, tensors: Mapping[str, Tensor], dtype: str, progress: Progress
 ) -> None:
-    """Writes a local file, one tensor at a time in memory; `dtype` of all, or None for their own.
+    """Writes a local file of `dtype`, one tensor at a time in memory.
 
     Raises UserError for a value that `dtype` cannot hold.
     """
@@ -105,15 +105,14 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in tensors.items():
-        stored = dtype or tensor.dtype
-        end = at + math.prod(tensor.shape) * jnp.dtype(stored).itemsize
-        entry = {"dtype": names[stored], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        end = at + math.prod(tensor.shape) * jnp.dtype(dtype).itemsize
+        entry = {"dtype": names[dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
         header[name], at = entry, end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligned, as the library does
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
-            array = cast(tensor.read(), dtype or tensor.dtype, name)
+            array = cast(tensor.read(), dtype, name)
             stream.write(memoryview(array.reshape(-1).view(np.uint8)))
             progress.advance(array.nbytes)

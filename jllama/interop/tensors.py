@@ -126,13 +126,14 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 def contiguous(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """A C-contiguous copy in `dtype`, block by block."""
-    if array.dtype == dtype:
-        if array.flags.c_contiguous:
-            return array
-        if dtype.itemsize == 2:  # bits are copied faster than bfloat16s, which NumPy does not know
-            return contiguous(array.view(np.uint16), np.dtype(np.uint16)).view(dtype)
+    if array.dtype == dtype and array.flags.c_contiguous:
+        return array
     out = np.empty(array.shape, dtype)
+    target = out
+    if array.dtype == dtype and dtype.itemsize == 2:
+        # As bits, which NumPy copies faster than the bfloat16s that it does not know.
+        array, target = array.view(np.uint16), out.view(np.uint16)
     for start in range(0, array.shape[-1], _BLOCK):
         columns = np.s_[..., start : start + _BLOCK]
-        out[columns] = array[columns]
+        target[columns] = array[columns]
     return out

@@ -151,14 +151,20 @@ def param_specs(config: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
     )
 
 
-def placed_shapes(config: ModelConfig, compute: ComputeConfig, placement: Placement) -> Params:
-    """The parameter tree with, at each leaf, a `jax.ShapeDtypeStruct` that has its sharding."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, s: jax.ShapeDtypeStruct(
-            s.shape, s.dtype, sharding=placement.sharding(s.shape, s.axes, dotted(path))
-        ),
-        param_specs(config, compute),
-    )
+def placed_shapes(
+    config: ModelConfig, placement: Placement, dtype: str, scale_dtype: str
+) -> Params:
+    """The parameter tree with a `jax.ShapeDtypeStruct` and its sharding at each leaf.
+
+    `dtype` is of matrices and tables, `scale_dtype` of the norms' scales.
+    """
+
+    def place(path: tuple[Any, ...], spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        sharding = placement.sharding(spec.shape, spec.axes, dotted(path))
+        kind = scale_dtype if path[-1].key == "scale" else dtype
+        return jax.ShapeDtypeStruct(spec.shape, kind, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, param_specs(config, ComputeConfig(dtype=dtype)))
 
 
 def apply(

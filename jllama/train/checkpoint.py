@@ -1,11 +1,13 @@
 """Checkpoints: parameters and the rest of the state, saved while training goes on.
 
 `RUN/checkpoints/STEP/trainable` holds the parameters, `RUN/checkpoints/STEP/rest` the step and the
-optimizer's state, both in Orbax's format, readable on any mesh and number of processes.
+optimizer's state, both in Orbax's format, readable on any mesh and number of processes. A folder of
+a model alone has a step 0 without the rest.
 """
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from jllama.train.state import StateDef, TrainState
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 _CHUNK_BYTES = 32 << 20
+_LEAST_ROOM = 256 << 20
 
 
 class Checkpoints:
@@ -34,13 +37,25 @@ class Checkpoints:
     Every process takes part in everything: each writes and reads the shards of its own devices.
     """
 
-    def __init__(self, run: Path, keep: int):
+    def __init__(self, run: Path, keep: int, copies: float | None = None):
+        """`copies` limits, in bytes, what waits in the host's memory to be written; see `room_for`.
+
+        With a limit `save` takes as long as the writing, but for the last of it.
+        """
         self._folder = run / "checkpoints"
         self._staging = Staging(self._folder, keep) if staging.needed(self._folder) else None
         # What a killed run had half written is removed.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         here = self._staging.local if self._staging else storage.absolute(self._folder)
-        self._manager = ocp.CheckpointManager(here, options=options)
+        handlers = None
+        if copies is not None:
+            gb = copies / 1e9
+            handlers = {
+                "trainable": ocp.PyTreeCheckpointHandler(
+                    save_concurrent_gb=gb, save_device_host_concurrent_gb=gb
+                )
+            }
+        self._manager = ocp.CheckpointManager(here, item_handlers=handlers, options=options)
 
     def latest(self) -> int | None:
         """The newest complete step."""
@@ -53,15 +68,18 @@ class Checkpoints:
 
         Raises `StorageError` when this save or the one before it cannot be written.
         """
+        self._save(step, trainable=state.trainable, rest=_rest(state))
+
+    def save_params(self, step: int, params: llama.Params) -> None:
+        """`save` of parameters alone: what `load_params` reads, and nothing to go on training."""
+        self._save(step, trainable=params)
+
+    def _save(self, step: int, **items: Any) -> None:
         with _writing(self._folder / str(step)):
             if self._staging:
                 self._staging.wait()  # Orbax may drop the step that is being copied
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    trainable=_in_chunks(state.trainable), rest=_in_chunks(_rest(state))
-                ),
-            )
+            args = {name: _in_chunks(item) for name, item in items.items()}
+            self._manager.save(step, args=ocp.args.Composite(**args))
         if self._staging:
             self._staging.publish(step, self._manager.wait_until_finished)
 
@@ -109,13 +127,22 @@ def _rest(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state}
 
 
-def _in_chunks(tree: Any) -> ocp.args.StandardSave:
+def room_for(params: Any) -> float:
+    """The bytes that a copy of the largest array takes: the least that Orbax can be limited to."""
+    sizes = [
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(params)
+    ]
+    return max(1.01 * max(sizes), _LEAST_ROOM)
+
+
+def _in_chunks(tree: Any) -> ocp.args.PyTreeSave:
     """Stored in pieces of at most `_CHUNK_BYTES`, and not of a device's part.
 
     A piece is read whole: what one device saved, each of many would have to read in full.
     """
     args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-    return ocp.args.StandardSave(tree, args)
+    return ocp.args.PyTreeSave(tree, args)
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:
@@ -167,7 +194,10 @@ def load_params(run: Path, step: int, placed: llama.Params) -> llama.Params:
     By the processes whose devices those are. Raises `UserError` when there is no such step, it is
     incomplete, or it is another model's.
     """
-    with _open_step(run, step, jax.tree.leaves(placed)[0].sharding) as (manager, where):
+    # Orbax would hold all of it on the host as well.
+    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=room_for(placed) / 1e9)
+    sharding = jax.tree.leaves(placed)[0].sharding
+    with _open_step(run, step, sharding, trainable=handler) as (manager, where):
         return _restore(manager, where, step, trainable=placed)["trainable"]
 
 
@@ -178,7 +208,9 @@ def load_state(run: Path, step: int, definition: StateDef) -> TrainState:
 
 
 @contextlib.contextmanager
-def _open_step(run: Path, step: int, sharding: Any) -> Iterator[tuple[ocp.CheckpointManager, Path]]:
+def _open_step(
+    run: Path, step: int, sharding: Any, **handlers: ocp.CheckpointHandler
+) -> Iterator[tuple[ocp.CheckpointManager, Path]]:
     folder = run / "checkpoints"
     there = _steps(folder)
     if step not in there:
@@ -189,7 +221,7 @@ def _open_step(run: Path, step: int, sharding: Any) -> Iterator[tuple[ocp.Checkp
         here = folder
         if staging.needed(folder):
             here = stack.enter_context(staging.fetched(folder, step))
-        yield stack.enter_context(_reader(here, processes)), folder / str(step)
+        yield stack.enter_context(_reader(here, processes, handlers)), folder / str(step)
 
 
 def _steps(folder: Path) -> list[int]:
@@ -201,7 +233,11 @@ def _steps(folder: Path) -> list[int]:
         return list(manager.all_steps())
 
 
-def _reader(folder: Path, processes: set[int] | None = None) -> ocp.CheckpointManager:
+def _reader(
+    folder: Path,
+    processes: set[int] | None = None,
+    handlers: dict[str, ocp.CheckpointHandler] | None = None,
+) -> ocp.CheckpointManager:
     """Reads without writing, together with `processes`; alone if that is None."""
     processes = processes or {jax.process_index()}
     options = ocp.CheckpointManagerOptions(
@@ -212,4 +248,6 @@ def _reader(folder: Path, processes: set[int] | None = None) -> ocp.CheckpointMa
             active_processes=None if len(processes) == jax.process_count() else processes,
         ),
     )
-    return ocp.CheckpointManager(storage.absolute(folder), options=options)
+    return ocp.CheckpointManager(
+        storage.absolute(folder), item_handlers=handlers or None, options=options
+    )

@@ -24,13 +24,14 @@ from jllama.parallel import distributed
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train import folder as run_folder
-from jllama.train.checkpoint import Checkpoints
+from jllama.train.checkpoint import Checkpoints, latest_step
 from jllama.train.loss import causal_lm_loss
 from jllama.train.metrics import Metrics, NoMetrics
 from jllama.train.metrics import read as metrics_of
 from jllama.train.mirror import Mirror
-from jllama.train.state import check_batches, define_state, init_state
+from jllama.train.state import check_batches, define_state, init_state, start_from
 from jllama.train.step import make_eval_step, make_train_step
+from jllama.train.stored import initial_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,7 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     placement = together(lambda: Placement(make_mesh(config.mesh), config.sharding))
     together(lambda: check_batches(config, placement))
     definition = together(lambda: define_state(config, placement))
+    initial = together(lambda: None if latest_step(folder) else initial_model(config))
     # The leader makes what is missing while the others wait; they find it, or make their own
     # where prepared data is not on shared storage.
     data = together(lambda: run_folder.begin(config, folder, stack) if leader else None)
@@ -96,6 +98,8 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
         print(_opening(config, placement, folder, start), file=sys.stderr, flush=True)
     if start:
         state = checkpoints.restore(start, definition)
+    elif initial:
+        state = start_from(definition, initial.read(definition.placed_params))
     else:
         state = init_state(definition, config.run.seed)
     steps, every = config.training.steps, config.run.log_every

@@ -30,15 +30,26 @@ class StateDef:
     """How to make the state of a recipe, and how it is placed.
 
     Attributes:
-      init: key -> TrainState, pure.
+      init: key -> parameters, pure.
+      start: parameters -> TrainState at step 0, pure.
       optimizer: gradient -> direction.
       shapes, shardings: trees like the state.
     """
 
-    init: Callable[[jax.Array], TrainState]
+    init: Callable[[jax.Array], llama.Params]
+    start: Callable[[llama.Params], TrainState]
     optimizer: optax.GradientTransformation
     shapes: TrainState
     shardings: TrainState
+
+    @property
+    def placed_params(self) -> llama.Params:
+        """The parameters' shapes with their shardings, as `llama.placed_shapes` has them."""
+        return jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+            self.shapes.trainable,
+            self.shardings.trainable,
+        )
 
 
 def as_float32(tree: Any) -> Any:
@@ -52,18 +63,20 @@ def define_state(config: Config, placement: Placement) -> StateDef:
     specs = llama.param_specs(config.model, config.compute)
     optimizer = make_optimizer(config.training.optimizer, specs)
 
-    def init(key: jax.Array) -> TrainState:
-        params = llama.init_params(config.model, config.compute, key)
+    def init(key: jax.Array) -> llama.Params:
+        return llama.init_params(config.model, config.compute, key)
+
+    def start(params: llama.Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(as_float32(params)))
 
     # The key is made inside: outside it would start this machine's devices.
-    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: start(init(jax.random.key(0))))
     shardings = jax.tree_util.tree_map_with_path(
         lambda path, s: placement.sharding(s.shape, s.axes, dotted(path)), specs
     )
     opt_shardings = _like_parameters(shapes.opt_state, specs, shardings, placement)
     placed = TrainState(placement.replicated(), shardings, opt_shardings)
-    return StateDef(init, optimizer, shapes, placed)
+    return StateDef(init, start, optimizer, shapes, placed)
 
 
 def _check_rows(config: Config, placement: Placement) -> None:
@@ -129,5 +142,13 @@ def _like_parameters(opt_state: Any, specs: Any, shardings: Any, placement: Plac
 
 def init_state(definition: StateDef, seed: int) -> TrainState:
     """The state at step 0, made under jit in its shardings: no device holds more than its part."""
-    init = jax.jit(definition.init, out_shardings=definition.shardings)
+    init = jax.jit(
+        lambda key: definition.start(definition.init(key)), out_shardings=definition.shardings
+    )
     return init(jax.random.key(seed))
+
+
+def start_from(definition: StateDef, params: llama.Params) -> TrainState:
+    """The state at step 0 with these parameters, which are donated."""
+    start = jax.jit(definition.start, donate_argnums=0, out_shardings=definition.shardings)
+    return start(params)

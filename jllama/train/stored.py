@@ -1,0 +1,190 @@
+"""A model on storage, in whichever format: what it is, and its parameters when they are asked for.
+
+Formats are told apart by the file that says what the model is:
+
+  jllama  config.yaml: a run, whose newest checkpoint counts, or a model alone; RUN/checkpoints/STEP
+  hf      config.json
+  meta    params.json
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from jllama import recipe as recipes
+from jllama import storage
+from jllama.config import AutoAttention, ComputeConfig, Config, ModelConfig, RunConfig, StoredConfig
+from jllama.errors import UserError
+from jllama.interop import hf, meta
+from jllama.interop.names import Format
+from jllama.interop.parameters import match, read_params, widest_dtype
+from jllama.interop.tensors import Tensor
+from jllama.model import llama
+from jllama.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from jllama.train.checkpoint import Checkpoints, latest_step, load_params, room_for
+
+StoredFormat = Literal["jllama", "hf", "meta"]
+_FILES: dict[str, StoredFormat] = {
+    "config.yaml": "jllama",
+    hf.CONFIG: "hf",
+    meta.PARAMS: "meta",
+}
+# What may differ between a recipe and the model that it begins from: no parameter's shape.
+_FREE = {"rope", "rope_theta", "rms_norm_eps"}
+_NO_RUN = RunConfig(name="none")  # its defaults
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """A model that was found and checked; its parameters are not read yet.
+
+    Attributes:
+      format: of the folder.
+      config: the architecture.
+      compute: how it is computed unless told otherwise.
+      dtype, scale_dtype: what its matrices and its norms' scales are stored in: float32, bfloat16
+        or float16.
+      tokenizer: None where the folder has none.
+      compilation_cache: folder of what is compiled for it; empty is none.
+      read: the parameters, in the dtypes and on the devices of `llama.placed_shapes`.
+    """
+
+    format: StoredFormat
+    config: ModelConfig
+    compute: ComputeConfig
+    dtype: str
+    scale_dtype: str
+    tokenizer: Tokenizer | None
+    compilation_cache: str
+    read: Callable[[llama.Params], llama.Params]
+
+
+def open_model(
+    path: Path, format: StoredFormat | None = None, model: str | None = None
+) -> StoredModel:
+    """Finds out what `path` is, and checks all that can be checked without reading the parameters.
+
+    Args:
+      format: to force it where a folder has files of several.
+      model: for Meta's folders, which do not say all: a name in configs/model, or such a file.
+
+    Raises UserError if it is no model, or one that cannot be expressed here.
+    """
+    format = format or _format(path)
+    if model is not None and format != "meta":
+        raise UserError(f"--model {model}: {path} says itself what it is; leave it out")
+    if format == "jllama":
+        return _own(path)
+    if format == "hf":
+        config, tensors = hf.read_folder(path)
+    else:
+        config, tensors = meta.read_folder(path, model)
+    return _foreign(path, format, config, tensors)
+
+
+def _format(path: Path) -> StoredFormat:
+    there = [format for file, format in _FILES.items() if storage.exists(path / file)]
+    if len(there) == 1:
+        return there[0]
+    if there:
+        raise UserError(
+            f"{path}: may be {' or '.join(there)}; say which with --from, or give the folder of one"
+        )
+    if path.name.isdigit() and path.parent.name == "checkpoints":
+        return "jllama"
+    what = "not a model" if storage.is_folder(path) else "no such folder"
+    raise UserError(
+        f"{path}: {what}; expected a run or a model with config.yaml in it, RUN/checkpoints/STEP,"
+        " or a folder of Hugging Face (config.json) or Meta (params.json)"
+    )
+
+
+def _own(path: Path) -> StoredModel:
+    folder, step = path, None
+    if not storage.exists(path / "config.yaml") and path.name.isdigit():
+        folder, step = storage.absolute(path).parent.parent, int(path.name)
+    if not storage.exists(folder / "config.yaml"):
+        raise UserError(f"{folder}: no config.yaml, which a run and a model of jllama have")
+    stored = recipes.load_stored(folder / "config.yaml")
+    step = latest_step(folder) if step is None else step
+    if step is None:
+        raise UserError(f"{path}: the run has no checkpoint yet; train it first")
+    compute = dataclasses.replace(stored.compute, attention=AutoAttention(kind="auto"))
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    read = functools.partial(load_params, folder, step)
+    dtype = compute.param_dtype
+    cache = (stored.run or _NO_RUN).compilation_cache
+    return StoredModel("jllama", stored.model, compute, dtype, dtype, tokenizer, cache, read)
+
+
+def _foreign(
+    path: Path, format: Format, config: ModelConfig, tensors: dict[str, Tensor]
+) -> StoredModel:
+    specs = llama.param_specs(config, ComputeConfig(dtype="float32"))
+    found = match(tensors, specs, format, path)
+    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size:,} ids and the embedding"
+            f" {config.vocab_size:,} rows: the tokenizer, or the weights, are of another model"
+        )
+    read = functools.partial(
+        read_params, found, specs, interleaved=format == "meta", title=f"read {path.name}"
+    )
+    stored = widest_dtype(found, scales=False)
+    # float32 holds float16 exactly, and bfloat16 does not.
+    dtype = "bfloat16" if stored == "bfloat16" else "float32"
+    compute = ComputeConfig(dtype=dtype, param_dtype=dtype)
+    scales = widest_dtype(found, scales=True)
+    cache = _NO_RUN.compilation_cache
+    return StoredModel(format, config, compute, stored, scales, tokenizer, cache, read)
+
+
+def write_model(
+    folder: Path, config: ModelConfig, params: llama.Params, tokenizer: Tokenizer | None, dtype: str
+) -> None:
+    """Writes a model alone, all of it of `dtype`, in this project's format.
+
+    Hosts read it in parts, each its own, where they would read the whole of another format.
+
+    Every process that holds a part of it calls it. config.yaml is written last: what lacks it is no
+    model. Raises UserError if the folder holds anything.
+    """
+    storage.check_absent(folder)
+    checkpoints = Checkpoints(folder, keep=1, copies=room_for(params))
+    try:
+        checkpoints.save_params(0, params)
+    finally:
+        checkpoints.close()
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    stored = StoredConfig(model=config, compute=ComputeConfig(dtype=dtype, param_dtype=dtype))
+    storage.write_text(folder / "config.yaml", recipes.to_yaml(stored))
+
+
+def initial_model(config: Config) -> StoredModel | None:
+    """The model that the recipe's parameters begin from; says on stderr where it is another.
+
+    Raises UserError when it has other shapes than the recipe's.
+    """
+    if not config.training.init_from:
+        return None
+    where = config.training.init_from
+    try:
+        stored = open_model(storage.path(where))
+    except UserError as e:
+        raise type(e)(f"training.init_from: {e}") from None
+    there, here = dataclasses.asdict(stored.config), dataclasses.asdict(config.model)
+    differ = [key for key in here if key not in ("init", "max_length") and here[key] != there[key]]
+    said = [f"model.{key} is {here[key]}, there {there[key]}" for key in differ]
+    if set(differ) - _FREE:
+        raise UserError(
+            f"training.init_from={where}: its parameters are not the recipe's model: "
+            + "; ".join(said)
+        )
+    for line in said:
+        print(f"note: training.init_from={where}: {line}", file=sys.stderr)
+    return stored
