@@ -3,6 +3,7 @@
 Files that are broken or hostile are made here, byte by byte, from those.
 """
 
+import dataclasses
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -30,12 +32,10 @@ PLAIN = FIXTURES / "pth" / "plain.pth"
 # ----------------------------------------------------------------------------------------- models
 
 
-def _model_file(folder: Path, hf: str) -> Path:
-    """What params.json leaves out, as a file for --model."""
-    config = jllama.load(FIXTURES / hf).config
-    file = folder / "model.yaml"
-    file.write_text(json.dumps(jllama.recipe.to_dict(config)))
-    return file
+def _check(model, name):
+    reference = np.load(FIXTURES / f"{name}.npz")
+    logits = model.logits(reference["ids"][None])[0, reference["positions"]]
+    assert relative_error(logits, reference["logits"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["hf-llama3", "hf-llama2", "hf-old-tied", "hf-bin"])
@@ -43,10 +43,20 @@ def test_a_hugging_face_folder_gives_the_logits_that_transformers_gives(name):
     _check(jllama.load(FIXTURES / name, dtype="float32"), name)
 
 
-def _check(model, name):
-    reference = np.load(FIXTURES / f"{name}.npz")
-    logits = model.logits(reference["ids"][None])[0, reference["positions"]]
-    assert relative_error(logits, reference["logits"]) < 2e-5
+@pytest.mark.parametrize("name", ["llama3", "llama2"])
+def test_a_folder_of_meta_gives_its_logits_and_the_parameters_of_its_twin(name, tmp_path):
+    twin = jllama.load(FIXTURES / f"hf-{name}", dtype="float32")
+    file = tmp_path / "model.yaml"  # what params.json leaves out
+    file.write_text(json.dumps(dataclasses.asdict(twin.config)))
+    model = jllama.load(FIXTURES / f"meta-{name}", dtype="float32", model=str(file))
+    _check(model, f"meta-{name}")
+    jax.tree.map(np.testing.assert_array_equal, model.params, twin.params)
+
+
+def test_a_folder_of_meta_that_is_no_known_model_needs_a_name():
+    with pytest.raises(UserError, match="--model") as e:
+        jllama.load(FIXTURES / "meta-llama3")
+    _one_line(e, "meta-llama3")
 
 
 # -------------------------------------------------------------------------------------------- pth
