@@ -9,6 +9,7 @@ import collections
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from pathlib import Path
@@ -135,6 +136,7 @@ def _read(file: Path, stream: Any) -> dict[str, FileTensor]:
 
 def _state_dict(file: Path, data: bytes) -> list[tuple[str, _View]]:
     try:
+        _check_memo(data)
         loaded = _Unpickler(io.BytesIO(data), encoding="utf-8").load()
     except Exception as e:  # whatever a broken pickle makes of itself
         reason = storage.one_line(e)
@@ -146,6 +148,16 @@ def _state_dict(file: Path, data: bytes) -> list[tuple[str, _View]]:
             kind = type(value).__name__
             raise UserError(f"{file}: {str(name)[:80]!r} is a {kind}, expected a dict of tensors")
     return list(loaded.items())
+
+
+def _check_memo(data: bytes) -> None:
+    """The unpickler makes room for every number below the one that an object is kept under."""
+    last = -1
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            if argument > last + 1:
+                raise pickle.UnpicklingError(f"it keeps an object under {argument}, out of order")
+            last = max(last, argument)
 
 
 def _tensor(file: Path, name: str, view: _View, span: Any) -> FileTensor:

@@ -164,7 +164,8 @@ def placed_shapes(
         kind = scale_dtype if path[-1].key == "scale" else dtype
         return jax.ShapeDtypeStruct(spec.shape, kind, sharding=sharding)
 
-    return jax.tree_util.tree_map_with_path(place, param_specs(config, ComputeConfig(dtype=dtype)))
+    specs = param_specs(config, ComputeConfig(dtype="float32"))
+    return jax.tree_util.tree_map_with_path(place, specs)
 
 
 def apply(

@@ -7,6 +7,7 @@ Formats are told apart by the file that says what the model is:
   meta    params.json
 """
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -23,7 +24,7 @@ from jllama.interop.names import Format
 from jllama.interop.parameters import match, read_params, widest_dtype
 from jllama.interop.tensors import Tensor
 from jllama.model import llama
-from jllama.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from jllama.train.checkpoint import Checkpoints, latest_step, load_params, room_for
 
 StoredFormat = Literal["jllama", "hf", "meta"]
@@ -113,7 +114,7 @@ def _own(path: Path) -> StoredModel:
     if step is None:
         raise UserError(f"{path}: the run has no checkpoint yet; train it first")
     compute = dataclasses.replace(stored.compute, attention=AutoAttention(kind="auto"))
-    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    tokenizer = _tokenizer(folder)
     read = functools.partial(load_params, folder, step)
     dtype = compute.param_dtype
     cache = (stored.run or _NO_RUN).compilation_cache
@@ -125,7 +126,7 @@ def _foreign(
 ) -> StoredModel:
     specs = llama.param_specs(config, ComputeConfig(dtype="float32"))
     found = match(tensors, specs, format, path)
-    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
+    tokenizer = _tokenizer(path, path.parent) if format == "meta" else _tokenizer(path)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {tokenizer.vocab_size:,} ids and the embedding"
@@ -143,6 +144,14 @@ def _foreign(
     return StoredModel(format, config, compute, stored, scales, tokenizer, cache, read)
 
 
+def _tokenizer(*folders: Path) -> Tokenizer | None:
+    """That of the first folder which has one; Meta keeps it with the weights, or above them."""
+    for folder in folders:
+        if {"tokenizer.model", "tokenizer.json"} & storage.names(folder).keys():
+            return load_tokenizer(folder)
+    return None
+
+
 def write_model(
     folder: Path, config: ModelConfig, params: llama.Params, tokenizer: Tokenizer | None, dtype: str
 ) -> None:
@@ -150,19 +159,21 @@ def write_model(
 
     Hosts read it in parts, each its own, where they would read the whole of another format.
 
-    Every process that holds a part of it calls it. config.yaml is written last: what lacks it is no
-    model. Raises UserError if the folder holds anything.
+    config.yaml is written last: what lacks it is no model. Raises UserError if the folder holds
+    anything.
     """
     storage.check_absent(folder)
-    checkpoints = Checkpoints(folder, keep=1, copies=room_for(params))
     try:
-        checkpoints.save_params(0, params)
-    finally:
-        checkpoints.close()
-    if tokenizer is not None:
-        tokenizer.save(folder)
-    stored = StoredConfig(model=config, compute=ComputeConfig(dtype=dtype, param_dtype=dtype))
-    storage.write_text(folder / "config.yaml", recipes.to_yaml(stored))
+        checkpoints = Checkpoints(folder, keep=1, copies=room_for(params))
+        with contextlib.closing(checkpoints):
+            checkpoints.save_params(0, params)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        stored = StoredConfig(model=config, compute=ComputeConfig(dtype=dtype, param_dtype=dtype))
+        storage.write_text(folder / "config.yaml", recipes.to_yaml(stored))
+    except BaseException:
+        storage.remove_folder(folder)
+        raise
 
 
 def initial_model(config: Config) -> StoredModel | None:
