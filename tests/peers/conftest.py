@@ -46,7 +46,7 @@ def measured(request):
 
 
 def pytest_terminal_summary(terminalreporter):
-    rows = [
+    found = [
         value
         for reports in terminalreporter.stats.values()
         for report in reports
@@ -54,11 +54,14 @@ def pytest_terminal_summary(terminalreporter):
         for key, value in report.user_properties
         if key == _MEASURED
     ]
-    if not rows:
-        return
-    terminalreporter.section("largest errors beside the peers")
-    terminalreporter.line("| pair | direction | largest error | peer's own error |")
-    terminalreporter.line("|---|---|---|---|")
-    for pair, direction, error, own in sorted(rows, key=lambda row: row[:2]):
-        own = "" if own is None else f"{own:.1e}"
-        terminalreporter.line(f"| {pair} | {direction} | {error:.1e} | {own} |")
+    # Directions with the same errors share a row.
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for pair, direction, error, own in sorted(found, key=lambda row: row[:2]):
+        figures = f"{error:.1e}", "" if own is None else f"{own:.1e}"
+        rows.setdefault((pair, *figures), []).append(direction)
+    if rows:
+        terminalreporter.section("beside the peers")
+        terminalreporter.line("| pair | direction | largest error | peer's own error |")
+        terminalreporter.line("|---|---|---|---|")
+    for (pair, error, own), directions in rows.items():
+        terminalreporter.line(f"| {pair} | {', '.join(directions)} | {error} | {own} |")

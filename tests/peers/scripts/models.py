@@ -59,7 +59,8 @@ def logits(folder: str | Path, ids: list[int], positions: list[int]) -> dict[str
 
 @torch.no_grad()
 def _run(model, ids, positions):
-    return model.eval()(torch.tensor([ids])).logits[0, positions].numpy()
+    out = model.eval()(torch.tensor([ids]), logits_to_keep=torch.tensor(positions))
+    return out.logits[0].numpy()
 
 
 def main(jobs: list[dict]) -> None:
