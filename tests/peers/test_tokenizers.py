@@ -20,6 +20,8 @@ MODELS = {"Llama-2": "llama2_tokenizer.model", "Chinese": "chinese_sp.model"}
 RANKS = 8192
 BPE = f"BPE, {RANKS:,} ranks"
 VOCABULARIES = [*MODELS, BPE]
+# The Chinese model is a unigram one, which no LLaMA has alone; jllama refuses to export it.
+EXPORTED = ["Llama-2", BPE]
 READERS = ["transformers fast", "transformers4 fast", "transformers4 slow"]
 HARD = [
     "",
@@ -127,7 +129,8 @@ def test_ids_and_text_of_the_library_itself(vocabulary, sources, run_peer, tmp_p
 def exported(sources, run_peer, tmp_path_factory):
     """Hugging Face folders that jllama wrote, of a small model with each vocabulary."""
     folders = {}
-    for name, path in sources.items():
+    for name in EXPORTED:
+        path = sources[name]
         folder = tmp_path_factory.mktemp("export")
         config = {
             "vocab_size": jllama.load_tokenizer(path).vocab_size,
@@ -149,7 +152,7 @@ def exported(sources, run_peer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("vocabulary", EXPORTED)
 def test_our_export_as_transformers_loads_it(
     vocabulary, reader, exported, sources, run_peer, tmp_path, measured
 ):
@@ -170,7 +173,7 @@ def test_our_export_as_transformers_loads_it(
     assert not wrong, f"{len(wrong)} of {len(texts)}: {str(wrong[0])[:1000]}"
 
 
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("vocabulary", EXPORTED)
 def test_our_export_as_we_load_it(vocabulary, exported, sources):
     before = jllama.load_tokenizer(sources[vocabulary])
     for folder in ("jllama", "hf"):
