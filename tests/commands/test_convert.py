@@ -117,6 +117,6 @@ def test_a_folder_without_its_last_file_is_no_model(own, tmp_path, monkeypatch, 
     monkeypatch.setattr("jllama.train.stored.storage.write_text", full)
     hf_folder = tmp_path / "hf"
     assert convert(own, hf_folder, "--to", "jllama") == 2
-    with pytest.raises(jllama.UserError, match="not a model"):
+    with pytest.raises(jllama.UserError, match="no such folder"):
         jllama.load(hf_folder)
     capsys.readouterr()
