@@ -152,6 +152,10 @@ class TokenizerJson:
         model = self._file["model"]
         # What is not in the vocabulary cannot come out of it.
         vocab = {piece: id for piece, id in self.vocab.items() if piece not in special}
+        merges = model["merges"]
+        if len(vocab) < len(self.vocab):
+            pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
+            merges = [p for p in pairs if special.isdisjoint((*p, "".join(p)))]
         steps = self._file.get("pre_tokenizer")
         if not self.byte_level and steps:
             (step,) = _flat(steps, "pretokenizers")
@@ -163,7 +167,7 @@ class TokenizerJson:
             "version": "1.0",
             "added_tokens": [],
             "pre_tokenizer": steps,
-            "model": model | {"type": "BPE", "vocab": vocab, "unk_token": None},
+            "model": model | {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": None},
         }
         try:
             return tokenizers.Tokenizer.from_str(json.dumps(only))

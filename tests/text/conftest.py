@@ -102,14 +102,15 @@ def tiktoken_file(ranks: list[bytes]) -> bytes:
     return b"".join(base64.b64encode(p) + b" %d\n" % i for i, p in enumerate(ranks))
 
 
-def merges(pieces: dict[str, int]) -> list[list[str]]:
-    """Every pair of pieces that is a piece, those of the first pieces first."""
-    found = []
-    for piece in sorted(pieces, key=pieces.__getitem__):
-        pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        pairs = [(a, b) for a, b in pairs if a in pieces and b in pieces]
-        found += sorted(pairs, key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
-    return [list(pair) for pair in found]
+def merges(rank: dict[str, float]) -> list[list[str]]:
+    """Every pair of pieces that is a piece, the lowest ranks first, as Hugging Face converts."""
+    found = [
+        (rank[piece], -i, i - len(piece), piece[:i], piece[i:])
+        for piece in rank
+        for i in range(1, len(piece))
+        if piece[:i] in rank and piece[i:] in rank
+    ]
+    return [[left, right] for *_, left, right in sorted(found)]
 
 
 def added(text: str, id: int, **flags) -> dict:
@@ -165,8 +166,8 @@ def spm_json(spm_model) -> dict:
     """A tokenizer.json as Llama 2's: its normaliser puts the space before a text."""
     sp = sentencepiece.SentencePieceProcessor(model_proto=spm_model)
     vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
-    pieces = {p: i for p, i in vocab.items() if not (sp.is_control(i) or sp.is_byte(i))}
-    pieces.pop("<unk>")
+    own = [i for i in vocab.values() if not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))]
+    pieces = {sp.id_to_piece(i): -sp.get_score(i) for i in own}
     steps = [
         {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
         {"type": "ByteFallback"},

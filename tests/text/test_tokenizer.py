@@ -27,8 +27,9 @@ def test_every_library_file_round_trips(trained, library):
 
 def test_real_text_round_trips(tokenizer, corpus):
     for text in corpus:
-        assert tokenizer.decode(tokenizer.encode(text[:200_000], bos=True, eos=True)) == (
-            text[:200_000]
+        assert (
+            tokenizer.decode(tokenizer.encode(text[:200_000], bos=True, eos=True))
+            == (text[:200_000])
         )
 
 
