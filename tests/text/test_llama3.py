@@ -5,10 +5,10 @@ import re
 
 import pytest
 import tiktoken
-from conftest import tiktoken_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import LONG, NASTY
+from text_samples import LONG, NASTY
+from tokenizer_files import tiktoken_file
 
 from jllama.errors import UserError
 from jllama.text import llama3

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import added, metaspace
+from tokenizer_files import added, metaspace
 
 from jllama.errors import UserError
 from jllama.text.huggingface import HuggingFaceTokenizer

@@ -5,7 +5,7 @@ from io import BytesIO
 
 import pytest
 import sentencepiece
-from samples import CHINESE, LONG, NASTY, SPELT
+from text_samples import CHINESE, LONG, NASTY, SPELT
 
 from jllama.errors import UserError
 from jllama.text.added import AddedToken
