@@ -4,8 +4,6 @@ With JLLAMA_TEST_DATA they are Llama 2's and one of 8,000 ranks trained on real 
 are small and trained on the standard library.
 """
 
-import base64
-import json
 import os
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
+from tokenizer_files import KINDS, added, merges, metaspace, tiktoken_file
 
 from jllama.config import StdlibSource, TrainedTokenizer
 from jllama.data.source import documents
@@ -23,7 +22,6 @@ from jllama.text.tokenizer_json import LETTERS, spell
 from jllama.text.vocabulary import train_sentencepiece
 
 DATA = os.environ.get("JLLAMA_TEST_DATA")
-KINDS = ["trained", "spm", "llama3", "json_bytes", "json_prepend", "json_first", "json_always"]
 
 
 @pytest.fixture(scope="session")
@@ -98,26 +96,6 @@ def llama3_model(ranks) -> bytes:
     return tiktoken_file(ranks)
 
 
-def tiktoken_file(ranks: list[bytes]) -> bytes:
-    return b"".join(base64.b64encode(p) + b" %d\n" % i for i, p in enumerate(ranks))
-
-
-def merges(pieces: dict[str, int]) -> list[list[str]]:
-    """Every pair of pieces that is a piece, those of the first pieces first."""
-    found = []
-    for piece in sorted(pieces, key=pieces.__getitem__):
-        pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        pairs = [(a, b) for a, b in pairs if a in pieces and b in pieces]
-        found += sorted(pairs, key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
-    return [list(pair) for pair in found]
-
-
-def added(text: str, id: int, **flags) -> dict:
-    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    flags = dict.fromkeys(names, False) | {"special": True} | flags
-    return {"id": id, "content": text} | flags
-
-
 @pytest.fixture(scope="session")
 def byte_json(ranks) -> dict:
     """A tokenizer.json as Llama 3's."""
@@ -165,8 +143,8 @@ def spm_json(spm_model) -> dict:
     """A tokenizer.json as Llama 2's: its normaliser puts the space before a text."""
     sp = sentencepiece.SentencePieceProcessor(model_proto=spm_model)
     vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
-    pieces = {p: i for p, i in vocab.items() if not (sp.is_control(i) or sp.is_byte(i))}
-    pieces.pop("<unk>")
+    own = [i for i in vocab.values() if not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))]
+    pieces = {sp.id_to_piece(i): -sp.get_score(i) for i in own}
     steps = [
         {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
         {"type": "ByteFallback"},
@@ -203,12 +181,6 @@ def spm_json(spm_model) -> dict:
     }
 
 
-def metaspace(file: dict, scheme: str) -> dict:
-    """The same vocabulary with a pre-tokeniser that puts the space there."""
-    step = {"type": "Metaspace", "replacement": "\u2581", "split": False}
-    return file | {"normalizer": None, "pre_tokenizer": step | {"prepend_scheme": scheme}}
-
-
 @pytest.fixture(scope="session")
 def made(trained, spm_model, llama3_model, byte_json, spm_json):
     """A tokenizer of each of KINDS."""
@@ -226,14 +198,3 @@ def made(trained, spm_model, llama3_model, byte_json, spm_json):
 @pytest.fixture(params=KINDS)
 def tokenizer(request, made):
     return made[request.param]
-
-
-def peer(file: dict, special: bool = False) -> tokenizers.Tokenizer:
-    """`tokenizers` on the whole file; without `special` it leaves special tokens in text alone."""
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(file))
-    tokenizer.encode_special_tokens = not special
-    return tokenizer
-
-
-def ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False).ids

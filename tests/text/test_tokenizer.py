@@ -3,10 +3,10 @@
 import pickle
 
 import pytest
-from conftest import KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import LONG, NASTY, SPELT, UNICODE
+from text_samples import LONG, NASTY, SPELT, UNICODE
+from tokenizer_files import KINDS
 
 from jllama.errors import UserError
 from jllama.text.tokenizer import load_tokenizer
