@@ -130,7 +130,7 @@ def test_nasty_strings(pair):
 def test_every_scalar(pair):
     chunks = ["".join(SCALARS[i : i + 997]) for i in range(0, len(SCALARS), 997)]
     assert_same(*pair, chunks[:60])
-    assert_same(*pair, chunks[60:], decoded=False)  # most of them unassigned: a second saved
+    assert_same(*pair, chunks[60:], decoded=False)  # most of them unassigned
     assert_same(*pair, [f"a{letter} {letter}1" for letter in SCALARS[:0x800]])
 
 
