@@ -40,7 +40,7 @@ def recipe(args: argparse.Namespace) -> Config:
             "loss_block": 512,
             "attention": {"kind": "auto", "block": 64},
         },
-        "tokenizer": {"kind": "sentencepiece", "path": "unused"},
+        "tokenizer": {"kind": "file", "path": "unused"},
         "data": {"length": args.length, "packing": {"kind": "cut"}, "train": [source]},
         "training": {
             "steps": 1000,

@@ -401,10 +401,10 @@ class DataConfig:
 
 @_config
 class TokenizerFile:
-    """A SentencePiece model that exists."""
+    """A tokenizer that exists."""
 
-    kind: Literal["sentencepiece"] = _doc("a SentencePiece model file")
-    path: str = _doc("the .model file")
+    kind: Literal["file"] = _doc("a tokenizer that exists")
+    path: str = _doc("tokenizer.model, tokenizer.json, or a folder that holds one")
 
 
 @_config

@@ -27,7 +27,7 @@ def in_memory(*overrides: str, **model) -> Config:
     data = {
         "model": recipes.to_dict(tiny.config(**sizes)),
         "compute": {"dtype": "float32"},
-        "tokenizer": {"kind": "sentencepiece", "path": "unused"},
+        "tokenizer": {"kind": "file", "path": "unused"},
         "data": {
             "length": 12,
             "packing": {"kind": "cut"},

@@ -244,9 +244,9 @@ def test_an_override_reads_numbers_and_words_as_people_write_them(recipe):
 def test_another_kind_drops_the_keys_of_the_old_one(recipe):
     loaded = recipes.load(
         recipe,
-        ["tokenizer.kind=sentencepiece", "tokenizer.path=m.model", "tokenizer.kind=sentencepiece"],
+        ["tokenizer.kind=file", "tokenizer.path=m.model", "tokenizer.kind=file"],
     )
-    assert loaded.tokenizer == TokenizerFile(kind="sentencepiece", path="m.model")
+    assert loaded.tokenizer == TokenizerFile(kind="file", path="m.model")
 
 
 def test_a_model_is_overridden_by_name_then_by_key(recipe):

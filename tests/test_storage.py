@@ -372,11 +372,11 @@ def test_a_run_at_urls_stops_resumes_and_is_the_run_on_disk(
     for name in ("train", "held_out"):
         storage.upload(recipe.parent / f"{name}.txt", url / "text" / f"{name}.txt")
     (tokenizer,) = (recipe.parent / "prepared").glob("tokenizer-*.model")
-    load_tokenizer(tokenizer).save(url / "text" / "tokenizer.model")
+    load_tokenizer(tokenizer).save(url / "text")
     storage.upload(recipe, url / "recipe.yaml")
     overrides = [
-        "tokenizer.kind=sentencepiece",
-        f"tokenizer.path={root}/text/tokenizer.model",
+        "tokenizer.kind=file",
+        f"tokenizer.path={root}/text",
         f"data.train.0.source.files=[{root}/text/train.txt]",
         f"data.held_out.0.source.files=[{root}/text/held_out.txt]",
         f"data.prepare.folder={root}/prepared",

@@ -30,7 +30,7 @@ from jllama.data import worker
 from jllama.data.prepare import chunks, finish, wipe
 from jllama.data.records import ShardCounts, ShardWriter, ends_file, records_file
 from jllama.errors import UserError
-from jllama.text.tokenizer import SentencePieceTokenizer
+from jllama.text.tokenizer import Tokenizer
 
 RUNNERS = {
     # Beam's own DirectRunner would first download and try another one, Prism.
@@ -68,7 +68,7 @@ def maker(runner: str, options: dict[str, object]) -> Callable[..., None]:
         folder: Path,
         key: dict,
         source: SourceConfig,
-        tokenizer: SentencePieceTokenizer,
+        tokenizer: Tokenizer,
         config: PrepareConfig,
     ) -> None:
         if runner == "dataflow" and not storage.is_remote(folder):
@@ -190,7 +190,7 @@ class _Tokenise(beam.DoFn):
 class _Pack(beam.DoFn):
     """A logical shard's number -> its files in the dataset's folder, and its counts beside."""
 
-    def __init__(self, tokenizer: SentencePieceTokenizer, folder: Path, config: PrepareConfig):
+    def __init__(self, tokenizer: Tokenizer, folder: Path, config: PrepareConfig):
         self._vocab_size, self._config, self._folder = tokenizer.vocab_size, config, str(folder)
 
     def process(self, shard, runs: list[Run]):

@@ -32,7 +32,7 @@ from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError
 from jllama.recipe import to_dict
-from jllama.text.tokenizer import SentencePieceTokenizer, load_tokenizer
+from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
 
 Batch = dict[str, np.ndarray]  # tokens int32, segments int32, weights float32; each [B, T+1]
@@ -132,7 +132,7 @@ class Data:
     held_out_rows: dict[str, Rows]
 
 
-def open_data(config: Config, tokenizer: SentencePieceTokenizer) -> Data:
+def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     """Prepares what is not prepared yet, and cuts rows. Raises UserError for bad sources."""
     data = config.data
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -178,7 +178,7 @@ def _check_files(source: SourceConfig) -> None:
         sources.source_files(source.source)
 
 
-def open_tokenizer(config: Config) -> SentencePieceTokenizer:
+def open_tokenizer(config: Config) -> Tokenizer:
     """The recipe's tokenizer: loaded, or trained once on the training sources.
 
     A trained one is kept beside the prepared data, under a name made from the configs it depends
@@ -190,14 +190,14 @@ def open_tokenizer(config: Config) -> SentencePieceTokenizer:
                 return load_tokenizer(path)
             except UserError as e:
                 raise UserError(
-                    f"tokenizer.path: {e} (the file is not part of jllama: it comes with a model's"
-                    " weights, as Llama 2's tokenizer.model; tokenizer.kind=train makes one)"
+                    f"tokenizer.path: {e} (tokenizers are not part of jllama: they come with a"
+                    " model's weights, as Llama's tokenizer.model; tokenizer.kind=train makes one)"
                 ) from None
         case TrainedTokenizer() as wanted:
             return _trained(wanted, config.data)
 
 
-def _trained(wanted: TrainedTokenizer, data: DataConfig) -> SentencePieceTokenizer:
+def _trained(wanted: TrainedTokenizer, data: DataConfig) -> Tokenizer:
     key = [
         to_dict(wanted),
         [(to_dict(s), sources.version(s.source)) for s in data.train],
@@ -210,7 +210,8 @@ def _trained(wanted: TrainedTokenizer, data: DataConfig) -> SentencePieceTokeniz
             for part in ("train", "held_out"):  # a wrong path is known before minutes of work
                 _each(data, part, _check_files)
             print(f"tokenizer: training {wanted.vocab_size} pieces", file=sys.stderr)
-            train_sentencepiece(_texts(data, wanted.max_bytes), wanted, path)
+            trained = train_sentencepiece(_texts(data, wanted.max_bytes), wanted)
+            storage.write_bytes(path, trained.model)
     return load_tokenizer(path)
 
 

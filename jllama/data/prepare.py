@@ -39,7 +39,7 @@ from jllama.data.records import (
 from jllama.errors import UserError
 from jllama.progress import Progress
 from jllama.recipe import to_dict
-from jllama.text.tokenizer import SentencePieceTokenizer
+from jllama.text.tokenizer import Tokenizer
 
 _CHUNK_CHARACTERS = 1 << 18  # text that goes to a process at a time
 _PROCESS_BYTES = 16_000_000  # source that is worth a process
@@ -49,7 +49,7 @@ _NOT_DATA = {_LOCK, MARKER, VERIFIED}
 
 def prepare(
     source: SourceConfig,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     config: PrepareConfig,
     make: Callable[..., None] | None = None,
 ) -> Prepared:
@@ -92,7 +92,7 @@ def _make(
     folder: Path,
     key: dict,
     source: SourceConfig,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     config: PrepareConfig,
 ) -> None:
     inputs = sources.source_files(source.source)
@@ -135,7 +135,7 @@ def finish(
     work: Path,
     key: dict,
     source: SourceConfig,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     inputs: list[sources.SourceFile],
     shards: list[ShardCounts],
     text_bytes: int,
@@ -195,7 +195,7 @@ def _workplace(folder: Path) -> Iterator[Path]:
 
 
 def _tokenise(
-    texts: Iterable[str], tokenizer: SentencePieceTokenizer, workers: int
+    texts: Iterable[str], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[np.ndarray, list[int], int]]:
     """`worker.encode` of the texts, chunk by chunk in order, with few chunks in flight."""
     if workers == 1:

@@ -7,12 +7,12 @@ import threading
 
 import numpy as np
 
-from jllama.text.tokenizer import SentencePieceTokenizer
+from jllama.text.tokenizer import Tokenizer
 
-_tokenizer: SentencePieceTokenizer
+_tokenizer: Tokenizer
 
 
-def start(tokenizer: SentencePieceTokenizer) -> None:
+def start(tokenizer: Tokenizer) -> None:
     """Readies this process: Ctrl-C is the parent's to handle, and its death ends this one too."""
     global _tokenizer
     _tokenizer = tokenizer
@@ -30,9 +30,7 @@ def encode_here(texts: list[str]) -> tuple[np.ndarray, list[int], int]:
     return encode(_tokenizer, texts)
 
 
-def encode(
-    tokenizer: SentencePieceTokenizer, texts: list[str]
-) -> tuple[np.ndarray, list[int], int]:
+def encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, list[int], int]:
     """(tokens of all texts joined, each in BOS and EOS; tokens per text; UTF-8 bytes)."""
     dtype = token_dtype(tokenizer.vocab_size)
     ids = [np.array(tokenizer.encode(text, bos=True, eos=True), dtype) for text in texts]

@@ -1,8 +1,13 @@
-"""Tokens added to a vocabulary: where their texts stand in a text."""
+"""Tokens added to a vocabulary: what is said of them, and where their texts stand in a text."""
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+
+from jllama.errors import UserError
+
+_MOST_IDS = 1 << 24
+_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +18,7 @@ class AddedToken:
       special: found only where special tokens are asked for, and no part of decoded text.
       lstrip, rstrip: takes the white space on that side with it.
       single_word: found only between word boundaries.
-      normalized: found in the text after normalisation, which may have put a space before it.
+      normalized: found in the text after normalisation.
     """
 
     text: str
@@ -23,6 +28,43 @@ class AddedToken:
     rstrip: bool = False
     single_word: bool = False
     normalized: bool = False
+
+    @classmethod
+    def from_json(cls, value: Mapping, id: int) -> "AddedToken":
+        """From Hugging Face's keys. Raises KeyError or TypeError for anything else."""
+        text = value["content"]
+        if type(id) is not int or not isinstance(text, str) or not text:
+            raise TypeError
+        return cls(text, id, **{flag: bool(value.get(flag, False)) for flag in _FLAGS})
+
+    def as_special(self, special: bool) -> "AddedToken":
+        return dataclasses.replace(self, special=special)
+
+    def to_json(self) -> dict:
+        return {"content": self.text} | {flag: getattr(self, flag) for flag in _FLAGS}
+
+
+def check(added: Iterable[AddedToken], ids: Mapping[str, int], where: str) -> None:
+    """Raises UserError unless `added` tokens have ids of their own beside the vocabulary's `ids`.
+
+    Ids that no token has are allowed between them: the rows of a model are what they are, and
+    such a one is never made from text.
+    """
+    ids = dict(ids)
+    texts = {id: text for text, id in ids.items()}
+    for token in added:
+        if not 0 <= token.id < _MOST_IDS:
+            raise UserError(f"{where}: added token {token.text!r} has the impossible id {token.id}")
+        if ids.setdefault(token.text, token.id) != token.id:
+            raise UserError(
+                f"{where}: added token {token.text!r} has the id {token.id}, and"
+                f" {ids[token.text]} elsewhere in this tokenizer; correct one of them"
+            )
+        if texts.setdefault(token.id, token.text) != token.text:
+            raise UserError(
+                f"{where}: added token {token.text!r} has the id {token.id}, which is that of"
+                f" {texts[token.id]!r}; give it one that is free"
+            )
 
 
 class Splitter:

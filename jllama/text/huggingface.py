@@ -1,8 +1,21 @@
-"""tokenizer.json, read by Hugging Face's `tokenizers`."""
+"""tokenizer.json: Hugging Face's `tokenizers` encodes.
 
-from collections.abc import Iterable
+It is given what `jllama.text.tokenizer_json` leaves of the file. Added tokens, the space before a
+text and decoding are `jllama.text.interface`'s, as they are for every kind.
+"""
 
-from jllama.text.interface import Tokenizer
+import functools
+import re
+from collections.abc import Iterable, Iterator
+
+from jllama.errors import UserError
+from jllama.text.added import AddedToken, Splitter, check
+from jllama.text.interface import SPACE, Tokenizer, to_json
+from jllama.text.llama3 import BEGIN, END, STOPS
+from jllama.text.tokenizer_json import BYTE_TOKENS, LETTERS, TokenizerJson
+
+_PART = 1 << 12  # characters
+_CUT = re.compile(f"[^{SPACE}](?={SPACE})")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -12,15 +25,137 @@ class HuggingFaceTokenizer(Tokenizer):
       json: the file, parsed.
     """
 
-    json: dict
-
     def __init__(
         self,
         json: dict,
         where: str = "tokenizer",
         *,
-        bos: str = "",
-        eos: str = "",
+        added: Iterable[AddedToken] = (),
+        bos_token: str = "",
+        eos_token: str = "",
+        special: Iterable[str] = (),
         stop_ids: Iterable[int] = (),
     ):
-        raise NotImplementedError
+        """Raises UserError, naming `where`, for what is not such a tokenizer.
+
+        Args:
+          json: the file's content, which is kept as it is.
+          added: tokens that the file does not have.
+          bos_token, eos_token: the tokens; without them the usual names are looked for.
+          special: tokens that are special, whatever the file says.
+          stop_ids: ids that end a text, besides EOS and Llama-3's.
+        """
+        self.json = json
+        file = TokenizerJson(json, where)
+        known = file.vocab | {token.text: token.id for token in file.added}
+        more = tuple(token for token in added if known.get(token.text) != token.id)
+        tokens = [*file.added, *more]
+        check(tokens, file.vocab, where)
+        ids = known | {token.text: token.id for token in more}
+        bos = _end(ids, bos_token, ("<s>", BEGIN), f"{where}: bos_token")
+        eos = _end(ids, eos_token, ("</s>", END), f"{where}: eos_token")
+        marked = {token.text for token in tokens if token.special}
+        said = {text for text in special if text in ids} - marked - {bos, eos, file.unk}
+        named = marked | said | {bos, eos} | {file.unk} & ids.keys()
+        self._options = {
+            "added": more,
+            "bos_token": bos,
+            "eos_token": eos,
+            "special": tuple(sorted(said)),
+            "stop_ids": tuple(sorted(stop_ids)),
+        }
+        # Where the normaliser puts a space before the text, a normalised token is found with it.
+        late = [
+            token for token in tokens
+            if token.normalized and file.prepends and token.text not in named
+        ]  # fmt: skip
+        table = [b""] * (max(ids.values()) + 1)
+        for piece, id in file.vocab.items():
+            table[id] = _spelt(piece) if file.byte_level else _spaced(piece)
+        for token in tokens:
+            table[token.id] = token.text.encode()
+        for token in late:
+            table[token.id] = f" {token.text}".encode()
+        for text in named:
+            table[ids[text]] = b""
+        self._late = Splitter(
+            AddedToken(f" {token.text}", token.id, single_word=token.single_word) for token in late
+        )
+        self._marks_spaces = not file.byte_level
+        self._cuts = not any(_CUT.search(piece) for piece in file.vocab)
+        self._encoder = file.encoder(named)
+        super().__init__(
+            table=table,
+            added=[token.as_special(token.text in named) for token in tokens if token not in late],
+            prefix=file.prefix,
+            special_tokens={text: ids[text] for text in sorted(named, key=ids.__getitem__)},
+            bos_id=ids[bos],
+            eos_id=ids[eos],
+            own_stops=[ids[name] for name in STOPS if name in named],
+            stop_ids=self._options["stop_ids"],
+            where=where,
+        )
+
+    def __reduce__(self):
+        return functools.partial(HuggingFaceTokenizer, **self._options), (self.json,)
+
+    def _files(self) -> dict[str, bytes]:
+        options = self._options
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": options["bos_token"],
+            "eos_token": options["eos_token"],
+        }
+        if options["added"]:
+            settings["added_tokens_decoder"] = {str(t.id): t.to_json() for t in options["added"]}
+        if options["special"]:
+            settings["additional_special_tokens"] = list(options["special"])
+        return {"tokenizer.json": to_json(self.json), "tokenizer_config.json": to_json(settings)}
+
+    def _encode(self, text: str, prefix: bool) -> list[int]:
+        ids = []
+        for part in self._late.split(" " + text if prefix else text):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                for words in self._cut(part):
+                    ids += self._encoder.encode(words, add_special_tokens=False).ids
+        return ids
+
+    def _cut(self, text: str) -> Iterator[str]:
+        """Marks spaces where the family does, and cuts there: a long text as one word is slow.
+
+        No id changes: where no piece has a space after a letter, nothing merges over one.
+        """
+        if not self._marks_spaces:
+            yield text
+            return
+        text = text.replace(" ", SPACE)
+        at = 0
+        while self._cuts and len(text) - at > _PART and (cut := _CUT.search(text, at + _PART)):
+            yield text[at : cut.end()]
+            at = cut.end()
+        yield text[at:]
+
+
+def _spelt(piece: str) -> bytes:
+    """The bytes of a byte-level piece; of one that is not spelt so, its text."""
+    try:
+        return bytes([LETTERS[letter] for letter in piece])
+    except KeyError:
+        return piece.encode()
+
+
+def _spaced(piece: str) -> bytes:
+    return BYTE_TOKENS.get(piece) or piece.replace(SPACE, " ").encode()
+
+
+def _end(ids: dict[str, int], text: str, usual: tuple[str, ...], what: str) -> str:
+    if text:
+        if text not in ids:
+            raise UserError(f"{what} {text!r} is not in the vocabulary; name a token that is")
+        return text
+    for name in usual:
+        if name in ids:
+            return name
+    raise UserError(f"{what}: the file names none; name it in a tokenizer_config.json beside it")

@@ -12,12 +12,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jllama import storage
 from jllama.errors import UserError
 from jllama.text.added import AddedToken, Splitter
 
+SPACE = "\u2581"  # SentencePiece's mark for a space
 # Where encoding puts a space that is not in the text: before it, or before each part between
 # added tokens.
 Prefix = Literal["never", "first", "always"]
@@ -42,42 +43,59 @@ class Tokenizer(abc.ABC):
         special_tokens: Mapping[str, int],
         bos_id: int,
         eos_id: int,
+        own_stops: Iterable[int] = (),
         stop_ids: Iterable[int],
+        where: str,
     ):
-        """`table` is what each id adds to the text; `added` the tokens found before encoding."""
+        """For the kinds.
+
+        Args:
+          table: what each id adds to the text.
+          added: tokens that every text is searched for before the rest is encoded.
+          prefix: where encoding puts a space.
+          own_stops: ids that end a text by this kind's own names; `stop_ids` are more of them.
+          where: the file, for errors.
+        """
         self.vocab_size = len(table)
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.special_tokens = dict(special_tokens)
-        self.stop_ids = frozenset(stop_ids) | {eos_id}
+        own_stops = frozenset(own_stops) | {eos_id}
+        self.stop_ids = own_stops | frozenset(stop_ids)
+        self._more_stops = self.stop_ids != own_stops
+        for id in sorted(self.stop_ids):
+            if not 0 <= id < len(table):
+                raise UserError(
+                    f"{where}: eos_token_id {id} of generation_config.json is not in the vocabulary"
+                    f" of {len(table)}"
+                )
         self._bytes = table
         self._prefix = prefix
-        visible = [token for token in added if not token.special]
-        self._apart = frozenset(token.id for token in visible if not token.normalized)
+        self._visible = frozenset(token.id for token in added if not token.special)
         special = [AddedToken(text, id) for text, id in special_tokens.items()]
-        special = {token.text: token for token in (*special, *added) if token.special}
-        raw = [token for token in visible if not token.normalized]
-        self._user = Splitter(raw)
-        self._all = Splitter([*raw, *special.values()])
-        self._normalized = Splitter([token for token in visible if token.normalized])
-
-    @property
-    def digest(self) -> str:
-        """SHA-256, in hex, of what decides ids and texts: the tokenizer's identity."""
-        return self._digest
+        known = {token.text: token for token in (*special, *added)}
+        self._user = Splitter([token for token in added if not token.special])
+        self._all = Splitter(known.values())
 
     @functools.cached_property
-    def _digest(self) -> str:
-        # What ends a text changes no prepared data.
-        files = {n: data for n, data in self.files().items() if n != "generation_config.json"}
-        if len(files) > 1:
-            digests = {n: hashlib.sha256(data).hexdigest() for n, data in sorted(files.items())}
-            return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-        return hashlib.sha256(*files.values()).hexdigest()
+    def digest(self) -> str:
+        """SHA-256, in hex, of what decides ids and texts: the tokenizer's identity."""
+        files = self._files()
+        if len(files) == 1:
+            return hashlib.sha256(*files.values()).hexdigest()
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
     @abc.abstractmethod
+    def _files(self) -> dict[str, bytes]:
+        """`files`, but for what only says where texts end."""
+
     def files(self) -> dict[str, bytes]:
         """Contents by name, as in Hugging Face folders; `load_tokenizer` reads them back."""
+        files = self._files()
+        if self._more_stops:
+            files["generation_config.json"] = to_json({"eos_token_id": sorted(self.stop_ids)})
+        return files
 
     def save(self, folder: str | Path) -> None:
         """Writes `files` into a folder, each whole or not at all."""
@@ -106,14 +124,14 @@ class Tokenizer(abc.ABC):
                 "it is no Unicode character, remove it"
             ) from None
         ids = [self.bos_id] if bos else []
-        first = True
+        first, always = True, self._prefix == "always"
         for part in (self._all if special else self._user).split(text):
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids += self._encode(part, self._prefix == "always" or first)
+                ids += self._encode(part, always or (first and self._prefix == "first"))
             first = False
-        return ids + [self.eos_id] if eos else ids
+        return [*ids, self.eos_id] if eos else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`. Special and unknown tokens are dropped; broken UTF-8 becomes U+FFFD.
@@ -129,6 +147,11 @@ class Tokenizer(abc.ABC):
         for i in after:
             stream.feed(i)
         return stream
+
+
+def to_json(value: Any) -> bytes:
+    """A file of JSON, the same for the same value."""
+    return (json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode()
 
 
 class TextStream:
@@ -148,7 +171,7 @@ class TextStream:
                 "use the tokenizer that the ids were made with"
             )
         data = tokenizer._bytes[id]
-        if id in tokenizer._apart:
+        if id in tokenizer._visible:
             self._strip = tokenizer._prefix == "always"
         elif self._strip and data:
             data = data.removeprefix(b" ")

@@ -7,15 +7,14 @@ is SentencePiece's: U+2581, its mark for a space, comes back as a space.
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
 from jllama.errors import UserError
-from jllama.text.added import AddedToken
-from jllama.text.interface import Tokenizer
+from jllama.text.added import AddedToken, check
+from jllama.text.interface import SPACE, Tokenizer, to_json
 
-SPACE = "\u2581"
 _PART = 1 << 17  # characters
 _SPACE_IN_TEXT = re.compile(r"(?<=\S) (?=\S)")
 # Protocol buffers merge when they are joined: this sets normalizer_spec.add_dummy_prefix to false.
@@ -27,6 +26,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     Attributes:
       model: the serialised model.
+      pieces: the model's own, by id.
       added_tokens: the tokens that are not in the model, text -> id.
     """
 
@@ -36,95 +36,110 @@ class SentencePieceTokenizer(Tokenizer):
         where: str = "tokenizer",
         *,
         added: Iterable[AddedToken] = (),
+        special: Iterable[str] = (),
         legacy: bool = True,
-        bos: str = "",
-        eos: str = "",
+        bos_token: str = "",
+        eos_token: str = "",
         stop_ids: Iterable[int] = (),
     ):
         """Raises UserError, naming `where`, unless `model` is one with BOS and EOS.
 
         Args:
           model: the bytes of the .model file.
-          added: tokens with ids of their own, or pieces of the model with other flags.
+          added: tokens with ids of their own; those that are pieces of the model change nothing.
+          special: texts of tokens that are special, besides the model's control tokens.
           legacy: whether a text after an added token gets a space too; Hugging Face's key.
-          bos, eos: tokens to take instead of the model's.
+          bos_token, eos_token: tokens to take instead of the model's.
           stop_ids: ids that end a text, besides EOS.
         """
         self.model = model
         self._sp = sp = _processor(model, where)
-        pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
-        control = {p: i for i, p in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}
-        ids = dict(zip(pieces, range(len(pieces)), strict=True))
+        self.pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+        ids = {piece: i for i, piece in enumerate(self.pieces)}
         added = tuple(added)
-        for token in added:
-            if ids.get(token.text, token.id) != token.id:
-                raise UserError(
-                    f"{where}: added token {token.text!r} has id {token.id}, and"
-                    f" {ids[token.text]} in the model; remove one of them"
-                )
-            if token.id < len(pieces) and pieces[token.id] != token.text:
-                raise UserError(
-                    f"{where}: added token {token.text!r} has the id {token.id} of the model's"
-                    f" piece {pieces[token.id]!r}; ids of added tokens begin at {len(pieces)}"
-                )
-        own = [token for token in added if token.id >= len(pieces)]
+        check(added, ids, where)
+        own = tuple(token for token in added if token.text not in ids)
         self.added_tokens = {token.text: token.id for token in own}
-        special = control | {token.text: token.id for token in added if token.special}
-        table = [b"" if i in control.values() else _bytes(sp, i) for i in range(len(pieces))]
-        # Ids between the model's and the last added one may have no token: their rows stay unused.
-        table += [b""] * (max(self.added_tokens.values(), default=-1) + 1 - len(table))
-        for token in own:
-            table[token.id] = token.text.encode()
-        for id in special.values():
-            table[id] = b""
-        texts = ids | self.added_tokens
+        ids |= self.added_tokens
+        names = {i: text for text, i in ids.items()}
+        bos = _end(ids, bos_token, sp.bos_id(), f"{where}: bos_token")
+        eos = _end(ids, eos_token, sp.eos_id(), f"{where}: eos_token")
+        control = {i for i in range(len(self.pieces)) if sp.is_control(i) or sp.is_unknown(i)}
+        said = {ids[text] for text in special if text in ids} | {bos, eos}
+        said |= {token.id for token in own if token.special}
+        table = [b""] * (max(names) + 1)
+        for i in names.keys() - control - said:
+            table[i] = _bytes(sp, i) if i < len(self.pieces) else names[i].encode()
         self._options = {
-            "added": added,
+            "added": own,
+            "special": tuple(names[i] for i in sorted(said - control)),
             "legacy": legacy,
-            "bos": bos,
-            "eos": eos,
+            "bos_token": "" if bos == sp.bos_id() else bos_token,
+            "eos_token": "" if eos == sp.eos_id() else eos_token,
             "stop_ids": tuple(sorted(stop_ids)),
         }
+        # Special by name, though SentencePiece would make them from text: spelt by letters there.
+        self._spelt = {i: names[i] for i in said - control if i < len(self.pieces)}
         first = sp.encode("a")
-        adds_space = bool(first) and pieces[first[0]].startswith(SPACE)
-        prefix = ("always" if legacy else "first") if adds_space else "never"
+        adds_space = bool(first) and self.pieces[first[0]].startswith(SPACE)
         super().__init__(
             table=table,
-            added=[token for token in own if not token.special],
-            prefix=prefix,
-            special_tokens=special,
-            bos_id=_named(texts, bos, sp.bos_id(), f"{where}: bos_token"),
-            eos_id=_named(texts, eos, sp.eos_id(), f"{where}: eos_token"),
-            stop_ids=stop_ids,
+            added=[token.as_special(token.id in said) for token in own],
+            prefix=("always" if legacy else "first") if adds_space else "never",
+            special_tokens={names[i]: i for i in sorted(control | said)},
+            bos_id=bos,
+            eos_id=eos,
+            stop_ids=self._options["stop_ids"],
+            where=where,
         )
 
     def __reduce__(self):
         return functools.partial(SentencePieceTokenizer, **self._options), (self.model,)
 
-    def files(self) -> dict[str, bytes]:
-        return {"tokenizer.model": self.model}
+    def _files(self) -> dict[str, bytes]:
+        files = {"tokenizer.model": self.model}
+        settings = {k: self._options[k] for k in ("bos_token", "eos_token") if self._options[k]}
+        if added := self._options["added"]:
+            settings["added_tokens_decoder"] = {str(t.id): t.to_json() for t in added}
+        if special := self._options["special"]:
+            settings["additional_special_tokens"] = list(special)
+        if not self._options["legacy"]:
+            settings["legacy"] = False
+        if settings:
+            settings["tokenizer_class"] = "LlamaTokenizer"
+            files["tokenizer_config.json"] = to_json(settings)
+        return files
 
     def _encode(self, text: str, prefix: bool) -> list[int]:
-        sp = self._sp if prefix else self._without_prefix
+        sp = self._sp if prefix or self._prefix == "never" else self._without_prefix
         ids = []
-        for part in self._parts(text):
+        for part in _parts(text, prefix):
             ids += sp.encode(part.encode("utf-8"))
+        if self._spelt.keys() & ids:
+            ids = [i for id in ids for i in (self._letters(id) if id in self._spelt else [id])]
         return ids
+
+    def _letters(self, id: int) -> list[int]:
+        sp = self._without_prefix
+        return [i for letter in self._spelt[id] for i in sp.encode(letter)]
 
     @functools.cached_property
     def _without_prefix(self) -> sentencepiece.SentencePieceProcessor:
         return _processor(self.model + _NO_PREFIX, "tokenizer")
 
-    def _parts(self, text: str) -> Iterator[str]:
-        """Cuts a long text before single spaces: SentencePiece takes 50 bytes of memory a byte.
 
-        The ids are those of the whole text, but for a vocabulary whose pieces cross words.
-        """
-        at = 0
-        while len(text) - at > _PART and (space := _SPACE_IN_TEXT.search(text, at + _PART)):
-            yield text[at : space.start()]
-            at = space.start() if self._prefix == "never" else space.end()
-        yield text[at:]
+def _parts(text: str, prefix: bool) -> Iterator[str]:
+    """Cuts a long text before single spaces: SentencePiece takes 50 bytes of memory a byte.
+
+    The ids are those of the whole text, but for a vocabulary whose pieces cross words, and for near
+    ties in a Unigram model, whose sums of scores lose digits over a long text. `prefix`: each part
+    gets a space of its own, and the one before it is left out.
+    """
+    at = 0
+    while len(text) - at > _PART and (space := _SPACE_IN_TEXT.search(text, at + _PART)):
+        yield text[at : space.start()]
+        at = space.end() if prefix else space.start()
+    yield text[at:]
 
 
 def _processor(model: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
@@ -134,7 +149,10 @@ def _processor(model: bytes, where: str) -> sentencepiece.SentencePieceProcessor
     except (RuntimeError, ValueError):
         loaded = False
     if not loaded:
-        raise UserError(f"{where}: not a SentencePiece model; give the .model file itself")
+        raise UserError(
+            f"{where}: not a SentencePiece model, Llama 3's tokenizer.model or a tokenizer.json;"
+            " give the file itself"
+        )
     return sp
 
 
@@ -146,7 +164,7 @@ def _bytes(sp: sentencepiece.SentencePieceProcessor, id: int) -> bytes:
     return piece.replace(SPACE, " ").encode()
 
 
-def _named(ids: dict[str, int], text: str, otherwise: int, what: str) -> int:
+def _end(ids: dict[str, int], text: str, otherwise: int, what: str) -> int:
     if text and text not in ids:
         raise UserError(f"{what} {text!r} is not in the vocabulary; name a token that is")
     id = ids[text] if text else otherwise

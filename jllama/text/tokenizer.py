@@ -1,13 +1,16 @@
-"""The door to tokenizers: a file or a folder in, a `Tokenizer` out."""
+"""The door to tokenizers: a file or a folder in, a `Tokenizer` of its kind out."""
 
 from pathlib import Path
+from typing import Any
 
 from jllama import storage
 from jllama.errors import UserError
 from jllama.text.huggingface import HuggingFaceTokenizer
 from jllama.text.interface import TextStream, Tokenizer
-from jllama.text.llama3 import TiktokenTokenizer
+from jllama.text.llama3 import TiktokenTokenizer, is_tiktoken
+from jllama.text.settings import Settings, load_settings, parse_json
 from jllama.text.spm import SentencePieceTokenizer
+from jllama.text.tokenizer_json import spell, vocabulary
 
 __all__ = [
     "HuggingFaceTokenizer",
@@ -18,13 +21,87 @@ __all__ = [
     "load_tokenizer",
 ]
 
+_MODEL, _JSON = "tokenizer.model", "tokenizer.json"
+_NO_SETTINGS = Settings()
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer from its file, or from a folder that holds one; URLs too."""
+    """A tokenizer from its file, or from a folder with its settings; URLs too.
+
+    A file is a SentencePiece model, Llama-3's tiktoken file or a tokenizer.json, whichever its
+    content is. In a folder tokenizer.model comes first, with the tokens that are added to it; a
+    tokenizer.json beside it wins where it gives other ids or has more tokens. A folder of Meta's,
+    with params.json, may have its tokenizer.model one folder above.
+
+    Raises UserError if there is none, or it is damaged.
+    """
     path = storage.path(path)
-    if storage.is_folder(path):
-        path = path / "tokenizer.model"
+    if not storage.is_folder(path):
+        return _from_file(path, _NO_SETTINGS)
+    names = storage.names(path)
+    if _MODEL not in names and _JSON not in names:
+        above = storage.absolute(path).parent / _MODEL
+        if "params.json" in names and storage.exists(above):
+            return _from_file(above, _NO_SETTINGS)
+        raise UserError(f"{path}: no such tokenizer: neither {_MODEL} nor {_JSON} is in the folder")
+    settings = load_settings(path)
+    if _MODEL not in names:
+        return _from_file(path / _JSON, settings)
+    if _JSON in names:
+        file = parse_json(path / _JSON)
+        plain = _from_file(path / _MODEL, _NO_SETTINGS)
+        ids = _ids(plain)
+        for token in settings.added:
+            ids.setdefault(token.text, token.id)
+        if any(ids.get(text) != id for text, id in vocabulary(file, str(path / _JSON)).items()):
+            return _from_json(file, path / _JSON, settings)
+    return _from_file(path / _MODEL, settings)
+
+
+def _from_file(path: Path, settings: Settings) -> Tokenizer:
     try:
-        return SentencePieceTokenizer(storage.read_bytes(path), where=str(path))
+        data = storage.read_bytes(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such tokenizer file") from None
+    if path.suffix == ".json" or data.lstrip()[:1] == b"{":
+        return _from_json(parse_json(path, data), path, settings)
+    if is_tiktoken(data):
+        return TiktokenTokenizer(
+            data,
+            str(path),
+            added=settings.added,
+            bos_token=settings.bos_token,
+            eos_token=settings.eos_token,
+            stop_ids=settings.stop_ids,
+        )
+    return SentencePieceTokenizer(
+        data,
+        str(path),
+        added=settings.added,
+        special=settings.special,
+        legacy=settings.legacy,
+        bos_token=settings.bos_token,
+        eos_token=settings.eos_token,
+        stop_ids=settings.stop_ids,
+    )
+
+
+def _from_json(file: Any, path: Path, settings: Settings) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(
+        file,
+        str(path),
+        added=settings.added,
+        special=settings.special,
+        bos_token=settings.bos_token,
+        eos_token=settings.eos_token,
+        stop_ids=settings.stop_ids,
+    )
+
+
+def _ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Every token of a tokenizer.model as a tokenizer.json spells it, text -> id."""
+    if isinstance(tokenizer, TiktokenTokenizer):
+        pieces = {spell(piece): rank for piece, rank in tokenizer.ranks.items()}
+        return pieces | tokenizer.special_tokens
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    return {piece: id for id, piece in enumerate(tokenizer.pieces)}

@@ -10,13 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from io import BytesIO
-from pathlib import Path
 
 import sentencepiece
 
 from jllama.config import TrainedTokenizer
 from jllama.errors import UserError
-from jllama.text.tokenizer import SentencePieceTokenizer
+from jllama.text.spm import SentencePieceTokenizer
 
 _RESERVED = 3 + 256  # <unk>, <s>, </s> and one piece per byte
 _BREAK = re.compile(r"((?:\r?\n)+[ \t]*)")
@@ -27,10 +26,8 @@ _BREAK_SHARE = 1 / 500  # a break with indentation is a piece if this share of a
 _MAX_BREAKS = 32
 
 
-def train_sentencepiece(
-    texts: Iterable[str], config: TrainedTokenizer, path: str | Path | None = None
-) -> SentencePieceTokenizer:
-    """Trains on the first `config.max_bytes` of `texts`; writes the model to `path` if given.
+def train_sentencepiece(texts: Iterable[str], config: TrainedTokenizer) -> SentencePieceTokenizer:
+    """Trains on the first `config.max_bytes` of `texts`.
 
     Deterministic. Byte fallback, digits one by one, no normalisation, no dummy prefix. Raises
     UserError if there is no text or too little for `config.vocab_size` pieces.
@@ -78,10 +75,7 @@ def train_sentencepiece(
             f"tokenizer.vocab_size={config.vocab_size}: the training text gives only {limit[1]} "
             "pieces; lower it or give more text"
         ) from None
-    tokenizer = SentencePieceTokenizer(model.getvalue(), where="tokenizer")
-    if path is not None:
-        tokenizer.save(path)
-    return tokenizer
+    return SentencePieceTokenizer(model.getvalue())
 
 
 def _count(texts: Iterable[str], max_bytes: int) -> tuple[Counter, Counter]:

@@ -1,7 +1,7 @@
 """The run folder: what begins it, who may go on in it, and what all processes must agree on.
 
 RUN/config.yaml  the resolved recipe      RUN/checkpoints/STEP  parameters, optimizer state
-RUN/tokenizer.model                       RUN/metrics.jsonl, RUN/tensorboard
+RUN/tokenizer.model, or tokenizer.json     RUN/metrics.jsonl, RUN/tensorboard
 RUN/data.json    digests of the prepared text
 """
 
@@ -43,7 +43,7 @@ def begin(config: Config, folder: Path, stack: contextlib.ExitStack) -> Data:
     else:
         tokenizer = open_tokenizer(config)
         data = open_data(config, tokenizer)
-        tokenizer.save(folder / "tokenizer.model")
+        tokenizer.save(folder)
         storage.write_text(folder / _DATA, digests(data))
     _note_unused_rows(config.model.vocab_size, tokenizer.vocab_size)
     storage.make_folder(folder / "checkpoints")  # Orbax has a traceback for a file in its place

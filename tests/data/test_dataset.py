@@ -174,7 +174,7 @@ def test_missing_files_are_named_by_key_before_a_tokenizer_is_trained(
 
 
 def test_a_missing_tokenizer_is_named_by_key_with_where_it_comes_from(recipe, tmp_path):
-    file = ["tokenizer.kind=sentencepiece", f"tokenizer.path={tmp_path}/a.model"]
+    file = ["tokenizer.kind=file", f"tokenizer.path={tmp_path}/a.model"]
     with pytest.raises(
         UserError, match=r"^tokenizer\.path: .*/a\.model: no such .*model's weights"
     ):

@@ -209,7 +209,7 @@ def test_a_killed_run_is_done_anew_and_leaves_no_process(prepare_texts, tokenize
     many = texts * 2000
     (tmp_path / "killed.py").write_text(KILLED)
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in many))
-    tokenizer.save(tmp_path / "tokenizer.model")
+    tokenizer.save(tmp_path)
     folder = tmp_path / "prepared"
     arguments = [tmp_path / "tokenizer.model", tmp_path / "texts.jsonl", folder]
     run = subprocess.Popen(

@@ -41,7 +41,7 @@ def run(recipe, tmp_path_factory):
     folder.mkdir()
     (folder / "config.yaml").write_text(recipes.to_yaml(recipe))
     text = Path(__file__).read_text()
-    train_sentencepiece([text], recipe.tokenizer, folder / "tokenizer.model")
+    train_sentencepiece([text], recipe.tokenizer).save(folder)
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), recipe.sharding)
     definition = define_state(recipe, placement)
     checkpoints = Checkpoints(folder, keep=2)

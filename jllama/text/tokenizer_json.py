@@ -1,0 +1,188 @@
+"""What a tokenizer.json says, checked: byte pair encoding of one of two families.
+
+Byte-level (Llama 3): words are cut by a pattern, and a piece is any bytes, spelt in letters that
+print. SentencePiece-like (Llama 2): a piece is text with U+2581 for a space, and what no piece
+covers is spelt in byte tokens. Anything else is refused by name: it would not give a text back.
+"""
+
+import json
+from typing import Any, NoReturn
+
+import tokenizers
+
+from jllama import storage
+from jllama.errors import UserError
+from jllama.text.added import AddedToken
+from jllama.text.interface import SPACE, Prefix
+
+BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+
+
+def _letters() -> dict[str, int]:
+    """The letter for each byte (GPT-2's): itself where it prints, else one from U+0100 on."""
+    prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in prints]
+    return {chr(b): b for b in prints} | {chr(0x100 + i): b for i, b in enumerate(rest)}
+
+
+LETTERS = _letters()
+_LETTER = {byte: letter for letter, byte in LETTERS.items()}
+
+
+def spell(piece: bytes) -> str:
+    """A byte-level piece as tokenizer.json has it."""
+    return "".join([_LETTER[byte] for byte in piece])
+
+
+def vocabulary(file: Any, where: str) -> dict[str, int]:
+    """Every token of a tokenizer.json of any kind, text -> id; UserError if it is not one."""
+    try:
+        vocab = file["model"]["vocab"]
+        if isinstance(vocab, list):  # Unigram: pieces with their scores
+            vocab = {piece: id for id, (piece, _) in enumerate(vocab)}
+        added = {token["content"]: token["id"] for token in file.get("added_tokens") or ()}
+        vocab = vocab | added
+        if not all(isinstance(t, str) and type(i) is int and i >= 0 for t, i in vocab.items()):
+            raise TypeError
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{where}: not a tokenizer.json: no vocabulary in it") from None
+    return vocab
+
+
+class TokenizerJson:
+    """A tokenizer.json that this package can encode with.
+
+    Attributes:
+      vocab: the model's pieces, text -> id.
+      added: its added tokens.
+      byte_level: the family.
+      prefix: where its encoding puts a space.
+      prepends: whether it does so in the normaliser, before normalised added tokens are found.
+      unk: the model's unknown token, or empty.
+    """
+
+    def __init__(self, file: Any, where: str):
+        self._file, self._where = file, where
+        vocabulary(file, where)
+        model = file["model"]
+        kind = model.get("type") or ("BPE" if "merges" in model else "of no type")
+        if kind != "BPE" or not isinstance(model["vocab"], dict):
+            self._refuse(f"its model is {kind}; byte pair encoding (BPE) is read")
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(key):
+                self._refuse(f"its model has {key}")
+        self.vocab: dict[str, int] = model["vocab"]
+        if len(set(self.vocab.values())) < len(self.vocab):
+            self._refuse("two of its pieces have one id")
+        self.unk: str = model.get("unk_token") or ""
+        try:
+            self.added = [AddedToken.from_json(t, t["id"]) for t in file.get("added_tokens") or ()]
+            steps = _flat(file.get("pre_tokenizer"), "pretokenizers")
+            normalizers = _flat(file.get("normalizer"), "normalizers")
+            decoders = [step["type"] for step in _flat(file.get("decoder"), "decoders")]
+            self.byte_level = "ByteLevel" in decoders
+            if self.byte_level:
+                self.prefix, self.prepends = "never", False
+                self._check_byte_level(normalizers, steps, decoders)
+            else:
+                self.prepends = any(step["type"] == "Prepend" for step in normalizers)
+                self._check_spaced(normalizers, steps, decoders)
+        except (AttributeError, KeyError, TypeError):
+            raise UserError(f"{where}: not a tokenizer.json that tokenizers writes") from None
+        names = LETTERS if self.byte_level else BYTE_TOKENS
+        missing = [name for name in names if name not in self.vocab]
+        if missing:
+            self._refuse(f"{len(missing)} of 256 bytes have no token ({missing[0]!r} has none)")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UserError(f"{self._where}: not a tokenizer that jllama can read: {what}")
+
+    def _check_byte_level(self, normalizers, steps, decoders) -> None:
+        for step in normalizers:
+            self._refuse(f"the normaliser {step['type']} changes text")
+        if decoders != ["ByteLevel"]:
+            self._refuse(f"its decoder is {' + '.join(decoders)}")
+        if not steps or steps[-1]["type"] != "ByteLevel":
+            self._refuse("its decoder is ByteLevel and its last pre-tokeniser is not")
+        for step in steps:
+            if step["type"] not in ("Split", "Digits", "ByteLevel"):
+                self._refuse(f"the pre-tokeniser {step['type']}")
+            if step.get("behavior") == "Removed":
+                self._refuse("its pre-tokeniser Split removes text")
+            if step.get("add_prefix_space"):
+                self._refuse("its pre-tokeniser ByteLevel adds a space (add_prefix_space)")
+
+    def _check_spaced(self, normalizers, steps, decoders) -> None:
+        known = ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace")
+        for kind in decoders or ["none"]:
+            if kind not in known:
+                self._refuse(f"its decoder is {kind}")
+        model = self._file["model"]
+        if not model.get("byte_fallback") or "ByteFallback" not in decoders:
+            self._refuse("it has no byte fallback")
+        if model.get("ignore_merges"):
+            self._refuse("ignore_merges with byte fallback makes byte tokens from their names")
+        spaces = [{"type": "Prepend", "prepend": SPACE}] * self.prepends
+        replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+        for step in normalizers:
+            if step not in (*spaces, replaces):
+                self._refuse(f"the normaliser {step['type']} changes text")
+        marked = replaces in normalizers
+        kinds = [step["type"] for step in steps]
+        # Of two, the first puts a space before a text whose own are marked already.
+        replacements = [" ", SPACE][2 - len(kinds) :] if kinds else []
+        if kinds != ["Metaspace"] * len(replacements):
+            self._refuse(f"the pre-tokeniser {' + '.join(kinds)}")
+        if [step.get("replacement") for step in steps] != replacements:
+            self._refuse("its Metaspace replaces a space by something else than U+2581")
+        schemes = [self._scheme(step) for step in steps]
+        if len(steps) == 2 and (not marked or schemes[1] != "never" or steps[0].get("split", True)):
+            self._refuse("its two Metaspaces do not leave spaces as they are")
+        if not steps and not marked:
+            self._refuse("nothing makes U+2581 of a space")
+        self.prefix = "always" if self.prepends else next(iter(schemes), "never")
+        self._splits = any(step.get("split", True) for step in steps)
+
+    def _scheme(self, metaspace: dict) -> Prefix:
+        before = "always" if metaspace.get("add_prefix_space", True) else "never"  # older files
+        scheme = metaspace.get("prepend_scheme", before)
+        if scheme not in ("never", "first", "always"):
+            self._refuse(f"its Metaspace has prepend_scheme {scheme!r}")
+        return scheme
+
+    def encoder(self, special: set[str]) -> tokenizers.Tokenizer:
+        """Encodes text, and that alone: spaces as U+2581 in the SentencePiece-like family.
+
+        Without `special` tokens, added ones, normaliser, template, truncation and padding.
+        """
+        model = self._file["model"]
+        # What is not in the vocabulary cannot come out of it.
+        vocab = {piece: id for piece, id in self.vocab.items() if piece not in special}
+        merges = model["merges"]
+        if len(vocab) < len(self.vocab):
+            pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
+            merges = [p for p in pairs if special.isdisjoint((*p, "".join(p)))]
+        steps = self._file.get("pre_tokenizer")
+        if not self.byte_level:
+            words = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never"}
+            steps = words | {"split": True} if self._splits else None
+        only = {
+            "version": "1.0",
+            "added_tokens": [],
+            "pre_tokenizer": steps,
+            "model": model | {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": None},
+        }
+        try:
+            return tokenizers.Tokenizer.from_str(json.dumps(only))
+        except Exception as e:  # what tokenizers raises has no type of its own
+            reason = storage.one_line(e)
+            raise UserError(f"{self._where}: tokenizers does not read it: {reason}") from None
+
+
+def _flat(step: dict | None, key: str) -> list[dict]:
+    """The steps of a sequence, or the one step, or none."""
+    if step is None:
+        return []
+    if step["type"] == "Sequence":
+        return [inner for part in step[key] for inner in _flat(part, key)]
+    return [step]
