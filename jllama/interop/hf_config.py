@@ -135,6 +135,8 @@ def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -
         "pretraining_tp": 1,
         # Left out, they would be 1 and 2.
         **(_ends(tokenizer) if tokenizer else {"bos_token_id": None, "eos_token_id": None}),
+        # Who it is for: without it, 4.57 takes Llama 3's tokenizer for a broken one of Mistral's.
+        "transformers_version": "4.43.0",
         "torch_dtype": dtype,
         "dtype": dtype,
     }

@@ -9,8 +9,8 @@ score or rank of what a pair makes, the leftmost first. Both give the same ids, 
 While the ends of a piece are not merged with what is beside it, the merges inside are those of the
 piece on its own. So whatever the text, a piece comes from one pair only: the last merge of the
 piece on its own. A list of these, best first, is exact. There is one exception: pieces of equal
-score that overlap in a text, where a list cannot say "leftmost". `tie_warning` tells which tokenizers
-have such pieces: Chinese-LLaMA's, for one, whose added pieces all have the score 0.
+score that overlap in a text, where a list cannot say "leftmost". `tie_warning` tells which
+tokenizers have such pieces: Chinese-LLaMA's, for one, whose added pieces all have the score 0.
 """
 
 import itertools
@@ -135,13 +135,13 @@ def _merges(cost: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     """
     for piece in sorted(cost, key=lambda piece: (cost[piece], -len(piece))):
         parts = list(piece)
-        while len(parts) > 2:
-            costs = [cost.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
-            best = min(costs)
-            if best == math.inf:
-                break
+        costs = [cost.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+        while len(parts) > 2 and (best := min(costs)) < math.inf:
             at = costs.index(best)
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            del costs[at]
+            for i in range(max(at - 1, 0), min(at + 1, len(costs))):
+                costs[i] = cost.get(parts[i] + parts[i + 1], math.inf)
         if len(parts) == 2:
             yield parts[0], parts[1]
 
@@ -163,7 +163,8 @@ def tie_warning(tokenizer: Tokenizer) -> str | None:
         return None
     return (
         f"tokenizer.json: {tied} pieces share their score with another; where two of them overlap"
-        " in a text, `tokenizers` cannot take the leftmost as SentencePiece does"
+        " in a text, `tokenizers` cannot take the leftmost as SentencePiece does; LlamaTokenizer of"
+        " transformers 4 can, from tokenizer.model"
     )
 
 
