@@ -60,13 +60,15 @@ class Vocabulary:
             writer.add_remove_extra_whitespaces(self.remove_extra_whitespaces)
             writer.add_precompiled_charsmap(self.charsmap)
 
-    def put(self, id: int, token: str, type: TokenType, score: float = _NO_SCORE) -> None:
-        """Sets the token of `id`, with unused ones before it where there are none."""
+    def put(self, id: int, token: str, type: TokenType, score: float | None = None) -> None:
+        """Sets the token of `id`, and its score if given; ids before it without one are unused."""
         for row in range(len(self.tokens), id + 1):
             self.tokens.append(f"[PAD{row}]")
             self.types.append(TokenType.UNUSED)
             self.scores.append(_NO_SCORE)
-        self.tokens[id], self.types[id], self.scores[id] = token, type, score
+        self.tokens[id], self.types[id] = token, type
+        if score is not None:
+            self.scores[id] = score
 
 
 def vocabulary_of(tokenizer: Tokenizer | None, rows: int) -> Vocabulary:
@@ -219,7 +221,9 @@ def _huggingface(tokenizer: HuggingFaceTokenizer) -> Vocabulary:
         if unk is not None:
             made.types[unk] = TokenType.UNKNOWN
     for token in file.added:
-        if not token.special and (token.lstrip or token.rstrip or token.single_word):
+        if token.text in tokenizer.special_tokens:
+            continue
+        if token.lstrip or token.rstrip or token.single_word:
             raise _cannot(f"the added token {token.text!r}, which depends on what is beside it")
         made.put(token.id, token.text, TokenType.USER_DEFINED)
     for id in range(len(made.tokens), tokenizer.vocab_size):
