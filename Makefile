@@ -39,7 +39,7 @@ test-peers: $(VENV)/.dev  ## exactness beside transformers, llama.cpp, sentencep
 	transformers="$$($(PEER) transformers)" && transformers4="$$($(PEER) transformers4)" && \
 	llama_cpp="$$($(PEER) llama-cpp)" && JLLAMA_PEER_TRANSFORMERS="$$transformers" \
 	JLLAMA_PEER_TRANSFORMERS4="$$transformers4" JLLAMA_PEER_LLAMA_CPP="$$llama_cpp" \
-	$(BIN)/python -m pytest tests/peers
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/peers
 
 bench: $(VENV)/.default  ## the train step beside PyTorch (an hour on two quiet cores)
 	peer="$$($(PEER) transformers)" && $(BIN)/python -m benchmarks.compare --peers "$$peer"

@@ -50,20 +50,20 @@ HARD = [
     "中" * 3000,
     "[INST] <<SYS>> [/INST] <0x0A> <|notaspecial|> <pad>",
 ]
-# Only where the library itself is the peer: transformers makes special tokens of their names.
+# Special tokens' names: transformers makes tokens of them, sentencepiece and tiktoken do not.
 NAMES = ["<s>", "a</s>b<unk>", "<|begin_of_text|>x<|eot_id|>"]
 # Longer than what is cut for tiktoken's sake.
 LONG = ["x" + " " * 150_000 + "y", "!" + "\n" * 120_000 + " " * 120_000 + "z", "\t" * 200_000]
 
 
 def _texts() -> list[str]:
-    """Lines, and a longer piece, of every file; hard strings; random characters."""
+    """Lines, and a longer piece, of every file; hard strings; names; random characters."""
     texts = []
     for file in sorted((Path(DATA) / "text").iterdir()):
         text = file.read_text(encoding="utf-8", errors="replace")
         lines = text.splitlines(keepends=True)
         texts += [*lines[:: len(lines) // 200], text[1000:21_000]]
-    return texts + HARD + _random(200)
+    return texts + HARD + NAMES + _random(200)
 
 
 def _random(count: int) -> list[str]:
@@ -107,7 +107,7 @@ def test_ids_and_text_of_the_library_itself(vocabulary, sources, run_peer, tmp_p
     mark = "\u2581" if vocabulary == "Llama-2" else " "
     # A unigram model's float32 scores of a whole file are rounded, and ties fall another way.
     length = 100_000 if vocabulary == "Chinese" else None
-    texts = _texts() + NAMES + [text[:length] for text in _files()]
+    texts = _texts() + [text[:length] for text in _files()]
     texts += LONG if vocabulary == BPE else []
     tokenizer = jllama.load_tokenizer(path)
     theirs = _peers(run_peer, "transformers", kind, path, texts, tmp_path)
@@ -165,8 +165,8 @@ def test_our_export_as_transformers_loads_it(
     wrong = [
         (text, ids, their["ids"])
         for text, their in zip(texts, theirs, strict=True)
-        if (ids := tokenizer.encode(text)) != their["ids"]
-        or tokenizer.encode(text, bos=True) != their["whole"]
+        if (ids := tokenizer.encode(text, special=True)) != their["ids"]
+        or tokenizer.encode(text, bos=True, special=True) != their["whole"]
         or tokenizer.decode(ids) != their["text"]
     ]
     measured(f"{vocabulary}: texts that differ", f"jllama → {reader}", len(wrong) / len(texts))
@@ -178,9 +178,9 @@ def test_our_export_as_we_load_it(vocabulary, exported, sources):
     before = jllama.load_tokenizer(sources[vocabulary])
     for folder in ("jllama", "hf"):
         after = jllama.load_tokenizer(exported[vocabulary] / folder)
-        assert after.digest == before.digest
-        assert (after.bos_id, after.eos_id, after.vocab_size) == (
-            before.bos_id,
-            before.eos_id,
-            before.vocab_size,
-        )
+        for name in ("vocab_size", "bos_id", "eos_id", "stop_ids", "special_tokens"):
+            assert getattr(after, name) == getattr(before, name), name
+        for text in _texts():
+            ids = before.encode(text, special=True)
+            assert after.encode(text, special=True) == ids
+            assert after.decode(ids) == before.decode(ids)

@@ -17,7 +17,7 @@ from jllama.model.rope import inverse_frequencies
 from tests.tiny import relative_error
 
 LENGTH = 2001
-POSITIONS = np.linspace(0, LENGTH - 1, 64).astype(int).tolist()
+LARGE_VOCABULARY_LENGTH = 300  # where logits of every position would take half a gigabyte
 SIZES = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -55,13 +55,12 @@ VARIANTS = {
     "Llama-3": {**_llama3(8.0), **_rope(5e5), "max_position_embeddings": 8192},
     "Llama-3.1": _llama3(8.0),
     "Llama-3.2": {**_llama3(32.0), "tie_word_embeddings": True, "head_dim": 24},
-    "Code Llama": {**_rope(1e6), "vocab_size": 32016, "max_position_embeddings": 16384},
+    "Code Llama": {**_rope(1e6), "vocab_size": 336, "max_position_embeddings": 16384},
     "Vicuna 16K": _rope(1e4, "linear", factor=4.0),
     "Chinese-LLaMA": {"vocab_size": 49953, "hidden_size": 32},
     "Chinese-Alpaca": {"vocab_size": 49954, "hidden_size": 32},
     "Chinese-LLaMA-2": {"vocab_size": 55296, "hidden_size": 32},
     "TinyLlama": {
-        "vocab_size": 32000,
         "hidden_size": 128,
         "intermediate_size": 352,
         "num_hidden_layers": 3,
@@ -79,14 +78,15 @@ by_peer = pytest.mark.parametrize("peer", PEERS)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A model's folder, and the file where a peer writes what it computes of `ids`."""
+    """A model's folder, and the file where a peer writes its logits of `ids` at `positions`."""
 
     folder: Path
     out: Path
     ids: list[int]
+    positions: list[int]
 
     def json(self, **more) -> dict:
-        return {**dataclasses.asdict(self), "positions": POSITIONS, **more}
+        return {**dataclasses.asdict(self), **more}
 
     def found(self):
         """logits (float64), logits32 and inv_freq."""
@@ -98,8 +98,10 @@ def _jobs(folders: Path, out: Path) -> dict[str, Job]:
     jobs = {}
     for i, (name, (variant, _)) in enumerate(zip(NAMES, CASES, strict=True)):
         vocab_size = {**SIZES, **VARIANTS[variant]}["vocab_size"]
-        ids = np.random.default_rng(i).integers(0, vocab_size, LENGTH).tolist()
-        jobs[name] = Job(folders / str(i), out / f"{i}.npz", ids)
+        length = LENGTH if vocab_size < 1000 else LARGE_VOCABULARY_LENGTH
+        ids = np.random.default_rng(i).integers(0, vocab_size, length).tolist()
+        positions = np.linspace(0, length - 1, 64).astype(int).tolist()
+        jobs[name] = Job(folders / str(i), out / f"{i}.npz", ids, positions)
     return jobs
 
 
@@ -107,9 +109,9 @@ def _convert(*args) -> None:
     assert cli.main(["convert", *map(str, args)]) == 0
 
 
-def _logits(folder, ids) -> np.ndarray:
-    model = jllama.load(folder, dtype="float32")
-    return np.asarray(model.logits(np.array([ids]))[0, np.array(POSITIONS)])
+def _logits(job: Job) -> np.ndarray:
+    model = jllama.load(job.folder, dtype="float32")
+    return np.asarray(model.logits(np.array([job.ids]))[0, np.array(job.positions)])
 
 
 def _check(error: float, own: float, case: str) -> None:
@@ -138,7 +140,7 @@ def ours(made, tmp_path_factory):
     found = _jobs(folders, folders)
     for name, job in found.items():
         _convert(made["transformers"][name].folder, job.folder, "--to", "jllama")
-        np.save(job.out.with_suffix(".npy"), _logits(job.folder, job.ids))
+        np.save(job.out.with_suffix(".npy"), _logits(job))
     return found
 
 
@@ -161,7 +163,7 @@ def exported(ours, run_peer, tmp_path_factory):
 def test_jllama_reads_what_transformers_wrote(case, peer, made, measured):
     job = made[peer][case]
     exact = job.found()
-    error = relative_error(_logits(job.folder, job.ids), exact["logits"])
+    error = relative_error(_logits(job), exact["logits"])
     own = relative_error(exact["logits32"], exact["logits"])
     measured(case, f"{peer} → jllama", error, own)
     _check(error, own, case)
@@ -205,11 +207,12 @@ def test_transformers_reads_bfloat16_that_jllama_rounded(
     peer, made, ours, run_peer, measured, tmp_path
 ):
     case = "Llama-3.1, std 0.02"
-    job = Job(tmp_path / "bfloat16", tmp_path / "out.npz", ours[case].ids)
+    folder = tmp_path / "bfloat16"
+    job = dataclasses.replace(ours[case], folder=folder, out=tmp_path / "out.npz")
     _convert(ours[case].folder, job.folder, "--to", "hf", "--dtype", "bfloat16")
     run_peer(peer, "models", [job.json()], tmp_path)
     exact = job.found()
-    error = relative_error(_logits(job.folder, job.ids), exact["logits"])
+    error = relative_error(_logits(job), exact["logits"])
     own = relative_error(exact["logits32"], exact["logits"])
     measured(f"{case}, bfloat16 weights", f"jllama → {peer}", error, own)
     assert error < 1e-5

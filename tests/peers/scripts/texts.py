@@ -70,7 +70,7 @@ def with_transformers(path: str, texts: list[str], fast: bool) -> list[dict]:
     out = []
     for text in texts:
         ids = model.encode(text, add_special_tokens=False)
-        back = model.decode(ids, clean_up_tokenization_spaces=False)
+        back = model.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         out.append({"ids": ids, "text": back, "whole": model.encode(text)})
     return out
 
