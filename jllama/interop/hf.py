@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +14,7 @@ from jllama import storage
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.interop.hf_config import generation_config, read_config, write_config
-from jllama.interop.hf_tokenizer import tokenizer_files
+from jllama.interop.hf_tokenizer import tie_warning, tokenizer_files
 from jllama.interop.parameters import file_tensors
 from jllama.interop.pth import read_pth
 from jllama.interop.safetensors import read_safetensors, write_safetensors
@@ -138,6 +139,8 @@ def write_folder(
     data = {name: json.dumps(text, indent=2).encode() + b"\n" for name, text in files.items()}
     if tokenizer is not None:
         data |= tokenizer_files(tokenizer)
+        if warning := tie_warning(tokenizer):
+            print(f"note: {folder}: {warning}", file=sys.stderr)
     with storage.new_folder(folder, last=CONFIG) as new:
         with Progress(f"write {folder.name}", total) as progress:
             for name, shard in zip(names, shards, strict=True):
