@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from jllama.errors import UserError
 
-_MOST_IDS = 1 << 24
+MOST_IDS = 1 << 24
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -53,7 +53,7 @@ def check(added: Iterable[AddedToken], ids: Mapping[str, int], where: str) -> No
     ids = dict(ids)
     texts = {id: text for text, id in ids.items()}
     for token in added:
-        if not 0 <= token.id < _MOST_IDS:
+        if not 0 <= token.id < MOST_IDS:
             raise UserError(f"{where}: added token {token.text!r} has the impossible id {token.id}")
         if ids.setdefault(token.text, token.id) != token.id:
             raise UserError(

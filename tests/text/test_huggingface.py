@@ -201,6 +201,7 @@ SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "in
         ("spaced", "added_tokens", 3, "not a tokenizer.json"),
         ("spaced", "model.vocab", {"a": "b"}, "not a tokenizer.json"),
         ("spaced", "model.vocab", {"a": -1}, "not a tokenizer.json"),
+        ("spaced", "model.vocab", {"a": 1 << 40}, "not a tokenizer.json"),
         ("spaced", "decoder", {"kind": 1}, "not a tokenizer.json"),
         ("spaced", "decoder", "Metaspace", "not a tokenizer.json"),
     ],
