@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from jllama.errors import UserError
 
-_MOST_IDS = 1 << 24
+MOST_IDS = 1 << 24
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -53,7 +53,7 @@ def check(added: Iterable[AddedToken], ids: Mapping[str, int], where: str) -> No
     ids = dict(ids)
     texts = {id: text for text, id in ids.items()}
     for token in added:
-        if not 0 <= token.id < _MOST_IDS:
+        if not 0 <= token.id < MOST_IDS:
             raise UserError(f"{where}: added token {token.text!r} has the impossible id {token.id}")
         if ids.setdefault(token.text, token.id) != token.id:
             raise UserError(
@@ -72,17 +72,22 @@ class Splitter:
 
     def __init__(self, tokens: Iterable[AddedToken]):
         ordered = sorted(tokens, key=lambda t: -len(t.text))
-        self._ids = [token.id for token in ordered]
-        self._pattern = re.compile("|".join(f"({_pattern(token)})" for token in ordered))
+        flagged = [t for t in ordered if t.lstrip or t.rstrip or t.single_word]
+        self._flagged = [token.id for token in flagged]
+        self._plain = {token.text: token.id for token in ordered if token not in flagged}
+        # Groups for those alone whose texts are not what is found: without them search is fast.
+        parts = [_pattern(t) if t in flagged else re.escape(t.text) for t in ordered]
+        self._pattern = re.compile("|".join(parts)) if parts else None
 
     def split(self, text: str) -> Iterator[str | int]:
         """Texts between tokens, none of them empty, and the tokens' ids."""
         at = 0
-        if self._ids:
+        if self._pattern:
             for match in self._pattern.finditer(text):
                 if at < match.start():
                     yield text[at : match.start()]
-                yield self._ids[match.lastindex - 1]
+                number = match.lastindex
+                yield self._flagged[number - 1] if number else self._plain[match.group()]
                 at = match.end()
         if at < len(text):
             yield text[at:]
@@ -92,4 +97,5 @@ def _pattern(token: AddedToken) -> str:
     text = re.escape(token.text)
     if token.single_word:
         text = rf"(?<!\w){text}(?!\w)"
-    return r"\s*" * token.lstrip + text + r"\s*" * token.rstrip
+    # White space is tried from its beginning alone: a long run would take its length squared.
+    return "(" + r"(?:(?<!\s)\s+)?" * token.lstrip + text + r"\s*" * token.rstrip + ")"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import pytest
 import sentencepiece
@@ -112,6 +113,14 @@ def test_texts_with_added_tokens_come_back(extended, kind, parts):
     assert "".join([stream.feed(i) for i in encoded]) + stream.end() == text
 
 
+def test_many_tokens_and_long_runs_are_searched_in_little_time(extended, made):
+    began = time.process_time()
+    for text in (" " * 300_000, "<" * 300_000, "a<|b " * 60_000):
+        for tokenizer in (extended["json_bytes"][1], made["llama3"]):
+            assert tokenizer.decode(tokenizer.encode(text, special=True)) == text
+    assert time.process_time() - began < 20
+
+
 def test_truncation_padding_and_template_have_no_effect(made, byte_json):
     file = byte_json | {
         "truncation": {
@@ -192,6 +201,7 @@ SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "in
         ("spaced", "added_tokens", 3, "not a tokenizer.json"),
         ("spaced", "model.vocab", {"a": "b"}, "not a tokenizer.json"),
         ("spaced", "model.vocab", {"a": -1}, "not a tokenizer.json"),
+        ("spaced", "model.vocab", {"a": 1 << 40}, "not a tokenizer.json"),
         ("spaced", "decoder", {"kind": 1}, "not a tokenizer.json"),
         ("spaced", "decoder", "Metaspace", "not a tokenizer.json"),
     ],
