@@ -2,10 +2,11 @@
 
 PYTHON ?= python3
 VENV := .venv
-PEERS := .venv-peers
-# The peers' own wheels; PyPI's torch for Linux brings gigabytes of CUDA.
-PEER_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
+# Other programs that ours is compared with, each in a cached environment outside the checkout.
+# PyPI's torch for Linux brings gigabytes of CUDA: where that is wanted, TORCH_INDEX= is empty.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PEER := $(BIN)/python tests/peers/environment.py --torch-index '$(TORCH_INDEX)'
 LIBTPU := $(VENV)/libtpu/libtpu/libtpu.so
 EXTRAS := cuda tpu plan gcs s3 serve beam dev
 
@@ -15,10 +16,10 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --for
 	--no-annotate --custom-compile-command "make lock" pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test bench plan plans lint format lock clean
+.PHONY: help install train test test-peers bench plan plans lint format lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.dev  ## .venv with the locked requirements, this package and the development tools
 	@echo "$(VENV) is ready"
@@ -33,8 +34,15 @@ test: $(VENV)/.dev  ## the tests, on the CPU
 	if [ -f $(LIBTPU) ]; then export TPU_LIBRARY_PATH=$(abspath $(LIBTPU)); fi; \
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-bench: $(VENV)/.default $(PEERS)/.cpu  ## the train step beside PyTorch (an hour on two quiet cores)
-	$(BIN)/python -m benchmarks.compare --peers $(PEERS)/bin/python
+test-peers: $(VENV)/.dev  ## exactness beside transformers, llama.cpp, sentencepiece and tiktoken
+	@# The first time they are installed, llama.cpp from source: some ten minutes.
+	transformers="$$($(PEER) transformers)" && transformers4="$$($(PEER) transformers4)" && \
+	llama_cpp="$$($(PEER) llama-cpp)" && JLLAMA_PEER_TRANSFORMERS="$$transformers" \
+	JLLAMA_PEER_TRANSFORMERS4="$$transformers4" JLLAMA_PEER_LLAMA_CPP="$$llama_cpp" \
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/peers
+
+bench: $(VENV)/.default  ## the train step beside PyTorch (an hour on two quiet cores)
+	peer="$$($(PEER) transformers)" && $(BIN)/python -m benchmarks.compare --peers "$$peer"
 
 plan: $(VENV)/.default $(VENV)/.plan  ## the TPU compiler for jllama plan, beside the packages of .venv
 	@echo "$(BIN)/jllama plan is ready"
@@ -69,7 +77,7 @@ lock: $(VENV)/.dev  ## renew requirements*.txt (UPGRADE=--upgrade takes the newe
 	$(COMPILE) --constraints $(VENV)/all.txt --extra dev --output-file requirements-dev.txt
 
 clean:  ## remove .venv, caches and build products; runs and prepared data stay
-	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv resolves from metadata alone, without downloading gigabytes of CUDA; it reads no pip
@@ -109,10 +117,4 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.default
 
 $(VENV)/.cuda: $(VENV)/.default
 	$(PIP) install --quiet -c requirements.txt --editable '.[cuda]'
-	@touch $@
-
-$(PEERS)/.cpu $(PEERS)/.cuda: | $(BIN)/python
-	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip --disable-pip-version-check install torch==2.13.0 transformers==5.23.0 \
-		$(if $(findstring .cpu,$@),$(PEER_INDEX))
 	@touch $@

@@ -19,7 +19,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help="a run folder, or RUN/checkpoints/STEP")
+    add(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="a run, RUN/checkpoints/STEP, or a model's folder",
+    )
     add("--prompt", default="", help="text to continue [none: the beginning of a text]")
     add("--max-new-tokens", type=int, help="most new tokens [256, or what the model has room for]")
     add("--temperature", type=float, default=default.temperature, help="0 is greedy [%(default)s]")
@@ -28,7 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--repetition-penalty", type=float, default=1.0, help="above 1 repeats less [1]")
     add("--num-samples", type=int, default=1, help="how many continuations [1]")
     add("--seed", type=int, default=0, help="equal seeds give equal text [0]")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the computation [the run's]")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the computation [the model's]")
     return parser.parse_args(argv)
 
 

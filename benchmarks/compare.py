@@ -1,6 +1,6 @@
 """The train step beside transformers in PyTorch, turn by turn in one sitting; a table on stdout.
 
-    python -m benchmarks.compare --peers .venv-peers/bin/python
+    python -m benchmarks.compare --peers "$(python tests/peers/environment.py transformers)"
 
 The machine may be shared and its speed drift, so every round runs each program once, and the
 figures are medians over the rounds, as are the ratios within a round.

@@ -15,6 +15,9 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+# `make test-peers` says where the peers are.
+collect_ignore = [] if "JLLAMA_PEER_TRANSFORMERS" in os.environ else ["peers"]
+
 # Derandomised: a failure is seen again by whoever runs the tests next.
 hypothesis.settings.register_profile("jllama", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("jllama")

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
             write_folder(target, stored.config, params, stored.tokenizer, dtype)
         case "gguf":
             write_gguf(target, stored.config, params, stored.tokenizer, dtype)
-    print(f"{target}: {to}, {flops.parameter_count(stored.config):,} parameters, {dtype}")
+    print(f"{target}: {to}, {dtype}, {flops.parameter_count(stored.config):,} parameters")
 
 
 def _dtype(asked: str | None, to: str, stored: str) -> str:

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a name in configs/model, a YAML file or a run folder; all shipped models if left out",
+        help="a name in configs/model, a YAML file, a model's folder; all shipped if left out",
     )
     parser.add_argument("--all", action="store_true", help="a table of every shipped model")
     parser.add_argument(
@@ -43,12 +43,18 @@ def run(args: argparse.Namespace) -> None:
 def _load(model: str) -> tuple[ModelConfig, int]:
     """The model, and the length of the rows it is trained on."""
     folder = storage.path(model)
-    if model not in recipes.model_names() and storage.is_folder(folder):
-        if not storage.exists(folder / "config.yaml"):
-            raise UserError(f"{model}: no run folder, config.yaml is missing")
+    if model in recipes.model_names() or not storage.is_folder(folder):
+        found = recipes.load_model(model)
+    elif not storage.exists(folder / "config.yaml"):
+        # Importing jax takes seconds, which no other model needs.
+        from jllama.train.stored import open_model  # noqa: PLC0415
+
+        found = open_model(folder).config
+    elif recipes.load_stored(folder / "config.yaml").run is None:
+        found = recipes.load_stored(folder / "config.yaml").model
+    else:  # a run, which may have no checkpoint yet
         recipe = recipes.load(folder / "config.yaml")
         return recipe.model, recipe.data.length
-    found = recipes.load_model(model)
     return found, found.max_length
 
 

@@ -5,13 +5,17 @@ text and decoding are `jllama.text.interface`'s, as they are for every kind.
 """
 
 import functools
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 from jllama.errors import UserError
 from jllama.text.added import AddedToken, Splitter, check
 from jllama.text.interface import SPACE, Tokenizer, to_json
 from jllama.text.llama3 import BEGIN, END, STOPS
 from jllama.text.tokenizer_json import BYTE_TOKENS, LETTERS, TokenizerJson
+
+_PART = 1 << 12  # characters
+_CUT = re.compile(f"[^{SPACE}](?={SPACE})")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -78,6 +82,7 @@ class HuggingFaceTokenizer(Tokenizer):
             AddedToken(f" {token.text}", token.id, single_word=token.single_word) for token in late
         )
         self._marks_spaces = not file.byte_level
+        self._cuts = not any(_CUT.search(piece) for piece in file.vocab)
         self._encoder = file.encoder(named)
         super().__init__(
             table=table,
@@ -113,10 +118,24 @@ class HuggingFaceTokenizer(Tokenizer):
             if isinstance(part, int):
                 ids.append(part)
             else:
-                if self._marks_spaces:
-                    part = part.replace(" ", SPACE)
-                ids += self._encoder.encode(part, add_special_tokens=False).ids
+                for words in self._cut(part):
+                    ids += self._encoder.encode(words, add_special_tokens=False).ids
         return ids
+
+    def _cut(self, text: str) -> Iterator[str]:
+        """Marks spaces where the family does, and cuts there: a long text as one word is slow.
+
+        No id changes: where no piece has a space after a letter, nothing merges over one.
+        """
+        if not self._marks_spaces:
+            yield text
+            return
+        text = text.replace(" ", SPACE)
+        at = 0
+        while self._cuts and len(text) - at > _PART and (cut := _CUT.search(text, at + _PART)):
+            yield text[at : cut.end()]
+            at = cut.end()
+        yield text[at:]
 
 
 def _spelt(piece: str) -> bytes:

@@ -37,8 +37,11 @@ STOPS = (END, "<|eom_id|>", "<|eot_id|>")
 # tiktoken's regular expression goes back over white space, and panics somewhere above 400,000
 # characters of it. So a run this long is cut here, where the pattern would.
 _RUN = 100_000
-_WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's, as in \s
-_LONG_RUN = re.compile(f"[{_WHITE}]{{{_RUN},}}")
+# White space as Unicode has it, and the pattern: Python's own has U+001C to U+001F too.
+_NO_BREAK = "\t\v\f \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+_LONG_RUN = re.compile(f"[\r\n{_NO_BREAK}]{{{_RUN},}}")
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -116,11 +119,11 @@ class TiktokenTokenizer(Tokenizer):
             # Punctuation takes the line breaks that follow it.
             if start and not text[start - 1].isalnum():
                 start = end - len(text[start:end].lstrip("\r\n"))
-            breaks = max(text.rfind("\r", start, end), text.rfind("\n", start, end)) + 1
+            breaks = start + len(text[start:end].rstrip(_NO_BREAK))
             # The last space goes with what follows.
             rest = end - (end < len(text) and breaks < end)
             ids += self._bpe.encode_ordinary(text[at:start])
-            for piece in (text[start:breaks], text[max(start, breaks) : rest]):
+            for piece in (text[start:breaks], text[breaks:rest]):
                 ids += self._piece.encode_ordinary(piece)
             at = rest
         return ids + self._bpe.encode_ordinary(text[at:])

@@ -131,8 +131,9 @@ class SentencePieceTokenizer(Tokenizer):
 def _parts(text: str, prefix: bool) -> Iterator[str]:
     """Cuts a long text before single spaces: SentencePiece takes 50 bytes of memory a byte.
 
-    The ids are those of the whole text, but for a vocabulary whose pieces cross words. `prefix`:
-    each part gets a space of its own, and the one before it is left out.
+    The ids are those of the whole text, but for a vocabulary whose pieces cross words, and for near
+    ties in a Unigram model, whose sums of scores lose digits over a long text. `prefix`: each part
+    gets a space of its own, and the one before it is left out.
     """
     at = 0
     while len(text) - at > _PART and (space := _SPACE_IN_TEXT.search(text, at + _PART)):
@@ -148,7 +149,10 @@ def _processor(model: bytes, where: str) -> sentencepiece.SentencePieceProcessor
     except (RuntimeError, ValueError):
         loaded = False
     if not loaded:
-        raise UserError(f"{where}: not a SentencePiece model; give the .model file itself")
+        raise UserError(
+            f"{where}: not a SentencePiece model, Llama 3's tokenizer.model or a tokenizer.json;"
+            " give the file itself"
+        )
     return sp
 
 

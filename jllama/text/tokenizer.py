@@ -63,7 +63,7 @@ def _from_file(path: Path, settings: Settings) -> Tokenizer:
         data = storage.read_bytes(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such tokenizer file") from None
-    if data.lstrip()[:1] == b"{":
+    if path.suffix == ".json" or data.lstrip()[:1] == b"{":
         return _from_json(parse_json(path, data), path, settings)
     if is_tiktoken(data):
         return TiktokenTokenizer(

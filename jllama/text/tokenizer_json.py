@@ -16,7 +16,6 @@ from jllama.text.added import AddedToken
 from jllama.text.interface import SPACE, Prefix
 
 BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-_PREFIXES: tuple[Prefix, ...] = ("never", "first", "always")
 
 
 def _letters() -> dict[str, int]:
@@ -128,21 +127,28 @@ class TokenizerJson:
         for step in normalizers:
             if step not in (*spaces, replaces):
                 self._refuse(f"the normaliser {step['type']} changes text")
+        marked = replaces in normalizers
         kinds = [step["type"] for step in steps]
-        if kinds not in ([], ["Metaspace"]):
+        # Of two, the first puts a space before a text whose own are marked already.
+        replacements = [" ", SPACE][2 - len(kinds) :] if kinds else []
+        if kinds != ["Metaspace"] * len(replacements):
             self._refuse(f"the pre-tokeniser {' + '.join(kinds)}")
-        if kinds == [] and replaces not in normalizers:
-            self._refuse(f"nothing makes {SPACE} of a space")
-        self.prefix = "always" if self.prepends else "never"
-        for step in steps:
-            if step.get("replacement") != SPACE:
-                self._refuse(f"its Metaspace is {step.get('replacement')!r}")
-            scheme = "always" if step.get("add_prefix_space", True) else "never"
-            scheme = step.get("prepend_scheme", scheme)
-            if scheme not in _PREFIXES:
-                self._refuse(f"its Metaspace has prepend_scheme {scheme!r}")
-            if not self.prepends:
-                self.prefix = scheme
+        if [step.get("replacement") for step in steps] != replacements:
+            self._refuse("its Metaspace replaces a space by something else than U+2581")
+        schemes = [self._scheme(step) for step in steps]
+        if len(steps) == 2 and (not marked or schemes[1] != "never" or steps[0].get("split", True)):
+            self._refuse("its two Metaspaces do not leave spaces as they are")
+        if not steps and not marked:
+            self._refuse("nothing makes U+2581 of a space")
+        self.prefix = "always" if self.prepends else next(iter(schemes), "never")
+        self._splits = any(step.get("split", True) for step in steps)
+
+    def _scheme(self, metaspace: dict) -> Prefix:
+        before = "always" if metaspace.get("add_prefix_space", True) else "never"  # older files
+        scheme = metaspace.get("prepend_scheme", before)
+        if scheme not in ("never", "first", "always"):
+            self._refuse(f"its Metaspace has prepend_scheme {scheme!r}")
+        return scheme
 
     def encoder(self, special: set[str]) -> tokenizers.Tokenizer:
         """Encodes text, and that alone: spaces as U+2581 in the SentencePiece-like family.
@@ -152,18 +158,19 @@ class TokenizerJson:
         model = self._file["model"]
         # What is not in the vocabulary cannot come out of it.
         vocab = {piece: id for piece, id in self.vocab.items() if piece not in special}
+        merges = model["merges"]
+        if len(vocab) < len(self.vocab):
+            pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
+            merges = [p for p in pairs if special.isdisjoint((*p, "".join(p)))]
         steps = self._file.get("pre_tokenizer")
-        if not self.byte_level and steps:
-            (step,) = _flat(steps, "pretokenizers")
-            steps = None
-            if step.get("split", True):
-                steps = {"type": "Metaspace", "replacement": SPACE}
-                steps |= {"prepend_scheme": "never", "split": True}
+        if not self.byte_level:
+            words = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never"}
+            steps = words | {"split": True} if self._splits else None
         only = {
             "version": "1.0",
             "added_tokens": [],
             "pre_tokenizer": steps,
-            "model": model | {"type": "BPE", "vocab": vocab, "unk_token": None},
+            "model": model | {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": None},
         }
         try:
             return tokenizers.Tokenizer.from_str(json.dumps(only))

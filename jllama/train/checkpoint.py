@@ -47,8 +47,9 @@ class Checkpoints:
         # What a killed run had half written is removed.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         here = self._staging.local if self._staging else storage.absolute(self._folder)
-        handlers = None
+        handlers, self._item = None, ocp.args.StandardSave
         if copies is not None:
+            self._item = ocp.args.PyTreeSave  # the same on disk
             gb = copies / 1e9
             handlers = {
                 "trainable": ocp.PyTreeCheckpointHandler(
@@ -78,7 +79,7 @@ class Checkpoints:
         with _writing(self._folder / str(step)):
             if self._staging:
                 self._staging.wait()  # Orbax may drop the step that is being copied
-            args = {name: _in_chunks(item) for name, item in items.items()}
+            args = {name: self._item(item, _chunks(item)) for name, item in items.items()}
             self._manager.save(step, args=ocp.args.Composite(**args))
         if self._staging:
             self._staging.publish(step, self._manager.wait_until_finished)
@@ -136,13 +137,12 @@ def room_for(params: Any) -> float:
     return max(1.01 * max(sizes), _LEAST_ROOM)
 
 
-def _in_chunks(tree: Any) -> ocp.args.PyTreeSave:
+def _chunks(tree: Any) -> Any:
     """Stored in pieces of at most `_CHUNK_BYTES`, and not of a device's part.
 
     A piece is read whole: what one device saved, each of many would have to read in full.
     """
-    args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-    return ocp.args.PyTreeSave(tree, args)
+    return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -7,6 +7,7 @@ Formats are told apart by the file that says what the model is:
   meta    params.json
 """
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -26,9 +27,10 @@ from jllama.model import llama
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from jllama.train.checkpoint import Checkpoints, latest_step, load_params, room_for
 
+RECIPE = "config.yaml"
 StoredFormat = Literal["jllama", "hf", "meta"]
 _FILES: dict[str, StoredFormat] = {
-    "config.yaml": "jllama",
+    RECIPE: "jllama",
     hf.CONFIG: "hf",
     meta.PARAMS: "meta",
 }
@@ -104,11 +106,11 @@ def _format(path: Path) -> StoredFormat:
 
 def _own(path: Path) -> StoredModel:
     folder, step = path, None
-    if not storage.exists(path / "config.yaml") and path.name.isdigit():
+    if not storage.exists(path / RECIPE) and path.name.isdigit():
         folder, step = storage.absolute(path).parent.parent, int(path.name)
-    if not storage.exists(folder / "config.yaml"):
+    if not storage.exists(folder / RECIPE):
         raise UserError(f"{folder}: no config.yaml, which a run and a model of jllama have")
-    stored = recipes.load_stored(folder / "config.yaml")
+    stored = recipes.load_stored(folder / RECIPE)
     step = latest_step(folder) if step is None else step
     if step is None:
         raise UserError(f"{path}: the run has no checkpoint yet; train it first")
@@ -158,19 +160,21 @@ def write_model(
 
     Hosts read it in parts, each its own, where they would read the whole of another format.
 
-    Every process that holds a part of it calls it. config.yaml is written last: what lacks it is no
-    model. Raises UserError if the folder holds anything.
+    config.yaml is written last: what lacks it is no model. Raises UserError if the folder holds
+    anything.
     """
     storage.check_absent(folder)
-    checkpoints = Checkpoints(folder, keep=1, copies=room_for(params))
     try:
-        checkpoints.save_params(0, params)
-    finally:
-        checkpoints.close()
-    if tokenizer is not None:
-        tokenizer.save(folder)
-    stored = StoredConfig(model=config, compute=ComputeConfig(dtype=dtype, param_dtype=dtype))
-    storage.write_text(folder / "config.yaml", recipes.to_yaml(stored))
+        checkpoints = Checkpoints(folder, keep=1, copies=room_for(params))
+        with contextlib.closing(checkpoints):
+            checkpoints.save_params(0, params)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        stored = StoredConfig(model=config, compute=ComputeConfig(dtype=dtype, param_dtype=dtype))
+        storage.write_text(folder / RECIPE, recipes.to_yaml(stored))
+    except BaseException:
+        storage.remove_folder(folder)
+        raise
 
 
 def initial_model(config: Config) -> StoredModel | None:

@@ -157,9 +157,9 @@ def test_a_prompt_without_room_for_one_token_is_an_error(model):
 
 def test_what_is_no_model_is_an_error_that_says_what_is(run, tmp_path):
     for path in (tmp_path, tmp_path / "absent", run / "config.yaml", run / "checkpoints"):
-        with pytest.raises(jllama.UserError, match="expected a run folder"):
+        with pytest.raises(jllama.UserError, match="expected a run or a model"):
             jllama.load(path)
-    with pytest.raises(jllama.UserError, match="expected a run folder"):
+    with pytest.raises(jllama.UserError, match="expected a run or a model"):
         jllama.load(run / "checkpoints" / "5")
     with pytest.raises(jllama.UserError, match="dtype='float16'"):
         jllama.load(run, dtype="float16")

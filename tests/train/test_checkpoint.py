@@ -12,6 +12,7 @@ import recipes
 
 from jllama.config import MeshConfig
 from jllama.errors import StorageError, UserError
+from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train import staging
@@ -180,5 +181,6 @@ def test_a_checkpoint_that_cannot_go_to_its_url_is_an_error(tmp_path, monkeypatc
 
 def test_parameters_load_alone(run):
     placement = Placement(make_mesh(MeshConfig(fsdp=4, tensor=2)), CONFIG.sharding)
-    params = load_params(run, 6, CONFIG, placement)
+    placed = llama.placed_shapes(CONFIG.model, placement, "float32", "float32")
+    params = load_params(run, 6, placed)
     jax.tree.map(np.testing.assert_array_equal, params, state(definition(), 6).trainable)

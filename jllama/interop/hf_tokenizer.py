@@ -1,0 +1,336 @@
+"""The tokenizer files of a Hugging Face folder.
+
+tokenizer.json is made here, for `tokenizers` and so for transformers' AutoTokenizer, versions 4
+and 5. Its ids are those of `Tokenizer.encode` with `bos=True, special=True` (transformers finds
+special tokens in the text too, unless told `split_special_tokens=True`), and its texts those of
+`decode`. `tokenizers` merges in the order of a list of pairs, SentencePiece and tiktoken by the
+score or rank of what a pair makes, the leftmost first. Both give the same ids, for a reason:
+
+While the ends of a piece are not merged with what is beside it, the merges inside are those of the
+piece on its own. So whatever the text, a piece comes from one pair only: the last merge of the
+piece on its own. A list of these, best first, is exact. There is one exception: pieces of equal
+score that overlap in a text, where a list cannot say "leftmost". `tie_warning` tells which
+tokenizers have such pieces: Chinese-LLaMA's, for one, whose added pieces all have the score 0.
+"""
+
+import itertools
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jllama.errors import UserError
+from jllama.text.llama3 import PATTERN
+from jllama.text.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+)
+
+_SPACE = "\u2581"
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_UNLIMITED = int(1e30)  # transformers' own number for "no limit"
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Contents by file name. Raises UserError for a tokenizer that these files cannot express."""
+    match tokenizer:
+        case SentencePieceTokenizer():
+            model, added, unk = _sentencepiece(tokenizer)
+        case TiktokenTokenizer():
+            model, added, unk = _tiktoken(tokenizer)
+        case HuggingFaceTokenizer():
+            model = tokenizer.json
+            added, unk = model.get("added_tokens", []), model["model"].get("unk_token")
+    texts = {id: text for text, id in tokenizer.special_tokens.items()}
+    names = {"bos_token": texts[tokenizer.bos_id], "eos_token": texts[tokenizer.eos_id]}
+    if unk is not None:
+        names["unk_token"] = unk
+    config = {
+        # In both versions this class takes tokenizer.json as it is; LlamaTokenizer of 5 does not.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": _UNLIMITED,
+        "added_tokens_decoder": {
+            str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added
+        },
+    }
+    files = {}
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        config |= {"add_bos_token": True, "add_eos_token": False}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        config["legacy"] = _settings(tokenizer).get("legacy", True)
+        files["tokenizer.model"] = tokenizer.model
+    return files | {
+        "tokenizer.json": _json(model),
+        "tokenizer_config.json": _json(config, indent=2),
+        "special_tokens_map.json": _json(names, indent=2),
+    }
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    return json.dumps(value, ensure_ascii=False, indent=indent).encode() + b"\n"
+
+
+def _file(
+    tokenizer: Tokenizer, added: list[dict], model: dict[str, Any], **steps: Any
+) -> dict[str, Any]:
+    """tokenizer.json: BOS before each text, and `steps` around a BPE model."""
+    bos = next(text for text, id in tokenizer.special_tokens.items() if id == tokenizer.bos_id)
+
+    def sequence(*types: int) -> list[dict]:
+        parts = []
+        for name, type in zip("AB", types, strict=False):
+            parts.append({"SpecialToken": {"id": bos, "type_id": type}})
+            parts.append({"Sequence": {"id": name, "type_id": type}})
+        return parts
+
+    template = {
+        "type": "TemplateProcessing",
+        "single": sequence(0),
+        "pair": sequence(0, 1),
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": sorted(added, key=lambda token: token["id"]),
+        "normalizer": steps.get("normalizer"),
+        "pre_tokenizer": steps.get("pre_tokenizer"),
+        "post_processor": template,
+        "decoder": steps["decoder"],
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            **model,
+        },
+    }
+
+
+def _added(id: int, text: str, special: bool, **flags: bool) -> dict[str, Any]:
+    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": id, "content": text, **usual, **flags, "special": special}
+
+
+# ------------------------------------------------------------------------------------------ merges
+
+
+def _merges(cost: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """The pair that makes each piece, cheapest first; of equal costs the longest.
+
+    The longest first, because the leftmost piece then grows before another begins: so it is in a
+    run of one character, such as LLaMA's spaces, whose pieces all have one score.
+    """
+    for piece in sorted(cost, key=lambda piece: (cost[piece], -len(piece))):
+        parts = list(piece)
+        costs = [cost.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+        while len(parts) > 2 and (best := min(costs)) < math.inf:
+            at = costs.index(best)
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            del costs[at]
+            for i in range(max(at - 1, 0), min(at + 1, len(costs))):
+                costs[i] = cost.get(parts[i] + parts[i + 1], math.inf)
+        if len(parts) == 2:
+            yield parts[0], parts[1]
+
+
+# ----------------------------------------------------------------------------------- SentencePiece
+
+
+def tie_warning(tokenizer: Tokenizer) -> str | None:
+    """What to tell the user where the ids of tokenizer.json may differ from ours, or None."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return None
+    _, cost = _model(_read(tokenizer.model)[0])
+    groups: dict[float, set[str]] = {}
+    for piece, score in cost.items():
+        letters = piece[0] if piece == piece[0] * len(piece) else piece
+        groups.setdefault(score, set()).add(letters)
+    tied = sum(len(group) for group in groups.values() if len(group) > 1)
+    if not tied:
+        return None
+    return (
+        f"tokenizer.json: {tied} pieces share their score with another; where two of them overlap"
+        " in a text, `tokenizers` cannot take the leftmost as SentencePiece does; LlamaTokenizer of"
+        " transformers 4 can, from tokenizer.model"
+    )
+
+
+def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[dict, list[dict], str]:
+    pieces, trainer, normalizer = _read(tokenizer.model)
+    if trainer.get(3, 1) != 2:
+        raise _cannot("a SentencePiece model that is not of type BPE")
+    if normalizer.get(2) or normalizer.get(4, 1):
+        raise _cannot("a SentencePiece model that normalises its text")
+    if not normalizer.get(5, 1) or trainer.get(24, 0):
+        raise _cannot("a SentencePiece model that does not mark spaces before the word")
+    types = [type for _, _, type in pieces]
+    prefix = bool(normalizer.get(3, 1))
+    if _UNUSED in types:
+        raise _cannot("a SentencePiece model with unused pieces")
+    if prefix and _USER_DEFINED in types:
+        raise _cannot("user-defined pieces in a SentencePiece model that puts a space before texts")
+    vocab, cost = _model(pieces)
+    added = {}
+    for id, (piece, _, type) in enumerate(pieces):
+        if type in (_UNKNOWN, _CONTROL):
+            added[id] = _added(id, piece, special=True)
+        elif type == _USER_DEFINED:
+            # Found after spaces are marked, as SentencePiece does.
+            added[id] = _added(id, piece, special=False, normalized=True)
+    settings = _settings(tokenizer)
+    for id, token in settings.get("added_tokens_decoder", {}).items():
+        special = token["content"] in tokenizer.special_tokens
+        flags = {name: bool(token.get(name)) for name in ("single_word", "lstrip", "rstrip")}
+        if special or int(id) >= len(pieces):
+            added[int(id)] = _added(int(id), token["content"], special, **flags)
+            vocab[token["content"]] = int(id)  # or `tokenizers` would count on from the last id
+    unk = next(piece for piece, _, type in pieces if type == _UNKNOWN)
+    mark = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    first = None
+    decoders = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+        if settings.get("legacy", True):
+            prepend = {"type": "Prepend", "prepend": _SPACE}
+            mark = {"type": "Sequence", "normalizers": [prepend, mark]}
+            visible = [re.escape(t["content"]) for t in added.values() if not t["special"]]
+            if visible:  # each is followed by a text with a space before it
+                after = {"Regex": f"(?<={'|'.join(visible)}) "}
+                decoders.append({"type": "Replace", "pattern": after, "content": ""})
+        else:
+            # Metaspace puts no space before one. Here it meets none: they are marked already.
+            space = {"type": "Metaspace", "split": False}
+            first = {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {**space, "replacement": " ", "prepend_scheme": "first"},
+                    {**space, "replacement": _SPACE, "prepend_scheme": "never"},
+                ],
+            }
+    made = _file(
+        tokenizer,
+        list(added.values()),
+        {
+            "unk_token": unk,
+            "byte_fallback": _BYTE in types,
+            "vocab": vocab,
+            "merges": [list(pair) for pair in _merges(cost) if all(part in vocab for part in pair)],
+        },
+        normalizer=mark,
+        pre_tokenizer=first,
+        decoder={"type": "Sequence", "decoders": decoders},
+    )
+    return made, made["added_tokens"], unk
+
+
+def _settings(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    return json.loads(tokenizer.files().get("tokenizer_config.json", b"{}"))
+
+
+def _cannot(what: str) -> UserError:
+    return UserError(
+        f"tokenizer: {what}: tokenizer.json would not give the same ids; leave the tokenizer out"
+    )
+
+
+def _model(pieces: list[tuple[str, float, int]]) -> tuple[dict[str, int], dict[str, float]]:
+    """The vocabulary, and the pieces that merges make with their costs."""
+    vocab = {piece: id for id, (piece, _, _) in enumerate(pieces)}
+    made = {p: -score for p, score, type in pieces if type == _NORMAL and len(p) > 1}
+    return vocab, made
+
+
+def _read(model: bytes) -> tuple[list[tuple[str, float, int]], dict[int, Any], dict[int, Any]]:
+    """Pieces (text, score, type), trainer_spec and normalizer_spec of sentencepiece_model.proto."""
+    pieces, trainer, normalizer = [], {}, {}
+    for number, value in _fields(model):
+        match number:
+            case 1:
+                piece = {2: b"\0\0\0\0", 3: _NORMAL, **dict(_fields(value))}
+                pieces.append((piece[1].decode(), struct.unpack("<f", piece[2])[0], piece[3]))
+            case 2:
+                trainer |= _fields(value)
+            case 3:
+                normalizer |= _fields(value)
+    return pieces, trainer, normalizer
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Numbers and values of a protobuf message's fields: int, or the bytes of whatever they are.
+
+    The module that comes with sentencepiece asks for a newer protobuf than others allow.
+    """
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        number, wire = divmod(varint(), 8)
+        if wire == 0:
+            yield number, varint()
+            continue
+        size = {1: 8, 5: 4}.get(wire) or varint()
+        yield number, message[at : at + size]
+        at += size
+
+
+# ---------------------------------------------------------------------------------------- tiktoken
+
+
+def _tiktoken(tokenizer: TiktokenTokenizer) -> tuple[dict, list[dict], None]:
+    letters = _letters()
+    vocab = {"".join([letters[b] for b in t]): rank for t, rank in tokenizer.ranks.items()}
+    added = [_added(id, text, special=True) for text, id in tokenizer.special_tokens.items()]
+    cut = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+    as_bytes = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    cost = {token: rank for token, rank in vocab.items() if len(token) > 1}
+    made = _file(
+        tokenizer,
+        added,
+        {
+            "ignore_merges": True,  # a word that is a piece is that piece
+            "vocab": vocab,
+            "merges": [list(pair) for pair in _merges(cost)],
+        },
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [cut, as_bytes]},
+        decoder=as_bytes,
+    )
+    return made, made["added_tokens"], None
+
+
+def _letters() -> list[str]:
+    """GPT-2's letter for each byte: its own where that prints, else one from U+0100 on."""
+    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    return [chr(byte if byte in prints else next(others)) for byte in range(256)]

@@ -1,0 +1,122 @@
+"""`jllama convert` between all formats, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import jllama
+from jllama.cli import main
+from jllama.config import TrainedTokenizer
+from jllama.interop import hf
+from jllama.text.vocabulary import train_sentencepiece
+from jllama.train.stored import write_model
+
+MODEL = tiny.config(num_kv_heads=2, vocab_size=448)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params(MODEL)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    text = Path(__file__).read_text()
+    return train_sentencepiece([text], TrainedTokenizer(kind="train", vocab_size=400))
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory, params, tokenizer):
+    folder = tmp_path_factory.mktemp("models") / "own"
+    write_model(folder, MODEL, params, tokenizer, "float32")
+    return folder
+
+
+def convert(*words):
+    return main(["convert", *map(str, words)])
+
+
+def same(folder, params, **options):
+    model = jllama.load(folder, **options)
+    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+    return model
+
+
+def test_there_and_back_keeps_every_bit_and_the_tokenizer(own, params, tokenizer, tmp_path, capsys):
+    assert convert(own, tmp_path / "hf") == 0
+    assert convert(tmp_path / "hf", tmp_path / "back") == 0
+    for folder in ("hf", "back"):
+        model = same(tmp_path / folder, params)
+        assert model.tokenizer.digest == tokenizer.digest
+        assert model.config == jllama.load(own).config or folder == "hf"
+    text = "def test(x):\n    return x"
+    assert jllama.load(tmp_path / "hf").tokenizer.encode(text) == tokenizer.encode(text)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"{tmp_path / 'hf'}: hf, float32, {out[0].split(', ')[-1]}"
+
+
+def test_half_precision_is_stored_as_asked_and_kept(own, tmp_path):
+    assert convert(own, tmp_path / "half", "--to", "hf", "--dtype", "float16") == 0
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert config["torch_dtype"] == config["dtype"] == "float16"
+    assert convert(tmp_path / "half", tmp_path / "again", "--to", "hf") == 0
+    bits = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("half", "again")]
+    assert bits[0] == bits[1]
+    # float32 holds it exactly.
+    assert convert(tmp_path / "half", tmp_path / "wide") == 0
+    same(tmp_path / "wide", jllama.load(tmp_path / "half").params)
+
+
+def test_a_name_that_ends_in_gguf_is_one(own, tmp_path):
+    assert convert(own, tmp_path / "model.gguf") == 0
+    assert (tmp_path / "model.gguf").read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{own}", "{out}", "--dtype", "int8"], "--dtype int8: hf has float32, bfloat16, float16"),
+        (
+            ["{own}", "{out}", "--to", "jllama", "--dtype", "float16"],
+            "jllama has float32, bfloat16",
+        ),
+        (["{own}", "{out}.gguf", "--dtype", "Q4_K_M"], "llama-quantize"),
+        (["{own}", "{own}"], "exists"),
+        (["{own}", "{out}", "--model", "llama-7b"], "--model llama-7b"),
+        (["{own}", "{out}", "--from", "hf"], "config.json: no such file"),
+        (["{out}", "{out}2"], "no such folder"),
+        (["{own}"], "DST"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_input_is_one_line_and_writes_nothing(own, tmp_path, words, said, capsys):
+    words = [word.format(own=own, out=tmp_path / "out") for word in words]
+    assert convert(*words) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tmp_path, tokenizer, capsys):
+    small = tiny.config(vocab_size=399)
+    hf.write_folder(tmp_path / "hf", small, tiny.params(small), None, "float32")
+    tokenizer.save(tmp_path / "hf")
+    assert convert(tmp_path / "hf", tmp_path / "out") == 2
+    assert "the tokenizer has 400 ids and the embedding 399 rows" in capsys.readouterr().err
+
+
+def test_a_folder_without_its_last_file_is_no_model(own, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise jllama.UserError("disk full")
+
+    monkeypatch.setattr("jllama.train.stored.storage.write_text", full)
+    hf_folder = tmp_path / "hf"
+    assert convert(own, hf_folder, "--to", "jllama") == 2
+    with pytest.raises(jllama.UserError, match="no such folder"):
+        jllama.load(hf_folder)
+    capsys.readouterr()

@@ -1,0 +1,164 @@
+"""Hugging Face folders: what is written is what the safetensors library reads, and reads back."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import jllama
+from jllama.errors import StorageError, UserError
+from jllama.interop import hf
+from jllama.interop.names import NAMES
+
+MODEL = tiny.config(num_kv_heads=2, rope=tiny.LLAMA3)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params(MODEL)
+
+
+@pytest.fixture
+def folder(tmp_path, params):
+    hf.write_folder(tmp_path / "model", MODEL, params, None, "float32")
+    return tmp_path / "model"
+
+
+def rewrite(folder, **tensors):
+    """The folder's tensors with others in their place; None removes one."""
+    file = folder / "model.safetensors"
+    found = load_file(file) | {name.replace("__", "."): t for name, t in tensors.items()}
+    save_file({name: t for name, t in found.items() if t is not None}, file)
+
+
+def change(folder, **keys):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def test_the_library_reads_every_bit_under_its_name(folder, params):
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert sorted(file.keys()) == sorted(
+            name.of("hf", layer) for name in NAMES for layer in range(3 if name.stacked else 1)
+        )
+        q = np.asarray(params["layers"]["attention"]["q"]["kernel"])[1]
+        wanted = q.reshape(48, 64).T
+        np.testing.assert_array_equal(
+            file.get_tensor("model.layers.1.self_attn.q_proj.weight"), wanted
+        )
+        o = np.asarray(params["layers"]["attention"]["o"]["kernel"])[2]
+        np.testing.assert_array_equal(
+            file.get_tensor("model.layers.2.self_attn.o_proj.weight"), o.reshape(64, 48).T
+        )
+
+
+def test_it_loads_back_bit_for_bit(folder, params):
+    model = jllama.load(folder)
+    assert (model.config.rope, model.config.rope_theta) == (MODEL.rope, MODEL.rope_theta)
+    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+
+
+def test_a_folder_without_a_tokenizer_has_logits_and_no_texts(folder, params):
+    model = jllama.load(folder)
+    assert model.tokenizer is None
+    tokens = tiny.tokens(1, 7)
+    assert tiny.relative_error(model.logits(tokens), tiny.logits(params, MODEL, tokens)) < 1e-6
+    for prompt in ("text", [1, 2]):
+        with pytest.raises(UserError, match="no tokenizer"):
+            model.generate(prompt)
+
+
+def test_shards_hold_at_most_their_bytes_and_the_index_finds_all(tmp_path, params):
+    folder = tmp_path / "sharded"
+    hf.write_folder(folder, MODEL, params, None, "float32", shard_bytes=60_000)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all(sum(t.nbytes for t in load_file(file).values()) <= 60_000 for file in files)
+    held = {name: file.name for file in files for name in load_file(file)}
+    assert held == index["weight_map"]
+    total = sum(t.nbytes for file in files for t in load_file(file).values())
+    assert index["metadata"]["total_size"] == total
+    jax.tree.map(np.testing.assert_array_equal, jllama.load(folder).params, params)
+
+
+def test_a_tied_head_that_is_there_must_be_the_embedding(tmp_path):
+    tied = tiny.config(tie_embeddings=True)
+    folder = tmp_path / "tied"
+    hf.write_folder(folder, tied, tiny.params(tied), None, "float32")
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(folder, lm_head__weight=table.copy())
+    assert "head" not in jllama.load(folder).params
+    rewrite(folder, lm_head__weight=table + 1)
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from the embedding"):
+        jllama.load(folder)
+
+
+def test_rotary_buffers_of_old_folders_are_no_parameters(folder):
+    rewrite(folder, model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(8, np.float32))
+    jllama.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"model__layers__1__mlp__up_proj__weight": None}, r"missing: model\.layers\.1\.mlp\.up"),
+        ({"lm_head__weight": np.zeros((98, 48), np.float32)}, r"misshapen: lm_head\.weight"),
+        ({"lm_head__weight": np.zeros((97, 48), np.uint8)}, r"not weights: lm_head\.weight .*U8"),
+        ({"score__weight": np.zeros((2, 48), np.float32)}, r"extra: score\.weight"),
+    ],
+    ids=["missing", "misshapen", "quantised", "extra"],
+)
+def test_tensors_of_another_model_are_said(folder, tensors, said):
+    rewrite(folder, **tensors)
+    with pytest.raises(UserError, match=said) as e:
+        jllama.load(folder)
+    assert "\n" not in str(e.value)
+
+
+def test_what_the_architecture_cannot_express_is_refused_by_name(folder):
+    change(folder, attention_bias=True)
+    with pytest.raises(UserError, match="attention_bias"):
+        jllama.load(folder)
+
+
+def test_a_folder_without_weights_is_an_error(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no weights: expected model\.safetensors"):
+        jllama.load(folder)
+
+
+def test_a_failed_writing_leaves_nothing(tmp_path, params, monkeypatch):
+    target = tmp_path / "out"
+    loud = jax.tree.map(lambda x: x, params)
+    loud["head"]["weight"] = params["head"]["weight"].at[3, 3].set(1e6)
+    with pytest.raises(UserError, match=r"lm_head\.weight: 1e\+06 does not fit float16"):
+        hf.write_folder(target, MODEL, loud, None, "float16")
+    assert list(tmp_path.iterdir()) == []
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf, "write_safetensors", full)
+    with pytest.raises(StorageError, match="No space left"):
+        hf.write_folder(target, MODEL, params, None, "float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_not_replaced(folder, params):
+    with pytest.raises(UserError, match="exists"):
+        hf.write_folder(folder, MODEL, params, None, "float32")
+    jllama.load(folder)
+
+
+def test_a_model_that_it_cannot_express_is_not_written(tmp_path):
+    own = tiny.config(qk_norm=True)
+    with pytest.raises(UserError, match=r"[qk]_norm"):
+        hf.write_folder(tmp_path / "out", own, tiny.params(own), None, "float32")
+    assert list(tmp_path.iterdir()) == []

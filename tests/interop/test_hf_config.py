@@ -1,0 +1,181 @@
+"""config.json: what is written is read back, both rope schemas are read, the rest is refused."""
+
+import dataclasses
+import json
+import types
+
+import pytest
+
+from jllama import recipe
+from jllama.config import LinearRopeScaling, Llama3RopeScaling, NoRopeScaling
+from jllama.errors import UserError
+from jllama.interop.hf_config import generation_config, read_config, write_config
+from tests import tiny
+
+LLAMA1 = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SCALED = Llama3RopeScaling(
+    kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192
+)
+MODELS = {name: recipe.load_model(name) for name in recipe.model_names()}
+MODELS |= {f"tiny {name}": tiny.config(**changes) for name, changes in tiny.VARIANTS.items()}
+
+
+def read(**changes):
+    return read_config(LLAMA1 | changes, "d/config.json")
+
+
+def without(*keys):
+    return read_config({k: v for k, v in LLAMA1.items() if k not in keys}, "d/config.json")
+
+
+@pytest.mark.parametrize("name", [n for n, m in MODELS.items() if not m.qk_norm])
+def test_what_is_written_is_read_back(name):
+    written = json.loads(json.dumps(write_config(MODELS[name], "bfloat16", None)))
+    again = dataclasses.replace(read_config(written, "config.json"), init=MODELS[name].init)
+    assert again == MODELS[name]
+    # Each schema says it all: readers of 4 and of 5 see the same.
+    for hidden in (["rope_parameters"], ["rope_theta", "rope_scaling"]):
+        part = {k: v for k, v in written.items() if k not in hidden}
+        assert read_config(part, "config.json").rope == MODELS[name].rope
+        assert read_config(part, "config.json").rope_theta == MODELS[name].rope_theta
+
+
+def test_what_is_absent_has_transformers_own_default():
+    model = read()
+    assert (model.num_kv_heads, model.head_dim, model.max_length) == (32, 128, 2048)
+    assert (model.rms_norm_eps, model.rope_theta, model.tie_embeddings) == (1e-6, 1e4, False)
+    assert model.rope == NoRopeScaling(kind="none")
+    assert read(num_key_value_heads=None, head_dim=None, rope_scaling=None) == model
+
+
+@pytest.mark.parametrize(
+    ("keys", "theta", "rope"),
+    [
+        ({"rope_theta": 5e5}, 5e5, NoRopeScaling(kind="none")),
+        ({"rope_theta": 500000, "rope_scaling": LLAMA3}, 5e5, SCALED),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, 5e5, SCALED),
+        ({"rope_parameters": LLAMA3, "rope_theta": 5e5, "rope_scaling": LLAMA3}, 5e5, SCALED),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 1e6, None),
+        ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e6}, 1e6, None),
+        ({"rope_parameters": {}}, 1e4, None),
+        ({"rope_scaling": {"type": "default"}}, 1e4, None),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4}},
+            1e4,
+            LinearRopeScaling(kind="linear", factor=4.0),
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 4.0}},
+            1e4,
+            LinearRopeScaling(kind="linear", factor=4.0),
+        ),
+    ],
+)
+def test_both_rope_schemas(keys, theta, rope):
+    model = read(**keys)
+    assert (model.rope_theta, model.rope) == (theta, rope or NoRopeScaling(kind="none"))
+
+
+def drop(key):
+    return {k: v for k, v in LLAMA3.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"model_type": None}, "model_type is missing"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"auto_map": {"AutoModel": "m.M"}}, "auto_map"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"attention_chunk_size": 4096}, "attention_chunk_size"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"layer_types": 3}, "layer_types"),
+        ({"is_causal": False}, "is_causal"),
+        ({"per_layer_config": {"0": {}}}, "per_layer_config"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_size": "4096"}, "hidden_size is '4096'"),
+        ({"hidden_size": True}, "hidden_size"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is null"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads is 5"),
+        ({"head_dim": 33}, "head_dim is 33"),
+        ({"hidden_size": 4100}, "hidden_size is 4100"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling has no rope_type"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "rope_scaling has rope_type"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
+        ({"rope_parameters": {"rope_type": 5}}, "rope_parameters has rope_type 5"),
+        ({"rope_parameters": {"rope_type": "new"}}, "'new'"),
+        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        *[({"rope_scaling": drop(key)}, f"rope_scaling.{key}") for key in list(LLAMA3)[1:]],
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "another RoPE"),
+        ({"rope_theta": 1e4, "rope_parameters": LLAMA3}, "another RoPE"),
+        ({"rope_theta": 1e4, "rope_scaling": LLAMA3 | {"rope_theta": 5e5}}, "differs"),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 4096}, "differs"),
+    ],
+)
+def test_what_cannot_be_said_is_one_line_with_file_and_key(keys, named):
+    with pytest.raises(UserError) as e:
+        read(**keys)
+    assert str(e.value).startswith("d/config.json: ")
+    assert named in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("key", [key for key in LLAMA1 if key != "model_type"])
+def test_the_sizes_are_required(key):
+    with pytest.raises(UserError, match=f"^d/config.json: {key} is missing$"):
+        without(key)
+
+
+def test_what_does_not_change_the_function_is_left_alone():
+    keys = {"pretraining_tp": 2, "attention_dropout": 0.1, "use_cache": False, "my_key": [1]}
+    neutral = {"attention_bias": False, "quantization_config": None, "hidden_act": "silu"}
+    layers = {"layer_types": ["full_attention"] * 32, "partial_rotary_factor": 1.0}
+    assert read(**keys, **neutral, **layers) == read()
+
+
+def test_what_hugging_face_cannot_say_is_not_written():
+    for changes in ({"qk_norm": True}, {"hidden_dim": 50}):
+        with pytest.raises(UserError, match=next(iter(changes))):
+            write_config(tiny.config(**changes), "float32", None)
+
+
+def test_ends_of_text_are_the_tokenizers():
+    one = types.SimpleNamespace(bos_id=1, eos_id=2, stop_ids=frozenset({2}))
+    many = types.SimpleNamespace(bos_id=7, eos_id=9, stop_ids=frozenset({9, 8}))
+    assert generation_config(one) == {"bos_token_id": 1, "eos_token_id": 2}
+    assert generation_config(many) == {"bos_token_id": 7, "eos_token_id": [8, 9]}
+    assert generation_config(None) == {}
+    written = write_config(tiny.config(), "float16", many)
+    assert (written["bos_token_id"], written["eos_token_id"]) == (7, [8, 9])
+    assert written["torch_dtype"] == written["dtype"] == "float16"
+    assert write_config(tiny.config(), "float16", None)["eos_token_id"] is None

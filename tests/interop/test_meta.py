@@ -1,0 +1,121 @@
+"""Meta's folders: which model one is, never guessed."""
+
+import json
+
+import pytest
+
+from jllama import recipe as recipes
+from jllama.errors import UserError
+from jllama.interop import meta
+from jllama.interop.tensors import FileTensor, JoinedTensor
+
+# What Meta's own files say.
+LLAMA2_7B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5}
+LLAMA3_8B = LLAMA2_7B | {"n_kv_heads": 8, "rope_theta": 500000.0, "vocab_size": 128256}
+LLAMA_34B = LLAMA2_7B | {"dim": 8192, "n_layers": 48, "n_heads": 64, "n_kv_heads": 8}
+
+
+def tensor(*shape):
+    return FileTensor(None, 0, shape, "float16")
+
+
+def tensors(vocab_size, dim, ffn, tied=False):
+    found = {
+        "tok_embeddings.weight": tensor(vocab_size, dim),
+        "layers.0.feed_forward.w1.weight": tensor(ffn, dim),
+        "output.weight": tensor(vocab_size, dim),
+    }
+    if tied:
+        del found["output.weight"]
+    return found
+
+
+def model(tmp_path, params, found, name=None):
+    (tmp_path / meta.PARAMS).write_text(json.dumps(params))
+    facts = meta._facts(tmp_path / meta.PARAMS, found)
+    return meta._model(tmp_path, facts, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "found"),
+    [
+        ("llama-7b", LLAMA2_7B | {"norm_eps": 1e-6, "vocab_size": -1}, (32000, 4096, 11008)),
+        ("llama2-7b", LLAMA2_7B | {"vocab_size": -1}, (32000, 4096, 11008)),
+        ("codellama-7b", LLAMA2_7B | {"rope_theta": 1e6}, (32016, 4096, 11008)),
+        ("codellama-34b", LLAMA_34B | {"rope_theta": 1e6}, (32000, 8192, 22016)),
+        ("llama3-8b", LLAMA3_8B, (128256, 4096, 14336)),
+        ("llama3.1-8b", LLAMA3_8B | {"use_scaled_rope": True}, (128256, 4096, 14336)),
+        (
+            "llama3.2-1b",
+            LLAMA3_8B | {"dim": 2048, "n_layers": 16, "use_scaled_rope": True},
+            (128256, 2048, 8192, True),
+        ),
+    ],
+)
+def test_published_folders_are_found(tmp_path, name, params, found):
+    assert model(tmp_path, params, tensors(*found)) == recipes.load_model(name)
+
+
+def test_what_may_be_two_models_is_not_guessed(tmp_path):
+    # Llama 2 34B and Code Llama 34B differ in the base of RoPE alone, which is not said.
+    found = tensors(32000, 8192, 22016)
+    with pytest.raises(UserError, match=r"may be codellama-34b or llama2-34b.*--model"):
+        model(tmp_path, LLAMA_34B, found)
+    assert model(tmp_path, LLAMA_34B, found, "llama2-34b").rope_theta == 1e4
+
+
+def test_an_unknown_model_must_be_given(tmp_path):
+    # Code Llama Python: Llama 2's shapes, another base.
+    params, found = LLAMA2_7B | {"rope_theta": 1e6}, tensors(32000, 4096, 11008)
+    with pytest.raises(UserError, match=r"no model in configs/model has .*rope_theta=1000000\.0"):
+        model(tmp_path, params, found)
+    with pytest.raises(UserError, match=r"is not llama2-7b: rope_theta is 1000000\.0 here, 10000"):
+        model(tmp_path, params, found, "llama2-7b")
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ("[1]", "expected a JSON object"),
+        ("{", "not readable as JSON"),
+        (json.dumps(LLAMA2_7B | {"quantization_args": {}}), "quantization_args"),
+        (json.dumps(LLAMA2_7B | {"dim": "4096"}), "dim='4096'"),
+        (json.dumps({k: v for k, v in LLAMA2_7B.items() if k != "norm_eps"}), "norm_eps=None"),
+    ],
+    ids=["list", "broken", "unknown", "text", "missing"],
+)
+def test_bad_params_are_one_line(tmp_path, params, said):
+    (tmp_path / meta.PARAMS).write_text(params)
+    with pytest.raises(UserError, match=said) as e:
+        meta._facts(tmp_path / meta.PARAMS, tensors(32000, 4096, 11008))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "axis"),
+    [
+        ("tok_embeddings.weight", (96, 16), 1),  # LLaMA 1 and 2
+        ("tok_embeddings.weight", (48, 32), 0),  # Llama 3
+        ("output.weight", (48, 32), 0),
+        ("layers.3.attention.wq.weight", (16, 32), 0),
+        ("layers.3.attention.wo.weight", (32, 16), 1),
+        ("layers.3.feed_forward.w2.weight", (32, 24), 1),
+    ],
+)
+def test_shards_are_cut_along_the_right_axis(tmp_path, name, shape, axis):
+    joined = meta._joined(tmp_path, name, (tensor(*shape), tensor(*shape)), dim=32)
+    assert isinstance(joined, JoinedTensor)
+    assert joined.axis == axis
+
+
+def test_norms_are_whole_in_every_shard(tmp_path):
+    part = tensor(32)
+    assert meta._joined(tmp_path, "layers.0.ffn_norm.weight", (part, part), dim=32) is part
+
+
+@pytest.mark.parametrize("there", [(), (1,), (0, 2)], ids=str)
+def test_shards_without_a_gap(tmp_path, there):
+    for number in there:
+        (tmp_path / f"consolidated.{number:02d}.pth").touch()
+    with pytest.raises(UserError, match=r"consolidated\.00\.pth and on without a gap"):
+        meta._tensors(tmp_path)

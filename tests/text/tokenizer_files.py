@@ -1,0 +1,57 @@
+"""Files of tokenizers, and Hugging Face's own reading of one."""
+
+import base64
+import json
+
+import tokenizers
+
+KINDS = ["trained", "spm", "llama3", "json_bytes", "json_prepend", "json_first", "json_always"]
+
+
+def tiktoken_file(ranks: list[bytes]) -> bytes:
+    return b"".join(base64.b64encode(p) + b" %d\n" % i for i, p in enumerate(ranks))
+
+
+def merges(rank: dict[str, float]) -> list[list[str]]:
+    """Every pair of pieces that is a piece, the lowest ranks first, as Hugging Face converts."""
+    found = [
+        (rank[piece], -i, i - len(piece), piece[:i], piece[i:])
+        for piece in rank
+        for i in range(1, len(piece))
+        if piece[:i] in rank and piece[i:] in rank
+    ]
+    return [[left, right] for *_, left, right in sorted(found)]
+
+
+def added(text: str, id: int, **flags) -> dict:
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    flags = dict.fromkeys(names, False) | {"special": True} | flags
+    return {"id": id, "content": text} | flags
+
+
+def metaspace(file: dict, scheme: str) -> dict:
+    """The same vocabulary with a pre-tokeniser that puts the space there."""
+    step = {"type": "Metaspace", "replacement": "\u2581", "split": False}
+    return file | {"normalizer": None, "pre_tokenizer": step | {"prepend_scheme": scheme}}
+
+
+def marked(file: dict) -> dict:
+    """The same again: spaces are marked first, so that one more before the text is no other."""
+    space = {"type": "Metaspace", "split": False}
+    first = space | {"replacement": " ", "prepend_scheme": "first"}
+    second = space | {"replacement": "\u2581", "prepend_scheme": "never"}
+    return file | {
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [first, second]},
+    }
+
+
+def peer(file: dict, special: bool = False) -> tokenizers.Tokenizer:
+    """`tokenizers` on the whole file; without `special` it leaves special tokens in text alone."""
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(file))
+    tokenizer.encode_special_tokens = not special
+    return tokenizer
+
+
+def ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids

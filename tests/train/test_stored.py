@@ -1,0 +1,105 @@
+"""A run that begins from a model's parameters, in whichever format."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import recipes as small
+import tiny
+
+import jllama
+from jllama import recipe as recipes
+from jllama.errors import UserError
+from jllama.interop import hf
+from jllama.train.loop import train
+from jllama.train.stored import open_model, write_model
+
+MODEL = tiny.config(vocab_size=320, num_layers=2, num_kv_heads=2, max_length=48)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return small.on_disk(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params(MODEL)
+
+
+@pytest.fixture(scope="module", params=["hf", "jllama"])
+def source(request, tmp_path_factory, params):
+    folder = tmp_path_factory.mktemp("models") / request.param
+    if request.param == "hf":
+        hf.write_folder(folder, MODEL, params, None, "float32")
+    else:
+        write_model(folder, MODEL, params, None, "float32")
+    return folder
+
+
+def recipe(text, runs, source, *more):
+    """One step, too small to change a bit."""
+    return recipes.load(
+        text,
+        [
+            f"training.init_from={source}",
+            "training.schedule.peak=1e-30",
+            "training.schedule.warmup_steps=0",
+            "training.steps=2",
+            "run.stop_after=1",
+            f"run.folder={runs}",
+            "mesh.fsdp=4",
+            "mesh.tensor=2",
+            *more,
+        ],
+    )
+
+
+def test_a_run_begins_from_a_models_parameters_and_resumes_without_it(
+    text, source, params, tmp_path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    config = recipe(text, tmp_path / "runs", copy)
+    first = train(config)
+    assert first.steps == 1
+    run = tmp_path / "runs" / "run"
+    jax.tree.map(np.testing.assert_array_equal, jllama.load(run).params, params)
+    shutil.rmtree(copy)
+    assert train(small.replace(config, run={"stop_after": 0})).done
+    # A run is a model too.
+    again = train(recipe(text, tmp_path / "more", run, "run.name=again"))
+    assert again.steps == 1
+    jax.tree.map(
+        np.testing.assert_array_equal, jllama.load(tmp_path / "more" / "again").params, params
+    )
+
+
+def test_another_model_is_refused_by_key_before_anything_is_made(text, source, tmp_path):
+    config = recipe(text, tmp_path / "runs", source, "model.ffn_dim=96")
+    with pytest.raises(UserError, match=r"init_from=.*: model\.ffn_dim is 96, there 80$"):
+        train(config)
+    config = recipe(text, tmp_path / "runs", tmp_path / "absent")
+    with pytest.raises(UserError, match=r"^training\.init_from: .*absent: no such folder"):
+        train(config)
+    assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
+
+
+def test_another_rope_is_another_function_of_the_same_shapes_and_is_said(
+    text, source, tmp_path, capsys
+):
+    train(recipe(text, tmp_path / "runs", source, "model.rope_theta=1e6", "model.max_length=64"))
+    assert "model.rope_theta is 1000000.0, there 10000.0" in capsys.readouterr().err
+
+
+def test_what_a_folder_is_is_found_by_looking(source, tmp_path):
+    assert open_model(source).format == source.name
+    both = tmp_path / "both"
+    shutil.copytree(source, both)
+    for name in ("config.json", "config.yaml"):
+        (both / name).touch()
+    with pytest.raises(UserError, match="may be jllama or hf; say which with --from"):
+        open_model(both)
+    with pytest.raises(UserError, match=r"both/.*|no config\.yaml|expected"):
+        open_model(tmp_path)
