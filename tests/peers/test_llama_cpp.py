@@ -51,8 +51,8 @@ HARD = [
     "\x01\x7f", "</s>", "<s>", "<unk>", "x</s>y", "<0x0A>", "[INST] hi [/INST]", "[PAD400]",
     "<|begin_of_text|>x<|eot_id|>", "\u2581", "a\u2581b", "\u2581\u2581 x", "1234567890",
     "3.14159", "\ufeffbom", "\u200b", "\u00a0x", "\u3000x", "ﬁ ﬀ", "ａｂｃ", "Ω≈ç√∫", "é e\u0301",
-    "你好，世界", "🙂👩‍👩‍👧 👍🏽", "العربية", "हिन्दी", "ไทย", "\u0600", "\ue000", "\U0010ffff", "a" * 300,
-    " " * 300, "\n" * 300, "ab " * 300, "'s 'S 'LL don't DON'T 'ſ",
+    "你好，世界", "🙂👩‍👩‍👧 👍🏽", "العربية", "हिन्दी", "ไทย", "\u0600", "\ue000", "\U0010ffff",
+    "a" * 300, " " * 300, "\n" * 300, "ab " * 300, "'s 'S 'LL don't DON'T 'ſ",
 ]  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def test_token_ids(name, vocabularies, tokenized, texts, measured):
     wrong = []
     for text, theirs in zip(asked, answers[name][0], strict=True):
         ours = tokenizer.encode(text)
-        if ours != theirs and not (name == "Chinese" and text in texts):
+        if ours != theirs:
             wrong.append((text, ours, theirs))
     measured(f"llama.cpp: {name}, texts that differ", "jllama → GGUF", len(wrong) / len(asked))
     vocabulary = vocabulary_of(tokenizer, tokenizer.vocab_size)
@@ -218,7 +218,7 @@ def test_token_ids(name, vocabularies, tokenized, texts, measured):
             case "own":
                 assert theirs == _longest_first(tokenizer, vocabulary, text)
             case "Chinese":
-                _assert_tie(vocabulary, ours, theirs)
+                _assert_no_worse(vocabulary, ours, theirs, whole=text in texts)
             case _:
                 pytest.fail(f"{text[:80]!r}: {ours[:40]} and {theirs[:40]}")
 
@@ -242,12 +242,15 @@ def _longest_first(tokenizer, vocabulary, text):
             for i in (tokenizer.encode(part) if isinstance(part, str) else [part])]  # fmt: skip
 
 
-def _assert_tie(vocabulary, ours, theirs):
-    """Two segmentations of one text, of the same score but for rounding."""
+def _assert_no_worse(vocabulary, ours, theirs, whole):
+    """Two segmentations of one text, of the same score but for SentencePiece's float32 sums.
+
+    Over a `whole` file those sums drift, and llama.cpp's segmentation is the better one.
+    """
     spelt = ["".join(vocabulary.tokens[i] for i in ids) for ids in (ours, theirs)]
-    scores = [sum(vocabulary.scores[i] for i in ids) for ids in (ours, theirs)]
+    own, their = (sum(vocabulary.scores[i] for i in ids) for ids in (ours, theirs))
     assert spelt[0] == spelt[1]
-    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+    assert own <= their if whole else own == pytest.approx(their, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["Llama-2", "Llama-3", "own"])
