@@ -77,9 +77,8 @@ def main() -> None:
             value = np.exp(score / predicted)
             exact = exact or value
             bits = tensors * 8 / parameter_count(model.config)
-            print(
-                f"| {kind} | {file.stat().st_size:,} | {bits:.2f} | {value:.4f} | {value / exact - 1:+.2%} |"
-            )
+            size, loss = file.stat().st_size, value / exact - 1
+            print(f"| {kind} | {size:,} | {bits:.2f} | {value:.4f} | {loss:+.2%} |")
 
 
 if __name__ == "__main__":
