@@ -17,21 +17,21 @@ import itertools
 import json
 import math
 import re
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jllama.errors import UserError
+from jllama.text.interface import SPACE
 from jllama.text.llama3 import PATTERN
+from jllama.text.sentencepiece_model import Piece, PieceType, parse_sentencepiece
 from jllama.text.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
 )
+from jllama.text.tokenizer_json import spell
 
-_SPACE = "\u2581"
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _UNLIMITED = int(1e30)  # transformers' own number for "no limit"
 
 
@@ -153,7 +153,7 @@ def tie_warning(tokenizer: Tokenizer) -> str | None:
     """What to tell the user where the ids of tokenizer.json may differ from ours, or None."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return None
-    _, cost = _model(_read(tokenizer.model)[0])
+    _, cost = _model(parse_sentencepiece(tokenizer.model).pieces)
     groups: dict[float, set[str]] = {}
     for piece, score in cost.items():
         letters = piece[0] if piece == piece[0] * len(piece) else piece
@@ -169,27 +169,27 @@ def tie_warning(tokenizer: Tokenizer) -> str | None:
 
 
 def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[dict, list[dict], str]:
-    pieces, trainer, normalizer = _read(tokenizer.model)
-    if trainer.get(3, 1) != 2:
+    model = parse_sentencepiece(tokenizer.model)
+    pieces, prefix = model.pieces, model.add_dummy_prefix
+    if model.algorithm != "bpe":
         raise _cannot("a SentencePiece model that is not of type BPE")
-    if normalizer.get(2) or normalizer.get(4, 1):
+    if model.charsmap or model.remove_extra_whitespaces:
         raise _cannot("a SentencePiece model that normalises its text")
-    if not normalizer.get(5, 1) or trainer.get(24, 0):
+    if not model.marks_before:
         raise _cannot("a SentencePiece model that does not mark spaces before the word")
-    types = [type for _, _, type in pieces]
-    prefix = bool(normalizer.get(3, 1))
-    if _UNUSED in types:
+    types = {piece.type for piece in pieces}
+    if PieceType.UNUSED in types:
         raise _cannot("a SentencePiece model with unused pieces")
-    if prefix and _USER_DEFINED in types:
+    if prefix and PieceType.USER_DEFINED in types:
         raise _cannot("user-defined pieces in a SentencePiece model that puts a space before texts")
     vocab, cost = _model(pieces)
     added = {}
-    for id, (piece, _, type) in enumerate(pieces):
-        if type in (_UNKNOWN, _CONTROL):
-            added[id] = _added(id, piece, special=True)
-        elif type == _USER_DEFINED:
+    for id, piece in enumerate(pieces):
+        if piece.type in (PieceType.UNKNOWN, PieceType.CONTROL):
+            added[id] = _added(id, piece.text, special=True)
+        elif piece.type == PieceType.USER_DEFINED:
             # Found after spaces are marked, as SentencePiece does.
-            added[id] = _added(id, piece, special=False, normalized=True)
+            added[id] = _added(id, piece.text, special=False, normalized=True)
     settings = _settings(tokenizer)
     for id, token in settings.get("added_tokens_decoder", {}).items():
         special = token["content"] in tokenizer.special_tokens
@@ -197,18 +197,18 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[dict, list[dict],
         if special or int(id) >= len(pieces):
             added[int(id)] = _added(int(id), token["content"], special, **flags)
             vocab[token["content"]] = int(id)  # or `tokenizers` would count on from the last id
-    unk = next(piece for piece, _, type in pieces if type == _UNKNOWN)
-    mark = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    unk = next(piece.text for piece in pieces if piece.type == PieceType.UNKNOWN)
+    mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     first = None
     decoders = [
-        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
     if prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
         if settings.get("legacy", True):
-            prepend = {"type": "Prepend", "prepend": _SPACE}
+            prepend = {"type": "Prepend", "prepend": SPACE}
             mark = {"type": "Sequence", "normalizers": [prepend, mark]}
             visible = [re.escape(t["content"]) for t in added.values() if not t["special"]]
             if visible:  # each is followed by a text with a space before it
@@ -221,7 +221,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[dict, list[dict],
                 "type": "Sequence",
                 "pretokenizers": [
                     {**space, "replacement": " ", "prepend_scheme": "first"},
-                    {**space, "replacement": _SPACE, "prepend_scheme": "never"},
+                    {**space, "replacement": SPACE, "prepend_scheme": "never"},
                 ],
             }
     made = _file(
@@ -229,7 +229,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[dict, list[dict],
         list(added.values()),
         {
             "unk_token": unk,
-            "byte_fallback": _BYTE in types,
+            "byte_fallback": PieceType.BYTE in types,
             "vocab": vocab,
             "merges": [list(pair) for pair in _merges(cost) if all(part in vocab for part in pair)],
         },
@@ -250,62 +250,18 @@ def _cannot(what: str) -> UserError:
     )
 
 
-def _model(pieces: list[tuple[str, float, int]]) -> tuple[dict[str, int], dict[str, float]]:
+def _model(pieces: Sequence[Piece]) -> tuple[dict[str, int], dict[str, float]]:
     """The vocabulary, and the pieces that merges make with their costs."""
-    vocab = {piece: id for id, (piece, _, _) in enumerate(pieces)}
-    made = {p: -score for p, score, type in pieces if type == _NORMAL and len(p) > 1}
-    return vocab, made
-
-
-def _read(model: bytes) -> tuple[list[tuple[str, float, int]], dict[int, Any], dict[int, Any]]:
-    """Pieces (text, score, type), trainer_spec and normalizer_spec of sentencepiece_model.proto."""
-    pieces, trainer, normalizer = [], {}, {}
-    for number, value in _fields(model):
-        match number:
-            case 1:
-                piece = {2: b"\0\0\0\0", 3: _NORMAL, **dict(_fields(value))}
-                pieces.append((piece[1].decode(), struct.unpack("<f", piece[2])[0], piece[3]))
-            case 2:
-                trainer |= _fields(value)
-            case 3:
-                normalizer |= _fields(value)
-    return pieces, trainer, normalizer
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of a protobuf message's fields: int, or the bytes of whatever they are.
-
-    The module that comes with sentencepiece asks for a newer protobuf than others allow.
-    """
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        number, wire = divmod(varint(), 8)
-        if wire == 0:
-            yield number, varint()
-            continue
-        size = {1: 8, 5: 4}.get(wire) or varint()
-        yield number, message[at : at + size]
-        at += size
+    vocab = {piece.text: id for id, piece in enumerate(pieces)}
+    normal = [p for p in pieces if p.type == PieceType.NORMAL and len(p.text) > 1]
+    return vocab, {piece.text: -piece.score for piece in normal}
 
 
 # ---------------------------------------------------------------------------------------- tiktoken
 
 
 def _tiktoken(tokenizer: TiktokenTokenizer) -> tuple[dict, list[dict], None]:
-    letters = _letters()
-    vocab = {"".join([letters[b] for b in t]): rank for t, rank in tokenizer.ranks.items()}
+    vocab = {spell(piece): rank for piece, rank in tokenizer.ranks.items()}
     added = [_added(id, text, special=True) for text, id in tokenizer.special_tokens.items()]
     cut = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
     as_bytes = {
@@ -327,10 +283,3 @@ def _tiktoken(tokenizer: TiktokenTokenizer) -> tuple[dict, list[dict], None]:
         decoder=as_bytes,
     )
     return made, made["added_tokens"], None
-
-
-def _letters() -> list[str]:
-    """GPT-2's letter for each byte: its own where that prints, else one from U+0100 on."""
-    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = itertools.count(0x100)
-    return [chr(byte if byte in prints else next(others)) for byte in range(256)]
