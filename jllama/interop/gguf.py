@@ -51,8 +51,6 @@ _ROPE_FACTORS = "rope_freqs.weight"
 # The largest weight of a type. All others have a float16, be it a block's scale or minimum.
 _LARGEST = dict.fromkeys((Type.F32, Type.BF16, Type.MXFP4), 3.3895313892515355e38)
 _LARGEST_F16 = 65504.0
-# Smaller weights are zeros in a block: the library divides by the scale, which would be none.
-_SMALLEST_IN_BLOCK = 2.0**-100
 
 
 def write_gguf(
@@ -140,9 +138,8 @@ def _quantize(values: np.ndarray, type: Type, name: str) -> np.ndarray:
         raise UserError(f"{name}: has weights that are no numbers (NaN or infinity)")
     if largest > limit:
         raise UserError(f"{name}: {largest:g} does not fit {type.name}; use BF16 or F32")
-    if gguf.GGML_QUANT_SIZES[type][0] > 1:
-        values = np.where(np.abs(values) < _SMALLEST_IN_BLOCK, np.float32(0), values)
-    return gguf.quantize(values, type)
+    with np.errstate(all="ignore"):  # a block of vanishing weights has no scale, and is zeros
+        return gguf.quantize(values, type)
 
 
 def _add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, kind: str, name: str) -> None:
