@@ -7,7 +7,7 @@ import jax
 from jllama import flops, storage
 from jllama.config import MeshConfig, ShardingConfig
 from jllama.errors import UserError
-from jllama.interop.gguf import KINDS, write_gguf
+from jllama.interop.gguf import KINDS, kind_of, write_gguf
 from jllama.interop.hf import write_folder
 from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
@@ -64,10 +64,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _dtype(asked: str | None, to: str, stored: str) -> str:
     """What to write: as asked, if the format has it; else what holds the stored values exactly."""
+    if to == "gguf":
+        return kind_of(_GGUF.get(asked or stored, asked))
     if asked is None:
-        own = "float32" if stored == "float16" else stored
-        return {"jllama": own, "hf": stored, "gguf": _GGUF[stored]}[to]
-    allowed = {"jllama": ("float32", "bfloat16"), "hf": tuple(_GGUF), "gguf": None}[to]
-    if allowed and asked not in allowed:
+        return "float32" if to == "jllama" and stored == "float16" else stored
+    allowed = [dtype for dtype in _GGUF if (to, dtype) != ("jllama", "float16")]
+    if asked not in allowed:
         raise UserError(f"--dtype {asked}: {to} has {', '.join(allowed)}")
-    return _GGUF.get(asked, asked) if to == "gguf" else asked
+    return asked

@@ -69,7 +69,7 @@ def write_gguf(
         tokenizer, there is none, or a weight is not finite or does not fit.
       StorageError: the disk is full, or the storage fails.
     """
-    kind = _checked(kind)
+    kind = kind_of(kind)
     specs = param_specs(config, ComputeConfig(dtype="float32"))
     tensors = file_tensors(params, specs, "gguf", interleaved=True)
     types = {name: _type(kind, name, tensor.shape) for name, tensor in tensors.items()}
@@ -104,8 +104,9 @@ def write_gguf(
             writer.close()
 
 
-def _checked(kind: str) -> str:
-    kind = kind.upper()
+def kind_of(name: str) -> str:
+    """The kind by its name in upper or lower case; UserError if it is none that is written here."""
+    kind = name.upper()
     if kind in KINDS:
         return kind
     if re.match(r"(I?Q|TQ)\d", kind):

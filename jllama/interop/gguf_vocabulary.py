@@ -6,9 +6,7 @@ What they would tokenise otherwise than the tokenizer itself is refused.
 """
 
 import dataclasses
-import struct
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import gguf
 from gguf import TokenType
@@ -16,6 +14,7 @@ from gguf import TokenType
 from jllama.errors import UserError
 from jllama.text.interface import SPACE
 from jllama.text.llama3 import PATTERN
+from jllama.text.sentencepiece_model import parse_sentencepiece
 from jllama.text.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -104,72 +103,32 @@ def vocabulary_of(tokenizer: Tokenizer | None, rows: int) -> Vocabulary:
 
 
 def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
-    # The fields of sentencepiece_model.proto, by their numbers there, and their defaults.
-    pieces, trainer, normalizer = [], {}, {}
-    for number, value in _fields(tokenizer.model):
-        match number:
-            case 1:
-                pieces.append({2: b"\0\0\0\0", 3: TokenType.NORMAL, **dict(_fields(value))})
-            case 2:
-                trainer |= dict(_fields(value))
-            case 3:
-                normalizer |= dict(_fields(value))
-    types = [TokenType(piece[3]) for piece in pieces]
-    model = {1: "t5", 2: "llama"}.get(trainer.get(3, 1))
-    charsmap, remove_extra = normalizer.get(2, b""), bool(normalizer.get(4, 1))
-    if model is None:
+    model = parse_sentencepiece(tokenizer.model)
+    types = [TokenType(piece.type) for piece in model.pieces]  # the numbers are the same
+    algorithm = {"unigram": "t5", "bpe": "llama"}.get(model.algorithm)
+    if algorithm is None:
         raise _cannot("a SentencePiece model that is neither BPE nor unigram")
-    if not normalizer.get(5, 1) or trainer.get(24, 0):
+    if not model.marks_before:
         raise _cannot("spaces that are not marked before the word")
-    if model == "llama" and (charsmap or remove_extra):
+    if algorithm == "llama" and (model.charsmap or model.remove_extra_whitespaces):
         raise _cannot("a normalisation of the text before BPE")
-    if model == "llama" and TokenType.BYTE not in types:
+    if algorithm == "llama" and TokenType.BYTE not in types:
         raise _cannot("BPE without a piece for every byte")
-    unk, pad = types.index(TokenType.UNKNOWN), trainer.get(43, -1)
     made = Vocabulary(
-        model,
-        _ids(tokenizer, unk, None if pad < 0 else pad),
-        space_prefix=bool(normalizer.get(3, 1)),
-        charsmap=charsmap,
-        remove_extra_whitespaces=remove_extra,
+        algorithm,
+        _ids(tokenizer, types.index(TokenType.UNKNOWN), model.pad_id),
+        space_prefix=model.add_dummy_prefix,
+        charsmap=model.charsmap,
+        remove_extra_whitespaces=model.remove_extra_whitespaces,
     )
-    for id, (piece, type) in enumerate(zip(pieces, types, strict=True)):
-        text = piece[1].decode()
+    for id, (piece, type) in enumerate(zip(model.pieces, types, strict=True)):
+        text = piece.text
         if type == TokenType.USER_DEFINED:  # looked for in the text before its spaces are marked
             text = text.replace(SPACE, " ")
-        made.put(id, text, type, struct.unpack("<f", piece[2])[0])
+        made.put(id, text, type, piece.score)
     for text, id in tokenizer.added_tokens.items():
         made.put(id, text, TokenType.USER_DEFINED)
     return made
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of a protobuf message's fields: int, or bytes of whatever they are.
-
-    The generated module of the sentencepiece package asks for a newer protobuf than others allow.
-    """
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value - (1 << 64) if value >= 1 << 63 else value
-
-    while at < len(message):
-        key = varint()
-        wire = key & 7
-        if wire == 0:
-            yield key >> 3, varint()
-            continue
-        size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
-        yield key >> 3, message[at : at + size]
-        at += size
 
 
 # ---------------------------------------------------------------------------------- BPE of bytes
