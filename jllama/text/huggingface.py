@@ -64,25 +64,28 @@ class HuggingFaceTokenizer(Tokenizer):
             "special": tuple(sorted(said)),
             "stop_ids": tuple(sorted(stop_ids)),
         }
-        # Where the normaliser puts a space before the text, a normalised token is found with it.
+        # Normalised tokens are found in the text as the normaliser leaves it: with a space before
+        # it, and with spaces marked.
         late = [
             token for token in tokens
-            if token.normalized and file.prepends and token.text not in named
+            if token.normalized and token.text not in named and (file.prepends or file.marks)
         ]  # fmt: skip
+        space = " " if file.prepends else ""
         table = [b""] * (max(ids.values()) + 1)
         for piece, id in file.vocab.items():
             table[id] = _spelt(piece) if file.byte_level else _spaced(piece)
         for token in tokens:
             table[token.id] = token.text.encode()
         for token in late:
-            table[token.id] = f" {token.text}".encode()
+            table[token.id] = _spaced(space + token.text)
         for text in named:
             table[ids[text]] = b""
         self._late = Splitter(
-            AddedToken(f" {token.text}", token.id, single_word=token.single_word) for token in late
+            AddedToken(_mark(space + token.text), token.id, single_word=token.single_word)
+            for token in late
         )
-        self._marks_spaces = not file.byte_level
-        self._cuts = not any(_CUT.search(piece) for piece in file.vocab)
+        self._prepends, self._marks_spaces = file.prepends, not file.byte_level
+        self._cuts = self._marks_spaces and not any(_CUT.search(piece) for piece in file.vocab)
         self._encoder = file.encoder(named)
         super().__init__(
             table=table,
@@ -114,28 +117,31 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode(self, text: str, prefix: bool) -> list[int]:
         ids = []
-        for part in self._late.split(" " + text if prefix else text):
+        if self._prepends and prefix:
+            text, prefix = " " + text, False
+        for part in self._late.split(_mark(text) if self._marks_spaces else text):
             if isinstance(part, int):
                 ids.append(part)
             else:
-                for words in self._cut(part):
+                for words in self._cut(SPACE + part if prefix else part):
                     ids += self._encoder.encode(words, add_special_tokens=False).ids
+            prefix = prefix and self._prefix == "always"
         return ids
 
     def _cut(self, text: str) -> Iterator[str]:
-        """Marks spaces where the family does, and cuts there: a long text as one word is slow.
+        """Cuts at spaces that are marked: a long text as one word is slow.
 
         No id changes: where no piece has a space after a letter, nothing merges over one.
         """
-        if not self._marks_spaces:
-            yield text
-            return
-        text = text.replace(" ", SPACE)
         at = 0
         while self._cuts and len(text) - at > _PART and (cut := _CUT.search(text, at + _PART)):
             yield text[at : cut.end()]
             at = cut.end()
         yield text[at:]
+
+
+def _mark(text: str) -> str:
+    return text.replace(" ", SPACE)
 
 
 def _spelt(piece: str) -> bytes:

@@ -58,6 +58,7 @@ class TokenizerJson:
       byte_level: the family.
       prefix: where its encoding puts a space.
       prepends: whether it does so in the normaliser, before normalised added tokens are found.
+      marks: whether the normaliser makes U+2581 of spaces, so that they are found with it.
       unk: the model's unknown token, or empty.
     """
 
@@ -82,7 +83,7 @@ class TokenizerJson:
             decoders = [step["type"] for step in _flat(file.get("decoder"), "decoders")]
             self.byte_level = "ByteLevel" in decoders
             if self.byte_level:
-                self.prefix, self.prepends = "never", False
+                self.prefix, self.prepends, self.marks = "never", False, False
                 self._check_byte_level(normalizers, steps, decoders)
             else:
                 self.prepends = any(step["type"] == "Prepend" for step in normalizers)
@@ -127,7 +128,7 @@ class TokenizerJson:
         for step in normalizers:
             if step not in (*spaces, replaces):
                 self._refuse(f"the normaliser {step['type']} changes text")
-        marked = replaces in normalizers
+        self.marks = replaces in normalizers
         kinds = [step["type"] for step in steps]
         # Of two, the first puts a space before a text whose own are marked already.
         replacements = [" ", SPACE][2 - len(kinds) :] if kinds else []
@@ -136,9 +137,11 @@ class TokenizerJson:
         if [step.get("replacement") for step in steps] != replacements:
             self._refuse("its Metaspace replaces a space by something else than U+2581")
         schemes = [self._scheme(step) for step in steps]
-        if len(steps) == 2 and (not marked or schemes[1] != "never" or steps[0].get("split", True)):
+        if len(steps) == 2 and (
+            not self.marks or schemes[1] != "never" or steps[0].get("split", True)
+        ):
             self._refuse("its two Metaspaces do not leave spaces as they are")
-        if not steps and not marked:
+        if not steps and not self.marks:
             self._refuse("nothing makes U+2581 of a space")
         self.prefix = "always" if self.prepends else next(iter(schemes), "never")
         self._splits = any(step.get("split", True) for step in steps)

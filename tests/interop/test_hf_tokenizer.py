@@ -19,7 +19,12 @@ from jllama.errors import UserError
 from jllama.interop.hf_tokenizer import tie_warning, tokenizer_files
 from jllama.text.added import AddedToken
 from jllama.text.llama3 import PATTERN
-from jllama.text.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer
+from jllama.text.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    load_tokenizer,
+)
 from jllama.text.vocabulary import train_sentencepiece
 
 SCALARS = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
@@ -146,6 +151,19 @@ def test_real_texts(pair, texts):
 @given(text=st.text() | st.text(" \n\tab\u2581<s>0x1'") | st.text("ab "))
 def test_any_text(pair, text):
     assert_same(*pair, [text])
+
+
+def test_our_own_reader_of_tokenizer_json_gives_the_same(pair, texts, tmp_path):
+    ours, _ = pair
+    for name, data in tokenizer_files(ours).items():
+        if name != "tokenizer.model":
+            (tmp_path / name).write_bytes(data)
+    again = load_tokenizer(tmp_path)
+    assert isinstance(again, HuggingFaceTokenizer)
+    for text in [*NASTY, *texts, "\n    a", "\n\u2581\u2581\u2581\u2581a", "if x:\n\n        y"]:
+        ids = ours.encode(text)
+        assert again.encode(text) == ids, text[:80]
+        assert again.decode(ids) == ours.decode(ids), text[:80]
 
 
 def test_special_tokens_are_found_in_the_text_as_ours_are_when_asked(pair):
