@@ -16,10 +16,13 @@ import jax
 import numpy as np
 import pytest
 import recipes
+import tiny
 import yaml
 
+import jllama
 from jllama import recipe as configs
 from jllama.config import MeshConfig
+from jllama.interop import hf
 from jllama.parallel.distributed import LOST
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
@@ -105,6 +108,20 @@ def test_two_processes_train_as_one_does(recipe, whole, tmp_path):
     summary = json.loads((whole[0] / "summary.json").read_text())
     assert summary["eval"] == pytest.approx(alone.eval, rel=1e-4)
     assert summary["tokens"] == alone.tokens
+
+
+def test_processes_begin_from_another_formats_model_each_with_its_own_parts(recipe, tmp_path):
+    model = configs.load(recipe).model
+    params = tiny.params(model)
+    hf.write_folder(tmp_path / "model", model, params, None, "float32")
+    begin = [
+        f"--training.init_from={tmp_path / 'model'}", "--run.stop_after=1", "--mesh.tensor=2",
+        "--training.schedule.peak=1e-30", "--training.schedule.warmup_steps=0",
+    ]  # fmt: skip
+    with run(recipe, "begun", 2, *begin, devices=2) as processes:
+        assert [process.status() for process in processes] == [0, 0], processes[0].err
+    loaded = jllama.load(recipe.parent / "runs" / "begun")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
 
 
 def test_process_0_writes_and_prints_once_for_all(whole):
