@@ -586,7 +586,9 @@ class StoredConfig:
 class Config:
     """A recipe: everything that a run depends on."""
 
-    model: ModelConfig = _doc("architecture: a name in configs/model, a YAML file, or its keys")
+    model: ModelConfig = _doc(
+        "architecture: a name in configs/model, a YAML file, a run or model's folder, or its keys"
+    )
     compute: ComputeConfig = _doc("how it is computed")
     distributed: DistributedConfig = _default("processes", DistributedConfig())
     mesh: MeshConfig = _default("devices", MeshConfig())

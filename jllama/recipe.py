@@ -56,6 +56,13 @@ def _read_yaml(path: Path) -> dict:
 
 def _model_dict(name: str) -> dict:
     path = storage.path(name)
+    if name not in model_names() and storage.is_folder(path):
+        if not storage.exists(path / "config.yaml"):
+            raise UserError(
+                f"model: {name}: has no config.yaml, which runs and models of jllama have; `jllama"
+                " convert` makes one of other formats"
+            )
+        return to_dict(load_stored(path / "config.yaml").model)
     if path.suffix not in (".yaml", ".yml"):
         path = configs_folder() / "model" / f"{name}.yaml"
         if not path.is_file():
@@ -78,7 +85,8 @@ def _is_a(cls: type, data: dict) -> bool:
 
 
 def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
-    """A shipped model by name, or a YAML file; `overrides` are dotted `key=value`."""
+    """A shipped model by name, a YAML file, or a folder of a run or model; `overrides` are dotted
+    `key=value`."""
     data = override(_model_dict(name), overrides)
     return _validate(ModelConfig, data, where=name, given=overrides)
 

@@ -1,5 +1,6 @@
 """A run that begins from a model's parameters, in whichever format."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -84,6 +85,15 @@ def test_another_model_is_refused_by_key_before_anything_is_made(text, source, t
     with pytest.raises(UserError, match=r"^training\.init_from: .*absent: no such folder"):
         train(config)
     assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
+
+
+def test_a_recipe_takes_the_architecture_of_a_models_folder(text, source, tmp_path):
+    if source.name == "jllama":
+        config = recipe(text, tmp_path / "runs", source, f"model={source}", "model.max_length=40")
+        assert config.model == dataclasses.replace(MODEL, max_length=40)
+    else:
+        with pytest.raises(UserError, match=r"^model: .*hf: has no config\.yaml.*jllama convert"):
+            recipe(text, tmp_path / "runs", source, f"model={source}")
 
 
 def test_another_rope_is_another_function_of_the_same_shapes_and_is_said(
