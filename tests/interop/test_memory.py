@@ -14,9 +14,9 @@ from jllama.interop.names import NAMES, file_shape
 from jllama.model import llama
 from jllama.model.param import dotted
 
-# A quarter of TinyLlama, in bfloat16: half a gigabyte.
+# A third of TinyLlama, in bfloat16: a gigabyte.
 MODEL = tiny.config(
-    vocab_size=32000, hidden_dim=2048, num_layers=4, num_heads=32, num_kv_heads=4, head_dim=64,
+    vocab_size=32000, hidden_dim=2048, num_layers=8, num_heads=32, num_kv_heads=4, head_dim=64,
     ffn_dim=5632,
 )  # fmt: skip
 # Compiled programs and the like, whatever the model.
