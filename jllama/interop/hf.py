@@ -24,7 +24,8 @@ from jllama.progress import Progress
 from jllama.text.tokenizer import Tokenizer
 
 CONFIG = "config.json"
-# The first that is there counts, as in transformers. An index names the file of each tensor.
+# The first that is there counts, and before its index, as in transformers. An index names the file
+# of each tensor.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HEAD = "lm_head.weight"
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old: no parameter
@@ -69,11 +70,11 @@ def _tensors(folder: Path) -> Mapping[str, Tensor]:
     here = storage.names(folder)
     for name in _WEIGHTS:
         read = read_safetensors if name.endswith(".safetensors") else read_pth
+        if name in here:
+            return read(folder / name)
         index = f"{name}.index.json"
         if index in here:
             return _indexed(folder / index, here, read)
-        if name in here:
-            return read(folder / name)
     raise UserError(
         f"{folder}: no weights: expected {' or '.join(_WEIGHTS)}, or its .index.json with its files"
     )

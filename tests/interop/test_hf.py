@@ -134,6 +134,14 @@ def test_a_folder_without_weights_is_an_error(folder):
         jllama.load(folder)
 
 
+def test_one_file_counts_before_an_index_as_in_transformers(folder, tmp_path, params):
+    shards = tmp_path / "shards"
+    other = jax.tree.map(lambda x: x + 1, params)
+    hf.write_folder(shards, MODEL, other, None, "float32", shard_bytes=100_000)
+    (shards / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    jax.tree.map(np.testing.assert_array_equal, jllama.load(shards).params, params)
+
+
 def test_a_failed_writing_leaves_nothing(tmp_path, params, monkeypatch):
     target = tmp_path / "out"
     loud = jax.tree.map(lambda x: x, params)
