@@ -85,6 +85,16 @@ class JoinedTensor:
         return out
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one; reads both, but for dtypes that are never read."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    if a.dtype not in DTYPES:
+        return True
+    bits = f"u{jnp.dtype(a.dtype).itemsize}"
+    return np.array_equal(a.read().view(bits), b.read().view(bits))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParamTensor:
     """A layer of a parameter, as a file of another format has it; `layer` None is all of it."""

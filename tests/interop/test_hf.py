@@ -95,7 +95,12 @@ def test_a_tied_head_that_is_there_must_be_the_embedding(tmp_path):
     table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     rewrite(folder, lm_head__weight=table.copy())
     assert "head" not in jllama.load(folder).params
-    rewrite(folder, lm_head__weight=table + 1)
+    for dtype in ("uint8", "uint16"):
+        codes = table.astype(dtype)
+        rewrite(folder, lm_head__weight=codes, model__embed_tokens__weight=codes)
+        with pytest.raises(UserError, match=r"not weights: model\.embed_tokens"):
+            jllama.load(folder)
+    rewrite(folder, lm_head__weight=table + 1, model__embed_tokens__weight=table)
     with pytest.raises(UserError, match=r"lm_head\.weight differs from the embedding"):
         jllama.load(folder)
 
