@@ -38,6 +38,9 @@ def match(
 
     Raises UserError that lists every missing, extra and misshapen tensor, by both names.
     """
+    layers = max(spec.shape[0] for path, spec in _flat(specs).items() if name_of(path).stacked)
+    if layers > len(tensors):
+        raise UserError(f"{where}: {layers:,} layers by the config, and {len(tensors):,} tensors")
     found: dict[str, list[Tensor]] = {}
     wrong: dict[str, list[tuple[str, str]]] = {}
     left = set(tensors)

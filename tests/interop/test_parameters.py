@@ -117,6 +117,12 @@ def test_all_that_is_wrong_is_said_in_one_line_by_both_names(tensors):
         assert part in said
 
 
+def test_a_config_of_a_billion_layers_is_refused_at_once(tensors):
+    specs = llama.param_specs(dataclasses.replace(MODEL, num_layers=10**9), tiny.compute())
+    with pytest.raises(UserError, match="1,000,000,000 layers by the config, and 30 tensors"):
+        match(tensors, specs, "hf", WHERE)
+
+
 def test_a_tensor_is_read_from_its_place_in_the_file(tmp_path):
     whole = np.arange(24, dtype=np.float32).reshape(4, 6)
     file = tmp_path / "data"
