@@ -128,9 +128,11 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     """The array in `dtype`; UserError, by `name`, if a value of it becomes infinite."""
     with np.errstate(over="ignore"):
         out = contiguous(array, jnp.dtype(dtype))
-    if out.dtype != array.dtype and not np.isfinite(out).all() and np.isfinite(array).all():
-        largest = np.abs(array.astype(np.float32)).max()
-        raise UserError(f"{name}: {largest:g} does not fit {dtype}; use bfloat16 or float32")
+    if jnp.finfo(out.dtype).max < jnp.finfo(array.dtype).max:
+        lost = np.isinf(out) & np.isfinite(array)
+        if lost.any():
+            largest = np.abs(array[lost].astype(np.float32)).max()
+            raise UserError(f"{name}: {largest:g} does not fit {out.dtype}; use float32")
     return out
 
 
