@@ -24,8 +24,9 @@ from jllama.train import staging
 from jllama.train.staging import Staging
 from jllama.train.state import StateDef, TrainState
 
-# Orbax tells every save at INFO and WARNING; what a user needs to know is said here.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax tells every save at INFO and WARNING, and prints the traceback of an error that it also
+# raises; what a user needs to know is said here.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 _CHUNK_BYTES = 32 << 20
 _LEAST_ROOM = 256 << 20
