@@ -103,9 +103,11 @@ def _read(file: Path, stream: Any) -> dict[str, FileTensor]:
             raise UserError(f"{file}: corrupt: {root}{name} is missing")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise UserError(f"{file}: {root}{name} is compressed, which torch.save never does")
-        stream.seek(entry.header_offset)
-        signature, *lengths = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
-        start = entry.header_offset + _LOCAL_HEADER.size + sum(lengths)
+        # Not from the stream: that of a URL reads ahead, and so in the end all of the file.
+        at = entry.header_offset
+        header = storage.read_range(file, at, at + _LOCAL_HEADER.size)
+        signature, *lengths = _LOCAL_HEADER.unpack(header)
+        start = at + _LOCAL_HEADER.size + sum(lengths)
         if signature != b"PK\x03\x04" or start + entry.file_size > size:
             raise UserError(f"{file}: corrupt or truncated: {root}{name} is not where it should be")
         return start, entry.file_size
@@ -117,8 +119,7 @@ def _read(file: Path, stream: Any) -> dict[str, FileTensor]:
     start, length = span("data.pkl")
     if length > _MAX_PICKLE:
         raise UserError(f"{file}: {root}data.pkl has {length:,} bytes: no model's")
-    stream.seek(start)
-    data = stream.read(length)
+    data = storage.read_range(file, start, start + length)
     return {name: _tensor(file, name, view, span) for name, view in _state_dict(file, data)}
 
 
