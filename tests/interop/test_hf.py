@@ -127,6 +127,12 @@ def test_tensors_of_another_model_are_said(folder, tensors, said):
     assert "\n" not in str(e.value)
 
 
+def test_a_name_of_a_file_breaks_no_line_and_commands_no_terminal(folder):
+    rewrite(folder, **{"evil\n\x1b[2J": np.zeros(2, np.float32)})
+    with pytest.raises(UserError, match=r"extra: evil\\n\\x1b\[2J \(no such"):
+        jllama.load(folder)
+
+
 def test_what_the_architecture_cannot_express_is_refused_by_name(folder):
     change(folder, attention_bias=True)
     with pytest.raises(UserError, match="attention_bias"):
