@@ -12,6 +12,11 @@ class UserError(Exception):
 
     status = 2
 
+    def __str__(self) -> str:
+        # Names come from files, and may hold line breaks or a terminal's commands.
+        text = super().__str__()
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
 
 class StorageError(UserError):
     """Storage that failed, a store that is away or a full disk: the same input may work later."""

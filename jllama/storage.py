@@ -259,7 +259,7 @@ def new_folder(folder: Path, last: str) -> Iterator[Path]:
             transfer(upload, [pair for pair in files if pair[0].name != last])
             upload(Path(local, last), folder / last)
         return
-    folder = folder.absolute()
+    folder = folder.resolve()  # a link stays one
     make_folder(folder.parent)
     with _errors(folder, _NOT_WRITABLE), _replacing(folder) as part:
         part.mkdir()

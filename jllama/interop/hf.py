@@ -18,13 +18,14 @@ from jllama.interop.hf_tokenizer import tie_warning, tokenizer_files
 from jllama.interop.parameters import file_tensors
 from jllama.interop.pth import read_pth
 from jllama.interop.safetensors import read_safetensors, write_safetensors
-from jllama.interop.tensors import Tensor
+from jllama.interop.tensors import Tensor, same_bits
 from jllama.model.llama import Params, param_specs
 from jllama.progress import Progress
 from jllama.text.tokenizer import Tokenizer
 
 CONFIG = "config.json"
-# The first that is there counts, as in transformers. An index names the file of each tensor.
+# The first that is there counts, and before its index, as in transformers. An index names the file
+# of each tensor.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HEAD = "lm_head.weight"
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old: no parameter
@@ -41,16 +42,12 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     tensors = {n: t for n, t in _tensors(folder).items() if not _DERIVED.fullmatch(n)}
     if config.tie_embeddings and _HEAD in tensors:
         head, table = tensors.pop(_HEAD), tensors.get("model.embed_tokens.weight")
-        if table is not None and not _equal(head, table):
+        if table is not None and not same_bits(head, table):
             raise UserError(
                 f"{folder}: {_HEAD} differs from the embedding, and config.json ties them; set"
                 " tie_word_embeddings to false there"
             )
     return config, tensors
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.dtype) == (b.shape, b.dtype) and a.read().tobytes() == b.read().tobytes()
 
 
 def _json(file: Path) -> Any:
@@ -69,11 +66,11 @@ def _tensors(folder: Path) -> Mapping[str, Tensor]:
     here = storage.names(folder)
     for name in _WEIGHTS:
         read = read_safetensors if name.endswith(".safetensors") else read_pth
+        if name in here:
+            return read(folder / name)
         index = f"{name}.index.json"
         if index in here:
             return _indexed(folder / index, here, read)
-        if name in here:
-            return read(folder / name)
     raise UserError(
         f"{folder}: no weights: expected {' or '.join(_WEIGHTS)}, or its .index.json with its files"
     )

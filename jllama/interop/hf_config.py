@@ -6,7 +6,7 @@ and the model here cannot express is an error; keys that neither reads under thi
 left alone.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +22,7 @@ from jllama.errors import UserError
 from jllama.text.tokenizer import Tokenizer
 
 _THETA = 1e4
+_LARGEST = 100_000_000  # a size, or a length, that is no mistake
 # Keys that change the forward pass, with the values at which they do not.
 _NEUTRAL: dict[str, tuple] = {
     "attention_bias": (False, None),
@@ -175,13 +176,14 @@ class _Reader:
 
     def integer(self, key: str, default: int | None = None, null: bool = False) -> int:
         value = self._get(key, default, null)
-        if type(value) is not int or value < 1:
-            raise self.error(key, f"is {_short(value)}, which is no positive integer")
+        if type(value) is not int or not 1 <= value <= _LARGEST:
+            raise self.error(key, f"is {_short(value)}, expected an integer from 1 to {_LARGEST:,}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default, False)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        # An int may be too large for a float.
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise self.error(key, f"is {_short(value)}, which is no positive number")
         return float(value)
 
@@ -206,7 +208,7 @@ def _rope(read: _Reader) -> tuple[float, RopeScaling]:
     theta = read.number("rope_theta", _THETA)
     found = None
     if parameters is None or scaling is not None or "rope_theta" in config:
-        found = _schema(read, "rope_scaling", scaling or {}, theta)
+        found = _schema(read, "rope_scaling", {} if scaling is None else scaling, theta)
     if parameters is not None:
         new = _schema(read, "rope_parameters", parameters, theta)
         if found is not None and new != found:

@@ -7,6 +7,7 @@ configs/model, or of the model that is named.
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +19,11 @@ from jllama.config import Llama3RopeScaling, ModelConfig
 from jllama.errors import UserError
 from jllama.interop.names import NAMES
 from jllama.interop.pth import read_pth
-from jllama.interop.tensors import FileTensor, JoinedTensor, Tensor
+from jllama.interop.tensors import FileTensor, JoinedTensor, Tensor, same_bits
 
 PARAMS = "params.json"
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
+_HEAD, _TABLE = "output.weight", "tok_embeddings.weight"
 _DERIVED = {"rope.freqs"}  # a buffer, no parameter
 # What params.json may say: the sizes, what the sizes of the tensors say as well, and nothing else.
 _KNOWN = {
@@ -32,8 +34,8 @@ _KNOWN = {
 
 
 def read_folder(folder: Path, model: str | None) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The architecture and the tensors of a folder, by their names there; none of their data is
-    read.
+    """The architecture and the tensors of a folder, by their names there; no data is read but a
+    second copy of a tied head, which Llama 3.2 has.
 
     Args:
       model: a name in configs/model, or a file like those; None to find it.
@@ -42,7 +44,14 @@ def read_folder(folder: Path, model: str | None) -> tuple[ModelConfig, dict[str,
     """
     tensors = _tensors(folder)
     facts = _facts(folder / PARAMS, tensors)
-    return _model(folder, facts, model), tensors
+    config = _model(folder, facts, model)
+    head = tensors.pop(_HEAD, None) if config.tie_embeddings else None
+    if head is not None and not same_bits(head, tensors[_TABLE]):
+        raise UserError(
+            f"{folder}: {_HEAD} differs from {_TABLE}, and the model ties them; give --model FILE,"
+            " a copy of it with tie_embeddings: false"
+        )
+    return config, tensors
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -55,7 +64,8 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     for name, shard in zip(expected, shards, strict=True):
         if other := sorted(shard.keys() ^ shards[0].keys()):
             raise UserError(f"{folder / name}: has other tensors than {expected[0]}: {other[0]}")
-    dim = next((t.shape for n, t in shards[0].items() if n == "norm.weight"), (0,))[0]
+    norm = shards[0].get("norm.weight")
+    dim = math.prod(norm.shape) if norm else 0
     return {
         name: _joined(folder, name, tuple(shard[name] for shard in shards), dim)
         for name in shards[0]
@@ -70,8 +80,10 @@ def _joined(folder: Path, name: str, parts: tuple[FileTensor, ...], dim: int) ->
     first = parts[0]
     if len(parts) == 1 or split is None:
         return first
+    if any(len(part.shape) != 2 for part in parts):
+        raise UserError(f"{folder}: {name}: {[list(p.shape) for p in parts]} are no matrices")
     # LLaMA 1 and 2 cut the embedding's width, Llama 3 its rows.
-    if not name.startswith("layers.") and len(first.shape) == 2:
+    if not name.startswith("layers."):
         split = 0 if first.shape[1] == dim else 1
     rest = {p.shape[:split] + p.shape[split + 1 :] + (p.dtype,) for p in parts}
     if len(rest) > 1:
@@ -85,6 +97,8 @@ def _facts(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the folder says of the model, by the names of `ModelConfig`."""
     try:
         params = json.loads(storage.read_text(file))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: not readable as JSON: {storage.one_line(e)}") from None
     if not isinstance(params, dict):
@@ -103,21 +117,30 @@ def _facts(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             raise UserError(f"{file.parent}: {name} is missing, or no matrix")
         return tensors[name].shape[0]
 
+    scaled = params.get("use_scaled_rope", False)
+    if not isinstance(scaled, bool):
+        raise UserError(f"{file}: use_scaled_rope={scaled!r}: expected true or false")
     heads = number("n_heads")
     facts = {
-        "vocab_size": rows("tok_embeddings.weight"),
+        "vocab_size": rows(_TABLE),
         "hidden_dim": number("dim"),
         "num_layers": number("n_layers"),
         "num_heads": heads,
-        "num_kv_heads": number("n_kv_heads") if params.get("n_kv_heads") else heads,
+        "num_kv_heads": heads if params.get("n_kv_heads") is None else number("n_kv_heads"),
         "head_dim": number("dim") // heads,
         "ffn_dim": rows("layers.0.feed_forward.w1.weight"),
         "rms_norm_eps": number("norm_eps", (int, float)),
-        "tie_embeddings": "output.weight" not in tensors,
-        "use_scaled_rope": bool(params.get("use_scaled_rope", False)),
+        "use_scaled_rope": scaled,
     }
+    if _HEAD not in tensors:  # a tied one may be there, too
+        facts["tie_embeddings"] = True
     if params.get("rope_theta") is not None:
-        facts["rope_theta"] = float(number("rope_theta", (int, float)))
+        facts["rope_theta"] = number("rope_theta", (int, float))
+    said = params.get("vocab_size", -1)  # LLaMA 1 and 2 leave it to the tokenizer
+    if said not in (-1, facts["vocab_size"]):
+        raise UserError(
+            f"{file}: vocab_size={said!r}, and {_TABLE} has {facts['vocab_size']:,} rows"
+        )
     return facts
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from jllama.errors import UserError
 from jllama.interop.names import NAMES, Format, file_shape, from_file, name_of
-from jllama.interop.tensors import DTYPES, ParamTensor, Tensor, contiguous
+from jllama.interop.tensors import DTYPES, ParamTensor, Tensor, cast
 from jllama.model.llama import Params, ParamSpec
 from jllama.model.param import dotted
 from jllama.parallel.sharding import of_a_layer
@@ -38,6 +38,9 @@ def match(
 
     Raises UserError that lists every missing, extra and misshapen tensor, by both names.
     """
+    layers = max(spec.shape[0] for path, spec in _flat(specs).items() if name_of(path).stacked)
+    if layers > len(tensors):
+        raise UserError(f"{where}: {layers:,} layers by the config, and {len(tensors):,} tensors")
     found: dict[str, list[Tensor]] = {}
     wrong: dict[str, list[tuple[str, str]]] = {}
     left = set(tensors)
@@ -111,7 +114,8 @@ def read_params(
       placed: tree of `jax.ShapeDtypeStruct` with shardings, as `llama.placed_shapes` makes it.
       interleaved: the RoPE pairs of queries and keys lie side by side in the files.
 
-    Every process that holds a part of them calls it, and reads every tensor.
+    Every process that holds a part of them calls it, and reads every tensor. Raises UserError for a
+    value that becomes infinite in the dtype it is placed in.
     """
     sizes = (math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for ts in found.values() for t in ts)
     leaves, tree = jax.tree.flatten(placed)
@@ -126,10 +130,10 @@ def read_params(
                 from_file, inputs=spec.inputs, interleaved=interleaved and name.rotary
             )
 
-            def part(sharding, shape, layout=layout, dtype=leaf.dtype):
+            def part(sharding, shape, layout=layout, dtype=leaf.dtype, path=path):
                 array = next(arrays)
                 progress.advance(array.nbytes)
-                return _put(layout(array, shape), sharding, dtype)
+                return _put(layout(array, shape), sharding, dtype, path)
 
             if not name.stacked:
                 out.append(part(leaf.sharding, spec.shape))
@@ -168,14 +172,14 @@ def _zeros(shape, dtype, sharding) -> jax.Array:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
 
 
-def _put(array: np.ndarray, sharding, dtype) -> jax.Array:
+def _put(array: np.ndarray, sharding, dtype, path: str) -> jax.Array:
     """The array on the devices: each gets its own part, contiguous, in `dtype`."""
     parts: dict[str, np.ndarray] = {}
 
     def of(index: tuple[slice, ...]) -> np.ndarray:
         key = str(index)  # devices that hold the same part share it
         if key not in parts:
-            parts[key] = contiguous(array[index], jnp.dtype(dtype))
+            parts[key] = cast(array[index], dtype, path)
         return parts[key]
 
     return jax.make_array_from_callback(array.shape, sharding, of)

@@ -1,14 +1,11 @@
 """Tensors of PyTorch's zip files (.pth, .bin), without PyTorch and running no code of theirs.
 
 Such a file is an uncompressed zip: `data.pkl` says what the tensors are, `data/KEY` holds the bytes
-of a storage. A pickle is a program. Here it may name only what state dicts of tensors are made of,
-which builds plain tuples; nothing else is imported, and the tuples are checked afterwards.
+of a storage. A pickle is a program. Here it is run by an interpreter of its own, that knows the
+instructions and names of state dicts alone, and makes dicts and tuples, which are checked after.
 """
 
-import collections
-import io
 import math
-import pickle
 import pickletools
 import struct
 import zipfile
@@ -21,7 +18,8 @@ from jllama import storage
 from jllama.errors import UserError
 from jllama.interop.tensors import FileTensor
 
-_MAX_PICKLE = 64_000_000  # bytes; a model's are some hundred thousand
+_MAX_PICKLE = 4_000_000  # bytes, that become some hundred MB; a model has some hundred thousand
+_MAX_AXES = 8
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
 _STORAGES = {
     "FloatStorage": "float32",
@@ -37,7 +35,6 @@ _STORAGES = {
 }
 
 
-# Tuples, as a pickle can set attributes of everything else.
 class _Type(NamedTuple):
     dtype: str
 
@@ -54,6 +51,10 @@ class _View(NamedTuple):
     stride: Any
 
 
+def _ordered_dict():
+    return {}
+
+
 def _rebuild_tensor(storage, offset, shape, stride, *_):
     return _View(storage, offset, shape, stride)
 
@@ -63,24 +64,11 @@ def _rebuild_parameter(data, *_):
 
 
 _GLOBALS = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    **{("torch", name): _Type(dtype) for name, dtype in _STORAGES.items()},
+    "collections OrderedDict": _ordered_dict,
+    "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils _rebuild_parameter": _rebuild_parameter,
+    **{f"torch {name}": _Type(dtype) for name, dtype in _STORAGES.items()},
 }
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _GLOBALS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a tensor")
-        return _GLOBALS[module, name]
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        match pid:
-            case ("storage", _Type(dtype=dtype), str(key), str(), int()):
-                return _Storage(dtype, key)
-        raise pickle.UnpicklingError("it refers to something that is no storage")
 
 
 def read_pth(file: Path) -> dict[str, FileTensor]:
@@ -115,9 +103,11 @@ def _read(file: Path, stream: Any) -> dict[str, FileTensor]:
             raise UserError(f"{file}: corrupt: {root}{name} is missing")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise UserError(f"{file}: {root}{name} is compressed, which torch.save never does")
-        stream.seek(entry.header_offset)
-        signature, *lengths = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
-        start = entry.header_offset + _LOCAL_HEADER.size + sum(lengths)
+        # Not from the stream: that of a URL reads ahead, and so in the end all of the file.
+        at = entry.header_offset
+        header = storage.read_range(file, at, at + _LOCAL_HEADER.size)
+        signature, *lengths = _LOCAL_HEADER.unpack(header)
+        start = at + _LOCAL_HEADER.size + sum(lengths)
         if signature != b"PK\x03\x04" or start + entry.file_size > size:
             raise UserError(f"{file}: corrupt or truncated: {root}{name} is not where it should be")
         return start, entry.file_size
@@ -129,35 +119,124 @@ def _read(file: Path, stream: Any) -> dict[str, FileTensor]:
     start, length = span("data.pkl")
     if length > _MAX_PICKLE:
         raise UserError(f"{file}: {root}data.pkl has {length:,} bytes: no model's")
-    stream.seek(start)
-    data = stream.read(length)
+    data = storage.read_range(file, start, start + length)
     return {name: _tensor(file, name, view, span) for name, view in _state_dict(file, data)}
 
 
 def _state_dict(file: Path, data: bytes) -> list[tuple[str, _View]]:
     try:
-        _check_memo(data)
-        loaded = _Unpickler(io.BytesIO(data), encoding="utf-8").load()
+        loaded = _run(data)
     except Exception as e:  # whatever a broken pickle makes of itself
         reason = storage.one_line(e)
         raise UserError(f"{file}: not read, as it holds more than tensors: {reason}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{file}: holds a {type(loaded).__name__}, expected a dict of tensors")
     for name, value in loaded.items():
-        if not isinstance(name, str) or not isinstance(value, _View):
+        if not isinstance(value, _View):
             kind = type(value).__name__
-            raise UserError(f"{file}: {str(name)[:80]!r} is a {kind}, expected a dict of tensors")
+            raise UserError(f"{file}: {name[:80]!r} is a {kind}, expected a dict of tensors")
     return list(loaded.items())
 
 
-def _check_memo(data: bytes) -> None:
-    """The unpickler makes room for every number below the one that an object is kept under."""
-    last = -1
+def _run(data: bytes) -> Any:
+    """What the program builds, of the instructions that state dicts need.
+
+    Python's own unpickler would set attributes, hash whatever is a key (nested tuples: for ever, or
+    until the stack ends), and make room for as many objects as a number in the file says.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def pop(count: int) -> list[Any]:
+        if not 0 <= count <= len(stack) - (marks[-1] if marks else 0):
+            raise ValueError("it takes more than it made")
+        taken = stack[len(stack) - count :]
+        del stack[len(stack) - count :]
+        return taken
+
+    def pop_to_mark() -> list[Any]:
+        count = len(stack) - marks[-1]
+        taken = pop(count)
+        marks.pop()
+        return taken
+
+    def top() -> Any:
+        (value,) = pop(1)
+        stack.append(value)
+        return value
+
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            if argument > last + 1:
-                raise pickle.UnpicklingError(f"it keeps an object under {argument}, out of order")
-            last = max(last, argument)
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                marks.append(len(stack))
+            case "BINUNICODE" | "SHORT_BINUNICODE":
+                stack.append(argument)
+            case "BININT" | "BININT1" | "BININT2" | "LONG1":
+                if argument.bit_length() > 63:
+                    raise ValueError("it holds a number of more than 64 bits")
+                stack.append(argument)
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(pop(int(opcode.name[-1]))))
+            case "TUPLE":
+                stack.append(tuple(pop_to_mark()))
+            case "APPEND" | "APPENDS":
+                items = pop(1) if opcode.name == "APPEND" else pop_to_mark()
+                list.extend(top(), items)
+            case "SETITEM" | "SETITEMS":
+                items = pop(2) if opcode.name == "SETITEM" else pop_to_mark()
+                keys, values = items[::2], items[1::2]
+                if not all(isinstance(key, str) for key in keys):
+                    raise ValueError("a dict has keys that are no text")
+                dict.update(top(), zip(keys, values, strict=True))
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = top()
+            case "MEMOIZE":
+                memo[len(memo)] = top()
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(_global(argument))
+            case "STACK_GLOBAL":
+                stack.append(_global(" ".join(pop(2))))
+            case "BINPERSID":
+                stack.append(_storage(*pop(1)))
+            case "REDUCE":
+                function, arguments = pop(2)
+                if not callable(function):
+                    raise ValueError("it calls what is no function")
+                stack.append(function(*arguments))
+            case "BUILD":
+                pop(1)  # attributes of a state dict, such as its version
+                top()
+            case "STOP":
+                return pop(1)[0]
+            case name:
+                raise ValueError(f"it has the instruction {name}, which no state dict needs")
+    raise ValueError("it has no end")
+
+
+def _global(name: str) -> Any:
+    if name not in _GLOBALS:
+        raise ValueError(f"it names {name.replace(' ', '.')}, which is no part of a tensor")
+    return _GLOBALS[name]
+
+
+def _storage(reference: Any) -> _Storage:
+    match reference:
+        case ("storage", _Type(dtype=dtype), str(key), str(), int()):
+            return _Storage(dtype, key)
+    raise ValueError("it refers to something that is no storage")
 
 
 def _tensor(file: Path, name: str, view: _View, span: Any) -> FileTensor:
@@ -166,7 +245,7 @@ def _tensor(file: Path, name: str, view: _View, span: Any) -> FileTensor:
             pass
         case _:
             raise UserError(f"{file}: {name}: not a sound tensor")
-    if offset < 0 or any(type(n) is not int or n < 0 for n in shape):
+    if offset < 0 or len(shape) > _MAX_AXES or any(type(n) is not int or n < 0 for n in shape):
         raise UserError(f"{file}: {name}: not a sound tensor")
     if not _contiguous(shape, view.stride):
         raise UserError(

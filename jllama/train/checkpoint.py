@@ -24,8 +24,9 @@ from jllama.train import staging
 from jllama.train.staging import Staging
 from jllama.train.state import StateDef, TrainState
 
-# Orbax tells every save at INFO and WARNING; what a user needs to know is said here.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax tells every save at INFO and WARNING, and prints the traceback of an error that it also
+# raises; what a user needs to know is said here.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 _CHUNK_BYTES = 32 << 20
 _LEAST_ROOM = 256 << 20
@@ -129,7 +130,7 @@ def _rest(state: TrainState) -> dict[str, Any]:
 
 
 def room_for(params: Any) -> float:
-    """The bytes that a copy of the largest array takes: the least that Orbax can be limited to."""
+    """The bytes that a copy of the largest part of an array takes: the least to save with."""
     sizes = [
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(params)
@@ -194,8 +195,11 @@ def load_params(run: Path, step: int, placed: llama.Params) -> llama.Params:
     By the processes whose devices those are. Raises `UserError` when there is no such step, it is
     incomplete, or it is another model's.
     """
-    # Orbax would hold all of it on the host as well.
-    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=room_for(placed) / 1e9)
+    # Orbax would hold all of it on the host as well. It counts whole pieces, and a device's part of
+    # an array may touch them all.
+    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(placed))
+    room = max(1.01 * largest, _LEAST_ROOM)
+    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=room / 1e9)
     sharding = jax.tree.leaves(placed)[0].sharding
     with _open_step(run, step, sharding, trainable=handler) as (manager, where):
         return _restore(manager, where, step, trainable=placed)["trainable"]

@@ -95,9 +95,13 @@ def _format(path: Path) -> StoredFormat:
         raise UserError(
             f"{path}: may be {' or '.join(there)}; say which with --from, or give the folder of one"
         )
-    if path.name.isdigit() and path.parent.name == "checkpoints":
+    if path.name.isdecimal() and path.parent.name == "checkpoints":
         return "jllama"
-    what = "not a model" if storage.is_folder(path) else "no such folder"
+    what = "no such folder"
+    if storage.is_folder(path):
+        what = "not a model"
+    elif storage.exists(path):
+        what = "a file, give its folder"
     raise UserError(
         f"{path}: {what}; expected a run or a model with config.yaml in it, RUN/checkpoints/STEP,"
         " or a folder of Hugging Face (config.json) or Meta (params.json)"
@@ -106,7 +110,7 @@ def _format(path: Path) -> StoredFormat:
 
 def _own(path: Path) -> StoredModel:
     folder, step = path, None
-    if not storage.exists(path / RECIPE) and path.name.isdigit():
+    if not storage.exists(path / RECIPE) and path.name.isdecimal():
         folder, step = storage.absolute(path).parent.parent, int(path.name)
     if not storage.exists(folder / RECIPE):
         raise UserError(f"{folder}: no config.yaml, which a run and a model of jllama have")
@@ -164,7 +168,9 @@ def write_model(
     anything.
     """
     storage.check_absent(folder)
+    folder = folder if storage.is_remote(folder) else folder.resolve()  # a link stays one
     try:
+        storage.make_folder(folder)
         checkpoints = Checkpoints(folder, keep=1, copies=room_for(params))
         with contextlib.closing(checkpoints):
             checkpoints.save_params(0, params)

@@ -71,6 +71,17 @@ def test_half_precision_is_stored_as_asked_and_kept(own, tmp_path):
     same(tmp_path / "wide", jllama.load(tmp_path / "half").params)
 
 
+@pytest.mark.parametrize("format", ["hf", "jllama"])
+@pytest.mark.parametrize("there", [True, False], ids=["empty", "dangling"])
+def test_a_link_to_where_the_model_shall_be_is_followed(own, params, tmp_path, format, there):
+    if there:
+        (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    assert convert(own, tmp_path / "out", "--to", format) == 0
+    assert (tmp_path / "out").is_symlink()
+    same(tmp_path / "disk", params)
+
+
 def test_a_name_that_ends_in_gguf_is_one(own, tmp_path):
     assert convert(own, tmp_path / "model.gguf") == 0
     assert (tmp_path / "model.gguf").read_bytes()[:4] == b"GGUF"
@@ -89,6 +100,9 @@ def test_a_name_that_ends_in_gguf_is_one(own, tmp_path):
         (["{own}", "{out}", "--model", "llama-7b"], "--model llama-7b"),
         (["{own}", "{out}", "--from", "hf"], "config.json: no such file"),
         (["{out}", "{out}2"], "no such folder"),
+        (["{own}/config.yaml", "{out}"], "config.yaml: a file, give its folder"),
+        (["{own}", "{own}/config.yaml/x"], "config.yaml: not writable: "),
+        (["{own}", "{own}/config.yaml/x", "--to", "jllama"], "config.yaml/x: not writable: "),
         (["{own}"], "DST"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",

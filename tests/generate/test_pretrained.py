@@ -159,7 +159,7 @@ def test_what_is_no_model_is_an_error_that_says_what_is(run, tmp_path):
     for path in (tmp_path, tmp_path / "absent", run / "config.yaml", run / "checkpoints"):
         with pytest.raises(jllama.UserError, match="expected a run or a model"):
             jllama.load(path)
-    with pytest.raises(jllama.UserError, match="expected a run or a model"):
+    with pytest.raises(jllama.UserError, match="no step 5; there are: 3, 7"):
         jllama.load(run / "checkpoints" / "5")
     with pytest.raises(jllama.UserError, match="dtype='float16'"):
         jllama.load(run, dtype="float16")

@@ -177,6 +177,48 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path):
         read_pth(bomb)
 
 
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0X\3\0\0\0cpuK\x0ctQ"
+NAME = b"X\1\0\0\0a"
+AXES = b"(" + b"K\1" * 100_000 + b"t"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        # A key that takes 2^60 steps, or the whole stack, to hash.
+        b"}()q\0" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60)) + b"K\1u.",
+        b"})" + b"\x85" * 300_000 + b"K\1s.",
+        # Attributes of what reads it, and of the dict that comes out.
+        TENSOR + b"(N}X\x0c\0\0\0__defaults__(K\0K\0K\0K\0tstb.",
+        b"ccollections\nOrderedDict\n)R}X\5\0\0\0itemsK\1sbK\1\x85.",
+        # Numbers too long to print, and too many axes.
+        b"\x80\x02}\x8b" + struct.pack("<I", 2000) + b"\x7f" * 2000 + b"K\1s.",
+        b"}" + NAME + TENSOR + b"(" + STORAGE + b"K\0" + AXES + AXES + b"tRs.",
+        b"]" * 60_000_000 + b"l.",
+        # Takes what lies below its mark, or nothing there is.
+        b"}(" + NAME + b"K\1(uu.",
+        b"\x80\x02\x86.",
+        b"h\5.",
+        b"}" + NAME + b"ccollections\nOrderedDict\n(K\1tRs.",
+    ],
+    ids=[
+        "slow hash", "deep hash", "defaults", "items", "long number", "axes", "lists", "marks",
+        "empty", "memo", "arguments",
+    ],
+)  # fmt: skip
+def test_hostile_pickles_are_refused_in_a_moment(program, tmp_path):
+    with pytest.raises(UserError) as e:
+        read_pth(_rewritten(tmp_path / "x.pth", data_pkl=program))
+    _one_line(e, "x.pth")
+    assert read_pth(PLAIN).keys() == {"a", "b"}
+
+
+def test_attributes_of_a_state_dict_are_left_alone(tmp_path):
+    program = b"ccollections\nOrderedDict\n)R}X\5\0\0\0itemsK\1sb."
+    assert read_pth(_rewritten(tmp_path / "x.pth", data_pkl=program)) == {}
+
+
 @pytest.mark.parametrize("entry", ["data.pkl", "data/0"])
 @pytest.mark.parametrize("size", [1 << 20, 0xFFFFFFFE])
 def test_an_entry_that_says_it_is_larger_than_the_file(entry, size, tmp_path):

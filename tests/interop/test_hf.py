@@ -95,7 +95,12 @@ def test_a_tied_head_that_is_there_must_be_the_embedding(tmp_path):
     table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     rewrite(folder, lm_head__weight=table.copy())
     assert "head" not in jllama.load(folder).params
-    rewrite(folder, lm_head__weight=table + 1)
+    for dtype in ("uint8", "uint16"):
+        codes = table.astype(dtype)
+        rewrite(folder, lm_head__weight=codes, model__embed_tokens__weight=codes)
+        with pytest.raises(UserError, match=r"not weights: model\.embed_tokens"):
+            jllama.load(folder)
+    rewrite(folder, lm_head__weight=table + 1, model__embed_tokens__weight=table)
     with pytest.raises(UserError, match=r"lm_head\.weight differs from the embedding"):
         jllama.load(folder)
 
@@ -122,6 +127,12 @@ def test_tensors_of_another_model_are_said(folder, tensors, said):
     assert "\n" not in str(e.value)
 
 
+def test_a_name_of_a_file_breaks_no_line_and_commands_no_terminal(folder):
+    rewrite(folder, **{"evil\n\x1b[2J": np.zeros(2, np.float32)})
+    with pytest.raises(UserError, match=r"extra: evil\\n\\x1b\[2J \(no such"):
+        jllama.load(folder)
+
+
 def test_what_the_architecture_cannot_express_is_refused_by_name(folder):
     change(folder, attention_bias=True)
     with pytest.raises(UserError, match="attention_bias"):
@@ -132,6 +143,14 @@ def test_a_folder_without_weights_is_an_error(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no weights: expected model\.safetensors"):
         jllama.load(folder)
+
+
+def test_one_file_counts_before_an_index_as_in_transformers(folder, tmp_path, params):
+    shards = tmp_path / "shards"
+    other = jax.tree.map(lambda x: x + 1, params)
+    hf.write_folder(shards, MODEL, other, None, "float32", shard_bytes=100_000)
+    (shards / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    jax.tree.map(np.testing.assert_array_equal, jllama.load(shards).params, params)
 
 
 def test_a_failed_writing_leaves_nothing(tmp_path, params, monkeypatch):

@@ -1,7 +1,9 @@
 """Meta's folders: which model one is, never guessed."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from jllama import recipe as recipes
@@ -50,6 +52,11 @@ def model(tmp_path, params, found, name=None):
             LLAMA3_8B | {"dim": 2048, "n_layers": 16, "use_scaled_rope": True},
             (128256, 2048, 8192, True),
         ),
+        (  # as published: the tied head is in the file
+            "llama3.2-1b",
+            LLAMA3_8B | {"dim": 2048, "n_layers": 16, "use_scaled_rope": True},
+            (128256, 2048, 8192),
+        ),
     ],
 )
 def test_published_folders_are_found(tmp_path, name, params, found):
@@ -81,8 +88,11 @@ def test_an_unknown_model_must_be_given(tmp_path):
         (json.dumps(LLAMA2_7B | {"quantization_args": {}}), "quantization_args"),
         (json.dumps(LLAMA2_7B | {"dim": "4096"}), "dim='4096'"),
         (json.dumps({k: v for k, v in LLAMA2_7B.items() if k != "norm_eps"}), "norm_eps=None"),
+        (json.dumps(LLAMA2_7B | {"vocab_size": 128256}), "vocab_size=128256, and .* 32,000 rows"),
+        (json.dumps(LLAMA2_7B | {"use_scaled_rope": "false"}), "use_scaled_rope='false'"),
+        (json.dumps(LLAMA2_7B | {"n_kv_heads": 0}), "n_kv_heads=0"),
     ],
-    ids=["list", "broken", "unknown", "text", "missing"],
+    ids=["list", "broken", "unknown", "text", "missing", "vocabulary", "flag", "zero"],
 )
 def test_bad_params_are_one_line(tmp_path, params, said):
     (tmp_path / meta.PARAMS).write_text(params)
@@ -106,6 +116,34 @@ def test_shards_are_cut_along_the_right_axis(tmp_path, name, shape, axis):
     joined = meta._joined(tmp_path, name, (tensor(*shape), tensor(*shape)), dim=32)
     assert isinstance(joined, JoinedTensor)
     assert joined.axis == axis
+
+
+def test_shards_of_what_is_no_matrix_are_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"attention\.wo\.weight: \[\[8\], \[8\]\] are no matrices"):
+        meta._joined(tmp_path, "layers.0.attention.wo.weight", (tensor(8), tensor(8)), dim=32)
+
+
+def test_a_folder_without_params_json_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"params\.json: no such file"):
+        meta._facts(tmp_path / meta.PARAMS, {})
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_head_that_is_there_must_be_the_table(tmp_path, monkeypatch, same):
+    tied = dataclasses.replace(recipes.load_model("llama3.2-1b"), vocab_size=4, hidden_dim=2)
+    (tmp_path / "data").write_bytes(np.arange(16, dtype=np.float16).tobytes())
+    found = {
+        "tok_embeddings.weight": FileTensor(tmp_path / "data", 0, (4, 2), "float16"),
+        "output.weight": FileTensor(tmp_path / "data", 0 if same else 16, (4, 2), "float16"),
+    }
+    monkeypatch.setattr(meta, "_tensors", lambda _: found)
+    monkeypatch.setattr(meta, "_facts", lambda *_: {})
+    monkeypatch.setattr(meta, "_model", lambda *_: tied)
+    if same:
+        assert meta.read_folder(tmp_path, None)[1].keys() == {"tok_embeddings.weight"}
+    else:
+        with pytest.raises(UserError, match=r"output\.weight differs from tok_embeddings"):
+            meta.read_folder(tmp_path, None)
 
 
 def test_norms_are_whole_in_every_shard(tmp_path):

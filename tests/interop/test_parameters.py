@@ -117,6 +117,12 @@ def test_all_that_is_wrong_is_said_in_one_line_by_both_names(tensors):
         assert part in said
 
 
+def test_a_config_of_a_billion_layers_is_refused_at_once(tensors):
+    specs = llama.param_specs(dataclasses.replace(MODEL, num_layers=10**9), tiny.compute())
+    with pytest.raises(UserError, match="1,000,000,000 layers by the config, and 30 tensors"):
+        match(tensors, specs, "hf", WHERE)
+
+
 def test_a_tensor_is_read_from_its_place_in_the_file(tmp_path):
     whole = np.arange(24, dtype=np.float32).reshape(4, 6)
     file = tmp_path / "data"
@@ -144,8 +150,18 @@ def test_a_value_that_does_not_fit_is_an_error_and_not_infinity():
     assert cast(array, "bfloat16", "w").dtype == "bfloat16"
     with pytest.raises(UserError, match=r"^w: 70000 does not fit float16"):
         cast(array, "float16", "w")
+    with pytest.raises(UserError, match=r"^w: 3\.4e\+38 does not fit bfloat16"):
+        cast(np.array([np.inf, 3.4e38], np.float32), "bfloat16", "w")
     # What was infinite before is the model's own.
     assert np.isinf(cast(np.array([np.inf], np.float32), "float16", "w")).all()
+
+
+def test_a_value_that_does_not_fit_its_place_is_an_error(tensors):
+    head = tensors["lm_head.weight"].array.copy()
+    head[3, 3] = 3.4e38
+    tensors["lm_head.weight"] = Here(head)
+    with pytest.raises(UserError, match=r"^head\.weight: 3\.4e\+38 does not fit bfloat16"):
+        read(tensors, dtype="bfloat16")
 
 
 def test_a_transposed_copy_is_the_array():

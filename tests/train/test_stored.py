@@ -11,8 +11,13 @@ import tiny
 
 import jllama
 from jllama import recipe as recipes
+from jllama.config import MeshConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.interop import hf
+from jllama.model import llama
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
+from jllama.train import checkpoint
 from jllama.train.loop import train
 from jllama.train.stored import open_model, write_model
 
@@ -101,6 +106,19 @@ def test_another_rope_is_another_function_of_the_same_shapes_and_is_said(
 ):
     train(recipe(text, tmp_path / "runs", source, "model.rope_theta=1e6", "model.max_length=64"))
     assert "model.rope_theta is 1000000.0, there 10000.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 1}, {"fsdp": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_array_larger_than_orbax_may_hold_is_read(monkeypatch, tmp_path, params, mesh, dtype):
+    write_model(tmp_path / "own", MODEL, params, None, "float32")
+    monkeypatch.setattr(checkpoint, "_LEAST_ROOM", 0)  # as if all arrays were large
+    devices = jax.devices()[: np.prod(list(mesh.values()))]
+    placement = Placement(make_mesh(MeshConfig(**mesh), devices), ShardingConfig())
+    placed = llama.placed_shapes(MODEL, placement, dtype, "float32")
+    got = open_model(tmp_path / "own").read(placed)
+    wanted = jax.tree.map(lambda x, like: x.astype(like.dtype), params, placed)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 def test_what_a_folder_is_is_found_by_looking(source, tmp_path):
