@@ -38,7 +38,7 @@ def make(folder: str, name: str) -> None:
     compute = ComputeConfig(dtype="bfloat16", param_dtype="bfloat16")
     model = recipes.load_model(name)
     init = jax.jit(llama.init_params, static_argnums=(0, 1))
-    write_folder(Path(folder), model, init(model, compute, jax.random.key(0)), None, "bfloat16")
+    write_folder(Path(folder), model, init(model, compute, jax.random.key(0)), None)
 
 
 def resident(key: str) -> int:

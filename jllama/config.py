@@ -580,6 +580,9 @@ class StoredConfig:
     model: ModelConfig = _doc("architecture")
     compute: ComputeConfig = _doc("how it is computed, and the dtype it is stored in")
     run: RunConfig | None = _default("the run; a model alone has none", None)
+    scale_dtype: Literal["float32", "bfloat16"] | None = _default(
+        "the norms' scales are stored in it; null is compute.param_dtype", None
+    )
 
 
 @_config

@@ -50,7 +50,10 @@ class Llama:
 
         Raises `UserError` for another shape, or an id outside the model's vocabulary.
         """
-        tokens = np.asarray(tokens)
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:
+            raise UserError("logits: rows of several lengths; give rows of one") from None
         if tokens.ndim != 2 or tokens.size == 0 or tokens.dtype.kind not in "iu":
             raise UserError(f"logits: expected ids [B,T], not {tokens.dtype} {tokens.shape}")
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:

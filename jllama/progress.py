@@ -9,14 +9,19 @@ from tqdm import tqdm
 class Progress:
     """A bar when stderr is a terminal, a plain line now and then when not."""
 
-    def __init__(self, title: str, total: int | None):
-        """`total` is in bytes; None if it is not known."""
+    def __init__(self, title: str, total: int | None, quiet: bool = False):
+        """`total` is in bytes; None if it is not known. `quiet`: another process speaks."""
+        self._quiet = quiet
         self._title, self._done, self._total = title, 0, total
         self._began = self._told = time.monotonic()
 
     def __enter__(self):
         self._bar = tqdm(
-            total=self._total, desc=self._title, unit="B", unit_scale=True, disable=None
+            total=self._total,
+            desc=self._title,
+            unit="B",
+            unit_scale=True,
+            disable=self._quiet or None,
         )
         return self
 
@@ -38,6 +43,8 @@ class Progress:
 
     def _tell(self) -> None:
         self._told = time.monotonic()
+        if self._quiet:
+            return
         of = f" of {self._total / 1e6:.1f}" if self._total else ""
         rate = self._done / 1e6 / max(1e-9, self._told - self._began)
         print(f"{self._title}: {self._done / 1e6:.1f}{of} MB, {rate:.1f} MB/s", file=sys.stderr)

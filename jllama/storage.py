@@ -15,6 +15,7 @@ import errno
 import fcntl
 import glob
 import importlib.util
+import json
 import os
 import secrets
 import shutil
@@ -183,6 +184,19 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file}: not UTF-8 at byte {e.start}") from None
 
 
+def read_json(file: Path) -> dict:
+    """A file that holds one JSON object; UserError if it is missing, or holds anything else."""
+    try:
+        found = json.loads(read_text(file))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{file}: not readable as JSON: {one_line(e)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return found
+
+
 def write_bytes(file: Path, data: bytes) -> None:
     """Writes a file: whole, or not at all."""
     with _errors(file, _NOT_WRITABLE):
@@ -267,10 +281,15 @@ def new_folder(folder: Path, last: str) -> Iterator[Path]:
 
 
 def check_absent(where: Path) -> None:
-    """UserError if a result would replace a file, or a folder with anything in it."""
+    """UserError if a result would replace a file, a folder with anything in it, or is forbidden."""
     empty = is_folder(where) and not is_remote(where) and not any(where.iterdir())
     if not empty and (exists(where) or is_folder(where)):
         raise UserError(f"{where}: exists; choose another name, or remove it")
+    if not is_remote(where):
+        there = next(folder for folder in where.absolute().parents if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            why = "closed to you, or read-only" if there.is_dir() else "a file"
+            raise UserError(f"{where}: not writable: {there} is {why}")
 
 
 @contextlib.contextmanager
@@ -364,7 +383,7 @@ def _replacing(file: Path) -> Iterator[Path]:
         os.replace(part, file)
     except BaseException:
         if part.is_dir():
-            shutil.rmtree(part)
+            shutil.rmtree(part, ignore_errors=True)  # threads that were interrupted may still write
         else:
             part.unlink(missing_ok=True)
         raise

@@ -1,18 +1,24 @@
 """`jllama convert`: a model from one format to another."""
 
 import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
 
 import jax
 
 from jllama import flops, storage
 from jllama.config import MeshConfig, ShardingConfig
 from jllama.errors import UserError
+from jllama.interop import gguf, hf
 from jllama.interop.gguf import KINDS, kind_of, write_gguf
-from jllama.interop.hf import write_folder
+from jllama.interop.parameters import cast_params
 from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
-from jllama.train.stored import open_model, write_model
+from jllama.train.stored import StoredModel, open_model, write_model
 
 # What GGUF calls the dtypes that a folder may have.
 _GGUF = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -34,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help=f"{', '.join(_GGUF)}; for GGUF {', '.join(KINDS)} [as stored]",
     )
-    add("--model", metavar="NAME", help="what a folder of Meta's is, where it does not say all")
+    add("--model", metavar="MODEL", help="what Meta's folder is: in configs/model, or a file")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,21 +51,50 @@ def run(args: argparse.Namespace) -> None:
         own = "hf" if stored.format == "jllama" else "jllama"
         to = "gguf" if target.suffix == ".gguf" else own
     dtype = _dtype(args.dtype, to, stored.dtype)
+    # What can be refused is, before minutes of reading.
     storage.check_absent(target)
-    # The host's memory, and not that of its accelerators, is what a model passes through.
-    host = Placement(
-        make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1]), ShardingConfig()
-    )
-    held = (dtype, dtype) if to == "jllama" else (stored.dtype, stored.scale_dtype)
-    params = stored.read(llama.placed_shapes(stored.config, host, *held))
-    match to:
-        case "jllama":
-            write_model(target, stored.config, params, stored.tokenizer, dtype)
-        case "hf":
-            write_folder(target, stored.config, params, stored.tokenizer, dtype)
-        case "gguf":
+    if to != "jllama":
+        check = {"hf": hf.check_expressible, "gguf": gguf.check_expressible}[to]
+        check(stored.config, stored.tokenizer)
+    if stored.tokenizer is None:
+        print("note: the model has no tokenizer, and so no ids of BOS and EOS", file=sys.stderr)
+    with _stoppable():
+        params = _read(stored)
+        if to == "gguf":
             write_gguf(target, stored.config, params, stored.tokenizer, dtype)
+        else:
+            scales = _scale_dtype(args.dtype, to, stored)
+            params = cast_params(params, dtype, scales)
+            write = write_model if to == "jllama" else hf.write_folder
+            write(target, stored.config, params, stored.tokenizer)
     print(f"{target}: {to}, {dtype}, {flops.parameter_count(stored.config):,} parameters")
+
+
+def _read(stored: StoredModel) -> llama.Params:
+    """The parameters as they are stored, on the host: a model passes through its memory alone."""
+    # Accelerators would be started, and in a cluster wait for each other.
+    jax.config.update("jax_platforms", "cpu")
+    host = Placement(make_mesh(MeshConfig(), jax.local_devices()[:1]), ShardingConfig())
+    return stored.read(llama.placed_shapes(stored.config, host, stored.dtype, stored.scale_dtype))
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM leave nothing half-written, and end at once."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as e:
+        # Orbax's threads would go on, and tell of each thing that they miss.
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130 if isinstance(e, KeyboardInterrupt) else e.code)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _scale_dtype(asked: str | None, to: str, stored: StoredModel) -> str:
+    scales = asked or stored.scale_dtype
+    return "float32" if to == "jllama" and scales == "float16" else scales
 
 
 def _dtype(asked: str | None, to: str, stored: str) -> str:
@@ -70,5 +105,6 @@ def _dtype(asked: str | None, to: str, stored: str) -> str:
         return "float32" if to == "jllama" and stored == "float16" else stored
     allowed = [dtype for dtype in _GGUF if (to, dtype) != ("jllama", "float16")]
     if asked not in allowed:
-        raise UserError(f"--dtype {asked}: {to} has {', '.join(allowed)}")
+        gguf_too = f"; {asked} is a kind of FILE.gguf" if asked.upper() in KINDS else ""
+        raise UserError(f"--dtype {asked}: {to} has {', '.join(allowed)}{gguf_too}")
     return asked

@@ -26,7 +26,7 @@ from jllama.errors import UserError
 from jllama.flops import parameter_count
 from jllama.interop.gguf_vocabulary import vocabulary_of
 from jllama.interop.names import name_of
-from jllama.interop.parameters import file_tensors
+from jllama.interop.parameters import check_named, file_tensors
 from jllama.model.llama import Params, param_specs
 from jllama.model.rope import inverse_frequencies
 from jllama.progress import Progress
@@ -102,6 +102,12 @@ def write_gguf(
                 progress.advance(data.nbytes)
         finally:
             writer.close()
+
+
+def check_expressible(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """UserError if GGUF, or llama.cpp, cannot express the model or its tokenizer."""
+    check_named(param_specs(config, ComputeConfig(dtype="float32")))
+    vocabulary_of(tokenizer, config.vocab_size)
 
 
 def kind_of(name: str) -> str:

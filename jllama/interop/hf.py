@@ -1,14 +1,11 @@
 """Hugging Face folders: config.json, safetensors or PyTorch files, tokenizer; read and written."""
 
 import json
-import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
-
-import jax.numpy as jnp
 
 from jllama import storage
 from jllama.config import ComputeConfig, ModelConfig
@@ -18,7 +15,7 @@ from jllama.interop.hf_tokenizer import tie_warning, tokenizer_files
 from jllama.interop.parameters import file_tensors
 from jllama.interop.pth import read_pth
 from jllama.interop.safetensors import read_safetensors, write_safetensors
-from jllama.interop.tensors import Tensor, same_bits
+from jllama.interop.tensors import Tensor, nbytes, same_bits
 from jllama.model.llama import Params, param_specs
 from jllama.progress import Progress
 from jllama.text.tokenizer import Tokenizer
@@ -32,13 +29,18 @@ _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  #
 SHARD_BYTES = 5_000_000_000
 
 
+def read_architecture(folder: Path) -> ModelConfig:
+    """What config.json says; UserError for what is missing, broken, or not expressible here."""
+    return read_config(storage.read_json(folder / CONFIG), str(folder / CONFIG))
+
+
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The architecture and the tensors of a folder, by their names there; no data is read but a
     second copy of a tied head.
 
     Raises UserError for what is missing, broken, or not expressible here.
     """
-    config = read_config(_json(folder / CONFIG), str(folder / CONFIG))
+    config = read_architecture(folder)
     tensors = {n: t for n, t in _tensors(folder).items() if not _DERIVED.fullmatch(n)}
     if config.tie_embeddings and _HEAD in tensors:
         head, table = tensors.pop(_HEAD), tensors.get("model.embed_tokens.weight")
@@ -48,18 +50,6 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
                 " tie_word_embeddings to false there"
             )
     return config, tensors
-
-
-def _json(file: Path) -> Any:
-    try:
-        found = json.loads(storage.read_text(file))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{file}: not readable as JSON: {storage.one_line(e)}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return found
 
 
 def _tensors(folder: Path) -> Mapping[str, Tensor]:
@@ -77,7 +67,7 @@ def _tensors(folder: Path) -> Mapping[str, Tensor]:
 
 
 def _indexed(index: Path, here: Iterable[str], read: Any) -> dict[str, Tensor]:
-    where = _json(index).get("weight_map")
+    where = storage.read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
         raise UserError(f"{index}: has no weight_map from tensors to files")
     files = sorted(set(where.values()))
@@ -99,32 +89,34 @@ def _indexed(index: Path, here: Iterable[str], read: Any) -> dict[str, Tensor]:
     return tensors
 
 
+def check_expressible(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """UserError if Hugging Face's LLaMA cannot express the model or its tokenizer."""
+    write_config(config, "float32", tokenizer)
+    if tokenizer is not None:
+        tokenizer_files(tokenizer)
+
+
 def write_folder(
     folder: Path,
     config: ModelConfig,
     params: Params,
     tokenizer: Tokenizer | None,
-    dtype: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a folder that transformers reads, whole or not at all.
+    """Writes a folder that transformers reads, whole or not at all, in the parameters' dtypes.
 
-    Args:
-      tokenizer: None leaves its files out.
-      dtype: of every tensor, float32, bfloat16 or float16.
-
-    Raises UserError if the folder holds anything, the model is one that Hugging Face's LLaMA cannot
-    express, or a value does not fit `dtype`.
+    `tokenizer` None leaves its files out. Raises UserError if the folder holds anything, or the
+    model is one that Hugging Face's LLaMA cannot express.
     """
     specs = param_specs(config, ComputeConfig(dtype="float32"))
     tensors = file_tensors(params, specs, "hf", interleaved=False)
     files = {
-        CONFIG: write_config(config, dtype, tokenizer),
+        CONFIG: write_config(config, params["embedding"]["weight"].dtype.name, tokenizer),
         "generation_config.json": generation_config(tokenizer),
     }
-    shards = _shards(tensors, dtype, shard_bytes)
+    shards = _shards(tensors, shard_bytes)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    sizes = {name: _bytes(tensor, dtype) for name, tensor in tensors.items()}
+    sizes = {name: nbytes(tensor) for name, tensor in tensors.items()}
     total = sum(sizes.values())
     if len(shards) == 1:
         names = ["model.safetensors"]
@@ -141,21 +133,17 @@ def write_folder(
     with storage.new_folder(folder, last=CONFIG) as new:
         with Progress(f"write {folder.name}", total) as progress:
             for name, shard in zip(names, shards, strict=True):
-                write_safetensors(new / name, shard, dtype, progress)
+                write_safetensors(new / name, shard, progress)
         for name, text in data.items():
             storage.write_bytes(new / name, text)
 
 
-def _bytes(tensor: Tensor, dtype: str) -> int:
-    return math.prod(tensor.shape) * jnp.dtype(dtype).itemsize
-
-
-def _shards(tensors: Mapping[str, Tensor], dtype: str, most: int) -> list[dict[str, Tensor]]:
+def _shards(tensors: Mapping[str, Tensor], most: int) -> list[dict[str, Tensor]]:
     """The tensors in order, in files of at most `most` bytes, or of one tensor."""
     shards: list[dict[str, Tensor]] = []
     room = 0
     for name, tensor in tensors.items():
-        size = _bytes(tensor, dtype)
+        size = nbytes(tensor)
         if size > room or not shards:
             shards.append({})
             room = most

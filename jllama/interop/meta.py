@@ -6,7 +6,6 @@ configs/model, or of the model that is named.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from jllama.config import Llama3RopeScaling, ModelConfig
 from jllama.errors import UserError
 from jllama.interop.names import NAMES
 from jllama.interop.pth import read_pth
-from jllama.interop.tensors import FileTensor, JoinedTensor, Tensor, same_bits
+from jllama.interop.tensors import FileTensor, JoinedTensor, RepeatedTensor, Tensor, same_bits
 
 PARAMS = "params.json"
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
@@ -33,12 +32,14 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def read_folder(folder: Path, model: str | None) -> tuple[ModelConfig, dict[str, Tensor]]:
+def read_folder(
+    folder: Path, model: str | ModelConfig | None
+) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The architecture and the tensors of a folder, by their names there; no data is read but a
     second copy of a tied head, which Llama 3.2 has.
 
     Args:
-      model: a name in configs/model, or a file like those; None to find it.
+      model: a name in configs/model, a file like those, or what they say; None to find it.
 
     Raises UserError for what is missing, broken or contradictory, and when the model is unclear.
     """
@@ -79,7 +80,7 @@ def _joined(folder: Path, name: str, parts: tuple[FileTensor, ...], dim: int) ->
     split = next((n.split for n in NAMES if n.meta == pattern), None)
     first = parts[0]
     if len(parts) == 1 or split is None:
-        return first
+        return first if len(parts) == 1 else RepeatedTensor(parts)
     if any(len(part.shape) != 2 for part in parts):
         raise UserError(f"{folder}: {name}: {[list(p.shape) for p in parts]} are no matrices")
     # LLaMA 1 and 2 cut the embedding's width, Llama 3 its rows.
@@ -95,14 +96,7 @@ def _joined(folder: Path, name: str, parts: tuple[FileTensor, ...], dim: int) ->
 
 def _facts(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the folder says of the model, by the names of `ModelConfig`."""
-    try:
-        params = json.loads(storage.read_text(file))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{file}: not readable as JSON: {storage.one_line(e)}") from None
-    if not isinstance(params, dict):
-        raise UserError(f"{file}: expected a JSON object")
+    params = storage.read_json(file)
     if unknown := sorted(params.keys() - _KNOWN):
         raise UserError(f"{file}: {', '.join(unknown)}: not expressible here")
 
@@ -144,26 +138,29 @@ def _facts(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return facts
 
 
-def _model(folder: Path, facts: dict[str, Any], name: str | None) -> ModelConfig:
-    if name is not None:
-        model = recipes.load_model(name)
+def _model(folder: Path, facts: dict[str, Any], given: str | ModelConfig | None) -> ModelConfig:
+    if given is not None:
+        model = recipes.load_model(given) if isinstance(given, str) else given
         wrong = _differences(facts, model)
         if wrong:
-            raise UserError(f"{folder}: is not {name}: {'; '.join(wrong)}")
+            what = given if isinstance(given, str) else "the recipe's model"
+            raise UserError(f"{folder}: is not {what}: {'; '.join(wrong)}")
         return model
     shipped = {name: recipes.load_model(name) for name in recipes.model_names()}
     fitting = {name: model for name, model in shipped.items() if not _differences(facts, model)}
     if len(set(fitting.values())) == 1:
         return next(iter(fitting.values()))
-    said = ", ".join(f"{key}={value}" for key, value in facts.items())
     if fitting:
         raise UserError(
             f"{folder}: may be {' or '.join(fitting)}, which differ in what params.json does not"
-            " say; name it with --model"
+            " say; name it: jllama convert --model NAME, or jllama.load(..., model=NAME)"
         )
+    scaled = facts.pop("use_scaled_rope")
+    said = ", ".join(f"{key}: {value}" for key, value in facts.items())
     raise UserError(
-        f"{folder}: no model in configs/model has {said}; give --model FILE, a copy of one of them"
-        " with these values and the right rope and max_length"
+        f"{folder}: no model in configs/model has {said} and rope of kind"
+        f" {'llama3' if scaled else 'none or linear'}; write a file like those, with the rope and"
+        " max_length that are right: jllama convert --model FILE, or jllama.load(..., model=FILE)"
     )
 
 

@@ -8,7 +8,6 @@ layers would take 2.3 times the parameters.
 
 import functools
 import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +19,13 @@ import numpy as np
 
 from jllama.errors import UserError
 from jllama.interop.names import NAMES, Format, file_shape, from_file, name_of
-from jllama.interop.tensors import DTYPES, ParamTensor, Tensor, cast
+from jllama.interop.tensors import DTYPES, ParamTensor, Tensor, cast, nbytes
 from jllama.model.llama import Params, ParamSpec
 from jllama.model.param import dotted
 from jllama.parallel.sharding import of_a_layer
 from jllama.progress import Progress
+
+_MOST = 20  # names that an error lists of a kind
 
 
 def match(
@@ -66,13 +67,19 @@ def match(
     if left:
         wrong["extra"] = [(name, "no such parameter") for name in sorted(left)]
     if wrong:
-        parts = [f"{kind}: {', '.join(_ranges(names))}" for kind, names in wrong.items()]
+        parts = [f"{kind}: {_listed(names)}" for kind, names in wrong.items()]
         raise UserError(f"{where}: not this model's tensors: {'; '.join(parts)}")
     return found
 
 
 def _flat(tree: Params) -> dict[str, ParamSpec]:
     return {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _listed(names: Sequence[tuple[str, str]]) -> str:
+    lines = list(_ranges(names))
+    more = len(lines) - _MOST
+    return ", ".join(lines[:_MOST]) + (f" (and {more:,} more)" if more > 0 else "")
 
 
 def _ranges(names: Sequence[tuple[str, str]]) -> Iterator[str]:
@@ -89,6 +96,31 @@ def _ranges(names: Sequence[tuple[str, str]]) -> Iterator[str]:
         spelt = ",".join(str(s[0]) if len(s) == 1 else f"{s[0]}-{s[-1]}" for s in spans)
         span = spelt if spelt.isdigit() else f"{{{spelt}}}"
         yield f"{pattern.replace('{}', span)} ({text})"
+
+
+def cast_params(params: Params, dtype: str, scale_dtype: str) -> Params:
+    """Parameters with matrices in `dtype` and scales in `scale_dtype`, one array at a time.
+
+    Raises UserError, by path, for a value that becomes infinite.
+    """
+    leaves, tree = jax.tree.flatten_with_path(params)
+    del params
+    for i, (path, leaf) in enumerate(leaves):
+        wanted = scale_dtype if path[-1].key == "scale" else dtype
+        if leaf.dtype != wanted:
+            leaf, largest = _cast(leaf, wanted)
+            if largest:
+                raise UserError(f"{dotted(path)}: {largest:g} does not fit {wanted}; use float32")
+        leaves[i] = leaf
+    return tree.unflatten(leaves)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(leaf: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """The array in `dtype`, and the largest finite value that is infinite there, or 0."""
+    out = leaf.astype(dtype)
+    lost = jnp.isinf(out) & jnp.isfinite(leaf)
+    return out, jnp.max(jnp.where(lost, jnp.abs(leaf), 0)).astype(jnp.float32)
 
 
 def widest_dtype(found: Mapping[str, Sequence[Tensor]], *, scales: bool) -> str:
@@ -117,12 +149,13 @@ def read_params(
     Every process that holds a part of them calls it, and reads every tensor. Raises UserError for a
     value that becomes infinite in the dtype it is placed in.
     """
-    sizes = (math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for ts in found.values() for t in ts)
+    size = sum(nbytes(tensor) for some in found.values() for tensor in some)
+    quiet = jax.process_index() > 0
     leaves, tree = jax.tree.flatten(placed)
     paths = list(_flat(specs).items())
     order = [tensor for path, _ in paths for tensor in found[path]]
     out = []
-    with Progress(title, sum(sizes)) as progress, ThreadPoolExecutor(1) as reader:
+    with Progress(title, size, quiet) as progress, ThreadPoolExecutor(1) as reader:
         arrays = _ahead(reader, order)
         for (path, spec), leaf in zip(paths, leaves, strict=True):
             name = name_of(path)
@@ -185,6 +218,12 @@ def _put(array: np.ndarray, sharding, dtype, path: str) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, of)
 
 
+def check_named(specs: Params) -> None:
+    """UserError for a parameter that other formats have no name for."""
+    for path in _flat(specs):
+        name_of(path)
+
+
 def file_tensors(
     params: Params, specs: Params, format: Format, *, interleaved: bool
 ) -> dict[str, ParamTensor]:
@@ -192,10 +231,9 @@ def file_tensors(
 
     Raises UserError for a parameter that it has no name for.
     """
+    check_named(specs)
     leaves = {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     flat = _flat(specs)
-    for path in flat:
-        name_of(path)
     out = {}
     for name in NAMES:
         if name.path not in flat:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jllama import storage
 from jllama.errors import UserError
-from jllama.interop.tensors import FileTensor
+from jllama.interop.tensors import FileTensor, check_fetched
 
 _MAX_PICKLE = 4_000_000  # bytes, that become some hundred MB; a model has some hundred thousand
 _MAX_AXES = 8
@@ -78,14 +78,15 @@ def read_pth(file: Path) -> dict[str, FileTensor]:
     holds anything but tensors.
     """
     try:
+        check_fetched(file)
         with storage.open_read(file) as stream:
             return _read(file, stream)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except (zipfile.BadZipFile, struct.error, NotImplementedError) as e:
         raise UserError(
-            f"{file}: truncated, or not PyTorch's zip format, which torch.save writes since 1.6:"
-            f" {storage.one_line(e)}"
+            f"{file}: truncated, or in PyTorch's format before 1.6, which torch.load and torch.save"
+            f" make anew: {storage.one_line(e)}"
         ) from None
 
 
@@ -134,7 +135,9 @@ def _state_dict(file: Path, data: bytes) -> list[tuple[str, _View]]:
     for name, value in loaded.items():
         if not isinstance(value, _View):
             kind = type(value).__name__
-            raise UserError(f"{file}: {name[:80]!r} is a {kind}, expected a dict of tensors")
+            raise UserError(
+                f"{file}: {name[:80]!r} is a {kind}, expected a dict of tensors: save that alone"
+            )
     return list(loaded.items())
 
 

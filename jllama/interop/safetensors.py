@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jllama import storage
 from jllama.errors import UserError
-from jllama.interop.tensors import FileTensor, Tensor, cast
+from jllama.interop.tensors import FileTensor, Tensor, check_fetched, nbytes
 from jllama.progress import Progress
 
 _MAX_HEADER = 100_000_000  # bytes; the library's own limit
@@ -38,6 +37,7 @@ def read_safetensors(file: Path) -> dict[str, FileTensor]:
         size = storage.stat(file).size
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
+    check_fetched(file)
     length = int.from_bytes(storage.read_range(file, 0, min(8, size)), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER):
         raise UserError(
@@ -94,25 +94,24 @@ def _check_gapless(spans: list[tuple[str, int, int]]) -> int:
     return at
 
 
-def write_safetensors(
-    file: Path, tensors: Mapping[str, Tensor], dtype: str, progress: Progress
-) -> None:
-    """Writes a local file of `dtype`, one tensor at a time in memory.
-
-    Raises UserError for a value that `dtype` cannot hold.
-    """
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+    """Writes a local file of float32, bfloat16 or float16 tensors, one at a time in memory."""
     names = {numpy: name for name, numpy in _NUMPY.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in tensors.items():
-        end = at + math.prod(tensor.shape) * jnp.dtype(dtype).itemsize
-        entry = {"dtype": names[dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        end = at + nbytes(tensor)
+        entry = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, end],
+        }
         header[name], at = entry, end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligned, as the library does
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            array = cast(tensor.read(), dtype, name)
+        for tensor in tensors.values():
+            array = tensor.read()
             stream.write(memoryview(array.reshape(-1).view(np.uint8)))
             progress.advance(array.nbytes)

@@ -1,6 +1,7 @@
 """A tensor of a file, of several, or of the parameters: a name's shape, dtype and bytes."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Protocol
 
@@ -83,6 +84,42 @@ class JoinedTensor:
                 out[:, start:stop] = part.read()
             start = stop
         return out
+
+
+@dataclasses.dataclass(frozen=True)
+class RepeatedTensor:
+    """A tensor that every shard has whole."""
+
+    parts: tuple[FileTensor, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parts[0].shape
+
+    def read(self) -> np.ndarray:
+        """The whole of it; UserError if the shards differ."""
+        for part in self.parts[1:]:
+            if not same_bits(self.parts[0], part):
+                raise UserError(
+                    f"{part.file}: differs from {self.parts[0].file.name} in a tensor"
+                    " that all shards have whole; copy them again"
+                )
+        return self.parts[0].read()
+
+
+def nbytes(tensor: Tensor) -> int:
+    """The bytes that a tensor takes; its dtype is one of `DTYPES`."""
+    return math.prod(tensor.shape) * jnp.dtype(tensor.dtype).itemsize
+
+
+def check_fetched(file: Path) -> None:
+    """UserError for the pointer that git leaves where Git LFS did not fetch the file itself."""
+    if storage.read_range(file, 0, 20).startswith(b"version https://git-"):
+        raise UserError(f"{file}: is a pointer of Git LFS; fetch the file itself: git lfs pull")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

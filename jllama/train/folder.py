@@ -16,7 +16,7 @@ from jllama import storage
 from jllama.config import Config
 from jllama.data.dataset import Data, open_data, open_tokenizer
 from jllama.errors import UserError
-from jllama.text.tokenizer import load_tokenizer
+from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from jllama.train.checkpoint import latest_step
 
 _DATA = "data.json"
@@ -31,8 +31,13 @@ _FREE = (
 )  # fmt: skip
 
 
-def begin(config: Config, folder: Path, stack: contextlib.ExitStack) -> Data:
-    """The leader's part: the folder, locked until `stack` ends, its tokenizer and the data."""
+def begin(
+    config: Config, folder: Path, stack: contextlib.ExitStack, initial: Tokenizer | None = None
+) -> Data:
+    """The leader's part: the folder, locked until `stack` ends, its tokenizer and the data.
+
+    `initial` is the tokenizer of the model that the run begins from.
+    """
     busy = "another process trains here; choose another run.name"
     stack.enter_context(storage.locked(folder, busy=busy))
     if latest_step(folder):
@@ -42,6 +47,13 @@ def begin(config: Config, folder: Path, stack: contextlib.ExitStack) -> Data:
         _check_same_data(folder, data)
     else:
         tokenizer = open_tokenizer(config)
+        if initial is not None and initial.digest != tokenizer.digest:
+            where = config.training.init_from
+            print(
+                f"note: the tokenizer is not that of training.init_from={where}, whose parameters"
+                f" know other ids: --tokenizer.kind=file --tokenizer.path={where} takes it",
+                file=sys.stderr,
+            )
         data = open_data(config, tokenizer)
         tokenizer.save(folder)
         storage.write_text(folder / _DATA, digests(data))

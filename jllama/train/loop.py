@@ -85,9 +85,10 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     together(lambda: check_batches(config, placement))
     definition = together(lambda: define_state(config, placement))
     initial = together(lambda: None if latest_step(folder) else initial_model(config))
+    known = initial.tokenizer if initial else None
     # The leader makes what is missing while the others wait; they find it, or make their own
     # where prepared data is not on shared storage.
-    data = together(lambda: run_folder.begin(config, folder, stack) if leader else None)
+    data = together(lambda: run_folder.begin(config, folder, stack, known) if leader else None)
     data = together(lambda: data or run_folder.join(config, folder))
     distributed.same("the prepared text", run_folder.digests(data), "give all the same files")
     checkpoints = together(lambda: Checkpoints(folder, config.checkpoint.keep))

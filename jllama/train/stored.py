@@ -24,6 +24,7 @@ from jllama.interop.names import Format
 from jllama.interop.parameters import match, read_params, widest_dtype
 from jllama.interop.tensors import Tensor
 from jllama.model import llama
+from jllama.parallel import distributed
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from jllama.train.checkpoint import Checkpoints, latest_step, load_params, room_for
 
@@ -65,18 +66,19 @@ class StoredModel:
 
 
 def open_model(
-    path: Path, format: StoredFormat | None = None, model: str | None = None
+    path: Path, format: StoredFormat | None = None, model: str | ModelConfig | None = None
 ) -> StoredModel:
     """Finds out what `path` is, and checks all that can be checked without reading the parameters.
 
     Args:
       format: to force it where a folder has files of several.
-      model: for Meta's folders, which do not say all: a name in configs/model, or such a file.
+      model: for Meta's folders, which do not say all: a name in configs/model, such a file, or
+        what one says; that is for no other folder.
 
     Raises UserError if it is no model, or one that cannot be expressed here.
     """
     format = format or _format(path)
-    if model is not None and format != "meta":
+    if isinstance(model, str) and format != "meta":
         raise UserError(f"--model {model}: {path} says itself what it is; leave it out")
     if format == "jllama":
         return _own(path)
@@ -93,7 +95,8 @@ def _format(path: Path) -> StoredFormat:
         return there[0]
     if there:
         raise UserError(
-            f"{path}: may be {' or '.join(there)}; say which with --from, or give the folder of one"
+            f"{path}: may be {' or '.join(there)}; convert the one that you mean (jllama convert"
+            " --from), or give a folder of one alone"
         )
     if path.name.isdecimal() and path.parent.name == "checkpoints":
         return "jllama"
@@ -104,7 +107,7 @@ def _format(path: Path) -> StoredFormat:
         what = "a file, give its folder"
     raise UserError(
         f"{path}: {what}; expected a run or a model with config.yaml in it, RUN/checkpoints/STEP,"
-        " or a folder of Hugging Face (config.json) or Meta (params.json)"
+        " or a folder of Hugging Face (config.json) or Meta (params.json); jllama downloads nothing"
     )
 
 
@@ -122,8 +125,9 @@ def _own(path: Path) -> StoredModel:
     tokenizer = _tokenizer(folder)
     read = functools.partial(load_params, folder, step)
     dtype = compute.param_dtype
+    scales = stored.scale_dtype or dtype
     cache = (stored.run or _NO_RUN).compilation_cache
-    return StoredModel("jllama", stored.model, compute, dtype, dtype, tokenizer, cache, read)
+    return StoredModel("jllama", stored.model, compute, dtype, scales, tokenizer, cache, read)
 
 
 def _foreign(
@@ -133,9 +137,12 @@ def _foreign(
     found = match(tensors, specs, format, path)
     tokenizer = _tokenizer(path, path.parent) if format == "meta" else _tokenizer(path)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        added = [text for text, id in tokenizer.special_tokens.items() if id >= config.vocab_size]
+        beyond = f" ({', '.join(added[:3])})" if added else ""
         raise UserError(
             f"{path}: the tokenizer has {tokenizer.vocab_size:,} ids and the embedding"
-            f" {config.vocab_size:,} rows: the tokenizer, or the weights, are of another model"
+            f" {config.vocab_size:,} rows: it is another model's, or its files add tokens{beyond}"
+            " that the model was not made for; put the right files there, or take those tokens out"
         )
     read = functools.partial(
         read_params, found, specs, interleaved=format == "meta", title=f"read {path.name}"
@@ -158,29 +165,32 @@ def _tokenizer(*folders: Path) -> Tokenizer | None:
 
 
 def write_model(
-    folder: Path, config: ModelConfig, params: llama.Params, tokenizer: Tokenizer | None, dtype: str
+    folder: Path, config: ModelConfig, params: llama.Params, tokenizer: Tokenizer | None
 ) -> None:
-    """Writes a model alone, all of it of `dtype`, in this project's format.
+    """Writes a model alone, float32 or bfloat16 as its parameters are, in this project's format.
 
-    Hosts read it in parts, each its own, where they would read the whole of another format.
-
-    config.yaml is written last: what lacks it is no model. Raises UserError if the folder holds
-    anything.
+    Hosts read it in parts, each its own, where they would read the whole of another format. It
+    appears whole or not at all; at a URL, what lacks config.yaml is no model. Raises UserError if
+    the folder holds anything.
     """
+    dtype, scale_dtype = (
+        params[name][leaf].dtype.name
+        for name, leaf in (("embedding", "weight"), ("final_norm", "scale"))
+    )
+    stored = StoredConfig(
+        model=config,
+        compute=ComputeConfig(dtype=dtype, param_dtype=dtype),
+        scale_dtype=None if scale_dtype == dtype else scale_dtype,
+    )
     storage.check_absent(folder)
-    folder = folder if storage.is_remote(folder) else folder.resolve()  # a link stays one
-    try:
-        storage.make_folder(folder)
-        checkpoints = Checkpoints(folder, keep=1, copies=room_for(params))
-        with contextlib.closing(checkpoints):
-            checkpoints.save_params(0, params)
+    whole = contextlib.nullcontext(folder)  # Orbax writes to URLs itself
+    with whole if storage.is_remote(folder) else storage.new_folder(folder, RECIPE) as new:
+        checkpoints = Checkpoints(new, keep=1, copies=room_for(params))
+        checkpoints.save_params(0, params)
+        checkpoints.close()
         if tokenizer is not None:
-            tokenizer.save(folder)
-        stored = StoredConfig(model=config, compute=ComputeConfig(dtype=dtype, param_dtype=dtype))
-        storage.write_text(folder / RECIPE, recipes.to_yaml(stored))
-    except BaseException:
-        storage.remove_folder(folder)
-        raise
+            tokenizer.save(new)
+        storage.write_text(new / RECIPE, recipes.to_yaml(stored))
 
 
 def initial_model(config: Config) -> StoredModel | None:
@@ -192,7 +202,7 @@ def initial_model(config: Config) -> StoredModel | None:
         return None
     where = config.training.init_from
     try:
-        stored = open_model(storage.path(where))
+        stored = open_model(storage.path(where), model=config.model)
     except UserError as e:
         raise type(e)(f"training.init_from: {e}") from None
     there, here = dataclasses.asdict(stored.config), dataclasses.asdict(config.model)
@@ -203,6 +213,7 @@ def initial_model(config: Config) -> StoredModel | None:
             f"training.init_from={where}: its parameters are not the recipe's model: "
             + "; ".join(said)
         )
-    for line in said:
-        print(f"note: training.init_from={where}: {line}", file=sys.stderr)
+    if distributed.leader():
+        for line in said:
+            print(f"note: training.init_from={where}: {line}", file=sys.stderr)
     return stored

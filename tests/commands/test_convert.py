@@ -1,17 +1,23 @@
 """`jllama convert` between all formats, and what it refuses."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file
 
 import jllama
 from jllama.cli import main
 from jllama.config import TrainedTokenizer
 from jllama.interop import hf
+from jllama.interop.parameters import cast_params
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train.stored import write_model
 
@@ -32,7 +38,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def own(tmp_path_factory, params, tokenizer):
     folder = tmp_path_factory.mktemp("models") / "own"
-    write_model(folder, MODEL, params, tokenizer, "float32")
+    write_model(folder, MODEL, params, tokenizer)
     return folder
 
 
@@ -71,6 +77,51 @@ def test_half_precision_is_stored_as_asked_and_kept(own, tmp_path):
     same(tmp_path / "wide", jllama.load(tmp_path / "half").params)
 
 
+def test_norms_keep_a_wider_dtype_of_their_own(params, tokenizer, tmp_path):
+    mixed = cast_params(params, "bfloat16", "float32")
+    hf.write_folder(tmp_path / "mixed", MODEL, mixed, tokenizer)
+    assert convert(tmp_path / "mixed", tmp_path / "own") == 0
+    assert convert(tmp_path / "own", tmp_path / "back") == 0
+    bits = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("mixed", "back")]
+    assert bits[0] == bits[1]
+    model = same(tmp_path / "own", mixed)
+    assert model.params["final_norm"]["scale"].dtype == "float32"
+    assert model.params["head"]["weight"].dtype == "bfloat16"
+    # As asked, all of it.
+    assert convert(tmp_path / "own", tmp_path / "all", "--to", "hf", "--dtype", "bfloat16") == 0
+    found = load_file(tmp_path / "all" / "model.safetensors")
+    assert {t.dtype.name for t in found.values()} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(("to", "dtype"), [("hf", "float16"), ("jllama", "bfloat16")])
+def test_a_value_that_does_not_fit_is_an_error_by_name(params, tmp_path, to, dtype, capsys):
+    loud = {**params, "head": {"weight": params["head"]["weight"].at[3, 3].set(3.4e38)}}
+    write_model(tmp_path / "loud", MODEL, loud, None)
+    capsys.readouterr()
+    assert convert(tmp_path / "loud", tmp_path / "out", "--to", to, "--dtype", dtype) == 2
+    said = f"error: head.weight: 3.4e+38 does not fit {dtype}; use float32"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert [path.name for path in tmp_path.iterdir()] == ["loud"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("to", ["jllama", "hf"])
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, to):
+    large = tiny.config(vocab_size=32000, hidden_dim=1024, num_layers=4)
+    hf.write_folder(tmp_path / "source", large, tiny.params(large), None)
+    command = [sys.executable, "-m", "jllama", "convert", "source", "out", "--to", to]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=tmp_path, text=True)
+    while not any(path.name.startswith("out.") for path in tmp_path.iterdir()):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert stderr.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 @pytest.mark.parametrize("format", ["hf", "jllama"])
 @pytest.mark.parametrize("there", [True, False], ids=["empty", "dangling"])
 def test_a_link_to_where_the_model_shall_be_is_followed(own, params, tmp_path, format, there):
@@ -101,8 +152,9 @@ def test_a_name_that_ends_in_gguf_is_one(own, tmp_path):
         (["{own}", "{out}", "--from", "hf"], "config.json: no such file"),
         (["{out}", "{out}2"], "no such folder"),
         (["{own}/config.yaml", "{out}"], "config.yaml: a file, give its folder"),
-        (["{own}", "{own}/config.yaml/x"], "config.yaml: not writable: "),
-        (["{own}", "{own}/config.yaml/x", "--to", "jllama"], "config.yaml/x: not writable: "),
+        (["{own}", "{own}/config.yaml/x"], "config.yaml is a file"),
+        (["{own}", "{own}/config.yaml/x", "--to", "jllama"], "config.yaml is a file"),
+        (["{own}", "{out}", "--dtype", "Q8_0"], "Q8_0 is a kind of FILE.gguf"),
         (["{own}"], "DST"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -118,7 +170,7 @@ def test_bad_input_is_one_line_and_writes_nothing(own, tmp_path, words, said, ca
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tmp_path, tokenizer, capsys):
     small = tiny.config(vocab_size=399)
-    hf.write_folder(tmp_path / "hf", small, tiny.params(small), None, "float32")
+    hf.write_folder(tmp_path / "hf", small, tiny.params(small), None)
     tokenizer.save(tmp_path / "hf")
     assert convert(tmp_path / "hf", tmp_path / "out") == 2
     assert "the tokenizer has 400 ids and the embedding 399 rows" in capsys.readouterr().err

@@ -79,7 +79,7 @@ def test_logits_are_those_of_the_model(model, recipe):
     assert tiny.relative_error(got, tiny.logits(params, recipe.model, tokens)) < 1e-6
 
 
-@pytest.mark.parametrize("tokens", [[1, 2], [[0.5]], [[448]], [[-1]], [[]]], ids=str)
+@pytest.mark.parametrize("tokens", [[1, 2], [[0.5]], [[448]], [[-1]], [[]], [[1, 2], [3]]], ids=str)
 def test_logits_of_what_is_no_batch_of_ids_is_an_error(model, tokens):
     with pytest.raises(jllama.UserError, match=r"^logits: "):
         model.logits(tokens)

@@ -74,7 +74,10 @@ def test_what_may_be_two_models_is_not_guessed(tmp_path):
 def test_an_unknown_model_must_be_given(tmp_path):
     # Code Llama Python: Llama 2's shapes, another base.
     params, found = LLAMA2_7B | {"rope_theta": 1e6}, tensors(32000, 4096, 11008)
-    with pytest.raises(UserError, match=r"no model in configs/model has .*rope_theta=1000000\.0"):
+    with pytest.raises(
+        UserError,
+        match=r"no model in configs/model has .*rope_theta: 1000000\.0 and rope of kind none",
+    ):
         model(tmp_path, params, found)
     with pytest.raises(UserError, match=r"is not llama2-7b: rope_theta is 1000000\.0 here, 10000"):
         model(tmp_path, params, found, "llama2-7b")
@@ -146,9 +149,17 @@ def test_a_tied_head_that_is_there_must_be_the_table(tmp_path, monkeypatch, same
             meta.read_folder(tmp_path, None)
 
 
-def test_norms_are_whole_in_every_shard(tmp_path):
-    part = tensor(32)
-    assert meta._joined(tmp_path, "layers.0.ffn_norm.weight", (part, part), dim=32) is part
+def test_norms_are_whole_in_every_shard_and_equal(tmp_path):
+    parts = []
+    for i in range(2):
+        (tmp_path / str(i)).write_bytes(np.full(32, 1.5, np.float16).tobytes())
+        parts.append(FileTensor(tmp_path / str(i), 0, (32,), "float16"))
+    joined = meta._joined(tmp_path, "layers.0.ffn_norm.weight", tuple(parts), dim=32)
+    assert joined.shape == (32,)
+    assert (joined.read() == 1.5).all()
+    (tmp_path / "1").write_bytes(np.full(32, 2.5, np.float16).tobytes())
+    with pytest.raises(UserError, match="1: differs from 0 in a tensor that all shards have"):
+        joined.read()
 
 
 @pytest.mark.parametrize("there", [(), (1,), (0, 2)], ids=str)

@@ -113,7 +113,7 @@ def test_two_processes_train_as_one_does(recipe, whole, tmp_path):
 def test_processes_begin_from_another_formats_model_each_with_its_own_parts(recipe, tmp_path):
     model = configs.load(recipe).model
     params = tiny.params(model)
-    hf.write_folder(tmp_path / "model", model, params, None, "float32")
+    hf.write_folder(tmp_path / "model", model, params, None)
     begin = [
         f"--training.init_from={tmp_path / 'model'}", "--run.stop_after=1", "--mesh.tensor=2",
         "--training.schedule.peak=1e-30", "--training.schedule.warmup_steps=0",

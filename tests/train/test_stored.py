@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,12 +12,13 @@ import tiny
 
 import jllama
 from jllama import recipe as recipes
-from jllama.config import MeshConfig, ShardingConfig
+from jllama.config import MeshConfig, ShardingConfig, TrainedTokenizer
 from jllama.errors import UserError
 from jllama.interop import hf
 from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
+from jllama.text.vocabulary import train_sentencepiece
 from jllama.train import checkpoint
 from jllama.train.loop import train
 from jllama.train.stored import open_model, write_model
@@ -38,9 +40,9 @@ def params():
 def source(request, tmp_path_factory, params):
     folder = tmp_path_factory.mktemp("models") / request.param
     if request.param == "hf":
-        hf.write_folder(folder, MODEL, params, None, "float32")
+        hf.write_folder(folder, MODEL, params, None)
     else:
-        write_model(folder, MODEL, params, None, "float32")
+        write_model(folder, MODEL, params, None)
     return folder
 
 
@@ -101,6 +103,18 @@ def test_a_recipe_takes_the_architecture_of_a_models_folder(text, source, tmp_pa
             recipe(text, tmp_path / "runs", source, f"model={source}")
 
 
+def test_another_tokenizer_is_said(text, params, tmp_path, capsys):
+    text_here = Path(__file__).read_text()
+    tokenizer = train_sentencepiece([text_here], TrainedTokenizer(kind="train", vocab_size=300))
+    write_model(tmp_path / "model", MODEL, params, tokenizer)
+    said = "the tokenizer is not that of training.init_from="
+    train(recipe(text, tmp_path / "runs", tmp_path / "model"))
+    assert said in capsys.readouterr().err
+    own = ["tokenizer.kind=file", f"tokenizer.path={tmp_path / 'model'}", "run.name=own"]
+    train(recipe(text, tmp_path / "runs", tmp_path / "model", *own))
+    assert said not in capsys.readouterr().err
+
+
 def test_another_rope_is_another_function_of_the_same_shapes_and_is_said(
     text, source, tmp_path, capsys
 ):
@@ -111,7 +125,7 @@ def test_another_rope_is_another_function_of_the_same_shapes_and_is_said(
 @pytest.mark.parametrize("mesh", [{"fsdp": 1}, {"fsdp": 4, "tensor": 2}], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_array_larger_than_orbax_may_hold_is_read(monkeypatch, tmp_path, params, mesh, dtype):
-    write_model(tmp_path / "own", MODEL, params, None, "float32")
+    write_model(tmp_path / "own", MODEL, params, None)
     monkeypatch.setattr(checkpoint, "_LEAST_ROOM", 0)  # as if all arrays were large
     devices = jax.devices()[: np.prod(list(mesh.values()))]
     placement = Placement(make_mesh(MeshConfig(**mesh), devices), ShardingConfig())
@@ -127,7 +141,7 @@ def test_what_a_folder_is_is_found_by_looking(source, tmp_path):
     shutil.copytree(source, both)
     for name in ("config.json", "config.yaml"):
         (both / name).touch()
-    with pytest.raises(UserError, match="may be jllama or hf; say which with --from"):
+    with pytest.raises(UserError, match="may be jllama or hf; convert the one that you mean"):
         open_model(both)
-    with pytest.raises(UserError, match=r"both/.*|no config\.yaml|expected"):
+    with pytest.raises(UserError, match="not a model; expected a run or a model"):
         open_model(tmp_path)
