@@ -76,6 +76,8 @@ def write_gguf(
     writer = gguf.GGUFWriter(None, "llama")
     _add_metadata(writer, config, kind, path.stem)
     vocabulary_of(tokenizer, config.vocab_size).add_to(writer)
+    if "chat_template" in tokenizer.carried:
+        writer.add_chat_template(tokenizer.carried["chat_template"])
     factors = _rope_factors(config)
     if factors is not None:
         writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)

@@ -49,10 +49,13 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     names = {"bos_token": texts[tokenizer.bos_id], "eos_token": texts[tokenizer.eos_id]}
     if unk is not None:
         names["unk_token"] = unk
+    if "pad_token" in tokenizer.carried:
+        names["pad_token"] = tokenizer.carried["pad_token"]
     config = {
         # In both versions this class takes tokenizer.json as it is; LlamaTokenizer of 5 does not.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **names,
+        **tokenizer.carried,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": _UNLIMITED,

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from jllama import storage
@@ -32,7 +33,10 @@ class Tokenizer(abc.ABC):
       bos_id, eos_id: the tokens that begin and end a text.
       special_tokens: every control and special token, text -> id.
       stop_ids: ids that end a generated text, `eos_id` among them.
+      carried: chat_template, pad_token, padding_side: keys of tokenizer_config.json for others.
     """
+
+    carried: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -93,6 +97,9 @@ class Tokenizer(abc.ABC):
     def files(self) -> dict[str, bytes]:
         """Contents by name, as in Hugging Face folders; `load_tokenizer` reads them back."""
         files = self._files()
+        if self.carried:
+            config = json.loads(files.get("tokenizer_config.json", b"{}"))
+            files["tokenizer_config.json"] = to_json(config | dict(self.carried))
         if self._more_stops:
             files["generation_config.json"] = to_json({"eos_token_id": sorted(self.stop_ids)})
         return files

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from jllama.text.added import AddedToken
 
 _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
 _ADDED, _GENERATION = "added_tokens.json", "generation_config.json"
+_TEMPLATE = "chat_template.jinja"  # before transformers 4.52 in tokenizer_config.json
 _ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 
 
@@ -25,6 +26,7 @@ class Settings:
       special: texts of special tokens, of the vocabulary or added.
       legacy: whether a text after an added token gets a space, in a SentencePiece vocabulary.
       stop_ids: ids that end a generated text.
+      carried: chat_template, pad_token and padding_side, which others read and nothing here does.
     """
 
     bos_token: str = ""
@@ -33,6 +35,7 @@ class Settings:
     special: frozenset[str] = frozenset()
     legacy: bool = True
     stop_ids: tuple[int, ...] = ()
+    carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def load_settings(folder: Path) -> Settings:
@@ -76,6 +79,13 @@ def load_settings(folder: Path) -> Settings:
             " content, ids are whole numbers"
         ) from None
     special |= {token.text for token in added if token.special}
+    carried = {
+        "chat_template": storage.read_text(folder / _TEMPLATE)
+        if _TEMPLATE in names
+        else config.get("chat_template"),
+        "pad_token": named["pad"],
+        "padding_side": config.get("padding_side"),
+    }
     return Settings(
         bos_token=named["bos"],
         eos_token=named["eos"],
@@ -83,6 +93,7 @@ def load_settings(folder: Path) -> Settings:
         special=frozenset(special - {""}),
         legacy=config.get("legacy") is not False,
         stop_ids=tuple(sorted(set(stops))),
+        carried={key: value for key, value in carried.items() if value and type(value) is str},
     )
 
 

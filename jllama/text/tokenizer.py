@@ -66,7 +66,7 @@ def _from_file(path: Path, settings: Settings) -> Tokenizer:
     if path.suffix == ".json" or data.lstrip()[:1] == b"{":
         return _from_json(parse_json(path, data), path, settings)
     if is_tiktoken(data):
-        return TiktokenTokenizer(
+        tokenizer = TiktokenTokenizer(
             data,
             str(path),
             added=settings.added,
@@ -74,20 +74,22 @@ def _from_file(path: Path, settings: Settings) -> Tokenizer:
             eos_token=settings.eos_token,
             stop_ids=settings.stop_ids,
         )
-    return SentencePieceTokenizer(
-        data,
-        str(path),
-        added=settings.added,
-        special=settings.special,
-        legacy=settings.legacy,
-        bos_token=settings.bos_token,
-        eos_token=settings.eos_token,
-        stop_ids=settings.stop_ids,
-    )
+    else:
+        tokenizer = SentencePieceTokenizer(
+            data,
+            str(path),
+            added=settings.added,
+            special=settings.special,
+            legacy=settings.legacy,
+            bos_token=settings.bos_token,
+            eos_token=settings.eos_token,
+            stop_ids=settings.stop_ids,
+        )
+    return _carrying(tokenizer, settings)
 
 
-def _from_json(file: Any, path: Path, settings: Settings) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(
+def _from_json(file: Any, path: Path, settings: Settings) -> Tokenizer:
+    tokenizer = HuggingFaceTokenizer(
         file,
         str(path),
         added=settings.added,
@@ -96,6 +98,19 @@ def _from_json(file: Any, path: Path, settings: Settings) -> HuggingFaceTokenize
         eos_token=settings.eos_token,
         stop_ids=settings.stop_ids,
     )
+    return _carrying(tokenizer, settings)
+
+
+def _carrying(tokenizer: Tokenizer, settings: Settings) -> Tokenizer:
+    # transformers would make a new id for a pad token that the vocabulary has not.
+    keep = {
+        key: value
+        for key, value in settings.carried.items()
+        if key != "pad_token" or value in tokenizer.special_tokens
+    }
+    if keep:
+        tokenizer.carried = keep
+    return tokenizer
 
 
 def _ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -1,12 +1,14 @@
 """`jllama convert` between all formats, and what it refuses."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -131,6 +133,19 @@ def test_a_link_to_where_the_model_shall_be_is_followed(own, params, tmp_path, f
     assert convert(own, tmp_path / "out", "--to", format) == 0
     assert (tmp_path / "out").is_symlink()
     same(tmp_path / "disk", params)
+
+
+def test_a_chat_template_goes_along(own, tmp_path):
+    template = "{{ messages[0].content }}"
+    shutil.copytree(own, tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    assert convert(tmp_path / "chat", tmp_path / "hf") == 0
+    config = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == template
+    assert convert(tmp_path / "hf", tmp_path / "back") == 0
+    assert convert(tmp_path / "back", tmp_path / "model.gguf") == 0
+    field = gguf.GGUFReader(tmp_path / "model.gguf").get_field("tokenizer.chat_template")
+    assert field.contents() == template
 
 
 def test_a_name_that_ends_in_gguf_is_one(own, tmp_path):

@@ -136,6 +136,33 @@ def test_what_ends_a_text_is_no_part_of_the_digest(folder, spm_model, made):
     assert load_tokenizer(path).digest == made["spm"].digest
 
 
+@pytest.mark.parametrize("kind", ["spm", "llama3", "json"])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_chat_template_is_kept_for_others(folder, spm_model, llama3_model, byte_json, kind, file):
+    model = {
+        "spm": {"tokenizer__model": spm_model},
+        "llama3": {"tokenizer__model": llama3_model},
+        "json": {"tokenizer__json": byte_json},
+    }[kind]
+    plain = load_tokenizer(folder(**model))
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    ends = {"pad_token": "</s>" if kind == "spm" else "<|end_of_text|>", "padding_side": "left"}
+    if file == "chat_template.jinja":
+        path = folder(chat_template__jinja=template.encode(), tokenizer_config__json=ends)
+    else:
+        path = folder(tokenizer_config__json=ends | {"chat_template": template})
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.carried == ends | {"chat_template": template}
+    assert (tokenizer.digest, plain.carried) == (plain.digest, {})
+    tokenizer.save(path / "again")
+    assert load_tokenizer(path / "again").carried == tokenizer.carried
+
+
+def test_a_pad_token_that_is_none_of_the_vocabulary_is_left_out(folder, spm_model):
+    path = folder(tokenizer__model=spm_model, tokenizer_config__json={"pad_token": "<pad>"})
+    assert load_tokenizer(path).carried == {}
+
+
 @pytest.mark.parametrize("special", [False, True])
 def test_tokens_that_a_json_lacks_come_from_the_settings(folder, byte_json, special):
     n = 300_000
