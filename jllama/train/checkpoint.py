@@ -54,7 +54,9 @@ class Checkpoints:
             gb = copies / 1e9
             handlers = {
                 "trainable": ocp.PyTreeCheckpointHandler(
-                    save_concurrent_gb=gb, save_device_host_concurrent_gb=gb
+                    save_concurrent_gb=gb,
+                    save_device_host_concurrent_gb=gb,
+                    use_ocdbt=False,  # its database buffers as much again
                 )
             }
         self._manager = ocp.CheckpointManager(here, item_handlers=handlers, options=options)
