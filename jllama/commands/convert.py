@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    # Accelerators have no part in it; in a cluster they would wait for each other.
+    jax.config.update("jax_platforms", "cpu")
+    for name, given in (("SRC", args.source), ("DST", args.target)):
+        if not given:
+            raise UserError(f"{name} is empty; name a folder")
     target = storage.path(args.target)
     stored = open_model(storage.path(args.source), args.source_format, args.model)
     to = args.target_format
@@ -71,9 +76,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read(stored: StoredModel) -> llama.Params:
-    """The parameters as they are stored, on the host: a model passes through its memory alone."""
-    # Accelerators would be started, and in a cluster wait for each other.
-    jax.config.update("jax_platforms", "cpu")
+    """The parameters as they are stored, in the host's memory."""
     host = Placement(make_mesh(MeshConfig(), jax.local_devices()[:1]), ShardingConfig())
     return stored.read(llama.placed_shapes(stored.config, host, stored.dtype, stored.scale_dtype))
 

@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
     folder = storage.path(args.run_folder)
     if not storage.exists(folder / "config.yaml"):
         raise UserError(f"{folder}: no run folder, config.yaml is missing")
+    if recipes.load_stored(folder / "config.yaml").run is None:
+        raise UserError(f"{folder}: a model alone; fingerprints are of runs, with their optimizer")
     recipe = recipes.load(folder / "config.yaml")
     step = latest_step(folder) if args.step is None else args.step
     if step is None:

@@ -49,6 +49,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": "original_length",
 }
 _ORIGINAL = "original_max_position_embeddings"
+_QUANTISED = {"quantization_config", "compression_config"}
 
 
 def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -63,7 +64,9 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         raise read.error("model_type", f"{said}; only 'llama' can be read")
     for key, neutral in _NEUTRAL.items():
         if key in config and config[key] not in neutral:
-            raise read.error(key, f"is {_short(config[key])}, which this model cannot express")
+            hint = "; take the weights before quantisation" * (key in _QUANTISED)
+            said = f"is {_short(config[key])}, which this model cannot express{hint}"
+            raise read.error(key, said)
     layers = config.get("layer_types")
     if layers is not None and (
         not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import jax
+
 from jllama import recipe as recipes
 from jllama import storage
 from jllama.config import AutoAttention, ComputeConfig, Config, ModelConfig, RunConfig, StoredConfig
@@ -185,6 +187,8 @@ def write_model(
     storage.check_absent(folder)
     whole = contextlib.nullcontext(folder)  # Orbax writes to URLs itself
     with whole if storage.is_remote(folder) else storage.new_folder(folder, RECIPE) as new:
+        size = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e6
+        print(f"write {folder.name}: {size:.1f} MB", file=sys.stderr)  # Orbax tells nothing
         checkpoints = Checkpoints(new, keep=1, copies=room_for(params))
         checkpoints.save_params(0, params)
         checkpoints.close()

@@ -171,6 +171,7 @@ def test_a_name_that_ends_in_gguf_is_one(own, tmp_path):
         (["{own}", "{own}/config.yaml/x", "--to", "jllama"], "config.yaml is a file"),
         (["{own}", "{out}", "--dtype", "Q8_0"], "Q8_0 is a kind of FILE.gguf"),
         (["{own}"], "DST"),
+        (["", "{out}"], "SRC is empty"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
