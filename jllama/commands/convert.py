@@ -64,12 +64,11 @@ def run(args: argparse.Namespace) -> None:
     if stored.tokenizer is None:
         print("note: the model has no tokenizer, and so no ids of BOS and EOS", file=sys.stderr)
     with _stoppable():
-        params = _read(stored)
         if to == "gguf":
-            write_gguf(target, stored.config, params, stored.tokenizer, dtype)
+            write_gguf(target, stored.config, _read(stored), stored.tokenizer, dtype)
         else:
-            scales = _scale_dtype(args.dtype, to, stored)
-            params = cast_params(params, dtype, scales)
+            # No name for what is read: an array goes as soon as it is cast.
+            params = cast_params(_read(stored), dtype, _scale_dtype(args.dtype, to, stored))
             write = write_model if to == "jllama" else hf.write_folder
             write(target, stored.config, params, stored.tokenizer)
     print(f"{target}: {to}, {dtype}, {flops.parameter_count(stored.config):,} parameters")
