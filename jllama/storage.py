@@ -20,7 +20,6 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -203,7 +202,7 @@ def write_bytes(file: Path, data: bytes) -> None:
         if is_remote(file):
             _system(file).pipe_file(os.fspath(file), data)
             return
-        with _replacing(file) as part, open(part, "wb") as stream:
+        with replacing(file) as part, open(part, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
@@ -258,63 +257,12 @@ def read_into(file: Path, start: int, buffer: memoryview) -> None:
         raise UserError(f"{file}: truncated at byte {start + done:,}; copy it again")
 
 
-@contextlib.contextmanager
-def new_folder(folder: Path, last: str) -> Iterator[Path]:
-    """A local folder to fill, which becomes `folder` when the context ends well, or nothing.
-
-    At a URL the file named `last` is put after all others: what lacks it is not whole. Raises
-    UserError if `folder` holds anything already.
-    """
-    check_absent(folder)
-    if is_remote(folder):
-        with tempfile.TemporaryDirectory(prefix="jllama-") as local:
-            yield Path(local)
-            files = [(path, folder / path.name) for path in sorted(Path(local).iterdir())]
-            transfer(upload, [pair for pair in files if pair[0].name != last])
-            upload(Path(local, last), folder / last)
-        return
-    folder = folder.resolve()  # a link stays one
-    make_folder(folder.parent)
-    with _errors(folder, _NOT_WRITABLE), _replacing(folder) as part:
-        part.mkdir()
-        yield part
-
-
-def check_absent(where: Path) -> None:
-    """UserError if a result would replace a file, a folder with anything in it, or is forbidden."""
-    empty = is_folder(where) and not is_remote(where) and not any(where.iterdir())
-    if not empty and (exists(where) or is_folder(where)):
-        raise UserError(f"{where}: exists; choose another name, or remove it")
-    if not is_remote(where):
-        there = next(folder for folder in where.absolute().parents if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            why = "closed to you, or read-only" if there.is_dir() else "a file"
-            raise UserError(f"{where}: not writable: {there} is {why}")
-
-
-@contextlib.contextmanager
-def new_file(file: Path) -> Iterator[Path]:
-    """A local name to write to, which becomes `file` when the context ends well, or nothing.
-
-    Raises UserError if `file` exists.
-    """
-    check_absent(file)
-    if is_remote(file):
-        with tempfile.TemporaryDirectory(prefix="jllama-") as local:
-            yield Path(local, file.name)
-            upload(Path(local, file.name), file)
-        return
-    make_folder(file.absolute().parent)
-    with _errors(file, _NOT_WRITABLE), _replacing(file) as part:
-        yield part
-
-
 def put(local: Path, file: Path) -> None:
     """Copies a local file to a path or URL: whole, or not at all."""
     if is_remote(file):
         upload(local, file)
         return
-    with _errors(file, _NOT_WRITABLE), _replacing(file) as part:
+    with _errors(file, _NOT_WRITABLE), replacing(file) as part:
         shutil.copyfile(local, part)
 
 
@@ -329,7 +277,7 @@ def download(file: Path, local: Path) -> None:
     with (
         open_read(file) as source,
         _errors(local, _NOT_WRITABLE),
-        _replacing(local) as part,
+        replacing(local) as part,
         open(part, "wb") as target,
     ):
         shutil.copyfileobj(source, target, _CHUNK)
@@ -374,7 +322,7 @@ def locked(folder: Path, name: str = ".lock", *, busy: str = "") -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path) -> Iterator[Path]:
     """A name beside `file` to write to, which then takes its place."""
     # Other hosts have the same process numbers.
     part = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.part")

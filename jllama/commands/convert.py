@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import jax
 
-from jllama import flops, storage
+from jllama import flops, outputs, storage
 from jllama.config import MeshConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.interop import gguf, hf
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         to = "gguf" if target.suffix == ".gguf" else own
     dtype = _dtype(args.dtype, to, stored.dtype)
     # What can be refused is, before minutes of reading.
-    storage.check_absent(target)
+    outputs.check_absent(target)
     if to != "jllama":
         check = {"hf": hf.check_expressible, "gguf": gguf.check_expressible}[to]
         check(stored.config, stored.tokenizer)

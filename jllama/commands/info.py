@@ -47,11 +47,11 @@ def _load(model: str) -> tuple[ModelConfig, int]:
         found = recipes.load_model(model)
     elif not storage.exists(folder / "config.yaml"):
         # Importing jax takes seconds, which no other model needs.
-        from jllama.train.stored import open_model  # noqa: PLC0415
+        from jllama.train.stored import architecture  # noqa: PLC0415
 
-        found = open_model(folder).config
-    elif recipes.load_stored(folder / "config.yaml").run is None:
-        found = recipes.load_stored(folder / "config.yaml").model
+        found = architecture(folder)
+    elif (stored := recipes.load_stored(folder / "config.yaml")).run is None:
+        found = stored.model
     else:  # a run, which may have no checkpoint yet
         recipe = recipes.load(folder / "config.yaml")
         return recipe.model, recipe.data.length

@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType as FileType
 
-from jllama import storage
+from jllama import outputs
 from jllama.config import (
     ComputeConfig,
     LinearRopeScaling,
@@ -86,7 +86,7 @@ def write_gguf(
         writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, types[name])
 
     total = sum(_nbytes(types[name], tensor.shape) for name, tensor in tensors.items())
-    with storage.new_file(path) as new, Progress(f"write {path.name}", total) as progress:
+    with outputs.new_file(path) as new, Progress(f"write {path.name}", total) as progress:
         if kind != "F16" and (others := [n for n, type in types.items() if type == Type.F16]):
             progress.say(
                 f"{path}: {len(others)} of {len(types)} tensors are F16, for their rows do not"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jllama import storage
+from jllama import outputs, storage
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.interop.hf_config import generation_config, read_config, write_config
@@ -130,7 +130,7 @@ def write_folder(
         data |= tokenizer_files(tokenizer)
         if warning := tie_warning(tokenizer):
             print(f"note: {folder}: {warning}", file=sys.stderr)
-    with storage.new_folder(folder, last=CONFIG) as new:
+    with outputs.new_folder(folder, last=CONFIG) as new:
         with Progress(f"write {folder.name}", total) as progress:
             for name, shard in zip(names, shards, strict=True):
                 write_safetensors(new / name, shard, progress)

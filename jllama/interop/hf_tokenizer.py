@@ -13,6 +13,7 @@ score that overlap in a text, where a list cannot say "leftmost". `tie_warning` 
 tokenizers have such pieces: Chinese-LLaMA's, for one, whose added pieces all have the score 0.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -35,6 +36,7 @@ from jllama.text.tokenizer_json import spell
 _UNLIMITED = int(1e30)  # transformers' own number for "no limit"
 
 
+@functools.lru_cache(maxsize=1)  # asked for before a model is read, and to write it: takes seconds
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Contents by file name. Raises UserError for a tokenizer that these files cannot express."""
     match tokenizer:

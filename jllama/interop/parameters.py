@@ -25,8 +25,6 @@ from jllama.model.param import dotted
 from jllama.parallel.sharding import of_a_layer
 from jllama.progress import Progress
 
-_MOST = 20  # names that an error lists of a kind
-
 
 def match(
     tensors: Mapping[str, Tensor], specs: Params, format: Format, where: Path
@@ -67,19 +65,13 @@ def match(
     if left:
         wrong["extra"] = [(name, "no such parameter") for name in sorted(left)]
     if wrong:
-        parts = [f"{kind}: {_listed(names)}" for kind, names in wrong.items()]
+        parts = [f"{kind}: {', '.join(_ranges(names))}" for kind, names in wrong.items()]
         raise UserError(f"{where}: not this model's tensors: {'; '.join(parts)}")
     return found
 
 
 def _flat(tree: Params) -> dict[str, ParamSpec]:
     return {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def _listed(names: Sequence[tuple[str, str]]) -> str:
-    lines = list(_ranges(names))
-    more = len(lines) - _MOST
-    return ", ".join(lines[:_MOST]) + (f" (and {more:,} more)" if more > 0 else "")
 
 
 def _ranges(names: Sequence[tuple[str, str]]) -> Iterator[str]:

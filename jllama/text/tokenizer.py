@@ -38,24 +38,32 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = storage.path(path)
     if not storage.is_folder(path):
         return _from_file(path, _NO_SETTINGS)
-    names = storage.names(path)
+    tokenizer = find_tokenizer(path)
+    if tokenizer is None:
+        raise UserError(f"{path}: no such tokenizer: neither {_MODEL} nor {_JSON} is in the folder")
+    return tokenizer
+
+
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """`load_tokenizer` of a folder; None if it has none."""
+    names = storage.names(folder)
     if _MODEL not in names and _JSON not in names:
-        above = storage.absolute(path).parent / _MODEL
+        above = storage.absolute(folder).parent / _MODEL
         if "params.json" in names and storage.exists(above):
             return _from_file(above, _NO_SETTINGS)
-        raise UserError(f"{path}: no such tokenizer: neither {_MODEL} nor {_JSON} is in the folder")
-    settings = load_settings(path)
+        return None
+    settings = load_settings(folder)
     if _MODEL not in names:
-        return _from_file(path / _JSON, settings)
+        return _from_file(folder / _JSON, settings)
     if _JSON in names:
-        file = parse_json(path / _JSON)
-        plain = _from_file(path / _MODEL, _NO_SETTINGS)
+        file = parse_json(folder / _JSON)
+        plain = _from_file(folder / _MODEL, _NO_SETTINGS)
         ids = _ids(plain)
         for token in settings.added:
             ids.setdefault(token.text, token.id)
-        if any(ids.get(text) != id for text, id in vocabulary(file, str(path / _JSON)).items()):
-            return _from_json(file, path / _JSON, settings)
-    return _from_file(path / _MODEL, settings)
+        if any(ids.get(text) != id for text, id in vocabulary(file, str(folder / _JSON)).items()):
+            return _from_json(file, folder / _JSON, settings)
+    return _from_file(folder / _MODEL, settings)
 
 
 def _from_file(path: Path, settings: Settings) -> Tokenizer:
@@ -66,39 +74,27 @@ def _from_file(path: Path, settings: Settings) -> Tokenizer:
     if path.suffix == ".json" or data.lstrip()[:1] == b"{":
         return _from_json(parse_json(path, data), path, settings)
     if is_tiktoken(data):
-        tokenizer = TiktokenTokenizer(
-            data,
-            str(path),
-            added=settings.added,
-            bos_token=settings.bos_token,
-            eos_token=settings.eos_token,
-            stop_ids=settings.stop_ids,
-        )
+        tokenizer = TiktokenTokenizer(data, str(path), **_said(settings))
     else:
         tokenizer = SentencePieceTokenizer(
             data,
             str(path),
-            added=settings.added,
             special=settings.special,
             legacy=settings.legacy,
-            bos_token=settings.bos_token,
-            eos_token=settings.eos_token,
-            stop_ids=settings.stop_ids,
+            **_said(settings),
         )
     return _carrying(tokenizer, settings)
 
 
 def _from_json(file: Any, path: Path, settings: Settings) -> Tokenizer:
-    tokenizer = HuggingFaceTokenizer(
-        file,
-        str(path),
-        added=settings.added,
-        special=settings.special,
-        bos_token=settings.bos_token,
-        eos_token=settings.eos_token,
-        stop_ids=settings.stop_ids,
-    )
+    tokenizer = HuggingFaceTokenizer(file, str(path), special=settings.special, **_said(settings))
     return _carrying(tokenizer, settings)
+
+
+def _said(settings: Settings) -> dict[str, Any]:
+    """What every kind takes of the settings."""
+    names = ("added", "bos_token", "eos_token", "stop_ids")
+    return {name: getattr(settings, name) for name in names}
 
 
 def _carrying(tokenizer: Tokenizer, settings: Settings) -> Tokenizer:

@@ -17,8 +17,8 @@ from typing import Literal
 
 import jax
 
+from jllama import outputs, storage
 from jllama import recipe as recipes
-from jllama import storage
 from jllama.config import AutoAttention, ComputeConfig, Config, ModelConfig, RunConfig, StoredConfig
 from jllama.errors import UserError
 from jllama.interop import hf, meta
@@ -27,7 +27,7 @@ from jllama.interop.parameters import match, read_params, widest_dtype
 from jllama.interop.tensors import Tensor
 from jllama.model import llama
 from jllama.parallel import distributed
-from jllama.text.tokenizer import Tokenizer, load_tokenizer
+from jllama.text.tokenizer import Tokenizer, find_tokenizer
 from jllama.train.checkpoint import Checkpoints, latest_step, load_params, room_for
 
 RECIPE = "config.yaml"
@@ -91,6 +91,13 @@ def open_model(
     return _foreign(path, format, config, tensors)
 
 
+def architecture(path: Path) -> ModelConfig:
+    """What `path` says of its model; of Hugging Face's folders, whose config.json says it all,
+    without their weights. Raises UserError as `open_model` does.
+    """
+    return hf.read_architecture(path) if _format(path) == "hf" else open_model(path).config
+
+
 def _format(path: Path) -> StoredFormat:
     there = [format for file, format in _FILES.items() if storage.exists(path / file)]
     if len(there) == 1:
@@ -124,7 +131,7 @@ def _own(path: Path) -> StoredModel:
     if step is None:
         raise UserError(f"{path}: the run has no checkpoint yet; train it first")
     compute = dataclasses.replace(stored.compute, attention=AutoAttention(kind="auto"))
-    tokenizer = _tokenizer(folder)
+    tokenizer = find_tokenizer(folder)
     read = functools.partial(load_params, folder, step)
     dtype = compute.param_dtype
     scales = stored.scale_dtype or dtype
@@ -137,7 +144,7 @@ def _foreign(
 ) -> StoredModel:
     specs = llama.param_specs(config, ComputeConfig(dtype="float32"))
     found = match(tensors, specs, format, path)
-    tokenizer = _tokenizer(path, path.parent) if format == "meta" else _tokenizer(path)
+    tokenizer = find_tokenizer(path)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         added = [text for text, id in tokenizer.special_tokens.items() if id >= config.vocab_size]
         beyond = f" ({', '.join(added[:3])})" if added else ""
@@ -158,14 +165,6 @@ def _foreign(
     return StoredModel(format, config, compute, stored, scales, tokenizer, cache, read)
 
 
-def _tokenizer(*folders: Path) -> Tokenizer | None:
-    """That of the first folder which has one; Meta keeps it with the weights, or above them."""
-    for folder in folders:
-        if {"tokenizer.model", "tokenizer.json"} & storage.names(folder).keys():
-            return load_tokenizer(folder)
-    return None
-
-
 def write_model(
     folder: Path, config: ModelConfig, params: llama.Params, tokenizer: Tokenizer | None
 ) -> None:
@@ -184,9 +183,9 @@ def write_model(
         compute=ComputeConfig(dtype=dtype, param_dtype=dtype),
         scale_dtype=None if scale_dtype == dtype else scale_dtype,
     )
-    storage.check_absent(folder)
+    outputs.check_absent(folder)
     whole = contextlib.nullcontext(folder)  # Orbax writes to URLs itself
-    with whole if storage.is_remote(folder) else storage.new_folder(folder, RECIPE) as new:
+    with whole if storage.is_remote(folder) else outputs.new_folder(folder, RECIPE) as new:
         size = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e6
         print(f"write {folder.name}: {size:.1f} MB", file=sys.stderr)  # Orbax tells nothing
         checkpoints = Checkpoints(new, keep=1, copies=room_for(params))

@@ -184,6 +184,17 @@ def test_bad_input_is_one_line_and_writes_nothing(own, tmp_path, words, said, ca
     assert list(tmp_path.iterdir()) == []
 
 
+def test_info_of_a_folder_needs_no_weights(own, params, tmp_path, capsys):
+    hf.write_folder(tmp_path / "hf", MODEL, params, None)
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    figures = []
+    for folder in (own, tmp_path / "hf"):
+        capsys.readouterr()
+        assert main(["info", str(folder), "--json"]) == 0
+        figures.append(json.loads(capsys.readouterr().out) | {"model": "one"})
+    assert figures[0] == figures[1]
+
+
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tmp_path, tokenizer, capsys):
     small = tiny.config(vocab_size=399)
     hf.write_folder(tmp_path / "hf", small, tiny.params(small), None)

@@ -1,0 +1,61 @@
+"""What a command makes: a file or folder that appears whole or not at all, and replaces nothing."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from jllama import storage
+from jllama.errors import UserError
+
+
+def check_absent(where: Path) -> None:
+    """UserError if a result would replace a file, a folder with anything in it, or is forbidden."""
+    empty = storage.is_folder(where) and not storage.is_remote(where) and not any(where.iterdir())
+    if not empty and (storage.exists(where) or storage.is_folder(where)):
+        raise UserError(f"{where}: exists; choose another name, or remove it")
+    if not storage.is_remote(where):
+        there = next(folder for folder in where.absolute().parents if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            why = "closed to you, or read-only" if there.is_dir() else "a file"
+            raise UserError(f"{where}: not writable: {there} is {why}")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, last: str) -> Iterator[Path]:
+    """A local folder to fill, which becomes `folder` when the context ends well, or nothing.
+
+    At a URL the file named `last` is put after all others: what lacks it is not whole. Raises
+    UserError if `folder` holds anything already.
+    """
+    check_absent(folder)
+    if storage.is_remote(folder):
+        with tempfile.TemporaryDirectory(prefix="jllama-") as local:
+            yield Path(local)
+            files = [(path, folder / path.name) for path in sorted(Path(local).iterdir())]
+            storage.transfer(storage.upload, [pair for pair in files if pair[0].name != last])
+            storage.upload(Path(local, last), folder / last)
+        return
+    folder = folder.resolve()  # a link stays one
+    storage.make_folder(folder.parent)
+    with storage.writing(folder), storage.replacing(folder) as part:
+        part.mkdir()
+        yield part
+
+
+@contextlib.contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """A local name to write to, which becomes `file` when the context ends well, or nothing.
+
+    Raises UserError if `file` exists.
+    """
+    check_absent(file)
+    if storage.is_remote(file):
+        with tempfile.TemporaryDirectory(prefix="jllama-") as local:
+            yield Path(local, file.name)
+            storage.upload(Path(local, file.name), file)
+        return
+    storage.make_folder(file.absolute().parent)
+    with storage.writing(file), storage.replacing(file) as part:
+        yield part
