@@ -56,6 +56,7 @@ def new_file(file: Path) -> Iterator[Path]:
             yield Path(local, file.name)
             storage.upload(Path(local, file.name), file)
         return
-    storage.make_folder(file.absolute().parent)
+    file = file.resolve()  # a link stays one
+    storage.make_folder(file.parent)
     with storage.writing(file), storage.replacing(file) as part:
         yield part

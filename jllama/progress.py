@@ -1,9 +1,17 @@
-"""Progress of long work on bytes, on stderr."""
+"""Progress of long work on stderr: lines, and a bar of bytes."""
 
 import sys
 import time
 
 from tqdm import tqdm
+
+
+def say(line: str) -> None:
+    """A line on stderr, above the bar if there is one.
+
+    Written as one, so that what a signal says cannot come before the line's end.
+    """
+    tqdm.write(f"{line}\n", file=sys.stderr, end="")
 
 
 class Progress:
@@ -30,10 +38,6 @@ class Progress:
         if self._bar.disable:
             self._tell()
 
-    def say(self, line: str) -> None:
-        """A line on stderr, above the bar."""
-        tqdm.write(line, file=sys.stderr)
-
     def advance(self, size: int) -> None:
         """So many bytes more are done."""
         self._done += size
@@ -47,4 +51,4 @@ class Progress:
             return
         of = f" of {self._total / 1e6:.1f}" if self._total else ""
         rate = self._done / 1e6 / max(1e-9, self._told - self._began)
-        print(f"{self._title}: {self._done / 1e6:.1f}{of} MB, {rate:.1f} MB/s", file=sys.stderr)
+        say(f"{self._title}: {self._done / 1e6:.1f}{of} MB, {rate:.1f} MB/s")

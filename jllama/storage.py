@@ -19,16 +19,16 @@ import json
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import fsspec
 from etils import epath
 
 from jllama.errors import StorageError, UserError
+from jllama.progress import say
 
 _EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: module, this package's extra
 _CHUNK = 1 << 23
@@ -317,7 +317,7 @@ def locked(folder: Path, name: str = ".lock", *, busy: str = "") -> Iterator[Non
             if e.errno not in _NO_LOCKS:
                 raise UserError(f"{folder}: not locked: {e.strerror or e}") from None
             line = f"{folder}: no locks on this storage; start one run per folder"
-            print(line, file=sys.stderr)
+            say(line)
         yield
 
 
@@ -331,10 +331,22 @@ def replacing(file: Path) -> Iterator[Path]:
         os.replace(part, file)
     except BaseException:
         if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)  # threads that were interrupted may still write
+            shutil.rmtree(part, ignore_errors=True)  # see `abandon`
         else:
             part.unlink(missing_ok=True)
         raise
+
+
+def abandon(file: Path, status: int, stderr: int) -> NoReturn:
+    """Ends the process with `status`, and removes what `replacing(file)` could not.
+
+    That is a folder which threads of Orbax still write to, and would make again. Another program in
+    the place of this one, with its process number, ends them first; it tells the descriptor
+    `stderr` that the process was interrupted.
+    """
+    clean = 'rm -rf -- "$0".$$-*.part; echo interrupted; exit "$1"'
+    os.dup2(stderr, 1)
+    os.execv("/bin/sh", ["sh", "-c", clean, os.fspath(file.resolve()), str(status)])
 
 
 def _system(where: Path) -> fsspec.AbstractFileSystem:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 
@@ -18,6 +19,7 @@ from jllama.interop.parameters import cast_params
 from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
+from jllama.progress import say
 from jllama.train.stored import StoredModel, open_model, write_model
 
 # What GGUF calls the dtypes that a folder may have.
@@ -62,8 +64,8 @@ def run(args: argparse.Namespace) -> None:
         check = {"hf": hf.check_expressible, "gguf": gguf.check_expressible}[to]
         check(stored.config, stored.tokenizer)
     if stored.tokenizer is None:
-        print("note: the model has no tokenizer, and so no ids of BOS and EOS", file=sys.stderr)
-    with _stoppable():
+        say("note: the model has no tokenizer, and so no ids of BOS and EOS")
+    with _stoppable(target):
         if to == "gguf":
             write_gguf(target, stored.config, _read(stored), stored.tokenizer, dtype)
         else:
@@ -81,17 +83,28 @@ def _read(stored: StoredModel) -> llama.Params:
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM leave nothing half-written, and end at once."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def _stoppable(target: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM leave nothing of `target`, and end at once."""
+    stderr, status = os.dup(2), 0
+
+    def stop(number, _):
+        nonlocal status
+        if status:
+            os._exit(status)  # asked again, while it was cleaning up
+        status = 128 + number
+        # Orbax's threads go on, and tell of each thing that they miss.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.exit(status)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as e:
-        # Orbax's threads would go on, and tell of each thing that they miss.
-        print("interrupted", file=sys.stderr, flush=True)
-        os._exit(130 if isinstance(e, KeyboardInterrupt) else e.code)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if status:
+            storage.abandon(target, status, stderr)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(stderr)
 
 
 def _scale_dtype(asked: str | None, to: str, stored: StoredModel) -> str:

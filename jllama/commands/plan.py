@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import sys
 from typing import Any
 
 from jllama import recipe as recipes
@@ -15,6 +14,7 @@ from jllama.plan.process import CompileFailed, compile_step, environment
 from jllama.plan.search import Change, Tried, search
 from jllama.plan.step import state_bytes
 from jllama.plan.topology import parse
+from jllama.progress import say
 
 _GIB = 2**30
 NOT_FITTING, FAILED = 1, 3
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         report = attempt()
     except CompileFailed as error:
-        print(f"error: the compiler failed: {error}", file=sys.stderr)
+        say(f"error: the compiler failed: {error}")
         return FAILED
     tried = [] if report["fits"] else search(config, report, attempt, state, args.tries)
     figures = {"recipe": args.config, "overrides": args.overrides} | report
@@ -82,10 +82,6 @@ def run(args: argparse.Namespace) -> int:
     fewer_rows = lowest if lowest < config.eval.batch_size and not too_large else None
     print(json.dumps(figures, indent=2) if args.json else _page(figures, tried, fewer_rows))
     return 0 if report["fits"] else NOT_FITTING
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _page(figures: dict[str, Any], tried: list[Tried], fewer_rows: int | None) -> str:

@@ -30,6 +30,7 @@ from jllama.data import worker
 from jllama.data.prepare import chunks, finish, wipe
 from jllama.data.records import ShardCounts, ShardWriter, ends_file, records_file
 from jllama.errors import UserError
+from jllama.progress import say
 from jllama.text.tokenizer import Tokenizer
 
 RUNNERS = {
@@ -252,7 +253,7 @@ def _report(source: Source, runs: list[Run], most: int) -> int:
     skipped = 0
     for run in runs:
         for where, reason in run.bad:
-            sources.to_stderr(sources.skip(where, reason, skipped, most))
+            say(sources.skip(where, reason, skipped, most))
             skipped += 1
         if run.error:
             raise UserError(run.error)

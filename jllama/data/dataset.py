@@ -8,7 +8,6 @@ each epoch, and the mixture picks from them by weight. There is no iterator stat
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -31,6 +30,7 @@ from jllama.data.pack import CutRows, Row, Rows, WholeRows, empty_row
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError
+from jllama.progress import say
 from jllama.recipe import to_dict
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
@@ -113,10 +113,9 @@ def cut(prepared: Prepared, data: DataConfig) -> Rows:
     if isinstance(data.packing, WholePacking):
         rows = WholeRows(prepared, data.length, data.packing.too_long)
         if rows.too_long:
-            print(
+            say(
                 f"source {prepared.name}: {rows.too_long} of {prepared.documents} documents are "
-                f"longer than a row of {data.length + 1} tokens and left out",
-                file=sys.stderr,
+                f"longer than a row of {data.length + 1} tokens and left out"
             )
         return rows
     return CutRows(prepared, data.length)
@@ -209,7 +208,7 @@ def _trained(wanted: TrainedTokenizer, data: DataConfig) -> Tokenizer:
         if not storage.exists(path):
             for part in ("train", "held_out"):  # a wrong path is known before minutes of work
                 _each(data, part, _check_files)
-            print(f"tokenizer: training {wanted.vocab_size} pieces", file=sys.stderr)
+            say(f"tokenizer: training {wanted.vocab_size} pieces")
             trained = train_sentencepiece(_texts(data, wanted.max_bytes), wanted)
             storage.write_bytes(path, trained.model)
     return load_tokenizer(path)

@@ -8,7 +8,6 @@ here, since the store's own checksum or tag is their version and hashing them is
 
 import contextlib
 import json
-import sys
 from pathlib import Path
 
 from jllama import storage
@@ -17,6 +16,7 @@ from jllama.data import files
 from jllama.data import source as sources
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError
+from jllama.progress import say
 
 VERIFIED = "verified.json"
 _KEPT = 16  # versions of a file that are remembered: machines with copies of their own
@@ -52,7 +52,7 @@ def check(prepared: Prepared, source: SourceConfig, max_skipped: int) -> None:
         now = {f.name: f for f in sources.source_files(source.source, fetch=False)}
     except UserError as e:
         # Prepared elsewhere, and the text is not on this machine: the tokens are all there is.
-        print(f"{prepared.folder}: used as prepared; its source is not here: {e}", file=sys.stderr)
+        say(f"{prepared.folder}: used as prepared; its source is not here: {e}")
         return
     for name in sorted(was.keys() ^ now.keys()):
         _changed(prepared, name, "is gone" if name in was else "is new")
@@ -70,10 +70,7 @@ def _compare(prepared: Prepared, was: dict[str, dict], now: dict[str, sources.So
     others = [n for n in others if now[n].version not in verified.get(n, ())]
     if not others:
         return
-    print(
-        f"{prepared.folder}: comparing {len(others)} source files whose times of change differ",
-        file=sys.stderr,
-    )
+    say(f"{prepared.folder}: comparing {len(others)} source files whose times of change differ")
     for name in others:
         wanted = was[name]["sha256"]
         if wanted is None or files.digest(now[name].path) != wanted:

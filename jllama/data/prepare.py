@@ -37,7 +37,7 @@ from jllama.data.records import (
     write_tfds_metadata,
 )
 from jllama.errors import UserError
-from jllama.progress import Progress
+from jllama.progress import Progress, say
 from jllama.recipe import to_dict
 from jllama.text.tokenizer import Tokenizer
 
@@ -107,7 +107,7 @@ def _make(
     def report(line: str) -> None:
         nonlocal skipped
         skipped += 1
-        progress.say(line)
+        say(line)
 
     texts = (
         d.text

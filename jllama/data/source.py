@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from jllama import storage
 from jllama.config import JsonlSource, ParquetSource, Source, StdlibSource, TextSource, TfdsSource
 from jllama.data import files
 from jllama.errors import UserError
+from jllama.progress import say
 
 _EXAMPLES = 10_000  # of a TFDS dataset, in a part
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -53,13 +53,8 @@ class Skipped(Exception):
     """A document that cannot be used: why."""
 
 
-def to_stderr(line: str) -> None:
-    """The default report of a skipped document."""
-    print(line, file=sys.stderr)
-
-
 def documents(
-    source: Source, *, max_skipped: int = 0, report: Callable[[str], None] = to_stderr
+    source: Source, *, max_skipped: int = 0, report: Callable[[str], None] = say
 ) -> Iterator[Document]:
     """Documents in a fixed order: files sorted, then as they stand in each file.
 

@@ -29,7 +29,7 @@ from jllama.interop.names import name_of
 from jllama.interop.parameters import check_named, file_tensors
 from jllama.model.llama import Params, param_specs
 from jllama.model.rope import inverse_frequencies
-from jllama.progress import Progress
+from jllama.progress import Progress, say
 from jllama.text.tokenizer import Tokenizer
 
 # kind: the type of the matrices, that of embedding and head, and general.file_type. Below eight
@@ -88,7 +88,7 @@ def write_gguf(
     total = sum(_nbytes(types[name], tensor.shape) for name, tensor in tensors.items())
     with outputs.new_file(path) as new, Progress(f"write {path.name}", total) as progress:
         if kind != "F16" and (others := [n for n, type in types.items() if type == Type.F16]):
-            progress.say(
+            say(
                 f"{path}: {len(others)} of {len(types)} tensors are F16, for their rows do not"
                 f" divide into {kind}'s blocks of 32: {others[0]} and others"
             )

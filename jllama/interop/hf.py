@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,7 +16,7 @@ from jllama.interop.pth import read_pth
 from jllama.interop.safetensors import read_safetensors, write_safetensors
 from jllama.interop.tensors import Tensor, nbytes, same_bits
 from jllama.model.llama import Params, param_specs
-from jllama.progress import Progress
+from jllama.progress import Progress, say
 from jllama.text.tokenizer import Tokenizer
 
 CONFIG = "config.json"
@@ -129,7 +128,7 @@ def write_folder(
     if tokenizer is not None:
         data |= tokenizer_files(tokenizer)
         if warning := tie_warning(tokenizer):
-            print(f"note: {folder}: {warning}", file=sys.stderr)
+            say(f"note: {folder}: {warning}")
     with outputs.new_folder(folder, last=CONFIG) as new:
         with Progress(f"write {folder.name}", total) as progress:
             for name, shard in zip(names, shards, strict=True):

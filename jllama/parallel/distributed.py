@@ -300,5 +300,5 @@ def _leave(status: int, line: str) -> NoReturn:
     """Ends the process without its exit handlers, which would wait for the other processes."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-        print(line, file=sys.stderr, flush=True)
+        os.write(2, f"{line}\n".encode())  # no lock, which another thread may hold
     os._exit(status)

@@ -7,7 +7,6 @@ RUN/data.json    digests of the prepared text
 
 import contextlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from jllama import storage
 from jllama.config import Config
 from jllama.data.dataset import Data, open_data, open_tokenizer
 from jllama.errors import UserError
+from jllama.progress import say
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from jllama.train.checkpoint import latest_step
 
@@ -49,10 +49,9 @@ def begin(
         tokenizer = open_tokenizer(config)
         if initial is not None and initial.digest != tokenizer.digest:
             where = config.training.init_from
-            print(
+            say(
                 f"note: the tokenizer is not that of training.init_from={where}, whose parameters"
-                f" know other ids: --tokenizer.kind=file --tokenizer.path={where} takes it",
-                file=sys.stderr,
+                f" know other ids: --tokenizer.kind=file --tokenizer.path={where} takes it"
             )
         data = open_data(config, tokenizer)
         tokenizer.save(folder)
@@ -66,10 +65,9 @@ def begin(
 def _note_unused_rows(rows: int, pieces: int) -> None:
     # Fewer are padding, to a number that divides well.
     if rows - pieces > rows // 100:
-        print(
+        say(
             f"note: {rows - pieces:,} of model.vocab_size={rows:,} rows have no piece: the"
-            f" tokenizer has {pieces:,}",
-            file=sys.stderr,
+            f" tokenizer has {pieces:,}"
         )
 
 

@@ -6,7 +6,6 @@ import functools
 import math
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from jllama.hardware import peak_flops, use_compilation_cache
 from jllama.parallel import distributed
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
+from jllama.progress import say
 from jllama.train import folder as run_folder
 from jllama.train.checkpoint import Checkpoints, latest_step
 from jllama.train.loss import causal_lm_loss
@@ -96,7 +96,7 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     start = checkpoints.latest() or 0
     distributed.same("the newest checkpoint", str(start), "run.folder must be shared storage")
     if leader:
-        print(_opening(config, placement, folder, start), file=sys.stderr, flush=True)
+        say(_opening(config, placement, folder, start))
     if start:
         state = checkpoints.restore(start, definition)
     elif initial:

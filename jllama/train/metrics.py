@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from jllama import storage
 from jllama.errors import UserError
+from jllama.progress import say
 from jllama.train.mirror import Mirror
 
 _NAME = "metrics.jsonl"
@@ -76,7 +76,7 @@ class Metrics:
 
     def say(self, line: str) -> None:
         """A line on stderr that leaves the progress bar whole."""
-        tqdm.write(line, file=sys.stderr)
+        say(line)
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         with storage.writing(self._local / _NAME):

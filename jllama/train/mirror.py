@@ -1,7 +1,6 @@
 """What is written bit by bit, such as logs and traces, on stores that take whole objects only."""
 
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from jllama import storage
 from jllama.errors import UserError
+from jllama.progress import say
 
 
 class Mirror:
@@ -56,7 +56,7 @@ class Mirror:
         if self.try_sync():
             shutil.rmtree(self.local)
         else:
-            print(f"{self._target}: the newest files are in {self.local}", file=sys.stderr)
+            say(f"{self._target}: the newest files are in {self.local}")
 
     def _follow(self) -> None:
         pause = self._every
@@ -70,6 +70,6 @@ class Mirror:
         try:
             self.sync()
         except (UserError, OSError) as e:  # the store may be back by the next time
-            print(f"not copied: {e}", file=sys.stderr)
+            say(f"not copied: {e}")
             return False
         return True

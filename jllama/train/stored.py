@@ -10,7 +10,6 @@ Formats are told apart by the file that says what the model is:
 import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -27,6 +26,7 @@ from jllama.interop.parameters import match, read_params, widest_dtype
 from jllama.interop.tensors import Tensor
 from jllama.model import llama
 from jllama.parallel import distributed
+from jllama.progress import say
 from jllama.text.tokenizer import Tokenizer, find_tokenizer
 from jllama.train.checkpoint import Checkpoints, latest_step, load_params, room_for
 
@@ -187,7 +187,7 @@ def write_model(
     whole = contextlib.nullcontext(folder)  # Orbax writes to URLs itself
     with whole if storage.is_remote(folder) else outputs.new_folder(folder, RECIPE) as new:
         size = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e6
-        print(f"write {folder.name}: {size:.1f} MB", file=sys.stderr)  # Orbax tells nothing
+        say(f"write {folder.name}: {size:.1f} MB")  # Orbax tells nothing
         checkpoints = Checkpoints(new, keep=1, copies=room_for(params))
         checkpoints.save_params(0, params)
         checkpoints.close()
@@ -218,5 +218,5 @@ def initial_model(config: Config) -> StoredModel | None:
         )
     if distributed.leader():
         for line in said:
-            print(f"note: training.init_from={where}: {line}", file=sys.stderr)
+            say(f"note: training.init_from={where}: {line}")
     return stored
