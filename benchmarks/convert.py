@@ -24,10 +24,12 @@ from jllama.config import ComputeConfig
 from jllama.interop.hf import write_folder
 from jllama.model import llama
 
+_HALF = ["--to", "hf", "--dtype", "float16"]
 # What is measured, in this order: its arguments, {} the work folder.
 ROWS = {
     "jllama.load of a Hugging Face folder": ["load", "{}/hf"],
     "jllama convert, Hugging Face to jllama": ["convert", "{}/hf", "{}/own"],
+    "jllama convert, Hugging Face to float16": ["convert", "{}/hf", "{}/half", *_HALF],
     "jllama.load of a jllama folder": ["load", "{}/own"],
     "jllama convert, jllama to Hugging Face": ["convert", "{}/own", "{}/hf2"],
 }
@@ -66,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tinyllama-1.1b", help="[%(default)s]")
     parser.add_argument("--folder", help="for the files, which are removed [a temporary one]")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument("--make", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from jllama import storage
-from jllama.errors import UserError
+from jllama.errors import StorageError, UserError
 
 
 def check_absent(where: Path) -> None:
@@ -22,14 +23,28 @@ def check_absent(where: Path) -> None:
             raise UserError(f"{where}: not writable: {there} is {why}")
 
 
+def check_room(where: Path, size: int) -> None:
+    """StorageError if the disk of a local result has not `size` bytes left."""
+    if storage.is_remote(where):
+        return
+    there = next(folder for folder in where.resolve().parents if folder.exists())
+    with storage.writing(where):
+        free = shutil.disk_usage(there).free
+    if size > free:
+        raise StorageError(
+            f"{where}: takes {size / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB left"
+        )
+
+
 @contextlib.contextmanager
-def new_folder(folder: Path, last: str) -> Iterator[Path]:
-    """A local folder to fill, which becomes `folder` when the context ends well, or nothing.
+def new_folder(folder: Path, last: str, size: int) -> Iterator[Path]:
+    """A local folder for `size` bytes, which becomes `folder` if all goes well, or nothing.
 
     At a URL the file named `last` is put after all others: what lacks it is not whole. Raises
-    UserError if `folder` holds anything already.
+    UserError if `folder` holds anything already, StorageError if there is no room.
     """
     check_absent(folder)
+    check_room(folder, size)
     if storage.is_remote(folder):
         with tempfile.TemporaryDirectory(prefix="jllama-") as local:
             yield Path(local)
@@ -45,12 +60,13 @@ def new_folder(folder: Path, last: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_file(file: Path) -> Iterator[Path]:
-    """A local name to write to, which becomes `file` when the context ends well, or nothing.
+def new_file(file: Path, size: int) -> Iterator[Path]:
+    """A local name for `size` bytes, which becomes `file` if all goes well, or nothing.
 
-    Raises UserError if `file` exists.
+    Raises UserError if `file` exists, StorageError if there is no room.
     """
     check_absent(file)
+    check_room(file, size)
     if storage.is_remote(file):
         with tempfile.TemporaryDirectory(prefix="jllama-") as local:
             yield Path(local, file.name)

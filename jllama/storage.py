@@ -380,5 +380,6 @@ def _kind(error: Exception) -> type[UserError]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks, 300 characters at most."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """What an error says, without line breaks, its middle left out beyond 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-145:]}"

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from jllama import flops, outputs, storage
 from jllama.config import MeshConfig, ShardingConfig
@@ -63,23 +65,30 @@ def run(args: argparse.Namespace) -> None:
     if to != "jllama":
         check = {"hf": hf.check_expressible, "gguf": gguf.check_expressible}[to]
         check(stored.config, stored.tokenizer)
+    count = flops.parameter_count(stored.config)
+    if to != "gguf":
+        outputs.check_room(target, count * jnp.dtype(dtype).itemsize)
     if stored.tokenizer is None:
         say("note: the model has no tokenizer, and so no ids of BOS and EOS")
     with _stoppable(target):
         if to == "gguf":
-            write_gguf(target, stored.config, _read(stored), stored.tokenizer, dtype)
+            params = _read(stored, stored.dtype, stored.scale_dtype)
+            write_gguf(target, stored.config, params, stored.tokenizer, dtype)
         else:
-            # No name for what is read: an array goes as soon as it is cast.
-            params = cast_params(_read(stored), dtype, _scale_dtype(args.dtype, to, stored))
+            params = _read(stored, dtype, _scale_dtype(args.dtype, to, stored))
             write = write_model if to == "jllama" else hf.write_folder
             write(target, stored.config, params, stored.tokenizer)
-    print(f"{target}: {to}, {dtype}, {flops.parameter_count(stored.config):,} parameters")
+    print(f"{target}: {to}, {dtype}, {count:,} parameters")
 
 
-def _read(stored: StoredModel) -> llama.Params:
-    """The parameters as they are stored, in the host's memory."""
+def _read(stored: StoredModel, dtype: str, scale_dtype: str) -> llama.Params:
+    """The parameters in the host's memory, cast; UserError for a value that becomes infinite."""
     host = Placement(make_mesh(MeshConfig(), jax.local_devices()[:1]), ShardingConfig())
-    return stored.read(llama.placed_shapes(stored.config, host, stored.dtype, stored.scale_dtype))
+    place = functools.partial(llama.placed_shapes, stored.config, host)
+    if stored.format != "jllama":
+        return stored.read(place(dtype, scale_dtype))
+    # Orbax would cast too, and say nothing of infinity.
+    return cast_params(stored.read(place(stored.dtype, stored.scale_dtype)), dtype, scale_dtype)
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ def write_gguf(
         writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, types[name])
 
     total = sum(_nbytes(types[name], tensor.shape) for name, tensor in tensors.items())
-    with outputs.new_file(path) as new, Progress(f"write {path.name}", total) as progress:
+    with outputs.new_file(path, total) as new, Progress(f"write {path.name}", total) as progress:
         if kind != "F16" and (others := [n for n, type in types.items() if type == Type.F16]):
             say(
                 f"{path}: {len(others)} of {len(types)} tensors are F16, for their rows do not"

@@ -1,11 +1,13 @@
 """`jllama convert` between all formats, and what it refuses."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import gguf
@@ -144,6 +146,17 @@ def test_a_link_to_where_the_file_shall_be_is_followed(own, tmp_path):
     assert convert(own, tmp_path / "out.gguf") == 0
     assert (tmp_path / "out.gguf").is_symlink()
     assert gguf.GGUFReader(tmp_path / "disk.gguf").tensors
+
+
+@pytest.mark.parametrize("name", ["out", "out.gguf"])
+def test_a_disk_without_room_is_said_before_anything_is_written(
+    own, tmp_path, name, monkeypatch, capsys
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10_000))
+    assert convert(own, tmp_path / name) == 74
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"error: .*{name}: takes 0\.\d\d GB, and .* has 0\.00 GB left", error)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_chat_template_goes_along(own, tmp_path):
