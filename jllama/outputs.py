@@ -3,6 +3,8 @@
 import contextlib
 import os
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,14 +39,13 @@ def check_room(where: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, last: str, size: int) -> Iterator[Path]:
-    """A local folder for `size` bytes, which becomes `folder` if all goes well, or nothing.
+def new_folder(folder: Path, last: str) -> Iterator[Path]:
+    """A local folder to fill, which becomes `folder` when the context ends well, or nothing.
 
     At a URL the file named `last` is put after all others: what lacks it is not whole. Raises
-    UserError if `folder` holds anything already, StorageError if there is no room.
+    UserError if `folder` holds anything already.
     """
     check_absent(folder)
-    check_room(folder, size)
     if storage.is_remote(folder):
         with tempfile.TemporaryDirectory(prefix="jllama-") as local:
             yield Path(local)
@@ -60,13 +61,12 @@ def new_folder(folder: Path, last: str, size: int) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_file(file: Path, size: int) -> Iterator[Path]:
-    """A local name for `size` bytes, which becomes `file` if all goes well, or nothing.
+def new_file(file: Path) -> Iterator[Path]:
+    """A local name to write to, which becomes `file` when the context ends well, or nothing.
 
-    Raises UserError if `file` exists, StorageError if there is no room.
+    Raises UserError if `file` exists.
     """
     check_absent(file)
-    check_room(file, size)
     if storage.is_remote(file):
         with tempfile.TemporaryDirectory(prefix="jllama-") as local:
             yield Path(local, file.name)
@@ -76,3 +76,34 @@ def new_file(file: Path, size: int) -> Iterator[Path]:
     storage.make_folder(file.parent)
     with storage.writing(file), storage.replacing(file) as part:
         yield part
+
+
+@contextlib.contextmanager
+def stoppable(where: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process, and leave nothing of a result that is not whole.
+
+    A folder that threads still write to, as Orbax's do, they would make again, and tell of each
+    file that they miss. So they are ended first: another program takes the place of this one, with
+    its process number, and removes what is left.
+    """
+    stderr, status = os.dup(2), 0
+
+    def stop(number, _):
+        nonlocal status
+        if status:
+            os._exit(status)  # asked again, while it was cleaning up
+        status = 128 + number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.exit(status)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if status:
+            os.dup2(stderr, 1)
+            clean = 'rm -rf -- "$0".$$-*.part; echo interrupted; exit "$1"'
+            os.execv("/bin/sh", ["sh", "-c", clean, os.fspath(where.resolve()), str(status)])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(stderr)

@@ -12,7 +12,6 @@ reading a file that is missing a FileNotFoundError.
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import glob
 import importlib.util
 import json
@@ -22,18 +21,16 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 import fsspec
 from etils import epath
 
 from jllama.errors import StorageError, UserError
-from jllama.progress import say
 
 _EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: module, this package's extra
 _CHUNK = 1 << 23
 _NOT_READABLE, _NOT_WRITABLE = "not readable", "not writable"
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # Lustre, NFS
 # The path is wrong, or closed to this user: to try again would be in vain. gcsfs gives an HttpError
 # its status as `code`, but for 403.
 _WRONG = (
@@ -296,32 +293,6 @@ def transfer(copy: Callable[[Path, Path], None], pairs: Iterable[tuple[Path, Pat
 
 
 @contextlib.contextmanager
-def locked(folder: Path, name: str = ".lock", *, busy: str = "") -> Iterator[None]:
-    """Makes a local folder and keeps other processes of this machine out; a URL has no such lock.
-
-    Waits for the lock, or raises UserError(`busy`) at once if that is given. Storage without locks
-    is said on stderr.
-    """
-    if is_remote(folder):
-        yield
-        return
-    make_folder(folder)
-    with _errors(folder, _NOT_WRITABLE):
-        lock = open(folder / name, "w")  # noqa: SIM115
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        except BlockingIOError:
-            raise UserError(f"{folder}: {busy}") from None
-        except OSError as e:
-            if e.errno not in _NO_LOCKS:
-                raise UserError(f"{folder}: not locked: {e.strerror or e}") from None
-            line = f"{folder}: no locks on this storage; start one run per folder"
-            say(line)
-        yield
-
-
-@contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """A name beside `file` to write to, which then takes its place."""
     # Other hosts have the same process numbers.
@@ -331,22 +302,10 @@ def replacing(file: Path) -> Iterator[Path]:
         os.replace(part, file)
     except BaseException:
         if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)  # see `abandon`
+            shutil.rmtree(part, ignore_errors=True)  # see `outputs.stoppable`
         else:
             part.unlink(missing_ok=True)
         raise
-
-
-def abandon(file: Path, status: int, stderr: int) -> NoReturn:
-    """Ends the process with `status`, and removes what `replacing(file)` could not.
-
-    That is a folder which threads of Orbax still write to, and would make again. Another program in
-    the place of this one, with its process number, ends them first; it tells the descriptor
-    `stderr` that the process was interrupted.
-    """
-    clean = 'rm -rf -- "$0".$$-*.part; echo interrupted; exit "$1"'
-    os.dup2(stderr, 1)
-    os.execv("/bin/sh", ["sh", "-c", clean, os.fspath(file.resolve()), str(status)])
 
 
 def _system(where: Path) -> fsspec.AbstractFileSystem:

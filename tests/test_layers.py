@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Modules and folders of one line may import each other; later lines may import earlier ones.
 LAYERS = [
-    "config errors outputs progress recipe schema storage",
+    "config errors locks outputs progress recipe schema storage",
     "flops chips hardware",
     "parallel",
     "model",

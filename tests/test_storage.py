@@ -210,30 +210,6 @@ def test_a_folder_with_brackets_in_its_name_has_its_steps(s3, tmp_path):
     assert not storage.exists(folder / "3")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_storage_without_locks_is_said_and_goes_on(tmp_path, monkeypatch, capfd, number):
-    def flock(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(storage.fcntl, "flock", flock)
-    with storage.locked(tmp_path, busy="busy"):
-        pass
-    said = capfd.readouterr().err
-    assert said == f"{tmp_path}: no locks on this storage; start one run per folder\n"
-
-
-def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(storage.fcntl, "flock", flock)
-    with (
-        pytest.raises(UserError, match="not locked: Input/output error"),
-        storage.locked(tmp_path, busy="busy"),
-    ):
-        pass
-
-
 # -------------------------------------------------------------------------------- sources and data
 
 

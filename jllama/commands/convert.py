@@ -1,13 +1,7 @@
 """`jllama convert`: a model from one format to another."""
 
 import argparse
-import contextlib
 import functools
-import os
-import signal
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -66,11 +60,11 @@ def run(args: argparse.Namespace) -> None:
         check = {"hf": hf.check_expressible, "gguf": gguf.check_expressible}[to]
         check(stored.config, stored.tokenizer)
     count = flops.parameter_count(stored.config)
-    if to != "gguf":
-        outputs.check_room(target, count * jnp.dtype(dtype).itemsize)
+    size = gguf.nbytes(stored.config, dtype) if to == "gguf" else count * jnp.dtype(dtype).itemsize
+    outputs.check_room(target, size)
     if stored.tokenizer is None:
         say("note: the model has no tokenizer, and so no ids of BOS and EOS")
-    with _stoppable(target):
+    with outputs.stoppable(target):
         if to == "gguf":
             params = _read(stored, stored.dtype, stored.scale_dtype)
             write_gguf(target, stored.config, params, stored.tokenizer, dtype)
@@ -89,31 +83,6 @@ def _read(stored: StoredModel, dtype: str, scale_dtype: str) -> llama.Params:
         return stored.read(place(dtype, scale_dtype))
     # Orbax would cast too, and say nothing of infinity.
     return cast_params(stored.read(place(stored.dtype, stored.scale_dtype)), dtype, scale_dtype)
-
-
-@contextlib.contextmanager
-def _stoppable(target: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM leave nothing of `target`, and end at once."""
-    stderr, status = os.dup(2), 0
-
-    def stop(number, _):
-        nonlocal status
-        if status:
-            os._exit(status)  # asked again, while it was cleaning up
-        status = 128 + number
-        # Orbax's threads go on, and tell of each thing that they miss.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        sys.exit(status)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        if status:
-            storage.abandon(target, status, stderr)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(stderr)
 
 
 def _scale_dtype(asked: str | None, to: str, stored: StoredModel) -> str:

@@ -30,6 +30,7 @@ from jllama.data.pack import CutRows, Row, Rows, WholeRows, empty_row
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError
+from jllama.locks import locked
 from jllama.progress import say
 from jllama.recipe import to_dict
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
@@ -204,7 +205,7 @@ def _trained(wanted: TrainedTokenizer, data: DataConfig) -> Tokenizer:
     identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = storage.path(data.prepare.folder)
     path = folder / f"tokenizer-{identity[:16]}.model"
-    with storage.locked(folder, ".tokenizer.lock"):
+    with locked(folder, ".tokenizer.lock"):
         if not storage.exists(path):
             for part in ("train", "held_out"):  # a wrong path is known before minutes of work
                 _each(data, part, _check_files)

@@ -37,6 +37,7 @@ from jllama.data.records import (
     write_tfds_metadata,
 )
 from jllama.errors import UserError
+from jllama.locks import locked
 from jllama.progress import Progress, say
 from jllama.recipe import to_dict
 from jllama.text.tokenizer import Tokenizer
@@ -73,7 +74,7 @@ def prepare(
     prepared = Prepared.open(folder, config.cache)  # unlocked: it may be read-only by now
     if prepared is None:
         try:
-            with storage.locked(folder, _LOCK):
+            with locked(folder, _LOCK):
                 prepared = Prepared.open(folder, config.cache)
                 if prepared is None:
                     (make or _make)(folder, key, source, tokenizer, config)

@@ -14,6 +14,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from jllama import storage
 from jllama.data.records import decode_record, ends_file, records_file
 from jllama.errors import UserError
+from jllama.locks import locked
 
 FORMAT = 1
 MARKER = "identity.json"
@@ -110,7 +111,7 @@ def _copies(folder: Path, identity: dict, cache: str) -> Path | None:
     # By URL and content: the same name may stand for other bytes elsewhere, or later.
     key = hashlib.sha256(f"{folder} {identity['content']}".encode()).hexdigest()
     copies = storage.path(cache) / f"{folder.name}-{key[:16]}"
-    with storage.locked(copies):
+    with locked(copies):
         here = storage.names(copies)
         missing = [n for n, size in identity["files"].items() if here.get(n) != size]
         storage.transfer(storage.download, [(folder / n, copies / n) for n in missing])

@@ -85,8 +85,8 @@ def write_gguf(
         size = _nbytes(types[name], tensor.shape)
         writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, types[name])
 
-    total = sum(_nbytes(types[name], tensor.shape) for name, tensor in tensors.items())
-    with outputs.new_file(path, total) as new, Progress(f"write {path.name}", total) as progress:
+    total = nbytes(config, kind)
+    with outputs.new_file(path) as new, Progress(f"write {path.name}", total) as progress:
         if kind != "F16" and (others := [n for n, type in types.items() if type == Type.F16]):
             say(
                 f"{path}: {len(others)} of {len(types)} tensors are F16, for their rows do not"
@@ -123,6 +123,14 @@ def kind_of(name: str) -> str:
             f" llama-quantize MODEL-F16.gguf MODEL-{kind}.gguf {kind}"
         )
     raise UserError(f"{kind}: no such kind of GGUF file; choose one of {', '.join(KINDS)}")
+
+
+def nbytes(config: ModelConfig, kind: str) -> int:
+    """What the tensors of a file take."""
+    specs = param_specs(config, ComputeConfig(dtype="float32"))
+    tensors = file_tensors(specs, specs, "gguf", interleaved=True)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return sum(_nbytes(_type(kind, name, shape), shape) for name, shape in shapes.items())
 
 
 def _type(kind: str, name: str, shape: tuple[int, ...]) -> Type:

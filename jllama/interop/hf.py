@@ -129,7 +129,7 @@ def write_folder(
         data |= tokenizer_files(tokenizer)
         if warning := tie_warning(tokenizer):
             say(f"note: {folder}: {warning}")
-    with outputs.new_folder(folder, last=CONFIG, size=total) as new:
+    with outputs.new_folder(folder, last=CONFIG) as new:
         with Progress(f"write {folder.name}", total) as progress:
             for name, shard in zip(names, shards, strict=True):
                 write_safetensors(new / name, shard, progress)

@@ -15,6 +15,7 @@ from jllama import storage
 from jllama.config import Config
 from jllama.data.dataset import Data, open_data, open_tokenizer
 from jllama.errors import UserError
+from jllama.locks import locked
 from jllama.progress import say
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from jllama.train.checkpoint import latest_step
@@ -39,7 +40,7 @@ def begin(
     `initial` is the tokenizer of the model that the run begins from.
     """
     busy = "another process trains here; choose another run.name"
-    stack.enter_context(storage.locked(folder, busy=busy))
+    stack.enter_context(locked(folder, busy=busy))
     if latest_step(folder):
         _check_same_config(folder, config)
         tokenizer = load_tokenizer(folder)  # the run's own, whatever the recipe's is by now

@@ -186,7 +186,7 @@ def write_model(
     outputs.check_absent(folder)
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     whole = contextlib.nullcontext(folder)  # Orbax writes to URLs itself
-    with whole if storage.is_remote(folder) else outputs.new_folder(folder, RECIPE, size) as new:
+    with whole if storage.is_remote(folder) else outputs.new_folder(folder, RECIPE) as new:
         say(f"write {folder.name}: {size / 1e6:.1f} MB")  # Orbax tells nothing
         checkpoints = Checkpoints(new, keep=1, copies=room_for(params))
         checkpoints.save_params(0, params)
