@@ -159,8 +159,7 @@ def _merges(ranks: Mapping[bytes, int]) -> list[str]:
 
 def _huggingface(tokenizer: HuggingFaceTokenizer) -> Vocabulary:
     file = TokenizerJson(tokenizer.json, "gguf")
-    model, cut = tokenizer.json["model"], tokenizer.json.get("pre_tokenizer")
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    cut, merges = tokenizer.json.get("pre_tokenizer"), file.merges
     if file.byte_level:
         _check_cut(cut)
         made = Vocabulary("gpt2", merges=[f"{a} {b}" for a, b in merges], ids=_ids(tokenizer))
@@ -179,15 +178,12 @@ def _huggingface(tokenizer: HuggingFaceTokenizer) -> Vocabulary:
             made.scores[file.vocab[a + b]] = -float(rank)
         if unk is not None:
             made.types[unk] = TokenType.UNKNOWN
-    for token in file.added:
-        if token.text in tokenizer.special_tokens:
+    for token in tokenizer.added:
+        if token.special:
             continue
-        if token.lstrip or token.rstrip or token.single_word:
+        if not token.plain:
             raise _cannot(f"the added token {token.text!r}, which depends on what is beside it")
         made.put(token.id, token.text, TokenType.USER_DEFINED)
-    for id in range(len(made.tokens), tokenizer.vocab_size):
-        if text := tokenizer.decode([id]):  # added by a file beside it
-            made.put(id, text, TokenType.USER_DEFINED)
     return made
 
 

@@ -115,8 +115,7 @@ def write_folder(
     }
     shards = _shards(tensors, shard_bytes)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    sizes = {name: nbytes(tensor) for name, tensor in tensors.items()}
-    total = sum(sizes.values())
+    total = sum(map(nbytes, tensors.values()))
     if len(shards) == 1:
         names = ["model.safetensors"]
     else:

@@ -13,15 +13,17 @@ score that overlap in a text, where a list cannot say "leftmost". `tie_warning` 
 tokenizers have such pieces: Chinese-LLaMA's, for one, whose added pieces all have the score 0.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jllama.errors import UserError
+from jllama.text.added import AddedToken
 from jllama.text.interface import SPACE
 from jllama.text.llama3 import PATTERN
 from jllama.text.sentencepiece_model import Piece, PieceType, parse_sentencepiece
@@ -41,15 +43,14 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Contents by file name. Raises UserError for a tokenizer that these files cannot express."""
     match tokenizer:
         case SentencePieceTokenizer():
-            model, added, unk = _sentencepiece(tokenizer)
+            file = _sentencepiece(tokenizer)
         case TiktokenTokenizer():
-            model, added, unk = _tiktoken(tokenizer)
+            file = _tiktoken(tokenizer)
         case HuggingFaceTokenizer():
-            model = tokenizer.json
-            added, unk = model.get("added_tokens", []), model["model"].get("unk_token")
+            file = _huggingface(tokenizer)
     texts = {id: text for text, id in tokenizer.special_tokens.items()}
     names = {"bos_token": texts[tokenizer.bos_id], "eos_token": texts[tokenizer.eos_id]}
-    if unk is not None:
+    if unk := file["model"].get("unk_token"):
         names["unk_token"] = unk
     if "pad_token" in tokenizer.carried:
         names["pad_token"] = tokenizer.carried["pad_token"]
@@ -62,17 +63,18 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": _UNLIMITED,
         "added_tokens_decoder": {
-            str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added
+            str(token["id"]): {k: v for k, v in token.items() if k != "id"}
+            for token in file.get("added_tokens") or ()
         },
     }
     files = {}
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         config |= {"add_bos_token": True, "add_eos_token": False}
     if isinstance(tokenizer, SentencePieceTokenizer):
-        config["legacy"] = _settings(tokenizer).get("legacy", True)
+        config["legacy"] = tokenizer.legacy
         files["tokenizer.model"] = tokenizer.model
     return files | {
-        "tokenizer.json": _json(model),
+        "tokenizer.json": _json(file),
         "tokenizer_config.json": _json(config, indent=2),
         "special_tokens_map.json": _json(names, indent=2),
     }
@@ -83,7 +85,7 @@ def _json(value: Any, indent: int | None = None) -> bytes:
 
 
 def _file(
-    tokenizer: Tokenizer, added: list[dict], model: dict[str, Any], **steps: Any
+    tokenizer: Tokenizer, added: Iterable[AddedToken], model: dict[str, Any], **steps: Any
 ) -> dict[str, Any]:
     """tokenizer.json: BOS before each text, and `steps` around a BPE model."""
     bos = next(text for text, id in tokenizer.special_tokens.items() if id == tokenizer.bos_id)
@@ -105,7 +107,7 @@ def _file(
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": sorted(added, key=lambda token: token["id"]),
+        "added_tokens": _listed(added),
         "normalizer": steps.get("normalizer"),
         "pre_tokenizer": steps.get("pre_tokenizer"),
         "post_processor": template,
@@ -124,9 +126,12 @@ def _file(
     }
 
 
-def _added(id: int, text: str, special: bool, **flags: bool) -> dict[str, Any]:
-    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": id, "content": text, **usual, **flags, "special": special}
+def _specials(tokenizer: Tokenizer) -> dict[int, AddedToken]:
+    return {id: AddedToken(text, id) for text, id in tokenizer.special_tokens.items()}
+
+
+def _listed(added: Iterable[AddedToken]) -> list[dict[str, Any]]:
+    return [{"id": t.id, **t.to_json()} for t in sorted(added, key=lambda token: token.id)]
 
 
 # ------------------------------------------------------------------------------------------ merges
@@ -173,7 +178,7 @@ def tie_warning(tokenizer: Tokenizer) -> str | None:
     )
 
 
-def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[dict, list[dict], str]:
+def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     model = parse_sentencepiece(tokenizer.model)
     pieces, prefix = model.pieces, model.add_dummy_prefix
     if model.algorithm != "bpe":
@@ -188,20 +193,14 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[dict, list[dict],
     if prefix and PieceType.USER_DEFINED in types:
         raise _cannot("user-defined pieces in a SentencePiece model that puts a space before texts")
     vocab, cost = _model(pieces)
-    added = {}
+    added = _specials(tokenizer)
     for id, piece in enumerate(pieces):
-        if piece.type in (PieceType.UNKNOWN, PieceType.CONTROL):
-            added[id] = _added(id, piece.text, special=True)
-        elif piece.type == PieceType.USER_DEFINED:
+        if piece.type == PieceType.USER_DEFINED and id not in added:
             # Found after spaces are marked, as SentencePiece does.
-            added[id] = _added(id, piece.text, special=False, normalized=True)
-    settings = _settings(tokenizer)
-    for id, token in settings.get("added_tokens_decoder", {}).items():
-        special = token["content"] in tokenizer.special_tokens
-        flags = {name: bool(token.get(name)) for name in ("single_word", "lstrip", "rstrip")}
-        if special or int(id) >= len(pieces):
-            added[int(id)] = _added(int(id), token["content"], special, **flags)
-            vocab[token["content"]] = int(id)  # or `tokenizers` would count on from the last id
+            added[id] = AddedToken(piece.text, id, special=False, normalized=True)
+    for token in tokenizer.added:
+        added[token.id] = dataclasses.replace(token, normalized=False)
+        vocab[token.text] = token.id  # or `tokenizers` would count on from the last id
     unk = next(piece.text for piece in pieces if piece.type == PieceType.UNKNOWN)
     mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     first = None
@@ -212,10 +211,10 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[dict, list[dict],
     ]
     if prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-        if settings.get("legacy", True):
+        if tokenizer.legacy:
             prepend = {"type": "Prepend", "prepend": SPACE}
             mark = {"type": "Sequence", "normalizers": [prepend, mark]}
-            visible = [re.escape(t["content"]) for t in added.values() if not t["special"]]
+            visible = [re.escape(t.text) for t in added.values() if not t.special]
             if visible:  # each is followed by a text with a space before it
                 after = {"Regex": f"(?<={'|'.join(visible)}) "}
                 decoders.append({"type": "Replace", "pattern": after, "content": ""})
@@ -229,9 +228,9 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[dict, list[dict],
                     {**space, "replacement": SPACE, "prepend_scheme": "never"},
                 ],
             }
-    made = _file(
+    return _file(
         tokenizer,
-        list(added.values()),
+        added.values(),
         {
             "unk_token": unk,
             "byte_fallback": PieceType.BYTE in types,
@@ -242,11 +241,6 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[dict, list[dict],
         pre_tokenizer=first,
         decoder={"type": "Sequence", "decoders": decoders},
     )
-    return made, made["added_tokens"], unk
-
-
-def _settings(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
-    return json.loads(tokenizer.files().get("tokenizer_config.json", b"{}"))
 
 
 def _cannot(what: str) -> UserError:
@@ -265,9 +259,8 @@ def _model(pieces: Sequence[Piece]) -> tuple[dict[str, int], dict[str, float]]:
 # ---------------------------------------------------------------------------------------- tiktoken
 
 
-def _tiktoken(tokenizer: TiktokenTokenizer) -> tuple[dict, list[dict], None]:
+def _tiktoken(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
     vocab = {spell(piece): rank for piece, rank in tokenizer.ranks.items()}
-    added = [_added(id, text, special=True) for text, id in tokenizer.special_tokens.items()]
     cut = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
     as_bytes = {
         "type": "ByteLevel",
@@ -276,9 +269,9 @@ def _tiktoken(tokenizer: TiktokenTokenizer) -> tuple[dict, list[dict], None]:
         "use_regex": False,
     }
     cost = {token: rank for token, rank in vocab.items() if len(token) > 1}
-    made = _file(
+    return _file(
         tokenizer,
-        added,
+        _specials(tokenizer).values(),
         {
             "ignore_merges": True,  # a word that is a piece is that piece
             "vocab": vocab,
@@ -287,4 +280,18 @@ def _tiktoken(tokenizer: TiktokenTokenizer) -> tuple[dict, list[dict], None]:
         pre_tokenizer={"type": "Sequence", "pretokenizers": [cut, as_bytes]},
         decoder=as_bytes,
     )
-    return made, made["added_tokens"], None
+
+
+# ----------------------------------------------------------------------------------- tokenizer.json
+
+
+def _huggingface(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
+    """The file as it was, or with what those beside it add."""
+    file, model = tokenizer.json, tokenizer.json["model"]
+    there = {t["content"]: t.get("special", False) for t in file.get("added_tokens") or ()}
+    added = _specials(tokenizer) | {token.id: token for token in tokenizer.added}
+    if there == {token.text: token.special for token in added.values()}:
+        return file
+    # In the vocabulary too, or `tokenizers` would count on from the last id.
+    vocab = model["vocab"] | {t.text: t.id for t in tokenizer.added if t.text not in there}
+    return file | {"added_tokens": _listed(added.values()), "model": model | {"vocab": vocab}}

@@ -29,6 +29,11 @@ class AddedToken:
     single_word: bool = False
     normalized: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Found whatever is beside it, and takes nothing of that."""
+        return not (self.lstrip or self.rstrip or self.single_word)
+
     @classmethod
     def from_json(cls, value: Mapping, id: int) -> "AddedToken":
         """From Hugging Face's keys. Raises KeyError or TypeError for anything else."""
@@ -72,11 +77,10 @@ class Splitter:
 
     def __init__(self, tokens: Iterable[AddedToken]):
         ordered = sorted(tokens, key=lambda t: -len(t.text))
-        flagged = [t for t in ordered if t.lstrip or t.rstrip or t.single_word]
-        self._flagged = [token.id for token in flagged]
-        self._plain = {token.text: token.id for token in ordered if token not in flagged}
+        self._flagged = [token.id for token in ordered if not token.plain]
+        self._plain = {token.text: token.id for token in ordered if token.plain}
         # Groups for those alone whose texts are not what is found: without them search is fast.
-        parts = [_pattern(t) if t in flagged else re.escape(t.text) for t in ordered]
+        parts = [re.escape(t.text) if t.plain else _pattern(t) for t in ordered]
         self._pattern = re.compile("|".join(parts)) if parts else None
 
     def split(self, text: str) -> Iterator[str | int]:

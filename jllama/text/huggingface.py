@@ -23,6 +23,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     Attributes:
       json: the file, parsed.
+      added: its added tokens, and those of the files beside it.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class HuggingFaceTokenizer(Tokenizer):
             "special": tuple(sorted(said)),
             "stop_ids": tuple(sorted(stop_ids)),
         }
+        self.added = [token.as_special(token.text in named) for token in tokens]
         # Normalised tokens are found in the text as the normaliser leaves it: with a space before
         # it, and with spaces marked.
-        late = [
-            token for token in tokens
-            if token.normalized and token.text not in named and (file.prepends or file.marks)
-        ]  # fmt: skip
+        changes = file.prepends or file.marks
+        early, late = [], []
+        for token in self.added:
+            is_late = changes and token.normalized and not token.special
+            (late if is_late else early).append(token)
         space = " " if file.prepends else ""
         table = [b""] * (max(ids.values()) + 1)
         for piece, id in file.vocab.items():
@@ -89,7 +92,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._encoder = file.encoder(named)
         super().__init__(
             table=table,
-            added=[token.as_special(token.text in named) for token in tokens if token not in late],
+            added=early,
             prefix=file.prefix,
             special_tokens={text: ids[text] for text in sorted(named, key=ids.__getitem__)},
             bos_id=ids[bos],

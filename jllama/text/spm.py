@@ -60,6 +60,7 @@ class SentencePieceTokenizer(Tokenizer):
         check(added, ids, where)
         own = tuple(token for token in added if token.text not in ids)
         self.added_tokens = {token.text: token.id for token in own}
+        self.legacy = legacy
         ids |= self.added_tokens
         names = {i: text for text, i in ids.items()}
         bos = _end(ids, bos_token, sp.bos_id(), f"{where}: bos_token")
@@ -70,6 +71,7 @@ class SentencePieceTokenizer(Tokenizer):
         table = [b""] * (max(names) + 1)
         for i in names.keys() - control - said:
             table[i] = _bytes(sp, i) if i < len(self.pieces) else names[i].encode()
+        self.added = [token.as_special(token.id in said) for token in own]
         self._options = {
             "added": own,
             "special": tuple(names[i] for i in sorted(said - control)),
@@ -84,7 +86,7 @@ class SentencePieceTokenizer(Tokenizer):
         adds_space = bool(first) and self.pieces[first[0]].startswith(SPACE)
         super().__init__(
             table=table,
-            added=[token.as_special(token.id in said) for token in own],
+            added=self.added,
             prefix=("always" if legacy else "first") if adds_space else "never",
             special_tokens={names[i]: i for i in sorted(control | said)},
             bos_id=bos,

@@ -59,6 +59,7 @@ class TokenizerJson:
       prefix: where its encoding puts a space.
       prepends: whether it does so in the normaliser, before normalised added tokens are found.
       marks: whether the normaliser makes U+2581 of spaces, so that they are found with it.
+      merges: its pairs, the first first.
       unk: the model's unknown token, or empty.
     """
 
@@ -75,8 +76,12 @@ class TokenizerJson:
         self.vocab: dict[str, int] = model["vocab"]
         if len(set(self.vocab.values())) < len(self.vocab):
             self._refuse("two of its pieces have one id")
-        self.unk: str = model.get("unk_token") or ""
         try:
+            self.unk: str = model.get("unk_token") or ""
+            if not isinstance(self.unk, str):
+                raise TypeError
+            pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+            self.merges = [(a, b) for a, b in pairs]
             self.added = [AddedToken.from_json(t, t["id"]) for t in file.get("added_tokens") or ()]
             steps = _flat(file.get("pre_tokenizer"), "pretokenizers")
             normalizers = _flat(file.get("normalizer"), "normalizers")
@@ -88,7 +93,7 @@ class TokenizerJson:
             else:
                 self.prepends = any(step["type"] == "Prepend" for step in normalizers)
                 self._check_spaced(normalizers, steps, decoders)
-        except (AttributeError, KeyError, TypeError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f"{where}: not a tokenizer.json that tokenizers writes") from None
         names = LETTERS if self.byte_level else BYTE_TOKENS
         missing = [name for name in names if name not in self.vocab]
@@ -161,10 +166,7 @@ class TokenizerJson:
         model = self._file["model"]
         # What is not in the vocabulary cannot come out of it.
         vocab = {piece: id for piece, id in self.vocab.items() if piece not in special}
-        merges = model["merges"]
-        if len(vocab) < len(self.vocab):
-            pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
-            merges = [p for p in pairs if special.isdisjoint((*p, "".join(p)))]
+        merges = [(a, b) for a, b in self.merges if special.isdisjoint((a, b, a + b))]
         steps = self._file.get("pre_tokenizer")
         if not self.byte_level:
             words = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never"}
