@@ -200,19 +200,22 @@ def load(path: str | Path, dtype: str | None = None, model: str | None = None) -
     stored = open_model(storage.path(path), model=model)
     use_compilation_cache(stored.compilation_cache)
     compute = stored.compute if dtype is None else dataclasses.replace(stored.compute, dtype=dtype)
-    placed = llama.placed_shapes(stored.config, _local(stored.config), compute.dtype, "float32")
-    return Llama(stored.config, stored.read(placed), stored.tokenizer, compute)
+    params = stored.read(_placed(stored.config, compute.dtype))
+    return Llama(stored.config, params, stored.tokenizer, compute)
 
 
-def _local(config: ModelConfig) -> Placement:
-    """This process's devices, or one of them where the model's sizes do not divide.
+def _placed(config: ModelConfig, dtype: str) -> llama.Params:
+    """Shapes on this process's devices, or on one of them where the model's sizes do not divide.
 
     They are not those of the training: the run's mesh and placement say nothing.
     """
+
+    def on(devices: list[jax.Device]) -> llama.Params:
+        placement = Placement(make_mesh(MeshConfig(), devices), ShardingConfig())
+        return llama.placed_shapes(config, placement, dtype, "float32")
+
     devices = jax.local_devices()
-    whole = Placement(make_mesh(MeshConfig(), devices), ShardingConfig())
     try:
-        llama.placed_shapes(config, whole, "float32", "float32")
+        return on(devices)
     except UserError:
-        return Placement(make_mesh(MeshConfig(), devices[:1]), ShardingConfig())
-    return whole
+        return on(devices[:1])

@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's format: a model and its tokenizer in one file.
 
 Metadata and names are those of llama.cpp's own converter for its architecture "llama". The host
-holds one tensor at a time, never the model.
+holds one tensor at a time beside the parameters.
 """
 
 import dataclasses

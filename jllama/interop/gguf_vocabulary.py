@@ -2,7 +2,7 @@
 
 Three of its algorithms are used: "llama" (SentencePiece's BPE, with bytes for what has no piece),
 "t5" (SentencePiece's unigram) and "gpt2" (byte-level BPE; "pre" names the pattern that cuts words).
-What they would tokenise otherwise than the tokenizer itself is refused.
+What they would tokenise otherwise than the tokenizer itself is refused, or listed in docs/gguf.md.
 """
 
 import dataclasses
@@ -209,7 +209,7 @@ def _ids(tokenizer: Tokenizer, unk: int | None = None, pad: int | None = None) -
         "bos": tokenizer.bos_id,
         "eos": tokenizer.eos_id,
         "unk": unk,
-        "pad": named("<|finetune_right_pad_id|>", pad),
+        "pad": named(tokenizer.carried.get("pad_token", "<|finetune_right_pad_id|>"), pad),
         "eot": named("<|eot_id|>", stops[0] if stops else None),
         "eom": named("<|eom_id|>"),
     }

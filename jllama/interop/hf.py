@@ -11,10 +11,11 @@ from jllama.config import ComputeConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.interop.hf_config import generation_config, read_config, write_config
 from jllama.interop.hf_tokenizer import tie_warning, tokenizer_files
-from jllama.interop.parameters import file_tensors
+from jllama.interop.names import name_of
+from jllama.interop.parameters import drop_tied_head, file_tensors
 from jllama.interop.pth import read_pth
 from jllama.interop.safetensors import read_safetensors, write_safetensors
-from jllama.interop.tensors import Tensor, nbytes, same_bits
+from jllama.interop.tensors import Tensor, nbytes
 from jllama.model.llama import Params, param_specs
 from jllama.progress import Progress, say
 from jllama.text.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ CONFIG = "config.json"
 # The first that is there counts, and before its index, as in transformers. An index names the file
 # of each tensor.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_HEAD = "lm_head.weight"
+_HEAD = name_of("head.weight").of("hf")
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old: no parameter
 SHARD_BYTES = 5_000_000_000
 
@@ -41,13 +42,11 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """
     config = read_architecture(folder)
     tensors = {n: t for n, t in _tensors(folder).items() if not _DERIVED.fullmatch(n)}
-    if config.tie_embeddings and _HEAD in tensors:
-        head, table = tensors.pop(_HEAD), tensors.get("model.embed_tokens.weight")
-        if table is not None and not same_bits(head, table):
-            raise UserError(
-                f"{folder}: {_HEAD} differs from the embedding, and config.json ties them; set"
-                " tie_word_embeddings to false there"
-            )
+    if config.tie_embeddings and not drop_tied_head(tensors, "hf"):
+        raise UserError(
+            f"{folder}: {_HEAD} differs from the embedding, and config.json ties them; set"
+            " tie_word_embeddings to false there"
+        )
     return config, tensors
 
 

@@ -152,7 +152,7 @@ def generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def _ends(tokenizer: Tokenizer) -> dict[str, Any]:
-    stop = sorted({*tokenizer.stop_ids, tokenizer.eos_id})
+    stop = sorted(tokenizer.stop_ids)
     return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": stop if len(stop) > 1 else tokenizer.eos_id,

@@ -16,13 +16,17 @@ from jllama import recipe as recipes
 from jllama import storage
 from jllama.config import Llama3RopeScaling, ModelConfig
 from jllama.errors import UserError
-from jllama.interop.names import NAMES
+from jllama.interop.names import NAMES, name_of
+from jllama.interop.parameters import drop_tied_head
 from jllama.interop.pth import read_pth
-from jllama.interop.tensors import FileTensor, JoinedTensor, RepeatedTensor, Tensor, same_bits
+from jllama.interop.tensors import FileTensor, JoinedTensor, RepeatedTensor, Tensor
 
 PARAMS = "params.json"
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
-_HEAD, _TABLE = "output.weight", "tok_embeddings.weight"
+_HEAD, _TABLE, _NORM, _GATE = (
+    name_of(path).of("meta")
+    for path in ("head.weight", "embedding.weight", "final_norm.scale", "layers.mlp.gate.kernel")
+)
 _DERIVED = {"rope.freqs"}  # a buffer, no parameter
 # What params.json may say: the sizes, what the sizes of the tensors say as well, and nothing else.
 _KNOWN = {
@@ -46,8 +50,7 @@ def read_folder(
     tensors = _tensors(folder)
     facts = _facts(folder / PARAMS, tensors)
     config = _model(folder, facts, model)
-    head = tensors.pop(_HEAD, None) if config.tie_embeddings else None
-    if head is not None and not same_bits(head, tensors[_TABLE]):
+    if config.tie_embeddings and not drop_tied_head(tensors, "meta"):
         raise UserError(
             f"{folder}: {_HEAD} differs from {_TABLE}, and the model ties them; give --model FILE,"
             " a copy of it with tie_embeddings: false"
@@ -65,7 +68,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     for name, shard in zip(expected, shards, strict=True):
         if other := sorted(shard.keys() ^ shards[0].keys()):
             raise UserError(f"{folder / name}: has other tensors than {expected[0]}: {other[0]}")
-    norm = shards[0].get("norm.weight")
+    norm = shards[0].get(_NORM)
     dim = math.prod(norm.shape) if norm else 0
     return {
         name: _joined(folder, name, tuple(shard[name] for shard in shards), dim)
@@ -122,7 +125,7 @@ def _facts(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_heads": heads,
         "num_kv_heads": heads if params.get("n_kv_heads") is None else number("n_kv_heads"),
         "head_dim": number("dim") // heads,
-        "ffn_dim": rows("layers.0.feed_forward.w1.weight"),
+        "ffn_dim": rows(_GATE),
         "rms_norm_eps": number("norm_eps", (int, float)),
         "use_scaled_rope": scaled,
     }
@@ -140,7 +143,11 @@ def _facts(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _model(folder: Path, facts: dict[str, Any], given: str | ModelConfig | None) -> ModelConfig:
     if given is not None:
-        model = recipes.load_model(given) if isinstance(given, str) else given
+        if isinstance(given, str):
+            model = recipes.load_model(given)
+        else:  # a recipe's, which says where it shall be another
+            free = {k: facts[k] for k in ("rope_theta", "rms_norm_eps") if k in facts}
+            model = dataclasses.replace(given, **free)
         wrong = _differences(facts, model)
         if wrong:
             what = given if isinstance(given, str) else "the recipe's model"

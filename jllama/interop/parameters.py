@@ -19,7 +19,7 @@ import numpy as np
 
 from jllama.errors import UserError
 from jllama.interop.names import NAMES, Format, file_shape, from_file, name_of
-from jllama.interop.tensors import DTYPES, ParamTensor, Tensor, cast, nbytes
+from jllama.interop.tensors import DTYPES, ParamTensor, Tensor, cast, nbytes, same_bits
 from jllama.model.llama import Params, ParamSpec
 from jllama.model.param import dotted
 from jllama.parallel.sharding import of_a_layer
@@ -88,6 +88,13 @@ def _ranges(names: Sequence[tuple[str, str]]) -> Iterator[str]:
         spelt = ",".join(str(s[0]) if len(s) == 1 else f"{s[0]}-{s[-1]}" for s in spans)
         span = spelt if spelt.isdigit() else f"{{{spelt}}}"
         yield f"{pattern.replace('{}', span)} ({text})"
+
+
+def drop_tied_head(tensors: dict[str, Tensor], format: Format) -> bool:
+    """Takes out the head of a model that ties it; False if it is no copy of the embedding."""
+    head, table = (name_of(path).of(format) for path in ("head.weight", "embedding.weight"))
+    copy = tensors.pop(head, None)
+    return copy is None or table not in tensors or same_bits(copy, tensors[table])
 
 
 def cast_params(params: Params, dtype: str, scale_dtype: str) -> Params:

@@ -48,7 +48,7 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
     devices = compile_only_devices(topology)
     placement = Placement(make_mesh(config.mesh, devices), config.sharding)
     definition = define(config, placement)
-    state = abstract_state(definition)
+    state = definition.placed
     batch = abstract_batch(config, placement, config.training.batch_size)
     known = {
         "parameters": bytes_per_device(state.trainable),
@@ -103,16 +103,7 @@ def define(config: Config, placement: Placement) -> StateDef:
 
 def state_bytes(config: Config, placement: Placement) -> int:
     """Bytes of parameters and optimizer on a device, compiling nothing; raises as `define`."""
-    return bytes_per_device(abstract_state(define(config, placement)))
-
-
-def abstract_state(definition: StateDef) -> TrainState:
-    """The state as shapes in their places."""
-    return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-        definition.shapes,
-        definition.shardings,
-    )
+    return bytes_per_device(define(config, placement).placed)
 
 
 def abstract_batch(

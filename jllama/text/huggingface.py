@@ -103,7 +103,8 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def __reduce__(self):
-        return functools.partial(HuggingFaceTokenizer, **self._options), (self.json,)
+        make = functools.partial(HuggingFaceTokenizer, **self._options)
+        return make, (self.json,), {"carried": dict(self.carried)}
 
     def _files(self) -> dict[str, bytes]:
         options = self._options

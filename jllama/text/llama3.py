@@ -103,7 +103,8 @@ class TiktokenTokenizer(Tokenizer):
         )
 
     def __reduce__(self):
-        return functools.partial(TiktokenTokenizer, **self._options), (self.model,)
+        make = functools.partial(TiktokenTokenizer, **self._options)
+        return make, (self.model,), {"carried": dict(self.carried)}
 
     def _files(self) -> dict[str, bytes]:
         files = {"tokenizer.model": self.model}

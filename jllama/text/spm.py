@@ -96,7 +96,8 @@ class SentencePieceTokenizer(Tokenizer):
         )
 
     def __reduce__(self):
-        return functools.partial(SentencePieceTokenizer, **self._options), (self.model,)
+        make = functools.partial(SentencePieceTokenizer, **self._options)
+        return make, (self.model,), {"carried": dict(self.carried)}
 
     def _files(self) -> dict[str, bytes]:
         files = {"tokenizer.model": self.model}

@@ -7,7 +7,6 @@ a model alone has a step 0 without the rest.
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,12 +131,12 @@ def _rest(state: TrainState) -> dict[str, Any]:
 
 
 def room_for(params: Any) -> float:
-    """The bytes that a copy of the largest part of an array takes: the least to save with."""
-    sizes = [
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(params)
-    ]
-    return max(1.01 * max(sizes), _LEAST_ROOM)
+    """The bytes that a copy of the largest array takes: the least to save or restore with.
+
+    Orbax counts whole pieces, and a device's part of an array may touch them all.
+    """
+    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    return max(1.01 * largest, _LEAST_ROOM)
 
 
 def _chunks(tree: Any) -> Any:
@@ -148,16 +147,10 @@ def _chunks(tree: Any) -> Any:
     return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
 
 
-def _placed(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
-    )
-
-
 def _restore_state(
     manager: ocp.CheckpointManager, where: Path, step: int, definition: StateDef
 ) -> TrainState:
-    placed = _placed(definition.shapes, definition.shardings)
+    placed = definition.placed
     items = _restore(manager, where, step, trainable=placed.trainable, rest=_rest(placed))
     return TrainState(items["rest"]["step"], items["trainable"], items["rest"]["opt_state"])
 
@@ -197,11 +190,8 @@ def load_params(run: Path, step: int, placed: llama.Params) -> llama.Params:
     By the processes whose devices those are. Raises `UserError` when there is no such step, it is
     incomplete, or it is another model's.
     """
-    # Orbax would hold all of it on the host as well. It counts whole pieces, and a device's part of
-    # an array may touch them all.
-    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(placed))
-    room = max(1.01 * largest, _LEAST_ROOM)
-    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=room / 1e9)
+    # Orbax would hold all of it on the host as well.
+    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=room_for(placed) / 1e9)
     sharding = jax.tree.leaves(placed)[0].sharding
     with _open_step(run, step, sharding, trainable=handler) as (manager, where):
         return _restore(manager, where, step, trainable=placed)["trainable"]

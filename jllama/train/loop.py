@@ -100,7 +100,7 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     if start:
         state = checkpoints.restore(start, definition)
     elif initial:
-        state = start_from(definition, initial.read(definition.placed_params))
+        state = start_from(definition, initial.read(definition.placed.trainable))
     else:
         state = init_state(definition, config.run.seed)
     steps, every = config.training.steps, config.run.log_every

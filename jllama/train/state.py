@@ -43,12 +43,12 @@ class StateDef:
     shardings: TrainState
 
     @property
-    def placed_params(self) -> llama.Params:
-        """The parameters' shapes with their shardings, as `llama.placed_shapes` has them."""
+    def placed(self) -> TrainState:
+        """The state as shapes in their places."""
         return jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-            self.shapes.trainable,
-            self.shardings.trainable,
+            self.shapes,
+            self.shardings,
         )
 
 

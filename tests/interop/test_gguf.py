@@ -392,6 +392,26 @@ def test_tokenizer_json_like_sentencepiece_merges_in_the_same_order(tokenizer):
             assert (made.tokens[i], made.types[i]) == (wanted.tokens[i], wanted.types[i])
 
 
+def test_tokens_added_by_a_file_beside_it_are_in_the_vocabulary(tokenizer):
+    file, n = sentencepiece_json(tokenizer), tokenizer.vocab_size
+    file["added_tokens"].append(AddedToken("<z>", n + 2, special=False).to_json() | {"id": n + 2})
+    beside = [AddedToken("<vis>", n, special=False)]  # in the hole below <z>
+    made = vocabulary_of(HuggingFaceTokenizer(file, added=beside), n + 3)
+    assert (made.tokens[n], made.types[n]) == ("<vis>", gguf.TokenType.USER_DEFINED)
+    assert made.types[n + 1] == gguf.TokenType.UNUSED
+    assert made.tokens[n + 2] == "<z>"
+    depends = [AddedToken("<vis>", n, special=False, lstrip=True)]
+    with pytest.raises(UserError, match="'<vis>', which depends on what is beside it"):
+        vocabulary_of(HuggingFaceTokenizer(file, added=depends), n + 3)
+
+
+def test_the_pad_token_of_a_folder_is_that_of_the_file(llama3):
+    carrying = TiktokenTokenizer(llama3.model)
+    carrying.carried = {"pad_token": "<|reserved_special_token_5|>"}
+    pad = llama3.special_tokens["<|reserved_special_token_5|>"]
+    assert vocabulary_of(carrying, 700).ids["pad"] == pad
+
+
 # --------------------------------------------------------------------------------- what is refused
 
 

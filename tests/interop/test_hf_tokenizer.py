@@ -220,6 +220,26 @@ def test_added_tokens(llama2, legacy):
         assert theirs.encode(text).ids == ours.encode(text, bos=True, special=True)
 
 
+def test_tokens_that_files_beside_a_tokenizer_json_add_are_written(llama2):
+    plain = json.loads(tokenizer_files(llama2)["tokenizer.json"])
+    first = llama2.vocab_size
+    added = [AddedToken("[PAD]", first), AddedToken("<img>", first + 3, special=False)]
+    ours = HuggingFaceTokenizer(plain, added=added, special=["the"])
+    files = tokenizer_files(ours)
+    again = HuggingFaceTokenizer(json.loads(files["tokenizer.json"]))
+    assert again.vocab_size == ours.vocab_size == first + 4
+    assert again.special_tokens == ours.special_tokens
+    assert "the" in again.special_tokens
+    decoder = json.loads(files["tokenizer_config.json"])["added_tokens_decoder"]
+    assert {"[PAD]", "<img>", "the"} <= {token["content"] for token in decoder.values()}
+    theirs = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    for text in ("a<img>b", "[PAD] a<img>", "the"):
+        ids = ours.encode(text, bos=True, special=True)
+        assert again.encode(text, bos=True, special=True) == ids == theirs.encode(text).ids
+    # What nothing is added to stays what it was.
+    assert json.loads(tokenizer_files(HuggingFaceTokenizer(plain))["tokenizer.json"]) == plain
+
+
 def test_pieces_of_one_score_differ_only_where_they_overlap(llama2):
     assert tie_warning(llama2) is None
     apart = SentencePieceTokenizer(

@@ -53,7 +53,7 @@ def test_the_interconnect_bound_is_what_the_program_sends_but_for_little(no_cach
     )  # fmt: skip
     placement = Placement(make_mesh(config.mesh, devices), config.sharding)
     definition = define_state(config, placement)
-    state = step.abstract_state(definition)
+    state = definition.placed
     loss = functools.partial(causal_lm_loss, config)
     compiled = (
         make_train_step(config, loss, definition, placement)

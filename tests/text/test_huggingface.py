@@ -121,6 +121,14 @@ def test_many_tokens_and_long_runs_are_searched_in_little_time(extended, made):
     assert time.process_time() - began < 20
 
 
+def test_many_added_tokens_take_little_time(spm_json):
+    start = 1 + max(spm_json["model"]["vocab"].values())
+    many = [added(f"<{i}>", start + i) | {"normalized": True} for i in range(4000)]
+    before = time.perf_counter()
+    HuggingFaceTokenizer(spm_json | {"added_tokens": spm_json["added_tokens"] + many})
+    assert time.perf_counter() - before < 1  # 2.3 s when each was looked for in a list of all
+
+
 def test_truncation_padding_and_template_have_no_effect(made, byte_json):
     file = byte_json | {
         "truncation": {
@@ -204,6 +212,11 @@ SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "in
         ("spaced", "model.vocab", {"a": 1 << 40}, "not a tokenizer.json"),
         ("spaced", "decoder", {"kind": 1}, "not a tokenizer.json"),
         ("spaced", "decoder", "Metaspace", "not a tokenizer.json"),
+        ("byte", "model", {"type": "BPE", "vocab": {"a": 0}}, "not a tokenizer.json"),
+        ("spaced", "model.merges", None, "not a tokenizer.json"),
+        ("spaced", "model.merges", [5], "not a tokenizer.json"),
+        ("spaced", "model.merges", ["a b c"], "not a tokenizer.json"),
+        ("spaced", "model.unk_token", ["x"], "not a tokenizer.json"),
     ],
 )  # fmt: skip
 def test_what_does_not_give_text_back_is_refused_by_name(

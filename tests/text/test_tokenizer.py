@@ -142,5 +142,11 @@ def test_saving_loading_and_pickling_keep_it(tokenizer, tmp_path):
         assert (other.bos_id, other.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
 
 
+def test_what_is_carried_for_others_is_pickled_too(tokenizer):
+    carrying = pickle.loads(pickle.dumps(tokenizer))
+    carrying.carried = {"padding_side": "left"}
+    assert pickle.loads(pickle.dumps(carrying)).carried == carrying.carried
+
+
 def test_digests_tell_tokenizers_apart(made):
     assert len({tokenizer.digest for tokenizer in made.values()}) == len(made)

@@ -1,6 +1,7 @@
 """A run that begins from a model's parameters, in whichever format."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from jllama.parallel.sharding import Placement
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train import checkpoint
 from jllama.train.loop import train
-from jllama.train.stored import open_model, write_model
+from jllama.train.stored import initial_model, open_model, write_model
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 MODEL = tiny.config(vocab_size=320, num_layers=2, num_kv_heads=2, max_length=48)
 
 
@@ -120,6 +122,24 @@ def test_another_rope_is_another_function_of_the_same_shapes_and_is_said(
 ):
     train(recipe(text, tmp_path / "runs", source, "model.rope_theta=1e6", "model.max_length=64"))
     assert "model.rope_theta is 1000000.0, there 10000.0" in capsys.readouterr().err
+
+
+def test_meta_folders_may_have_another_rope_and_epsilon_too(tmp_path, text, capsys):
+    shutil.copytree(FIXTURES / "meta-llama3", tmp_path / "meta")
+    params = json.loads((tmp_path / "meta" / "params.json").read_text())
+    file = ["tokenizer.kind=file", "tokenizer.path=none"]
+    config = recipes.load(text, [f"training.init_from={tmp_path / 'meta'}", *file])
+    there = open_model(FIXTURES / "hf-llama3").config
+    wanted = dataclasses.replace(there, rope_theta=1e6, rms_norm_eps=1e-4)
+    stored = initial_model(dataclasses.replace(config, model=wanted))
+    assert stored.config.rope_theta == params["rope_theta"]
+    assert stored.config.rms_norm_eps == params["norm_eps"]
+    said = capsys.readouterr().err
+    assert f"model.rope_theta is 1000000.0, there {params['rope_theta']}" in said
+    assert f"model.rms_norm_eps is 0.0001, there {params['norm_eps']}" in said
+    with pytest.raises(UserError, match="ffn_dim is"):
+        wider = dataclasses.replace(wanted, ffn_dim=2 * wanted.ffn_dim)
+        initial_model(dataclasses.replace(config, model=wider))
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 1}, {"fsdp": 4, "tensor": 2}], ids=str)
