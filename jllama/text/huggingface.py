@@ -4,7 +4,6 @@ It is given what `jllama.text.tokenizer_json` leaves of the file. Added tokens, 
 text and decoding are `jllama.text.interface`'s, as they are for every kind.
 """
 
-import functools
 import re
 from collections.abc import Iterable, Iterator
 
@@ -58,7 +57,7 @@ class HuggingFaceTokenizer(Tokenizer):
         marked = {token.text for token in tokens if token.special}
         said = {text for text in special if text in ids} - marked - {bos, eos, file.unk}
         named = marked | said | {bos, eos} | {file.unk} & ids.keys()
-        self._options = {
+        options = {
             "added": more,
             "bos_token": bos,
             "eos_token": eos,
@@ -98,13 +97,10 @@ class HuggingFaceTokenizer(Tokenizer):
             bos_id=ids[bos],
             eos_id=ids[eos],
             own_stops=[ids[name] for name in STOPS if name in named],
-            stop_ids=self._options["stop_ids"],
+            content=json,
+            options=options,
             where=where,
         )
-
-    def __reduce__(self):
-        make = functools.partial(HuggingFaceTokenizer, **self._options)
-        return make, (self.json,), {"carried": dict(self.carried)}
 
     def _files(self) -> dict[str, bytes]:
         options = self._options

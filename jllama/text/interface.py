@@ -48,24 +48,28 @@ class Tokenizer(abc.ABC):
         bos_id: int,
         eos_id: int,
         own_stops: Iterable[int] = (),
-        stop_ids: Iterable[int],
+        content: Any,
+        options: Mapping[str, Any],
         where: str,
     ):
         """For the kinds.
 
         Args:
+          content, options: what makes it again: its class's first argument, and those by name,
+            `stop_ids` among them.
           table: what each id adds to the text.
           added: tokens that every text is searched for before the rest is encoded.
           prefix: where encoding puts a space.
-          own_stops: ids that end a text by this kind's own names; `stop_ids` are more of them.
+          own_stops: ids that end a text by this kind's own names, beside those of `options`.
           where: the file, for errors.
         """
+        self._content, self._options = content, options
         self.vocab_size = len(table)
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.special_tokens = dict(special_tokens)
         own_stops = frozenset(own_stops) | {eos_id}
-        self.stop_ids = own_stops | frozenset(stop_ids)
+        self.stop_ids = own_stops | frozenset(options["stop_ids"])
         self._more_stops = self.stop_ids != own_stops
         for id in sorted(self.stop_ids):
             if not 0 <= id < len(table):
@@ -80,6 +84,10 @@ class Tokenizer(abc.ABC):
         known = {token.text: token for token in (*special, *added)}
         self._user = Splitter([token for token in added if not token.special])
         self._all = Splitter(known.values())
+
+    def __reduce__(self):
+        make = functools.partial(type(self), **self._options)
+        return make, (self._content,), {"carried": dict(self.carried)}
 
     @functools.cached_property
     def digest(self) -> str:

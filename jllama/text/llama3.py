@@ -82,7 +82,7 @@ class TiktokenTokenizer(Tokenizer):
         for key, token in (("bos_token", bos_token), ("eos_token", eos_token)):
             if token and token not in special:
                 raise UserError(f"{where}: {key} {token!r} is none of Llama-3's special tokens")
-        self._options = {
+        options = {
             "bos_token": bos_token or BEGIN,
             "eos_token": eos_token or END,
             "stop_ids": tuple(sorted(stop_ids)),
@@ -95,16 +95,13 @@ class TiktokenTokenizer(Tokenizer):
             added=(),
             prefix="never",
             special_tokens=special,
-            bos_id=special[self._options["bos_token"]],
-            eos_id=special[self._options["eos_token"]],
+            bos_id=special[options["bos_token"]],
+            eos_id=special[options["eos_token"]],
             own_stops=[special[name] for name in STOPS],
-            stop_ids=self._options["stop_ids"],
+            content=model,
+            options=options,
             where=where,
         )
-
-    def __reduce__(self):
-        make = functools.partial(TiktokenTokenizer, **self._options)
-        return make, (self.model,), {"carried": dict(self.carried)}
 
     def _files(self) -> dict[str, bytes]:
         files = {"tokenizer.model": self.model}

@@ -72,7 +72,7 @@ class SentencePieceTokenizer(Tokenizer):
         for i in names.keys() - control - said:
             table[i] = _bytes(sp, i) if i < len(self.pieces) else names[i].encode()
         self.added = [token.as_special(token.id in said) for token in own]
-        self._options = {
+        options = {
             "added": own,
             "special": tuple(names[i] for i in sorted(said - control)),
             "legacy": legacy,
@@ -91,13 +91,10 @@ class SentencePieceTokenizer(Tokenizer):
             special_tokens={names[i]: i for i in sorted(control | said)},
             bos_id=bos,
             eos_id=eos,
-            stop_ids=self._options["stop_ids"],
+            content=model,
+            options=options,
             where=where,
         )
-
-    def __reduce__(self):
-        make = functools.partial(SentencePieceTokenizer, **self._options)
-        return make, (self.model,), {"carried": dict(self.carried)}
 
     def _files(self) -> dict[str, bytes]:
         files = {"tokenizer.model": self.model}
