@@ -95,6 +95,10 @@ def main() -> int:
     median = statistics.median(seconds)
     on_device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def figure(value: float) -> float:  # a step takes a millisecond or a minute
+        return float(f"{value:.4g}")
+
     result = {
         "model": args.model,
         "batch": args.batch,
@@ -102,15 +106,15 @@ def main() -> int:
         "dtype": args.dtype,
         "platform": jax.default_backend(),
         "loss": float(metrics["loss"]),
-        "compile_seconds": round(compile_seconds, 2),
-        "seconds_per_step": round(median, 4),
-        "seconds_per_step_min": round(min(seconds), 4),
+        "compile_seconds": figure(compile_seconds),
+        "seconds_per_step": figure(median),
+        "seconds_per_step_min": figure(min(seconds)),
         # On a CPU the process's, Python and compiler included; else the device's allocator's.
         "peak_memory_bytes": on_device or resident,
-        "tokens_per_second": round(args.batch * args.length / median, 1),
-        "gflops_per_second": round(flops / median / 1e9, 1),
-        "matmul_peak_gflops_per_second": round(statistics.mean(peaks), 1),
-        "fraction_of_peak": round(flops / median / 1e9 / statistics.mean(peaks), 3),
+        "tokens_per_second": figure(args.batch * args.length / median),
+        "gflops_per_second": figure(flops / median / 1e9),
+        "matmul_peak_gflops_per_second": figure(statistics.mean(peaks)),
+        "fraction_of_peak": figure(flops / median / 1e9 / statistics.mean(peaks)),
     }
     if args.json:
         print(json.dumps(result))
