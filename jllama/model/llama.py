@@ -105,7 +105,7 @@ class Llama(nn.Module):
             )
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
@@ -177,6 +177,7 @@ def apply(
     segments: jax.Array | None = None,
     cache: Cache | None = None,
     balanced: bool = False,
+    lora: Params | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """The final hidden state.
 
@@ -186,12 +187,14 @@ def apply(
       cache: None for a whole row, else the cache to read and to write.
       balanced: tokens, positions and segments, and so the result, are in the balanced order of
         `jllama.parallel.context` and not in that of the text.
+      lora: overlays of the blocks' matrices, made by `jllama.adapt.lora`.
 
     Returns:
       hidden [B,T,D] in the compute dtype, after the final norm, and the updated cache.
     """
     model = Llama(config, compute, balanced)
-    return model.apply({"params": params}, tokens, positions, segments, cache)
+    variables = {"params": params} | ({"lora": lora} if lora else {})
+    return model.apply(variables, tokens, positions, segments, cache)
 
 
 def head_weight(params: Params, config: ModelConfig) -> jax.Array:
