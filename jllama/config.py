@@ -348,6 +348,7 @@ class ShardingConfig:
     head_dim: Candidates = _default("width of one head", (None,))
     ffn: Candidates = _default("feed-forward width of a parameter", (("tensor",),))
     norm: Candidates = _default("scale of a norm", (None,))
+    lora_rank: Candidates = _default("rank of a LoRA overlay, of parameter and activation", (None,))
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -502,6 +503,59 @@ class TrainedTokenizer:
 
 
 Tokenizer = Annotated[TokenizerFile | TrainedTokenizer, Field(discriminator="kind")]
+
+
+# ------------------------------------------------------------------------------------------ adapt
+
+
+@_config
+class NoAdapter:
+    """Every parameter is trained."""
+
+    kind: Literal["none"] = _doc("every parameter is trained")
+
+
+@_config
+class LoraOverride:
+    """Another rank or alpha for some of the targets."""
+
+    match: str = _doc("a target by name or path, with * and ?: down, layers.attention.*")
+    layers: tuple[Count, ...] | None = _default("in these layers, from 0; null is all", None)
+    rank: PositiveInt | None = _default("rank there; null leaves it", None)
+    alpha: PositiveFloat | None = _default("alpha there; null leaves it", None)
+
+
+@_config
+class LoraConfig:
+    """Low-rank overlay (LoRA, arXiv:2106.09685): x W + scale (x a) b, of which a and b are trained.
+
+    Patterns name a matrix by its last word or its whole path, with * and ?.
+    """
+
+    kind: Literal["lora"] = _doc("low-rank overlay over frozen parameters")
+    rank: PositiveInt = _doc("inner dimension of each overlay")
+    alpha: PositiveFloat = _doc("the overlay is scaled by alpha / rank")
+    rslora: bool = _default("scale by alpha / sqrt(rank) (arXiv:2312.03732)", False)
+    dora: bool = _default("train the columns' norms by themselves (DoRA, arXiv:2402.09353)", False)
+    dropout: Beta = _default("inputs of the overlay dropped while training", 0.0)
+    targets: tuple[str, ...] = _default(
+        "matrices with an overlay, by name or path, with * and ?",
+        ("q", "k", "v", "o", "gate", "up", "down"),
+    )
+    full: tuple[str, ...] = _default(
+        "trained whole, by name or path: embedding, head, *norm, or a matrix", ()
+    )
+    overrides: tuple[LoraOverride, ...] = _default(
+        "other ranks and alphas; the last match wins", ()
+    )
+    quantize: Literal["none", "int8", "int4", "nf4"] = _default(
+        "the frozen matrices of the blocks are kept in this (QLoRA, arXiv:2305.14314); none is"
+        " compute.dtype",
+        "none",
+    )
+
+
+Adapt = Annotated[NoAdapter | LoraConfig, Field(discriminator="kind")]
 
 
 # --------------------------------------------------------------------------------------- training
@@ -662,6 +716,7 @@ class StoredConfig:
     model: ModelConfig = _doc("architecture")
     compute: ComputeConfig = _doc("how it is computed, and the dtype it is stored in")
     run: RunConfig | None = _default("the run; a model alone has none", None)
+    adapt: Adapt = _default("what is stored is an overlay of another model", NoAdapter(kind="none"))
     scale_dtype: Literal["float32", "bfloat16"] | None = _default(
         "the norms' scales are stored in it; null is compute.param_dtype", None
     )
@@ -680,6 +735,7 @@ class Config:
     sharding: ShardingConfig = _default("placement of parameters and activations", ShardingConfig())
     tokenizer: Tokenizer = _doc("text to tokens")
     data: DataConfig = _doc("training and held-out rows")
+    adapt: Adapt = _default("what is trained of the model", NoAdapter(kind="none"))
     training: TrainingConfig = _doc("optimisation")
     eval: EvalConfig = _default("evaluation", EvalConfig())
     checkpoint: CheckpointConfig = _default("checkpoints", CheckpointConfig())
@@ -691,6 +747,10 @@ class Config:
         if wanted is not None and wanted > self.model.vocab_size:
             rows = self.model.vocab_size
             raise ValueError(f"tokenizer.vocab_size={wanted} does not fit model.vocab_size={rows}")
+        if isinstance(self.adapt, LoraConfig) and not self.training.init_from:
+            raise ValueError(
+                "adapt.kind=lora: say in training.init_from which model's parameters it adapts"
+            )
         if self.data.length > self.model.max_length:
             raise ValueError(
                 f"data.length={self.data.length} is above model.max_length={self.model.max_length}"

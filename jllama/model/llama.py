@@ -109,7 +109,7 @@ class Llama(nn.Module):
             )
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
@@ -182,6 +182,7 @@ def apply(
     cache: Cache | None = None,
     balanced: bool = False,
     turns: Turns | None = None,
+    lora: Params | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """The final hidden state.
 
@@ -194,12 +195,14 @@ def apply(
       turns: how RoPE turns, from `jllama.model.rope.turns`; None is what the config says. Where its
         kind depends on the length of the text, None takes T for it, and with a cache, where the
         text is longer than what is read, is a ValueError.
+      lora: overlays of the blocks' matrices, made by `jllama.adapt.lora`.
 
     Returns:
       hidden [B,T,D] in the compute dtype, after the final norm, and the updated cache.
     """
     model = Llama(config, compute, balanced)
-    return model.apply({"params": params}, tokens, positions, segments, cache, turns)
+    variables = {"params": params} | ({"lora": lora} if lora else {})
+    return model.apply(variables, tokens, positions, segments, cache, turns)
 
 
 def head_weight(params: Params, config: ModelConfig) -> jax.Array:
