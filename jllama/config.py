@@ -727,7 +727,8 @@ class Config:
     """A recipe: everything that a run depends on."""
 
     model: ModelConfig = _doc(
-        "architecture: a name in configs/model, a YAML file, a run or model's folder, or its keys"
+        "architecture: a name in configs/model, a YAML file, a run or model's folder, or its keys;"
+        " with the key base, one of the former and the changes to it"
     )
     compute: ComputeConfig = _doc("how it is computed")
     distributed: DistributedConfig = _default("processes", DistributedConfig())
