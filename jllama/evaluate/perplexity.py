@@ -35,7 +35,7 @@ from jllama.train.cross_entropy import cross_entropy
 # Tokens of a batch of windows, where a single one is not longer.
 BATCH_TOKENS = 8192
 # Windows are taken from the beginning of the data that has so many times the wanted number.
-SPREAD = 16
+SPREAD = 64
 ROPES = ("model", "none", "pi", "ntk", "dynamic", "adaptive", "yarn")
 
 
