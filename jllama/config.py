@@ -455,7 +455,11 @@ class LoraConfig:
     alpha: PositiveFloat = _doc("the overlay is scaled by alpha / rank")
     rslora: bool = _default("scale by alpha / sqrt(rank) (arXiv:2312.03732)", False)
     dora: bool = _default("train the columns' norms by themselves (DoRA, arXiv:2402.09353)", False)
-    dropout: Beta = _default("inputs of the overlay dropped while training", 0.0)
+    dropout: Beta = _default(
+        "inputs of the overlay dropped while training; which depends on mesh.context, and on"
+        " mesh.replica where training.accumulate is above 1",
+        0.0,
+    )
     targets: tuple[str, ...] = _default(
         "matrices with an overlay, by name or path, with * and ?",
         ("q", "k", "v", "o", "gate", "up", "down"),
