@@ -20,7 +20,8 @@ from jllama.model.block import Block
 from jllama.model.cache import Cache
 from jllama.model.norm import RMSNorm
 from jllama.model.param import Declared, declare, dotted, embedding_init
-from jllama.model.rope import rope_tables
+from jllama.model.rope import Turns, rope_tables
+from jllama.model.rope import turns as turns_of
 from jllama.parallel.lookup import take_rows
 from jllama.parallel.sharding import Placement, constrain
 
@@ -88,6 +89,7 @@ class Llama(nn.Module):
         positions: jax.Array,
         segments: jax.Array | None = None,
         cache: Cache | None = None,
+        turns: Turns | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
         table = Embedding(c, self.compute, name="embedding")()
@@ -96,7 +98,9 @@ class Llama(nn.Module):
         with jax.named_scope("embedding"):
             x = take_rows(table, tokens, TABLE_AXES, self.compute.dtype)
             x = constrain(x, "batch", "block_seq", "act_embed")
-        rope = rope_tables(c, positions)
+        if turns is None:
+            turns = turns_of(c, tokens.shape[1] if cache is None else None)
+        rope = rope_tables(turns, positions)
 
         block = Block
         if self.compute.remat != "none" and cache is None:
@@ -177,6 +181,7 @@ def apply(
     segments: jax.Array | None = None,
     cache: Cache | None = None,
     balanced: bool = False,
+    turns: Turns | None = None,
     lora: Params | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """The final hidden state.
@@ -187,6 +192,9 @@ def apply(
       cache: None for a whole row, else the cache to read and to write.
       balanced: tokens, positions and segments, and so the result, are in the balanced order of
         `jllama.parallel.context` and not in that of the text.
+      turns: how RoPE turns, from `jllama.model.rope.turns`; None is what the config says. Where its
+        kind depends on the length of the text, None takes T for it, and with a cache, where the
+        text is longer than what is read, is a ValueError.
       lora: overlays of the blocks' matrices, made by `jllama.adapt.lora`.
 
     Returns:
@@ -194,7 +202,7 @@ def apply(
     """
     model = Llama(config, compute, balanced)
     variables = {"params": params} | ({"lora": lora} if lora else {})
-    return model.apply(variables, tokens, positions, segments, cache)
+    return model.apply(variables, tokens, positions, segments, cache, turns)
 
 
 def head_weight(params: Params, config: ModelConfig) -> jax.Array:
