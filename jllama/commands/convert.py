@@ -60,7 +60,10 @@ def run(args: argparse.Namespace) -> None:
         check = {"hf": hf.check_expressible, "gguf": gguf.check_expressible}[to]
         check(stored.config, stored.tokenizer)
     count = flops.parameter_count(stored.config)
-    size = gguf.nbytes(stored.config, dtype) if to == "gguf" else count * jnp.dtype(dtype).itemsize
+    padding = flops.padding_count(stored.config) if to == "jllama" else 0
+    size = (count + padding) * jnp.dtype(dtype).itemsize
+    if to == "gguf":
+        size = gguf.nbytes(stored.config, dtype)
     outputs.check_room(target, size)
     if stored.tokenizer is None:
         say("note: the model has no tokenizer, and so no ids of BOS and EOS")

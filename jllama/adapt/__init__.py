@@ -1,0 +1,1 @@
+"""What is made from a trained model: other vocabularies."""
