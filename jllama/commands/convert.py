@@ -60,10 +60,11 @@ def run(args: argparse.Namespace) -> None:
         check = {"hf": hf.check_expressible, "gguf": gguf.check_expressible}[to]
         check(stored.config, stored.tokenizer)
     count = flops.parameter_count(stored.config)
-    padding = flops.padding_count(stored.config) if to == "jllama" else 0
-    size = (count + padding) * jnp.dtype(dtype).itemsize
     if to == "gguf":
         size = gguf.nbytes(stored.config, dtype)
+    else:
+        padding = flops.padding_count(stored.config) if to == "jllama" else 0
+        size = (count + padding) * jnp.dtype(dtype).itemsize
     outputs.check_room(target, size)
     if stored.tokenizer is None:
         say("note: the model has no tokenizer, and so no ids of BOS and EOS")
