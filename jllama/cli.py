@@ -23,6 +23,10 @@ COMMANDS = {
         "a model to Hugging Face's format, GGUF or ours",
     ),
     "sharding": ("jllama.commands.sharding", "where each parameter lies on a mesh, and its bytes"),
+    "vocabulary": (
+        "jllama.commands.vocabulary",
+        "train, merge and compare tokenizers; grow a model to one",
+    ),
     "fingerprint": ("jllama.commands.fingerprint", "one digest of a checkpoint's bits"),
     "plot": ("jllama.commands.plot", "loss, learning rate and throughput of runs as a PNG"),
 }
