@@ -163,7 +163,7 @@ class ModelConfig:
     Hashable, so that it serves as a static attribute of the modules.
     """
 
-    vocab_size: PositiveInt = _doc("rows of the embedding and of the head")
+    vocab_size: PositiveInt = _doc("token ids; rows of the embedding and of the head")
     hidden_dim: PositiveInt = _doc("width of the residual stream")
     num_layers: PositiveInt = _doc("transformer blocks")
     num_heads: PositiveInt = _doc("query heads")
@@ -176,6 +176,11 @@ class ModelConfig:
     rope: RopeScaling = _doc("scaling of the rotary frequencies")
     tie_embeddings: bool = _doc("the head is the embedding")
     qk_norm: bool = _default("RMSNorm on each query and key head before RoPE", False)
+    vocab_multiple: PositiveInt = _default(
+        "embedding and head have vocab_size rounded up to a multiple of it as rows, which then"
+        " divide over devices; the rows beyond are zeros and no part of the function",
+        1,
+    )
     init: Init = _default(
         "initialisation",
         TruncatedNormalInit(kind="truncated_normal", std=0.02, scale_residual=True),
@@ -205,6 +210,16 @@ def _check_rope(rope: RopeScaling, max_length: int, head_dim: int) -> None:
             f"rope.factor={rope.factor:g} times rope.original_length={original} does not reach"
             f" max_length={max_length}: raise the factor, or correct the original length"
         )
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of embedding and head: `vocab_size` and the padding after it."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def unpadded(self) -> "ModelConfig":
+        """The same function without padding, as other formats have it."""
+        return dataclasses.replace(self, vocab_multiple=1)
 
 
 # ------------------------------------------------------------------------------- compute and mesh

@@ -14,6 +14,8 @@ from jllama.model.llama import TABLE_AXES
 from jllama.parallel.product import all_gather, reduce
 from jllama.parallel.sharding import active_placement
 
+_NEVER = -1e30  # a logit whose probability is 0, and finite
+
 
 def _blocks(x: jax.Array, block: int) -> jax.Array:
     """[B, T, ...] -> [T/block, B, block, ...]: cut along T, so that rows stay on their device.
@@ -25,7 +27,7 @@ def _blocks(x: jax.Array, block: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(B, -1, block, *x.shape[2:]), 1, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
     hidden: jax.Array,
     weight: jax.Array,
@@ -33,6 +35,7 @@ def cross_entropy(
     weights: jax.Array,
     z_loss: float,
     block: int,
+    vocab_size: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums of weights * (-log p(target) + z_loss * log(Z)^2), and the same without the z term.
 
@@ -43,19 +46,27 @@ def cross_entropy(
 
     Args:
       hidden: [B,T,D], whose dtype is that of the products; `weight` [V,D].
+      vocab_size: rows of `weight` from here on are padding: no token, and gradients of exactly 0.
       targets: [B,T] int32; `weights` [B,T] float32.
 
     Returns:
       Two float32 scalars: loss with the z term, loss without it.
     """
-    return _forward(hidden, weight, targets, weights, z_loss, block, gradients=False)[0]
+    return _forward(hidden, weight, targets, weights, z_loss, block, vocab_size, gradients=False)[0]
 
 
-def _forward(hidden, weight, targets, weights, z_loss, block, gradients, of_weight=False):
+def _forward(
+    hidden, weight, targets, weights, z_loss, block, vocab_size, gradients, of_weight=False
+):
     """The two sums, and with `gradients` those of hidden and, in float32 or None, of weight."""
     placement = active_placement()
     one = functools.partial(
-        _one_device, z_loss=z_loss, block=block, gradients=gradients, of_weight=of_weight
+        _one_device,
+        z_loss=z_loss,
+        block=block,
+        vocab_size=vocab_size if vocab_size < weight.shape[0] else None,
+        gradients=gradients,
+        of_weight=of_weight,
     )
     if placement is None or placement.mesh.size == 1:
         sums, gradients = one(hidden, weight.astype(hidden.dtype), targets, weights)
@@ -63,10 +74,13 @@ def _forward(hidden, weight, targets, weights, z_loss, block, gradients, of_weig
     return _many_devices(one, placement, hidden, weight, targets, weights)
 
 
-def _one_device(hidden, head, targets, weights, z_loss, block, gradients, of_weight, vocab_axes=()):
+def _one_device(
+    hidden, head, targets, weights, z_loss, block, vocab_size, gradients, of_weight, vocab_axes=()
+):
     """One device's share: all positions of `hidden`, and the part `head` [V,D] of the vocabulary.
 
     Over `vocab_axes` lie the parts of the vocabulary: the sums are whole, d_hidden is this part's.
+    `vocab_size` is None where no row is padding.
     The gradient of the head is [D,V], in float32.
     """
     B, T, D = hidden.shape
@@ -78,6 +92,8 @@ def _one_device(hidden, head, targets, weights, z_loss, block, gradients, of_wei
     def one(carry, xs):
         h, y, w = xs
         logits = jnp.einsum("BTD,VD->BTV", h, head, preferred_element_type=jnp.float32)
+        if vocab_size is not None:
+            logits = jnp.where(vocab < vocab_size, logits, _NEVER)
         top = jnp.max(logits, axis=-1, keepdims=True)
         top = lax.pmax(top, vocab_axes) if vocab_axes else top
         exp = jnp.exp(logits - top)
@@ -156,17 +172,25 @@ def _many_devices(one, placement, hidden, weight, targets, weights):
     )(hidden, weight, targets, weights)
 
 
-def _cross_entropy_fwd(hidden, weight, targets, weights, z_loss, block):
+def _cross_entropy_fwd(hidden, weight, targets, weights, z_loss, block, vocab_size):
     # A frozen head, under a LoRA overlay, has no gradient: a third of the products.
     of_weight = weight.perturbed
     hidden, weight, targets, weights = (x.value for x in (hidden, weight, targets, weights))
     out, (d_hidden, d_weight) = _forward(
-        hidden, weight, targets, weights, z_loss, block, gradients=True, of_weight=of_weight
+        hidden,
+        weight,
+        targets,
+        weights,
+        z_loss,
+        block,
+        vocab_size,
+        gradients=True,
+        of_weight=of_weight,
     )
     return out, (d_hidden, d_weight.astype(weight.dtype) if of_weight else None)
 
 
-def _cross_entropy_bwd(z_loss, block, residuals, cotangents):
+def _cross_entropy_bwd(z_loss, block, vocab_size, residuals, cotangents):
     g = cotangents[0]
     if isinstance(g, SymbolicZero):
         g = jnp.zeros(g.shape, g.dtype)

@@ -62,6 +62,6 @@ def causal_lm_loss(
         head = llama.head_weight(params, config.model)
         loss, nll = cross_entropy(
             hidden, head, targets, weights,
-            config.training.z_loss, config.compute.loss_block,
+            config.training.z_loss, config.compute.loss_block, config.model.vocab_size,
         )  # fmt: skip
         return loss, jnp.sum(weights), {"nll_sum": nll}
