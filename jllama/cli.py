@@ -23,6 +23,7 @@ COMMANDS = {
         "a model to Hugging Face's format, GGUF or ours",
     ),
     "sharding": ("jllama.commands.sharding", "where each parameter lies on a mesh, and its bytes"),
+    "evaluate": ("jllama.commands.evaluate", "a model's quality: infilling"),
     "fingerprint": ("jllama.commands.fingerprint", "one digest of a checkpoint's bits"),
     "plot": ("jllama.commands.plot", "loss, learning rate and throughput of runs as a PNG"),
 }
