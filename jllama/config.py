@@ -387,6 +387,9 @@ class StdlibSource:
     kind: Literal["stdlib"] = _doc("the running interpreter's own standard library")
     split: Literal["train", "held_out"] = _doc("which part, by a hash of the relative path")
     held_out_one_in: Annotated[int, Field(ge=2)] = _default("one file in so many is held out", 25)
+    max_characters: Count = _default(
+        "cut files between lines into documents of at most so many characters; 0 is whole files", 0
+    )
 
 
 @_config
@@ -463,6 +466,29 @@ Packing = Annotated[CutPacking | WholePacking, Field(discriminator="kind")]
 
 
 @_config
+class CausalObjective:
+    """Documents as they are."""
+
+    kind: Literal["causal"] = _doc("each document from its beginning to its end")
+
+
+@_config
+class InfillObjective:
+    """Code Llama's infilling (arXiv:2308.12950): middles come last, cut anew each epoch.
+
+    Documents that a row holds whole are cut in three at two random characters; others stay as
+    they are. The tokenizer needs the infill tokens.
+    """
+
+    kind: Literal["infill"] = _doc("the middle of a document after what surrounds it")
+    rate: Fraction = _default("share of the documents that are cut", 0.9)
+    spm: Fraction = _default("share of these that are suffix-prefix-middle, not PSM", 0.5)
+
+
+Objective = Annotated[CausalObjective | InfillObjective, Field(discriminator="kind")]
+
+
+@_config
 class PrepareConfig:
     """How text becomes tokens on disk, once per source and tokenizer."""
 
@@ -484,6 +510,9 @@ class DataConfig:
 
     length: PositiveInt = _doc("predicted tokens per row")
     packing: Packing = _doc("how documents fill rows")
+    objective: Objective = _default(
+        "what training rows teach; held-out rows are causal", CausalObjective(kind="causal")
+    )
     document_mask: bool = _default(
         "attention and positions stay within a document; false: within the row, as LLaMA 1 and 2",
         True,
@@ -515,6 +544,7 @@ class TrainedTokenizer:
     )
     max_bytes: PositiveInt = _default("text read for training, in bytes", 50_000_000)
     cross_words: bool = _default("pieces may span several words", False)
+    infill: bool = _default("4 more control pieces, as data.objective.kind=infill needs", False)
 
 
 Tokenizer = Annotated[TokenizerFile | TrainedTokenizer, Field(discriminator="kind")]

@@ -267,6 +267,8 @@ class _Run:
                 why = "a signal to another process: " if halt else ""
                 why = f"{stopped[0].name}: " if stopped else why
                 self.metrics.say(f"{why}stopped at step {step} of {last}, checkpointed")
+            if self.data.train.objective is not None:
+                self.metrics.say(self.data.train.objective.report())
             held_out = None
             if step == last:
                 held_out = self.evaluate(state, 0, config.eval.stride)
