@@ -163,7 +163,7 @@ class ModelConfig:
     Hashable, so that it serves as a static attribute of the modules.
     """
 
-    vocab_size: PositiveInt = _doc("rows of the embedding and of the head")
+    vocab_size: PositiveInt = _doc("token ids; rows of the embedding and of the head")
     hidden_dim: PositiveInt = _doc("width of the residual stream")
     num_layers: PositiveInt = _doc("transformer blocks")
     num_heads: PositiveInt = _doc("query heads")
@@ -176,6 +176,11 @@ class ModelConfig:
     rope: RopeScaling = _doc("scaling of the rotary frequencies")
     tie_embeddings: bool = _doc("the head is the embedding")
     qk_norm: bool = _default("RMSNorm on each query and key head before RoPE", False)
+    vocab_multiple: PositiveInt = _default(
+        "embedding and head have vocab_size rounded up to a multiple of it as rows, which then"
+        " divide over devices; the rows beyond are zeros and no part of the function",
+        1,
+    )
     init: Init = _default(
         "initialisation",
         TruncatedNormalInit(kind="truncated_normal", std=0.02, scale_residual=True),
@@ -205,6 +210,16 @@ def _check_rope(rope: RopeScaling, max_length: int, head_dim: int) -> None:
             f"rope.factor={rope.factor:g} times rope.original_length={original} does not reach"
             f" max_length={max_length}: raise the factor, or correct the original length"
         )
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of embedding and head: `vocab_size` and the padding after it."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def unpadded(self) -> "ModelConfig":
+        """The same function without padding, as other formats have it."""
+        return dataclasses.replace(self, vocab_multiple=1)
 
 
 # ------------------------------------------------------------------------------- compute and mesh
@@ -372,6 +387,9 @@ class StdlibSource:
     kind: Literal["stdlib"] = _doc("the running interpreter's own standard library")
     split: Literal["train", "held_out"] = _doc("which part, by a hash of the relative path")
     held_out_one_in: Annotated[int, Field(ge=2)] = _default("one file in so many is held out", 25)
+    max_characters: Count = _default(
+        "cut files between lines into documents of at most so many characters; 0 is whole files", 0
+    )
 
 
 @_config
@@ -448,6 +466,29 @@ Packing = Annotated[CutPacking | WholePacking, Field(discriminator="kind")]
 
 
 @_config
+class CausalObjective:
+    """Documents as they are."""
+
+    kind: Literal["causal"] = _doc("each document from its beginning to its end")
+
+
+@_config
+class InfillObjective:
+    """Code Llama's infilling (arXiv:2308.12950): middles come last, cut anew each epoch.
+
+    Documents that a row holds whole are cut in three at two random characters; others stay as
+    they are. The tokenizer needs the infill tokens.
+    """
+
+    kind: Literal["infill"] = _doc("the middle of a document after what surrounds it")
+    rate: Fraction = _default("share of the documents that are cut", 0.9)
+    spm: Fraction = _default("share of these that are suffix-prefix-middle, not PSM", 0.5)
+
+
+Objective = Annotated[CausalObjective | InfillObjective, Field(discriminator="kind")]
+
+
+@_config
 class PrepareConfig:
     """How text becomes tokens on disk, once per source and tokenizer."""
 
@@ -469,6 +510,9 @@ class DataConfig:
 
     length: PositiveInt = _doc("predicted tokens per row")
     packing: Packing = _doc("how documents fill rows")
+    objective: Objective = _default(
+        "what training rows teach; held-out rows are causal", CausalObjective(kind="causal")
+    )
     document_mask: bool = _default(
         "attention and positions stay within a document; false: within the row, as LLaMA 1 and 2",
         True,
@@ -500,6 +544,7 @@ class TrainedTokenizer:
     )
     max_bytes: PositiveInt = _default("text read for training, in bytes", 50_000_000)
     cross_words: bool = _default("pieces may span several words", False)
+    infill: bool = _default("4 more control pieces, as data.objective.kind=infill needs", False)
 
 
 Tokenizer = Annotated[TokenizerFile | TrainedTokenizer, Field(discriminator="kind")]
@@ -537,7 +582,11 @@ class LoraConfig:
     alpha: PositiveFloat = _doc("the overlay is scaled by alpha / rank")
     rslora: bool = _default("scale by alpha / sqrt(rank) (arXiv:2312.03732)", False)
     dora: bool = _default("train the columns' norms by themselves (DoRA, arXiv:2402.09353)", False)
-    dropout: Beta = _default("inputs of the overlay dropped while training", 0.0)
+    dropout: Beta = _default(
+        "inputs of the overlay dropped while training; which depends on mesh.context, and on"
+        " mesh.replica where training.accumulate is above 1",
+        0.0,
+    )
     targets: tuple[str, ...] = _default(
         "matrices with an overlay, by name or path, with * and ?",
         ("q", "k", "v", "o", "gate", "up", "down"),

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from jllama.model import llama
 from jllama.model.rope import Turns, turns
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
-from jllama.text.tokenizer import Tokenizer
+from jllama.text.infill import Infill, infill_tokens, middle_stream, prompt_ids
+from jllama.text.tokenizer import TextStream, Tokenizer
 from jllama.train.stored import open_model
 
 # New tokens when nobody says how many; fewer where the model has no room for them.
@@ -72,7 +73,7 @@ class Llama:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: str | Infill | Sequence[str | Infill | Sequence[int]],
         *,
         max_new_tokens: int | None = None,
         temperature: float = 1.0,
@@ -92,7 +93,7 @@ class Llama:
 
         Args:
           prompts: a text or several; texts get a BOS. Or ids, taken as they are. An empty prompt
-            of either kind is BOS alone.
+            of either kind is BOS alone. Or an `Infill`, of which the middle is written.
           max_new_tokens: default `DEFAULT_NEW_TOKENS`, or what the model's `max_length` leaves.
           temperature, top_k, top_p, repetition_penalty: see `jllama.generate.sampling.Sampling`.
           batch_size: continuations generated at a time.
@@ -110,22 +111,43 @@ class Llama:
             top_p=top_p,
             repetition_penalty=repetition_penalty,
         )
+        prompts = [prompts] if isinstance(prompts, str | Infill) else list(prompts)
         requests = [
             self._request(prompt, max_new_tokens, sampling, seed, number)
-            for prompt in ([prompts] if isinstance(prompts, str) else prompts)
+            for prompt in prompts
             for number in range(num_samples)
         ]
-        texts = []
+        drawn = []
         for start in range(0, len(requests), batch_size):
-            batch = requests[start : start + batch_size]
-            for request, ids in zip(batch, self._engine(engine.generate, batch), strict=True):
-                text = self.tokenizer.stream(after=request.prompt)
-                texts.append("".join([text.feed(i) for i in ids]) + text.end())
+            drawn += self._engine(engine.generate, requests[start : start + batch_size])
+        texts = []
+        for i, (request, ids) in enumerate(zip(requests, drawn, strict=True)):
+            text = self._text(prompts[i // num_samples], request)
+            texts.append("".join([text.feed(i) for i in ids]) + text.end())
         return texts
+
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        format: Literal["psm", "spm"] = "psm",
+        **settings: Any,
+    ) -> list[str]:
+        """Middles between `prefix` and `suffix`, by a model that was trained to infill.
+
+        One ends at the infill token EOT, as at what ends a text elsewhere. It is exact: no space
+        is added or lost. `settings` are those of `generate`; so are the errors, and `UserError`
+        for a tokenizer without infill tokens. Several prompts at once: `generate` of `Infill`s.
+
+        Args:
+          format: the order in which the model reads: prefix, suffix (psm) or suffix, prefix (spm).
+        """
+        return self.generate(Infill(prefix, suffix, format), **settings)
 
     def stream(
         self,
-        prompt: str | Sequence[int] = "",
+        prompt: str | Infill | Sequence[int] = "",
         *,
         max_new_tokens: int | None = None,
         temperature: float = 1.0,
@@ -147,7 +169,7 @@ class Llama:
             repetition_penalty=repetition_penalty,
         )
         request = self._request(prompt, max_new_tokens, sampling, seed, sample)
-        text = self.tokenizer.stream(after=request.prompt)
+        text = self._text(prompt, request)
         events = self._engine(engine.stream, [request])
         return (text.end() if token is None else text.feed(token) for _, token in events)
 
@@ -155,7 +177,11 @@ class Llama:
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise UserError("generate: the model's folder has no tokenizer; put its files there")
-        if isinstance(prompt, str):
+        stop = tokenizer.stop_ids
+        if isinstance(prompt, Infill):
+            ids = tuple(prompt_ids(tokenizer, prompt))
+            stop |= {infill_tokens(tokenizer).end}
+        elif isinstance(prompt, str):
             ids = tuple(tokenizer.encode(prompt, bos=True))
         else:
             ids = tuple(int(i) for i in prompt) or (tokenizer.bos_id,)
@@ -166,10 +192,15 @@ class Llama:
             prompt=ids,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            stop=tokenizer.stop_ids,
+            stop=stop,
             seed=seed,
             number=number,
         )
+
+    def _text(self, prompt, request: engine.Request) -> TextStream:
+        if isinstance(prompt, Infill):
+            return middle_stream(self.tokenizer, prompt)
+        return self.tokenizer.stream(after=request.prompt)
 
     def _engine(self, function, requests):
         # A vocabulary may be padded beyond the tokenizer's: such ids are never drawn.

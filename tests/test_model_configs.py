@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import pytest
@@ -154,3 +155,40 @@ def test_pretraining_recipes_follow_the_papers(recipe, tokens, peak, warmup, flo
         "arxiv": 2.5,
         "stackexchange": 2.0,
     }
+
+
+CODE_LLAMA = {
+    # recipe: (size, tokens, peak, begins from, infills, weights)
+    "codellama-7b": ("7b", 500e9, 3e-4, "models/llama2-7b-grown", True, (85, 8, 7)),
+    "codellama-13b": ("13b", 500e9, 3e-4, "models/llama2-13b-grown", True, (85, 8, 7)),
+    "codellama-python": ("7b", 100e9, 1e-4, "runs/codellama-7b", False, (75, 10, 10, 5)),
+}
+
+
+@pytest.mark.parametrize("recipe", CODE_LLAMA)
+def test_code_llamas_recipes_follow_the_paper(recipe):
+    size, tokens, peak, begins, infills, weights = CODE_LLAMA[recipe]
+    loaded = recipes.load(recipes.configs_folder() / "train" / f"{recipe}.yaml")
+    assert loaded.model == recipes.load_model(f"llama2-{size}", ["vocab_size=32016"])
+    training, schedule = loaded.training, loaded.training.schedule
+    tokens_per_step = training.batch_size * loaded.data.length
+    assert (loaded.data.length, tokens_per_step) == (4096, 4 * 2**20)
+    assert training.steps * tokens_per_step == pytest.approx(tokens, rel=1e-5)
+    assert (schedule.peak, schedule.warmup_steps) == (peak, 1000)
+    assert schedule.floor == pytest.approx(1 / 30)
+    assert training.init_from == begins and loaded.run.name == recipe
+    objective = {"kind": "infill", "rate": 0.9, "spm": 0.5} if infills else {"kind": "causal"}
+    assert recipes.to_dict(loaded.data.objective) == objective
+    assert tuple(source.weight for source in loaded.data.train) == weights
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_the_long_context_stage_is_in_the_recipe(size):
+    path = recipes.configs_folder() / "train" / f"codellama-{size}.yaml"
+    overrides = re.findall(r"--(\S+=\S+)", path.read_text())
+    loaded = recipes.load(path, overrides)
+    assert loaded.model == recipes.load_model(f"codellama-{size}")
+    assert loaded.model.rope_theta == 1e6 and loaded.data.length == 16384
+    assert loaded.training.batch_size * loaded.data.length == 2 * 2**20
+    assert (loaded.training.steps, loaded.training.schedule.peak) == (10_000, 2e-5)
+    assert loaded.training.init_from == f"runs/codellama-{size}"

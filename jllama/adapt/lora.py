@@ -10,6 +10,7 @@ L layers, R rank, B rows, E overlays.
 """
 
 import fnmatch
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jllama import flops
 from jllama.adapt import quant
-from jllama.config import ComputeConfig, LoraConfig, ModelConfig
+from jllama.config import Adapt, ComputeConfig, LoraConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.model import llama
 from jllama.model.linear import column_norms, dense
@@ -136,6 +138,23 @@ def whole_leaves(overlay: Overlay, path: Path = ()) -> Iterator[tuple[Path, Any]
             yield from whole_leaves(below, (*path, key))
 
 
+def train_flops_per_token(config: ModelConfig, adapt: Adapt, length: int) -> float:
+    """`jllama.flops.train_flops_per_token` of what a recipe trains."""
+    if not isinstance(adapt, LoraConfig):
+        return flops.train_flops_per_token(config, length)
+    compute = ComputeConfig(dtype="float32")
+    specs, base = overlay_specs(config, compute, adapt), llama.param_specs(config, compute)
+    thin = sum(math.prod(f[name].shape) for _, f in matrices(specs) for name in ("a", "b"))
+    trained = {path for path, _ in whole_leaves(specs)}
+    head = ("embedding" if config.tie_embeddings else "head", "weight")
+    frozen = 0
+    for keys, spec in jax.tree_util.tree_leaves_with_path(base):
+        path = tuple(key.key for key in keys)
+        if path not in trained and (spec.inputs or path == head):
+            frozen += math.prod(spec.shape)
+    return flops.train_flops_per_token(config, length, frozen, thin)
+
+
 def init_overlay(
     config: ModelConfig,
     compute: ComputeConfig,
@@ -166,6 +185,18 @@ def init_overlay(
             factors["m"] = norms.astype(spec["m"].dtype)
         _put(overlay, path, factors)
     return overlay
+
+
+def without_whole(base: llama.Params, overlay: Overlay) -> llama.Params:
+    """The base without what the overlay has whole: what is used of it."""
+    whole = {path for path, _ in whole_leaves(overlay)}
+
+    def used(tree: Any, path: Path = ()) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        return {k: used(v, (*path, k)) for k, v in tree.items() if (*path, k) not in whole}
+
+    return used(base)
 
 
 def attach(

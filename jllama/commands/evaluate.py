@@ -5,11 +5,12 @@ Each has a module like a command's, with `add_arguments(parser)` and `run(args)`
 
 import argparse
 
-from jllama.commands import perplexity
+from jllama.commands import infill, perplexity
 
 EVALUATIONS = {
     # name: (module, what it does)
     "perplexity": (perplexity, "perplexity against the length of the context: table, CSV, PNG"),
+    "infill": (infill, "exact match and edit similarity of single-line infilling"),
 }
 
 

@@ -15,7 +15,6 @@ from gguf import LlamaFileType as FileType
 
 from jllama import outputs
 from jllama.config import (
-    ComputeConfig,
     LinearRopeScaling,
     Llama3RopeScaling,
     ModelConfig,
@@ -26,8 +25,8 @@ from jllama.errors import UserError
 from jllama.flops import parameter_count
 from jllama.interop.gguf_vocabulary import vocabulary_of
 from jllama.interop.names import name_of
-from jllama.interop.parameters import check_named, file_tensors
-from jllama.model.llama import Params, param_specs
+from jllama.interop.parameters import check_named, file_specs, file_tensors
+from jllama.model.llama import Params
 from jllama.model.rope import depends_on_length, inverse_frequencies
 from jllama.progress import Progress, say
 from jllama.text.tokenizer import Tokenizer
@@ -71,7 +70,7 @@ def write_gguf(
     """
     kind = kind_of(kind)
     _check_rope(config)
-    specs = param_specs(config, ComputeConfig(dtype="float32"))
+    specs = file_specs(config)
     tensors = file_tensors(params, specs, "gguf", interleaved=True)
     types = {name: _type(kind, name, tensor.shape) for name, tensor in tensors.items()}
     writer = gguf.GGUFWriter(None, "llama")
@@ -109,7 +108,7 @@ def write_gguf(
 
 def check_expressible(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
     """UserError if GGUF, or llama.cpp, cannot express the model or its tokenizer."""
-    check_named(param_specs(config, ComputeConfig(dtype="float32")))
+    check_named(file_specs(config))
     _check_rope(config)
     vocabulary_of(tokenizer, config.vocab_size)
 
@@ -129,7 +128,7 @@ def kind_of(name: str) -> str:
 
 def nbytes(config: ModelConfig, kind: str) -> int:
     """What the tensors of a file take."""
-    specs = param_specs(config, ComputeConfig(dtype="float32"))
+    specs = file_specs(config)
     tensors = file_tensors(specs, specs, "gguf", interleaved=True)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     return sum(_nbytes(_type(kind, name, shape), shape) for name, shape in shapes.items())

@@ -6,6 +6,9 @@ Parameters are nested dicts of arrays; the layers are stacked on a leading axis:
   layers.attention.{q [L,D,H,N], k [L,D,K,N], v [L,D,K,N], o [L,H,N,D]}.kernel
   layers.mlp.{gate [L,D,F], up [L,D,F], down [L,F,D]}.kernel
   head.weight [V,D] unless tied; layers.attention.{q_norm,k_norm}.scale [L,N] with qk_norm
+
+V is `ModelConfig.vocab_rows` in the tables, whose rows beyond `vocab_size` are zeros, and
+`vocab_size` in logits.
 """
 
 import dataclasses
@@ -14,12 +17,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.model.block import Block
 from jllama.model.cache import Cache
 from jllama.model.norm import RMSNorm
-from jllama.model.param import Declared, declare, dotted, embedding_init
+from jllama.model.param import Declared, Initializer, declare, dotted, embedding_init
 from jllama.model.rope import Turns, rope_tables
 from jllama.model.rope import turns as turns_of
 from jllama.parallel.lookup import take_rows
@@ -67,12 +71,24 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
+        c = self.config
+        init = embedding_init(c.init)
+        if c.vocab_rows > c.vocab_size:
+            init = _zeros_beyond(c.vocab_size, init)
         return self.param(
             "weight",
-            declare(embedding_init(self.config.init), TABLE_AXES, decay=True),
-            (self.config.vocab_size, self.config.hidden_dim),
+            declare(init, TABLE_AXES, decay=True),
+            (c.vocab_rows, c.hidden_dim),
             self.compute.param_dtype,
         )
+
+
+def _zeros_beyond(rows: int, init: Initializer) -> Initializer:
+    def padded(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        real = lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0) < rows
+        return jnp.where(real, init(key, shape, dtype), 0)
+
+    return padded
 
 
 class Llama(nn.Module):
@@ -206,7 +222,7 @@ def apply(
 
 
 def head_weight(params: Params, config: ModelConfig) -> jax.Array:
-    """The output matrix [V,D]."""
+    """The output matrix [V,D], padding in it."""
     return params["embedding" if config.tie_embeddings else "head"]["weight"]
 
 
@@ -214,4 +230,5 @@ def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """hidden [B,T,D] -> float32 logits [B,T,V]."""
     weight = head_weight(params, config).astype(hidden.dtype)
     out = jnp.einsum("BTD,VD->BTV", hidden, weight, preferred_element_type=jnp.float32)
-    return constrain(out, "batch", "seq", "act_vocab")
+    out = constrain(out, "batch", "seq", "act_vocab")
+    return out[..., : config.vocab_size]
