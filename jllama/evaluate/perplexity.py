@@ -136,7 +136,9 @@ def _nll(
     hidden, _ = llama.apply(params, config, compute, tokens, positions, turns=turns)
     weights = jnp.broadcast_to(weights[:, None], targets.shape)
     head = llama.head_weight(params, config)
-    _, nll = cross_entropy(hidden[:, -stride:], head, targets, weights, 0.0, compute.loss_block)
+    _, nll = cross_entropy(
+        hidden[:, -stride:], head, targets, weights, 0.0, compute.loss_block, config.vocab_size
+    )
     return nll
 
 
