@@ -187,8 +187,6 @@ def _add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, kind: str, name:
             writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
             writer.add_rope_scaling_factor(rope.factor)
             writer.add_rope_scaling_orig_ctx_len(rope.original_length)
-            writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
-            writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
             if rope.attention_factor is not None:  # there it stands beside YaRN's own
                 own = 0.1 * math.log(rope.factor) + 1
                 writer.add_rope_scaling_attn_factors(rope.attention_factor / own)
@@ -201,8 +199,14 @@ def _check_rope(config: ModelConfig) -> None:
             f"model.rope.kind={rope.kind}: llama.cpp has no RoPE that depends on the length; choose"
             " ntk, whose alpha is that of one length, yarn or linear"
         )
-    if isinstance(rope, YarnRopeScaling) and not rope.truncate:
-        raise UserError("model.rope.truncate=false: llama.cpp always rounds; set it to true")
+    if isinstance(rope, YarnRopeScaling):
+        # The file has keys for the bands, which llama.cpp does not read for this architecture.
+        for key, fixed in (("beta_fast", 32.0), ("beta_slow", 1.0), ("truncate", True)):
+            value = getattr(rope, key)
+            if value != fixed:
+                raise UserError(
+                    f"model.rope.{key}={value}: llama.cpp's YaRN has {fixed} and nothing else"
+                )
 
 
 def _theta(config: ModelConfig) -> float:

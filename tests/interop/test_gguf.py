@@ -186,8 +186,6 @@ def test_metadata(tokenizer, tmp_path):
                 "scaling.type": "yarn",
                 "scaling.factor": 8.0,
                 "scaling.original_context_length": 256,
-                "scaling.yarn_beta_fast": 32.0,
-                "scaling.yarn_beta_slow": 1.0,
             },
         ),
         (
@@ -212,9 +210,11 @@ def test_scaling_in_the_metadata(rope, wanted, tokenizer, tmp_path):
     [
         (tiny.DYNAMIC, r"model\.rope\.kind=dynamic: .*choose ntk"),
         (tiny.ADAPTIVE1, r"model\.rope\.kind=adaptive: .*choose ntk"),
-        (dataclasses.replace(tiny.YARN, truncate=False), r"model\.rope\.truncate=false: .*true"),
+        (dataclasses.replace(tiny.YARN, truncate=False), r"model\.rope\.truncate=False: .*True"),
+        (dataclasses.replace(tiny.YARN, beta_fast=16.0), r"model\.rope\.beta_fast=16.0: .*32.0"),
+        (dataclasses.replace(tiny.YARN, beta_slow=2.0), r"model\.rope\.beta_slow=2.0: .*1.0"),
     ],
-    ids=["dynamic", "adaptive", "yarn"],
+    ids=["dynamic", "adaptive", "truncate", "beta_fast", "beta_slow"],
 )
 def test_a_scaling_that_llama_cpp_has_not_is_refused(rope, said, tokenizer, tmp_path):
     model = config(rope=rope)

@@ -25,14 +25,7 @@ from tests import tiny
 DATA = os.environ.get("JLLAMA_TEST_DATA")
 ROOT = Path(__file__).parent.parent.parent
 VOCAB, LENGTH, PROMPT, NEW = 384, 2000, 1900, 100
-YARN = YarnRopeScaling(
-    kind="yarn",
-    factor=8.0,
-    original_length=256,
-    beta_fast=8.0,
-    beta_slow=2.0,
-    attention_factor=1.5,
-)
+YARN = YarnRopeScaling(kind="yarn", factor=8.0, original_length=256, attention_factor=1.5)
 VARIANTS = {
     "plain": {},
     "grouped queries": {"num_kv_heads": 2},
@@ -44,7 +37,7 @@ VARIANTS = {
     "llama3 scaling": {"rope": tiny.LLAMA3, "rope_theta": 5e5, "num_kv_heads": 2},
     "NTK scaling": {"rope": tiny.NTK},
     "YaRN": {"rope": tiny.YARN},
-    "YaRN, own bands": {"rope": YARN},
+    "YaRN, own attention factor": {"rope": YARN},
 }
 # The rotary frequencies of an export that loses them.
 LOST = {
@@ -54,7 +47,7 @@ LOST = {
     "llama3 scaling": {"rope": tiny.config().rope},
     "NTK scaling": {"rope": tiny.config().rope},
     "YaRN": {"rope": tiny.config().rope},
-    "YaRN, own bands": {"rope": tiny.YARN},
+    "YaRN, own attention factor": {"rope": tiny.YARN},
 }
 # Initialisation's std times these: at 0.02 attention hardly sees positions, at 0.1 it does.
 SCALES = {0.02: 1.0, 0.1: 5.0}
