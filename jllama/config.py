@@ -195,6 +195,16 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
         _check_rope(self.rope, self.max_length, self.head_dim)
 
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of embedding and head: `vocab_size` and the padding after it."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def unpadded(self) -> "ModelConfig":
+        """The same function without padding, as other formats have it."""
+        return dataclasses.replace(self, vocab_multiple=1)
+
 
 def _check_rope(rope: RopeScaling, max_length: int, head_dim: int) -> None:
     if isinstance(rope, NtkRopeScaling | DynamicRopeScaling | AdaptiveRopeScaling) and head_dim < 4:
@@ -210,16 +220,6 @@ def _check_rope(rope: RopeScaling, max_length: int, head_dim: int) -> None:
             f"rope.factor={rope.factor:g} times rope.original_length={original} does not reach"
             f" max_length={max_length}: raise the factor, or correct the original length"
         )
-
-    @property
-    def vocab_rows(self) -> int:
-        """Rows of embedding and head: `vocab_size` and the padding after it."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-    @property
-    def unpadded(self) -> "ModelConfig":
-        """The same function without padding, as other formats have it."""
-        return dataclasses.replace(self, vocab_multiple=1)
 
 
 # ------------------------------------------------------------------------------- compute and mesh
