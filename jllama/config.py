@@ -156,6 +156,22 @@ class FanInInit:
 Init = Annotated[TruncatedNormalInit | FanInInit, Field(discriminator="kind")]
 
 
+def _check_rope(rope: RopeScaling, max_length: int, head_dim: int) -> None:
+    if isinstance(rope, NtkRopeScaling | DynamicRopeScaling | AdaptiveRopeScaling) and head_dim < 4:
+        raise ValueError(f"rope.kind={rope.kind} needs head_dim of 4 at least, not {head_dim}")
+    original = getattr(rope, "original_length", 0)
+    if original > max_length and not isinstance(rope, Llama3RopeScaling):
+        raise ValueError(
+            f"rope.original_length={original} is above max_length={max_length}: it is the length of"
+            " the training before scaling, max_length the one after it"
+        )
+    if isinstance(rope, YarnRopeScaling) and rope.factor * original < max_length:
+        raise ValueError(
+            f"rope.factor={rope.factor:g} times rope.original_length={original} does not reach"
+            f" max_length={max_length}: raise the factor, or correct the original length"
+        )
+
+
 @_config
 class ModelConfig:
     """The architecture: everything that decides the function from tokens and parameters to logits.
@@ -204,22 +220,6 @@ class ModelConfig:
     def unpadded(self) -> "ModelConfig":
         """The same function without padding, as other formats have it."""
         return dataclasses.replace(self, vocab_multiple=1)
-
-
-def _check_rope(rope: RopeScaling, max_length: int, head_dim: int) -> None:
-    if isinstance(rope, NtkRopeScaling | DynamicRopeScaling | AdaptiveRopeScaling) and head_dim < 4:
-        raise ValueError(f"rope.kind={rope.kind} needs head_dim of 4 at least, not {head_dim}")
-    original = getattr(rope, "original_length", 0)
-    if original > max_length and not isinstance(rope, Llama3RopeScaling):
-        raise ValueError(
-            f"rope.original_length={original} is above max_length={max_length}: it is the length of"
-            " the training before scaling, max_length the one after it"
-        )
-    if isinstance(rope, YarnRopeScaling) and rope.factor * original < max_length:
-        raise ValueError(
-            f"rope.factor={rope.factor:g} times rope.original_length={original} does not reach"
-            f" max_length={max_length}: raise the factor, or correct the original length"
-        )
 
 
 # ------------------------------------------------------------------------------- compute and mesh

@@ -36,7 +36,7 @@ from jllama.train.cross_entropy import cross_entropy
 # Tokens of a batch of windows, where a single one is not longer.
 BATCH_TOKENS = 8192
 # Windows are taken from the beginning of the data that has so many times the wanted number.
-SPREAD = 16
+SPREAD = 64
 ROPES = ("model", "none", "pi", "ntk", "dynamic", "adaptive", "yarn")
 
 
@@ -51,15 +51,17 @@ def windows(
     Raises:
       UserError: no document is as long, or all of them together with `join`.
     """
-    enough = count * SPREAD if count else math.inf
+
+    def fit(tokens: int) -> int:
+        return max(0, (tokens - 1 - length) // stride + 1)
+
     texts, found, tokens, longest = [], 0, 0, 0
     for document in documents:
         longest, tokens = max(longest, len(document)), tokens + len(document)
-        if join or len(document) > length:
+        if join or fit(len(document)):
             texts.append(document)
-            total = tokens if join else len(document)
-            found = (0 if join else found) + max(0, (total - 1 - length) // stride + 1)
-        if found >= enough:
+        found = fit(tokens) if join else found + fit(len(document))
+        if count and found >= count * SPREAD:
             break
     if not found:
         there = f"all documents together have {tokens:,}"
@@ -68,9 +70,8 @@ def windows(
         raise UserError(f"length {length:,} needs a text of {length + 1:,} tokens, and {there}")
     if join:
         texts = [np.concatenate(texts)]
-    ends = [
-        (text, end) for text in texts for end in range(length, len(text), stride)
-    ]  # the last target's index
+    # Where the last target of each window is.
+    ends = [(text, end) for text in texts for end in range(length, len(text), stride)]
     if count and len(ends) > count:
         ends = [ends[i * len(ends) // count] for i in range(count)]
     return np.stack([text[end - length : end + 1] for text, end in ends]).astype(np.int32)
@@ -140,7 +141,9 @@ def _nll(
     hidden, _ = llama.apply(params, config, compute, tokens, positions, turns=turns, lora=overlay)
     weights = jnp.broadcast_to(weights[:, None], targets.shape)
     head = llama.head_weight(params, config)
-    _, nll = cross_entropy(hidden[:, -stride:], head, targets, weights, 0.0, compute.loss_block)
+    _, nll = cross_entropy(
+        hidden[:, -stride:], head, targets, weights, 0.0, compute.loss_block, config.vocab_size
+    )
     return nll
 
 
