@@ -20,6 +20,7 @@ from jllama.generate import engine
 from jllama.generate.sampling import Sampling
 from jllama.hardware import use_compilation_cache
 from jllama.model import llama
+from jllama.model.rope import Turns, turns
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.text.infill import Infill, infill_tokens, middle_stream, prompt_ids
@@ -46,10 +47,13 @@ class Llama:
     tokenizer: Tokenizer | None
     compute: ComputeConfig
 
-    def logits(self, tokens: Any) -> jax.Array:
+    def logits(self, tokens: Any, length: int | None = None) -> jax.Array:
         """tokens [B,T] of ids, each row one text from position 0 -> logits [B,T,V] float32.
 
-        Raises `UserError` for another shape, or an id outside the model's vocabulary.
+        `length` matters where RoPE depends on it (kinds `dynamic` and `adaptive`): that of the
+        whole text, of which the tokens may be a beginning; default T.
+
+        Raises `UserError` for another shape, a length below T, or an id outside the vocabulary.
         """
         try:
             tokens = np.asarray(tokens)
@@ -62,7 +66,10 @@ class Llama:
                 f"logits: ids from {tokens.min()} to {tokens.max()} are not all in the vocabulary"
                 f" of {self.config.vocab_size}"
             )
-        return _logits(self.params, self.config, self.compute, tokens.astype(np.int32))
+        if length is not None and length < tokens.shape[1]:
+            raise UserError(f"logits: length={length} is below the {tokens.shape[1]} ids of a row")
+        angles = turns(self.config, tokens.shape[1] if length is None else length)
+        return _logits(self.params, self.config, self.compute, tokens.astype(np.int32), angles)
 
     def generate(
         self,
@@ -203,10 +210,14 @@ class Llama:
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
 def _logits(
-    params: llama.Params, config: ModelConfig, compute: ComputeConfig, tokens: jax.Array
+    params: llama.Params,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    tokens: jax.Array,
+    turns: Turns,
 ) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = llama.apply(params, config, compute, tokens, positions)
+    hidden, _ = llama.apply(params, config, compute, tokens, positions, turns=turns)
     return llama.logits(params, config, hidden)
 
 

@@ -14,6 +14,7 @@ from jllama import config, schema
 from jllama import recipe as recipes
 from jllama.config import (
     AdamWConfig,
+    AdaptiveRopeScaling,
     AutoAttention,
     BlockwiseAttention,
     CausalObjective,
@@ -22,6 +23,7 @@ from jllama.config import (
     CosineSchedule,
     CudnnAttention,
     CutPacking,
+    DynamicRopeScaling,
     FanInInit,
     InfillObjective,
     JsonlSource,
@@ -30,6 +32,7 @@ from jllama.config import (
     ModelConfig,
     MuonConfig,
     NoRopeScaling,
+    NtkRopeScaling,
     ParquetSource,
     ReferenceAttention,
     SplashAttention,
@@ -41,6 +44,7 @@ from jllama.config import (
     TruncatedNormalInit,
     WholePacking,
     WsdSchedule,
+    YarnRopeScaling,
 )
 from jllama.errors import UserError
 
@@ -87,6 +91,10 @@ BASE = {
 MEMBERS = {
     NoRopeScaling: {},
     LinearRopeScaling: {"factor": 2.0},
+    NtkRopeScaling: {"alpha": 2.0},
+    DynamicRopeScaling: {"factor": 2.0, "original_length": 32},
+    AdaptiveRopeScaling: {"original_length": 32, "coefficient": 2.5, "factor": 2.0},
+    YarnRopeScaling: {"factor": 256.0, "original_length": 32},
     Llama3RopeScaling: {
         "factor": 8.0,
         "low_freq_factor": 1.0,
@@ -280,6 +288,19 @@ def test_a_model_is_overridden_by_name_then_by_key(recipe):
         (["compute.dtype=float16"], r"compute\.dtype: .*'float32' or 'bfloat16', not \"float16\""),
         (["model.rope.kind=yarnn"], r"model\.rope: kind 'yarnn' is unknown; allowed: .*'linear'"),
         (["model.rope={}"], r"model\.rope: needs a kind; allowed: .*'linear'"),
+        (["model.rope.kind=linear", "model.rope.factor=0.5"], r"factor: .*than or equal to 1, not"),
+        (
+            ["model.rope={kind: dynamic, factor: 2, original_length: 999999}"],
+            r"rope\.original_length=999999 is above max_length=",
+        ),
+        (
+            ["model.rope={kind: yarn, factor: 2, original_length: 1}"],
+            r"rope\.factor=2 times rope\.original_length=1 does not reach max_length=",
+        ),
+        (
+            ["model.rope={kind: yarn, factor: 64, original_length: 16, beta_fast: 1}"],
+            r"beta_fast must be above beta_slow",
+        ),
         (["model.rope.kind=linear"], r"^--model\.rope\.factor: is required and missing$"),
         (
             ["training.optimizer.kind=muon", "training.optimizer.eps=1e-8"],

@@ -40,6 +40,14 @@ PUBLISHED = {
     "chinese-alpaca-13b": 13_015_864_320 + 2 * 17_954 * 5120,
     "chinese-llama2-13b": 13_015_864_320 + 2 * 23_296 * 5120,
     "chinese-alpaca2-13b": 13_015_864_320 + 2 * 23_296 * 5120,
+    "chinese-llama2-7b-16k": 6_929_256_448,
+    "chinese-llama2-7b-64k": 6_929_256_448,
+    "chinese-alpaca2-7b-16k": 6_929_256_448,
+    "chinese-alpaca2-7b-64k": 6_929_256_448,
+    "chinese-llama2-13b-16k": 13_015_864_320 + 2 * 23_296 * 5120,
+    "chinese-alpaca2-13b-16k": 13_015_864_320 + 2 * 23_296 * 5120,
+    "vicuna-7b-16k": 6_738_415_616,
+    "vicuna-13b-16k": 13_015_864_320,
     "tinyllama-1.1b": 1_100_048_384,
     "stories-15m": 15_191_712,
     "stories-110m": 109_529_856,
@@ -55,6 +63,9 @@ NUMERICS = {
     "codellama-34b": (16384, 1e-5, 1e6),
     "chinese-alpaca-7b": (2048, 1e-6, 1e4),
     "chinese-llama2-7b": (4096, 1e-5, 1e4),
+    "chinese-llama2-7b-16k": (16384, 1e-5, 1e4),
+    "chinese-llama2-7b-64k": (65536, 1e-5, 1e4),
+    "vicuna-7b-16k": (16384, 1e-5, 1e4),
 }
 
 
@@ -94,10 +105,15 @@ def test_length_epsilon_and_theta(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_only_llama_3_1_and_later_scale_their_frequencies(name):
+def test_frequencies_are_scaled_as_published(name):
     rope = recipes.to_dict(recipes.load_model(name).rope)
     factor = {"llama3.1": 8.0, "llama3.2": 32.0}.get(name.split("-")[0])
-    if factor is None:
+    if name.endswith("-16k"):
+        assert rope == {"kind": "linear", "factor": 4.0}
+    elif name.endswith("-64k"):
+        yarn = {"kind": "yarn", "factor": 16.0, "original_length": 4096, "truncate": True}
+        assert rope == yarn | {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None}
+    elif factor is None:
         assert rope == {"kind": "none"}
     else:
         assert rope == {

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jllama import flops, outputs, storage
-from jllama.config import MeshConfig, ShardingConfig
+from jllama.config import MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.interop import gguf, hf
 from jllama.interop.gguf import KINDS, kind_of, write_gguf
@@ -60,25 +60,34 @@ def run(args: argparse.Namespace) -> None:
         check = {"hf": hf.check_expressible, "gguf": gguf.check_expressible}[to]
         check(stored.config, stored.tokenizer)
     count = flops.parameter_count(stored.config)
-    size = gguf.nbytes(stored.config, dtype) if to == "gguf" else count * jnp.dtype(dtype).itemsize
+    if to == "gguf":
+        size = gguf.nbytes(stored.config, dtype)
+    else:
+        padding = flops.padding_count(stored.config) if to == "jllama" else 0
+        size = (count + padding) * jnp.dtype(dtype).itemsize
     outputs.check_room(target, size)
     if stored.tokenizer is None:
         say("note: the model has no tokenizer, and so no ids of BOS and EOS")
     with outputs.stoppable(target):
         if to == "gguf":
-            params = _read(stored, stored.dtype, stored.scale_dtype)
+            params = read_on_host(stored, stored.dtype, stored.scale_dtype)
             write_gguf(target, stored.config, params, stored.tokenizer, dtype)
         else:
-            params = _read(stored, dtype, _scale_dtype(args.dtype, to, stored))
+            params = read_on_host(stored, dtype, _scale_dtype(args.dtype, to, stored))
             write = write_model if to == "jllama" else hf.write_folder
             write(target, stored.config, params, stored.tokenizer)
     print(f"{target}: {to}, {dtype}, {count:,} parameters")
 
 
-def _read(stored: StoredModel, dtype: str, scale_dtype: str) -> llama.Params:
-    """The parameters in the host's memory, cast; UserError for a value that becomes infinite."""
+def host_places(config: ModelConfig, dtype: str, scale_dtype: str) -> llama.Params:
+    """`llama.placed_shapes` in the host's memory."""
     host = Placement(make_mesh(MeshConfig(), jax.local_devices()[:1]), ShardingConfig())
-    place = functools.partial(llama.placed_shapes, stored.config, host)
+    return llama.placed_shapes(config, host, dtype, scale_dtype)
+
+
+def read_on_host(stored: StoredModel, dtype: str, scale_dtype: str) -> llama.Params:
+    """The parameters in the host's memory, cast; UserError for a value that becomes infinite."""
+    place = functools.partial(host_places, stored.config)
     if stored.format != "jllama":
         return stored.read(place(dtype, scale_dtype))
     # Orbax would cast too, and say nothing of infinity.

@@ -20,6 +20,7 @@ from jllama.errors import UserError
 from jllama.generate.sampling import Sampling, Settings, sample, stack
 from jllama.model.cache import Cache, init_cache
 from jllama.model.llama import Params, apply, logits
+from jllama.model.rope import Turns, depends_on_length, turns
 
 SMALLEST_BUCKET = 32
 # Longer prompts are prefilled in chunks of this: scores take chunk * S memory, not T * S.
@@ -33,7 +34,8 @@ traces: collections.Counter[str] = collections.Counter()
 class Request:
     """One text to generate: a function of these fields alone, not of the batch it runs in.
 
-    Two requests that differ in nothing give the same tokens: give them different `number`s.
+    Two requests that differ in nothing give the same tokens: give them different `number`s. Under
+    a RoPE that depends on the length, that is the prompt's with all of `max_new_tokens`.
     """
 
     prompt: tuple[int, ...]
@@ -62,6 +64,7 @@ def _prefill(
     tokens: jax.Array,
     start: jax.Array,
     lengths: jax.Array,
+    turns: Turns | None,
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """Reads one chunk of the prompts: tokens [B,T] at positions start..start+T-1.
 
@@ -72,7 +75,7 @@ def _prefill(
     traces["prefill"] += 1
     B, T = tokens.shape
     positions = jnp.broadcast_to(start + jnp.arange(T), (B, T))
-    hidden, cache = apply(params, config, compute, tokens, positions, cache=cache)
+    hidden, cache = apply(params, config, compute, tokens, positions, cache=cache, turns=turns)
     rows = jnp.arange(B)
     seen = seen.at[rows[:, None], tokens].max(positions < lengths[:, None])
     offset = lengths - 1 - start
@@ -118,10 +121,13 @@ def _decode(
     positions: jax.Array,
     keys: jax.Array,
     settings: Settings,
+    turns: Turns | None,
 ) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
     """Reads `token` [B] at `positions` [B]; returns cache, seen, the next token, its position."""
     traces["decode"] += 1
-    hidden, cache = apply(params, config, compute, token[:, None], positions[:, None], cache=cache)
+    hidden, cache = apply(
+        params, config, compute, token[:, None], positions[:, None], cache=cache, turns=turns
+    )
     # A finished row idles on the last slot while the others go on.
     positions = jnp.minimum(positions + 1, cache.k.shape[3] - 1)
     token, seen = _next(params, config, hidden[:, 0], positions, seen, keys, settings)
@@ -143,7 +149,8 @@ def stream(
     """Generates for all requests at once; yields (request index, token) as they come.
 
     (index, None) ends a request: it drew one of its stop ids, which is not yielded, or has its
-    `max_new_tokens`. Equal prompts are prefilled once. Generation ends with the last request.
+    `max_new_tokens`. Equal prompts are prefilled once, if RoPE is the same for them. Generation
+    ends with the last request.
 
     Args:
       vocab_size: only ids below it are drawn or accepted in prompts; default the model's.
@@ -200,26 +207,31 @@ def _run(params, config, compute, requests, vocab_size):
         return
     live = [requests[i] for i in alive]
 
-    prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(r.prompt for r in live))}
-    lengths = np.array([len(p) for p in prompts], np.int32)
+    scaled = depends_on_length(config)
+    # What is prefilled: the prompts, each for every length that its keys are turned for.
+    wanted = [(r.prompt, len(r.prompt) + r.max_new_tokens if scaled else 0) for r in live]
+    prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(wanted))}
+    lengths = np.array([len(p) for p, _ in prompts], np.int32)
     slots = max(len(r.prompt) + r.max_new_tokens for r in live)
     cache = init_cache(config, compute, len(prompts), min(_bucket(slots), config.max_length))
     seen = jnp.zeros((len(prompts), vocab_size), bool)
     last = jnp.zeros((len(prompts), config.hidden_dim), compute.dtype)
     chunk = min(_bucket(int(lengths.max())), LARGEST_CHUNK)
     padded = np.zeros((len(prompts), -(-int(lengths.max()) // chunk) * chunk), np.int32)
-    for row, prompt in enumerate(prompts):
+    for row, (prompt, _) in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
     # Padding may reach beyond the last slot: JAX drops what is scattered there.
+    angles = turns(config, [length for _, length in prompts]) if scaled else None
     for start in range(0, padded.shape[1], chunk):
         cache, seen, last = _prefill(
             params, config, compute, cache, seen, last,
-            padded[:, start : start + chunk], np.int32(start), lengths,
+            padded[:, start : start + chunk], np.int32(start), lengths, angles,
         )  # fmt: skip
 
-    rows = np.array([prompts[r.prompt] for r in live])
+    rows = np.array([prompts[text] for text in wanted])
     if len(rows) != len(prompts):
         cache, seen, last = _take(cache, rows), seen[rows], last[rows]
+    angles = turns(config, [length for _, length in wanted]) if scaled else None
     keys = jnp.stack([_key(r) for r in live])
     settings = stack([r.sampling for r in live])
     positions = jnp.asarray(lengths[rows])
@@ -231,7 +243,7 @@ def _run(params, config, compute, requests, vocab_size):
         if max(left.values()) > 1:
             # Dispatched before the current token is read, so that the device never waits for it.
             cache, seen, token, positions = _decode(
-                params, config, compute, cache, seen, token, positions, keys, settings
+                params, config, compute, cache, seen, token, positions, keys, settings, angles
             )
         for row, drawn in enumerate(np.asarray(current).tolist()):
             if row not in left:

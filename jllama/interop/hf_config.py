@@ -6,17 +6,20 @@ and the model here cannot express is an error; keys that neither reads under thi
 left alone.
 """
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from jllama.config import (
+    DynamicRopeScaling,
     LinearRopeScaling,
     Llama3RopeScaling,
     ModelConfig,
     NoRopeScaling,
     RopeScaling,
     TruncatedNormalInit,
+    YarnRopeScaling,
 )
 from jllama.errors import UserError
 from jllama.text.tokenizer import Tokenizer
@@ -49,6 +52,9 @@ _LLAMA3 = {
     "original_max_position_embeddings": "original_length",
 }
 _ORIGINAL = "original_max_position_embeddings"
+_YARN = ("factor", "beta_fast", "beta_slow", "attention_factor", "truncate", _ORIGINAL)
+_MSCALES = ("mscale", "mscale_all_dim")
+_READ = ("linear", "dynamic", "yarn", "llama3")
 _QUANTISED = {"quantization_config", "compression_config"}
 
 
@@ -81,7 +87,12 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     head_dim = read.integer("head_dim", hidden_dim // heads, null=True)
     if head_dim % 2:
         raise read.error("head_dim", f"is {head_dim}, which is odd: RoPE turns pairs")
-    theta, rope = _rope(read)
+    max_length = read.integer("max_position_embeddings", 2048)
+    theta, rope = _rope(read, max_length)
+    if isinstance(rope, DynamicRopeScaling):
+        # There it is the length before scaling, and a text may be longer.
+        max_length = min(_LARGEST, int(max_length * rope.factor))
+    _check_reach(read, rope, max_length, head_dim)
     return ModelConfig(
         vocab_size=read.integer("vocab_size"),
         hidden_dim=hidden_dim,
@@ -90,7 +101,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         ffn_dim=read.integer("intermediate_size"),
-        max_length=read.integer("max_position_embeddings", 2048),
+        max_length=max_length,
         rms_norm_eps=read.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope=rope,
@@ -102,7 +113,8 @@ def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -
     """config.json for transformers from 4.31 on; `dtype` is the tensors', such as bfloat16.
 
     RoPE stands in it as transformers 4 reads it (rope_theta, rope_scaling) and as 5 writes it
-    (rope_parameters). Raises UserError for a model that is no LLaMA of Hugging Face's.
+    (rope_parameters). Of dynamic scaling, max_position_embeddings is the length before it. Raises
+    UserError for a model that is no LLaMA of Hugging Face's.
     """
     if config.qk_norm:
         raise UserError("qk_norm: Hugging Face's LLaMA has none; this model cannot be written")
@@ -125,7 +137,11 @@ def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_length,
+        "max_position_embeddings": (
+            config.rope.original_length
+            if isinstance(config.rope, DynamicRopeScaling)
+            else config.max_length
+        ),
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,
@@ -205,15 +221,33 @@ def _short(value: Any) -> str:
 # ------------------------------------------------------------------------------------------- RoPE
 
 
-def _rope(read: _Reader) -> tuple[float, RopeScaling]:
+def _check_reach(read: _Reader, rope: RopeScaling, max_length: int, head_dim: int) -> None:
+    """What `ModelConfig` asks of a scaling, in the words of the file."""
+    if isinstance(rope, DynamicRopeScaling) and head_dim < 4:
+        raise read.error("head_dim", f"is {head_dim}; dynamic scaling needs 4 at least")
+    if not isinstance(rope, YarnRopeScaling):
+        return
+    original, factor = rope.original_length, rope.factor
+    if original > max_length:
+        raise read.error(_ORIGINAL, f"is {original}, above max_position_embeddings={max_length}")
+    if factor * original < max_length:
+        raise read.error(
+            "max_position_embeddings",
+            f"is {max_length}, beyond yarn's factor {factor:g} times {_ORIGINAL} {original};"
+            " correct one",
+        )
+
+
+def _rope(read: _Reader, max_length: int) -> tuple[float, RopeScaling]:
     config = read.config
     scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
     theta = read.number("rope_theta", _THETA)
     found = None
     if parameters is None or scaling is not None or "rope_theta" in config:
-        found = _schema(read, "rope_scaling", {} if scaling is None else scaling, theta)
+        given = {} if scaling is None else scaling
+        found = _schema(read, "rope_scaling", given, theta, max_length)
     if parameters is not None:
-        new = _schema(read, "rope_parameters", parameters, theta)
+        new = _schema(read, "rope_parameters", parameters, theta, max_length)
         if found is not None and new != found:
             raise read.error(
                 "rope_parameters", "says another RoPE than rope_theta and rope_scaling; correct one"
@@ -222,7 +256,9 @@ def _rope(read: _Reader) -> tuple[float, RopeScaling]:
     return found
 
 
-def _schema(read: _Reader, key: str, rope: Any, theta: float) -> tuple[float, RopeScaling]:
+def _schema(
+    read: _Reader, key: str, rope: Any, theta: float, max_length: int
+) -> tuple[float, RopeScaling]:
     if not isinstance(rope, dict):
         raise read.error(key, f"is {_short(rope)}, which is no JSON object")
     kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None]
@@ -234,10 +270,12 @@ def _schema(read: _Reader, key: str, rope: Any, theta: float) -> tuple[float, Ro
     known = {
         "default": (),
         "linear": ("factor", _ORIGINAL),  # the latter has no effect
+        "dynamic": ("factor", _ORIGINAL),
+        "yarn": (*_YARN, *_MSCALES),
         "llama3": tuple(_LLAMA3),
     }.get(kind)
     if known is None:
-        raise read.error(key, f"is of type {kind!r}; of those only linear and llama3 can be read")
+        raise read.error(key, f"is of type {kind!r}; what can be read is {', '.join(_READ)}")
     inside = _Reader({f"{key}.{name}": value for name, value in rope.items()}, read.where)
     for name, value in rope.items():
         if name == "partial_rotary_factor" and value not in (1, None):
@@ -252,18 +290,62 @@ def _schema(read: _Reader, key: str, rope: Any, theta: float) -> tuple[float, Ro
     theta = own
     if kind == "default":
         return theta, NoRopeScaling(kind="none")
+    if kind == "yarn":
+        return theta, _yarn(read, inside, key, max_length)
+    factor = _factor(inside, key)
     if kind == "linear":
-        return theta, LinearRopeScaling(kind="linear", factor=inside.number(f"{key}.factor"))
+        return theta, LinearRopeScaling(kind="linear", factor=factor)
+    if kind == "dynamic":
+        # Both transformers take max_position_embeddings, whatever is said of an original length.
+        if inside.config.get(f"{key}.{_ORIGINAL}") not in (None, max_length):
+            raise inside.error(f"{key}.{_ORIGINAL}", "differs from max_position_embeddings")
+        return theta, DynamicRopeScaling(kind="dynamic", factor=factor, original_length=max_length)
     numbers = {}
     for theirs, ours in _LLAMA3.items():
         value = inside.integer if theirs == _ORIGINAL else inside.number
         numbers[ours] = value(f"{key}.{theirs}")
-    if read.config.get(_ORIGINAL, numbers["original_length"]) != numbers["original_length"]:
-        # transformers 5 takes this one, 4 the one inside.
-        raise read.error(_ORIGINAL, f"differs from that in {key}; correct one")
+    _check_original(read, key, numbers["original_length"])
     if numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
         raise inside.error(f"{key}.high_freq_factor", "must be above low_freq_factor")
     return theta, Llama3RopeScaling(kind="llama3", **numbers)
+
+
+def _factor(inside: _Reader, key: str) -> float:
+    factor = inside.number(f"{key}.factor")
+    if factor < 1:
+        raise inside.error(f"{key}.factor", f"is {factor:g}; a scaling's factor is 1 or above")
+    return factor
+
+
+def _check_original(read: _Reader, key: str, original: int) -> None:
+    if read.config.get(_ORIGINAL, original) != original:
+        # transformers 5 takes this one, 4 the one inside.
+        raise read.error(_ORIGINAL, f"differs from that in {key}; correct one")
+
+
+def _yarn(read: _Reader, inside: _Reader, key: str, max_length: int) -> YarnRopeScaling:
+    def number(name: str) -> float | None:
+        full = f"{key}.{name}"
+        return None if inside.config.get(full) is None else inside.number(full)
+
+    factor = _factor(inside, key)
+    original = inside.integer(f"{key}.{_ORIGINAL}", max_length, null=True)
+    _check_original(read, key, original)
+    attention, mscale, all_dim = map(number, ("attention_factor", *_MSCALES))
+    if attention is None and mscale is not None and all_dim is not None:
+        attention = (0.1 * mscale * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)
+    fast, slow = number("beta_fast") or 32.0, number("beta_slow") or 1.0
+    if fast <= slow:
+        raise inside.error(f"{key}.beta_fast", "must be above beta_slow")
+    return YarnRopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_length=original,
+        beta_fast=fast,
+        beta_slow=slow,
+        attention_factor=attention,
+        truncate=inside.boolean(f"{key}.truncate", True),
+    )
 
 
 def _scaling(rope: RopeScaling) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -277,7 +359,27 @@ def _scaling(rope: RopeScaling) -> tuple[dict[str, Any] | None, dict[str, Any]]:
                 "rope_type": "linear",
                 "factor": rope.factor,
             }
+        case DynamicRopeScaling():
+            return {"type": "dynamic", "factor": rope.factor}, {
+                "rope_type": "dynamic",
+                "factor": rope.factor,
+            }
+        case YarnRopeScaling():
+            numbers = {
+                "factor": rope.factor,
+                "beta_fast": rope.beta_fast,
+                "beta_slow": rope.beta_slow,
+                _ORIGINAL: rope.original_length,
+            }
+            if rope.attention_factor is not None:
+                numbers["attention_factor"] = rope.attention_factor
+            if not rope.truncate:
+                numbers["truncate"] = False
+            return {"rope_type": "yarn", **numbers}, {"rope_type": "yarn", **numbers}
         case Llama3RopeScaling():
             numbers = {theirs: getattr(rope, ours) for theirs, ours in _LLAMA3.items()}
             return {"rope_type": "llama3", **numbers}, {"rope_type": "llama3", **numbers}
-    raise UserError(f"rope.kind={rope.kind}: has no name in Hugging Face's config.json")
+    raise UserError(
+        f"model.rope.kind={rope.kind}: Hugging Face's config.json has no name for it; choose"
+        f" {', '.join(_READ)}"
+    )

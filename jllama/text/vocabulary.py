@@ -76,8 +76,8 @@ def train_sentencepiece(texts: Iterable[str], config: TrainedTokenizer) -> Sente
                 f"tokenizer: SentencePiece cannot train on this text: {reason}"
             ) from None
         raise UserError(
-            f"tokenizer.vocab_size={config.vocab_size}: the training text gives only {limit[1]} "
-            "pieces; lower it or give more text"
+            f"tokenizer.vocab_size={config.vocab_size} (--size): the training text gives only"
+            f" {limit[1]} pieces; lower it or give more text"
         ) from None
     return SentencePieceTokenizer(model.getvalue())
 

@@ -18,11 +18,12 @@ import jax
 
 from jllama import outputs, storage
 from jllama import recipe as recipes
+from jllama.adapt.vocab import repadded, with_rows
 from jllama.config import AutoAttention, ComputeConfig, Config, ModelConfig, RunConfig, StoredConfig
 from jllama.errors import UserError
 from jllama.interop import hf, meta
 from jllama.interop.names import Format
-from jllama.interop.parameters import match, read_params, widest_dtype
+from jllama.interop.parameters import file_specs, match, read_params, widest_dtype
 from jllama.interop.tensors import Tensor
 from jllama.model import llama
 from jllama.parallel import distributed
@@ -54,7 +55,8 @@ class StoredModel:
         or float16.
       tokenizer: None where the folder has none.
       compilation_cache: folder of what is compiled for it; empty is none.
-      read: the parameters, in the dtypes and on the devices of `llama.placed_shapes`.
+      read: the parameters, in the dtypes and on the devices of `llama.placed_shapes`, whose
+        tables may have another padding.
     """
 
     format: StoredFormat
@@ -132,17 +134,21 @@ def _own(path: Path) -> StoredModel:
         raise UserError(f"{path}: the run has no checkpoint yet; train it first")
     compute = dataclasses.replace(stored.compute, attention=AutoAttention(kind="auto"))
     tokenizer = find_tokenizer(folder)
-    read = functools.partial(load_params, folder, step)
+    read = functools.partial(_read_own, folder, step, stored.model.vocab_rows)
     dtype = compute.param_dtype
     scales = stored.scale_dtype or dtype
     cache = (stored.run or _NO_RUN).compilation_cache
     return StoredModel("jllama", stored.model, compute, dtype, scales, tokenizer, cache, read)
 
 
+def _read_own(folder: Path, step: int, rows: int, placed: llama.Params) -> llama.Params:
+    return repadded(load_params(folder, step, with_rows(placed, rows)), placed)
+
+
 def _foreign(
     path: Path, format: Format, config: ModelConfig, tensors: dict[str, Tensor]
 ) -> StoredModel:
-    specs = llama.param_specs(config, ComputeConfig(dtype="float32"))
+    specs = file_specs(config)
     found = match(tensors, specs, format, path)
     tokenizer = find_tokenizer(path)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -209,7 +215,9 @@ def initial_model(config: Config) -> StoredModel | None:
     except UserError as e:
         raise type(e)(f"training.init_from: {e}") from None
     there, here = dataclasses.asdict(stored.config), dataclasses.asdict(config.model)
-    differ = [key for key in here if key not in ("init", "max_length") and here[key] != there[key]]
+    # Padding of the tables is added or dropped where they are read.
+    alike = ("init", "max_length", "vocab_multiple")
+    differ = [key for key in here if key not in alike and here[key] != there[key]]
     said = [f"model.{key} is {here[key]}, there {there[key]}" for key in differ]
     if set(differ) - _FREE:
         raise UserError(
