@@ -28,10 +28,12 @@ from jllama.config import (
     InfillObjective,
     JsonlSource,
     LinearRopeScaling,
+    LoraConfig,
     Llama3RopeScaling,
     ModelConfig,
     MuonConfig,
     NoRopeScaling,
+    NoAdapter,
     NtkRopeScaling,
     ParquetSource,
     ReferenceAttention,
@@ -74,6 +76,7 @@ BASE = {
     "training": {
         "steps": 100,
         "batch_size": 8,
+        "init_from": "base",
         "optimizer": {
             "kind": "adamw",
             "beta1": 0.9,
@@ -117,6 +120,8 @@ MEMBERS = {
     WholePacking: {},
     CausalObjective: {},
     InfillObjective: {},
+    NoAdapter: {},
+    LoraConfig: {"rank": 4, "alpha": 8.0, "overrides": [{"match": "q", "layers": [0], "rank": 2}]},
     TokenizerFile: {"path": "a.model"},
     TrainedTokenizer: {"vocab_size": 400},
     AdamWConfig: BASE["training"]["optimizer"],
@@ -191,7 +196,8 @@ def another(hint: Any, old: Any) -> Any:
     if typing.get_origin(inner) is Literal:
         return next(v for v in typing.get_args(inner) if v != old)
     if typing.get_origin(inner) is tuple:
-        return ["other"] if typing.get_args(inner)[0] is str else [["replica", "context"], None]
+        item, _ = unwrap(typing.get_args(inner)[0])
+        return {str: ["other"], int: [7]}.get(item, [["replica", "context"], None])
     if inner is bool:
         return not old
     if inner is str:

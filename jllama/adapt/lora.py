@@ -108,13 +108,21 @@ def ranks_and_scales(path: str, lora: LoraConfig, layers: int) -> list[tuple[int
 
     Where a layer's rank is below the matrix's R, the rest of its factors is zero and stays so.
     """
+    return [
+        (rank, alpha / (rank**0.5 if lora.rslora else rank))
+        for rank, alpha in ranks_and_alphas(path, lora, layers)
+    ]
+
+
+def ranks_and_alphas(path: str, lora: LoraConfig, layers: int) -> list[tuple[int, float]]:
+    """(rank, alpha) of a matrix in each layer."""
 
     def one(layer: int) -> tuple[int, float]:
         rank, alpha = lora.rank, lora.alpha
         for o in lora.overrides:
             if _matches(path, o.match) and (o.layers is None or layer in o.layers):
                 rank, alpha = o.rank or rank, o.alpha or alpha
-        return rank, alpha / (rank**0.5 if lora.rslora else rank)
+        return rank, alpha
 
     return [one(layer) for layer in range(layers)]
 

@@ -178,14 +178,18 @@ def placed_shapes(
 
     `dtype` is of matrices and tables, `scale_dtype` of the norms' scales.
     """
+    return place(param_specs(config, ComputeConfig(dtype="float32")), placement, dtype, scale_dtype)
 
-    def place(path: tuple[Any, ...], spec: ParamSpec) -> jax.ShapeDtypeStruct:
+
+def place(specs: Any, placement: Placement, dtype: str, scale_dtype: str) -> Any:
+    """`placed_shapes` of a tree of `ParamSpec`."""
+
+    def one(path: tuple[Any, ...], spec: ParamSpec) -> jax.ShapeDtypeStruct:
         sharding = placement.sharding(spec.shape, spec.axes, dotted(path))
         kind = scale_dtype if path[-1].key == "scale" else dtype
         return jax.ShapeDtypeStruct(spec.shape, kind, sharding=sharding)
 
-    specs = param_specs(config, ComputeConfig(dtype="float32"))
-    return jax.tree_util.tree_map_with_path(place, specs)
+    return jax.tree_util.tree_map_with_path(one, specs)
 
 
 def apply(
