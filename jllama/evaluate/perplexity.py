@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jllama.adapt.lora import Overlay
 from jllama.config import (
     AdaptiveRopeScaling,
     ComputeConfig,
@@ -111,12 +112,14 @@ def perplexity(
     plain = dataclasses.replace(model.config, rope=NoRopeScaling(kind="none"), rope_theta=1e4)
     rows = windows[:, -length - 1 :]
     batch = max(1, min(len(rows), BATCH_TOKENS // length))
-    total = 0.0
+    total, overlay = 0.0, model.overlay()
     for start in range(0, len(rows), batch):
         some = rows[start : start + batch]
         weights = (np.arange(batch) < len(some)).astype(np.float32)
         some = np.pad(some, ((0, batch - len(some)), (0, 0)), mode="edge")
-        total += float(_nll(model.params, plain, model.compute, some, weights, angles, stride))
+        total += float(
+            _nll(model.params, plain, model.compute, some, weights, angles, overlay, stride)
+        )
         advance(int(weights.sum()) * length)
     return math.exp(min(total / (len(rows) * stride), 700.0))
 
@@ -129,12 +132,13 @@ def _nll(
     rows: jax.Array,
     weights: jax.Array,
     turns: Turns,
+    overlay: Overlay | None,
     stride: int,
 ) -> jax.Array:
     """Sum over the last `stride` tokens of rows [B,T+1], in nats, each row times its weight [B]."""
     tokens, targets = rows[:, :-1], rows[:, -stride:]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = llama.apply(params, config, compute, tokens, positions, turns=turns)
+    hidden, _ = llama.apply(params, config, compute, tokens, positions, turns=turns, lora=overlay)
     weights = jnp.broadcast_to(weights[:, None], targets.shape)
     head = llama.head_weight(params, config)
     _, nll = cross_entropy(
