@@ -124,7 +124,7 @@ def test_memory_is_linear_in_the_length():
     def temporary(length):
         rows = jax.ShapeDtypeStruct((1, length + 1), np.int32)
         weights = jax.ShapeDtypeStruct((1,), np.float32)
-        args = (shapes, own.config, own.compute, rows, weights, angles, 64)
+        args = (shapes, own.config, own.compute, rows, weights, angles, None, 64)
         return module._nll.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
     short, long = temporary(8192), temporary(32768)
