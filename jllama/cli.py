@@ -23,6 +23,7 @@ COMMANDS = {
         "a model to Hugging Face's format, GGUF or ours",
     ),
     "sharding": ("jllama.commands.sharding", "where each parameter lies on a mesh, and its bytes"),
+    "evaluate": ("jllama.commands.evaluate", "what a model is worth: perplexity, infilling"),
     "vocabulary": (
         "jllama.commands.vocabulary",
         "train, merge and compare tokenizers; grow a model to one",

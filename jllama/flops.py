@@ -49,9 +49,16 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
     return 2 * matrices + attention
 
 
-def train_flops_per_token(config: ModelConfig, length: int) -> float:
-    """FLOPs of the forward and backward pass, per token of a row of `length` tokens."""
-    return 3 * forward_flops_per_token(config, length)
+def train_flops_per_token(
+    config: ModelConfig, length: int, frozen: int = 0, overlay: int = 0
+) -> float:
+    """FLOPs of the forward and backward pass, per token of a row of `length` tokens.
+
+    Args:
+      frozen: parameters of the matrices, the head among them, whose gradient is not wanted.
+      overlay: those of the matrices of an overlay, which come on top.
+    """
+    return 3 * forward_flops_per_token(config, length) - 2 * frozen + 6 * overlay
 
 
 def kv_cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:

@@ -1,1 +1,1 @@
-"""What is made from a trained model: other vocabularies."""
+"""What changes a trained model: low-rank overlays, quantised bases, other vocabularies."""

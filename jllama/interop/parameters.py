@@ -42,33 +42,45 @@ def match(
     if layers > len(tensors):
         raise UserError(f"{where}: {layers:,} layers by the config, and {len(tensors):,} tensors")
     found: dict[str, list[Tensor]] = {}
-    wrong: dict[str, list[tuple[str, str]]] = {}
-    left = set(tensors)
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path, spec in _flat(specs).items():
         name = name_of(path)
         layers, shape = (spec.shape[0], spec.shape[1:]) if name.stacked else (1, spec.shape)
         want = file_shape(shape, spec.inputs)
-        for layer in range(layers):
-            there = name.of(format, layer)
-            left.discard(there)
-            tensor = tensors.get(there)
-            here = f"ours {path}"
-            if tensor is None:
-                wrong.setdefault("missing", []).append((there, here))
-            elif tensor.shape != want:
-                text = f"{here}: {list(tensor.shape)}, and the config makes it {list(want)}"
-                wrong.setdefault("misshapen", []).append((there, text))
-            elif tensor.dtype not in DTYPES:
-                text = f"{here}: {tensor.dtype}, and weights are float32, float16 or bfloat16"
-                wrong.setdefault("not weights", []).append((there, text))
-            else:
-                found.setdefault(path, []).append(tensor)
-    if left:
-        wrong["extra"] = [(name, "no such parameter") for name in sorted(left)]
+        wanted |= {name.of(format, layer): (path, want) for layer in range(layers)}
+    check_tensors(tensors, wanted, where)
+    for there, (path, _) in wanted.items():
+        found.setdefault(path, []).append(tensors[there])
+    return found
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, tuple[str, tuple[int, ...]]],
+    where: Path,
+    whose: str = "this model's",
+) -> None:
+    """UserError that lists every missing, extra and misshapen tensor, by both names.
+
+    `wanted` has the path here and the shape there of each, by its name there.
+    """
+    wrong: dict[str, list[tuple[str, str]]] = {}
+    for there, (path, want) in wanted.items():
+        tensor = tensors.get(there)
+        here = f"ours {path}"
+        if tensor is None:
+            wrong.setdefault("missing", []).append((there, here))
+        elif tensor.shape != want:
+            text = f"{here}: {list(tensor.shape)}, and the config makes it {list(want)}"
+            wrong.setdefault("misshapen", []).append((there, text))
+        elif tensor.dtype not in DTYPES:
+            text = f"{here}: {tensor.dtype}, and weights are float32, float16 or bfloat16"
+            wrong.setdefault("not weights", []).append((there, text))
+    if left := sorted(tensors.keys() - wanted.keys()):
+        wrong["extra"] = [(name, "no such parameter") for name in left]
     if wrong:
         parts = [f"{kind}: {', '.join(_ranges(names))}" for kind, names in wrong.items()]
-        raise UserError(f"{where}: not this model's tensors: {'; '.join(parts)}")
-    return found
+        raise UserError(f"{where}: not {whose} tensors: {'; '.join(parts)}")
 
 
 def _flat(tree: Params) -> dict[str, ParamSpec]:

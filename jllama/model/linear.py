@@ -1,7 +1,9 @@
 """Products of an activation with the matrices of a block, and their gradients.
 
-B batch, T positions; the features of an activation may be several dimensions, such as heads and
-their width.
+A matrix may be quantised (a `qwix.QArray`), and may have a low-rank overlay beside it.
+
+B batch, T positions, R rank of an overlay; the features of an activation may be several
+dimensions, such as heads and their width.
 """
 
 import functools
@@ -11,11 +13,18 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import qwix
 from jax.ad_checkpoint import checkpoint_name
 
 from jllama.model.param import Initializer, declare
 from jllama.parallel.product import contract
 from jllama.parallel.sharding import Parts, mesh_axes, pin
+
+# The overlay of one matrix of one layer, from the collection `lora`: `a` [inputs...,R] and `b`
+# [R,outputs...], which are trained, and `scale` [1 or B,R]. Besides, `m` [outputs...] trains DoRA;
+# `gain` [1 or B,outputs...] multiplies x W, as DoRA needs in inference; `key` and `keep`, the
+# probability, drop inputs.
+Overlay = dict[str, jax.Array]
 
 
 class Matrix(nn.Module):
@@ -33,9 +42,14 @@ class Matrix(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self) -> jax.Array:
+    def __call__(self) -> tuple[jax.Array | qwix.QArray, Overlay | None]:
+        overlay = self.variables.get("lora")
+        value = self.variables.get("params", {}).get("kernel")
+        if isinstance(value, qwix.QArray):  # which Linen takes for a tree of another shape
+            return value, overlay
         init = declare(self.kernel_init, self.axes, decay=True, inputs=len(self.inputs))
-        return self.param("kernel", init, self.inputs + self.outputs, self.param_dtype)
+        shape = self.inputs + self.outputs
+        return self.param("kernel", init, shape, self.param_dtype), overlay
 
 
 def project(x: jax.Array, *matrices: Matrix, dtype: Any) -> tuple[jax.Array, ...]:
@@ -45,17 +59,77 @@ def project(x: jax.Array, *matrices: Matrix, dtype: Any) -> tuple[jax.Array, ...
     spread over `block_seq`, so that no device repeats another's norms and sums (arXiv:2205.05198);
     the products take every position of `seq`. So x is gathered once for all matrices, and a result
     that goes back between blocks is summed over devices and scattered at once. Gradients likewise.
+
+    With an `Overlay`, `x W` becomes `x W + scale (x a) b`: two thin products beside the first
+    (LoRA, arXiv:2106.09685, equation 3), so that W needs no gradient and is never rewritten.
     """
-    kernels = tuple(matrix() for matrix in matrices)
+    x = x.astype(dtype)
+    kernels, overlays = zip(*(matrix() for matrix in matrices), strict=True)
     kinds = tuple(_Kind(matrix.axes, len(matrix.inputs)) for matrix in matrices)
-    ys = _products(x.astype(dtype), kernels, kinds)
-    # Named, because a rematerialisation policy sees no product inside a custom gradient.
-    return tuple(checkpoint_name(y, "matmul") for y in ys)
+    thin = [
+        None if o is None else (o["a"], _thin_kind(kind))
+        for o, kind in zip(overlays, kinds, strict=True)
+    ]
+    # What takes x as it is goes in one call, which gathers it once.
+    along = [t for t, o in zip(thin, overlays, strict=True) if t and "keep" not in o]
+    ys = _products(x, (*kernels, *(a for a, _ in along)), (*kinds, *(k for _, k in along)))
+    ys, rest = ys[: len(kernels)], iter(ys[len(kernels) :])
+    out = []
+    for y, kernel, overlay, kind, down in zip(ys, kernels, overlays, kinds, thin, strict=True):
+        if overlay is not None:
+            if "keep" in overlay:
+                (h,) = _products(_dropped(x, overlay), (down[0],), (down[1],))
+            else:
+                h = next(rest)
+            y = _adapted(y, h, kernel, overlay, kind)
+        # Named, because a rematerialisation policy sees no product inside a custom gradient.
+        out.append(checkpoint_name(y, "matmul"))
+    return tuple(out)
+
+
+def _dropped(x, overlay):
+    kept = jax.random.bernoulli(overlay["key"], overlay["keep"], x.shape)
+    return jnp.where(kept, x / overlay["keep"].astype(x.dtype), 0)
+
+
+def _adapted(y, h, kernel, overlay, kind):
+    """y = x W and h = x a, to what the overlay makes of them."""
+    dtype = y.dtype
+    h = (h * overlay["scale"][:, None]).astype(dtype)
+    (change,) = _products(h, (overlay["b"],), (_Kind(("lora_rank", *kind.axes[kind.inputs :]), 1),))
+    if "m" in overlay:
+        # DoRA (arXiv:2402.09353, equations 5 and 11): the columns of W + scale a b have the norms
+        # m, and those that they would have had count as constants.
+        norms = jax.lax.stop_gradient(column_norms(kernel, overlay, kind.inputs))
+        return ((y + change) * (overlay["m"] / norms)).astype(dtype)
+    if "gain" in overlay:
+        y = (y * overlay["gain"][:, None]).astype(dtype)
+    return y + change
+
+
+def dense(kernel: jax.Array | qwix.QArray, dtype: Any) -> jax.Array:
+    """The matrix as an array of `dtype`."""
+    if isinstance(kernel, qwix.QArray):
+        kernel = qwix.dequantize(kernel)
+    return kernel.astype(dtype)
+
+
+def column_norms(kernel: jax.Array | qwix.QArray, overlay: Overlay, inputs: int) -> jax.Array:
+    """The norms over all inputs of W + scale a b: [outputs...] float32."""
+    change = jnp.tensordot(overlay["a"] * overlay["scale"][0], overlay["b"], 1)
+    return jnp.sqrt(
+        jnp.sum(jnp.square(dense(kernel, jnp.float32) + change), axis=tuple(range(inputs)))
+    )
 
 
 class _Kind(NamedTuple):
     axes: tuple[str, ...]
     inputs: int
+
+
+def _thin_kind(kind):
+    """Of the first factor of an overlay."""
+    return _Kind((*kind.axes[: kind.inputs], "lora_rank"), kind.inputs)
 
 
 class _Layout(NamedTuple):
@@ -74,7 +148,7 @@ def _layout(shape: tuple[int, ...], axis: str) -> _Layout:
 
     if axis == "embed":
         return _Layout(parts("seq", None), parts("block_seq", "act_embed"))
-    inside = parts("seq", f"act_{axis}")
+    inside = parts("seq", axis if axis == "lora_rank" else f"act_{axis}")
     return _Layout(inside, inside)
 
 
@@ -89,7 +163,16 @@ def _gathered(kernel, dtype, x_layout, y_layout):
     is the same for the recomputed product and for the gradient, which share it.
     """
     parts = (*x_layout.inside[2:], *y_layout.inside[2:])
+    if isinstance(kernel, qwix.QArray):  # gathered in few bits, then made an array
+        return dense(
+            jax.tree.map(lambda x: pin(x, _shared(x, kernel, parts)), kernel), dtype
+        ), parts
     return pin(kernel.astype(dtype), parts), parts
+
+
+def _shared(x, kernel, parts):
+    """Of the values of a quantised kernel, or of their scales, which are fewer."""
+    return tuple(p if n == m else () for n, m, p in zip(x.shape, kernel.shape, parts, strict=True))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -124,7 +207,10 @@ def _products_bwd(kinds, saved, dys):
         dy = pin(dy, y_layout.inside)
         own = mesh_axes(kernel.shape, kind.axes, "gradient")
         parts = x_layout.inside, y_layout.inside
-        d_kernels.append(contract([(x, dy)], ((0, 1), (0, 1)), parts, own, kernel.dtype))
+        if isinstance(kernel, qwix.QArray):
+            d_kernels.append(None)  # it is never trained
+        else:
+            d_kernels.append(contract([(x, dy)], ((0, 1), (0, 1)), parts, own, kernel.dtype))
         w, w_parts = _gathered(kernel, x.dtype, x_layout, y_layout)
         dims = tuple(range(2, dy.ndim)), tuple(range(kind.inputs, kernel.ndim))
         alike.setdefault((dims, (y_layout.inside, w_parts)), []).append((dy, w))

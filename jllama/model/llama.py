@@ -24,7 +24,8 @@ from jllama.model.block import Block
 from jllama.model.cache import Cache
 from jllama.model.norm import RMSNorm
 from jllama.model.param import Declared, Initializer, declare, dotted, embedding_init
-from jllama.model.rope import rope_tables
+from jllama.model.rope import Turns, rope_tables
+from jllama.model.rope import turns as turns_of
 from jllama.parallel.lookup import take_rows
 from jllama.parallel.sharding import Placement, constrain
 
@@ -104,6 +105,7 @@ class Llama(nn.Module):
         positions: jax.Array,
         segments: jax.Array | None = None,
         cache: Cache | None = None,
+        turns: Turns | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
         table = Embedding(c, self.compute, name="embedding")()
@@ -112,7 +114,9 @@ class Llama(nn.Module):
         with jax.named_scope("embedding"):
             x = take_rows(table, tokens, TABLE_AXES, self.compute.dtype)
             x = constrain(x, "batch", "block_seq", "act_embed")
-        rope = rope_tables(c, positions)
+        if turns is None:
+            turns = turns_of(c, tokens.shape[1] if cache is None else None)
+        rope = rope_tables(turns, positions)
 
         block = Block
         if self.compute.remat != "none" and cache is None:
@@ -121,7 +125,7 @@ class Llama(nn.Module):
             )
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
@@ -174,14 +178,18 @@ def placed_shapes(
 
     `dtype` is of matrices and tables, `scale_dtype` of the norms' scales.
     """
+    return place(param_specs(config, ComputeConfig(dtype="float32")), placement, dtype, scale_dtype)
 
-    def place(path: tuple[Any, ...], spec: ParamSpec) -> jax.ShapeDtypeStruct:
+
+def place(specs: Any, placement: Placement, dtype: str, scale_dtype: str) -> Any:
+    """`placed_shapes` of a tree of `ParamSpec`."""
+
+    def one(path: tuple[Any, ...], spec: ParamSpec) -> jax.ShapeDtypeStruct:
         sharding = placement.sharding(spec.shape, spec.axes, dotted(path))
         kind = scale_dtype if path[-1].key == "scale" else dtype
         return jax.ShapeDtypeStruct(spec.shape, kind, sharding=sharding)
 
-    specs = param_specs(config, ComputeConfig(dtype="float32"))
-    return jax.tree_util.tree_map_with_path(place, specs)
+    return jax.tree_util.tree_map_with_path(one, specs)
 
 
 def apply(
@@ -193,6 +201,8 @@ def apply(
     segments: jax.Array | None = None,
     cache: Cache | None = None,
     balanced: bool = False,
+    turns: Turns | None = None,
+    lora: Params | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """The final hidden state.
 
@@ -202,12 +212,17 @@ def apply(
       cache: None for a whole row, else the cache to read and to write.
       balanced: tokens, positions and segments, and so the result, are in the balanced order of
         `jllama.parallel.context` and not in that of the text.
+      turns: how RoPE turns, from `jllama.model.rope.turns`; None is what the config says. Where its
+        kind depends on the length of the text, None takes T for it, and with a cache, where the
+        text is longer than what is read, is a ValueError.
+      lora: overlays of the blocks' matrices, made by `jllama.adapt.lora`.
 
     Returns:
       hidden [B,T,D] in the compute dtype, after the final norm, and the updated cache.
     """
     model = Llama(config, compute, balanced)
-    return model.apply({"params": params}, tokens, positions, segments, cache)
+    variables = {"params": params} | ({"lora": lora} if lora else {})
+    return model.apply(variables, tokens, positions, segments, cache, turns)
 
 
 def head_weight(params: Params, config: ModelConfig) -> jax.Array:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jllama.config import ShardingConfig
 from jllama.errors import UserError
@@ -201,3 +201,26 @@ def with_whole_rows(table: NamedSharding) -> NamedSharding:
 def of_a_layer(stacked: NamedSharding) -> NamedSharding:
     """Where one layer of a stacked parameter lies: as the whole does, without its first axis."""
     return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
+
+
+def coarser(sharding: Sharding, shape: Sequence[int], of: Sequence[int]) -> Sharding:
+    """Where an array lies that has fewer entries than one of shape `of`, which lies by `sharding`.
+
+    Each is of a block of the other's neighbours. A dimension is spread alike where it can be, else
+    whole everywhere.
+    """
+    if not isinstance(sharding, NamedSharding):  # of one device
+        return sharding
+    spec = (*sharding.spec, *(None for _ in of))[: len(of)]
+    ways = [_ways(sharding.mesh, part) for part in spec]
+    return NamedSharding(
+        sharding.mesh,
+        PartitionSpec(
+            *(p if n % w == 0 else None for p, n, w in zip(spec, shape, ways, strict=True))
+        ),
+    )
+
+
+def _ways(mesh: Mesh | AbstractMesh, part: str | tuple[str, ...] | None) -> int:
+    axes = (part,) if isinstance(part, str) else part or ()
+    return math.prod(mesh.shape[a] for a in axes)

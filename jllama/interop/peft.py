@@ -1,0 +1,415 @@
+"""PEFT adapters: adapter_config.json and the factors beside it; read and written.
+
+The low-rank part of a block's matrix is one of an overlay. What an overlay cannot hold so, a
+low-rank embedding or head, or modules that are whole in some layers only, is worked out into the
+whole parameter, for which the base is needed.
+"""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jllama import outputs, storage
+from jllama.adapt.lora import Overlay, matrices, overlay_specs, ranks_and_alphas, whole_leaves
+from jllama.config import ComputeConfig, LoraConfig, LoraOverride, ModelConfig
+from jllama.errors import UserError
+from jllama.interop.names import from_file, to_file
+from jllama.interop.parameters import check_tensors
+from jllama.interop.peft_config import (
+    CONFIG,
+    MERGE,
+    Module,
+    PeftConfig,
+    Plan,
+    modules,
+    plan,
+    read_config,
+    write_config,
+)
+from jllama.interop.pth import read_pth
+from jllama.interop.safetensors import read_safetensors, write_safetensors
+from jllama.interop.tensors import DTYPES, Tensor, nbytes, same_bits
+from jllama.model.linear import dense
+from jllama.model.llama import Params, ParamSpec
+from jllama.progress import Progress, say
+
+_WEIGHTS = "adapter_model.safetensors"
+_READERS = {_WEIGHTS: read_safetensors, "adapter_model.bin": read_pth}
+_EXACT = ComputeConfig(dtype="float32")
+_NORMS = "lora_magnitude_vector"
+_BASE = "base_layer.weight"
+
+
+# -------------------------------------------------------------------------------------------- read
+
+
+def read_adapter(
+    folder: Path, model: ModelConfig, base: Params | None = None
+) -> tuple[LoraConfig, Overlay]:
+    """An adapter as an overlay of the model: host arrays in float32.
+
+    Args:
+      base: the parameters that it adapts. Needed for what is worked out into whole parameters, and
+        for a DoRA of some layers only.
+
+    Raises UserError for what is missing, broken or not expressible here; every missing, extra and
+    misshapen tensor is listed, by its name there and here.
+    """
+    config = read_config(folder)
+    tensors = _tensors(folder)
+    found = plan(config, model, folder)
+    if model.tie_embeddings:
+        found, tensors = _without_tied_head(found, config, model, tensors, folder)
+    found = _with_tables(found, model, tensors)
+    wanted = _wanted(found, config, tensors)
+    _check_vocabulary(wanted, tensors, model, folder)
+    check_tensors(tensors, wanted, folder, "this adapter's")
+
+    owners: dict[str, list[Module]] = collections.defaultdict(list)
+    for module in [*found.low, *found.whole]:
+        owners[module.owner].append(module)
+    low = {o: some for o, some in owners.items() if some[0] in found.low and not some[0].is_table}
+    for some in low.values():
+        if some[-1] not in found.low:
+            raise UserError(
+                f"{folder}: {some[0].name} is low-rank and {some[-1].name} saved whole, which one"
+                f" overlay cannot be; {MERGE}"
+            )
+    whole = {owner: some for owner, some in owners.items() if owner not in low}
+    settings = {owner: _of_layers(some, found.low, model.num_layers) for owner, some in low.items()}
+    lora = LoraConfig(
+        kind="lora",
+        rank=config.r,
+        alpha=config.lora_alpha,
+        rslora=config.use_rslora,
+        dora=config.use_dora,
+        dropout=config.lora_dropout,
+        targets=tuple(map(_word, low)),
+        full=tuple(map(_word, whole)),
+        overrides=tuple(_overrides(settings, config)),
+    )
+    _check_ranks(found, folder)
+    specs = overlay_specs(model, _EXACT, lora)
+    size = sum(map(nbytes, tensors.values()))
+    overlay: Overlay = {}
+    with Progress(f"read {folder.name}", size) as progress:
+        source = _Source(config, found, tensors, base, folder, progress)
+        for path, spec in matrices(specs):
+            _put(overlay, path, source.factors(spec, low[".".join(path)]))
+        for path, spec in whole_leaves(specs):
+            _put(overlay, path, source.whole(spec, whole[".".join(path[:-1])]))
+    if source.worked_out:
+        say(f"note: {folder}: worked out with the base: {', '.join(source.worked_out)}")
+    return lora, overlay
+
+
+def _tensors(folder: Path) -> Mapping[str, Tensor]:
+    here = storage.names(folder)
+    for name, read in _READERS.items():
+        if name in here:
+            return read(folder / name)
+    raise UserError(f"{folder}: no weights: expected {' or '.join(_READERS)}")
+
+
+def _with_tables(found: Plan, model: ModelConfig, tensors: Mapping[str, Tensor]) -> Plan:
+    """With an embedding or head that is saved though no key names it, as a resized one is."""
+    planned = {*found.low, *found.whole}
+    tables = [m for m in modules(model) if m.is_table and m not in planned]
+    return Plan(found.low, [*found.whole, *(m for m in tables if m.tensor("weight") in tensors)])
+
+
+def _without_tied_head(
+    found: Plan,
+    config: PeftConfig,
+    model: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+) -> tuple[Plan, dict[str, Tensor]]:
+    """Takes out the head; UserError if it is not adapted as the embedding is."""
+    tables = {module.owner: module for module in modules(model) if module.is_table}
+    embedding, head = tables["embedding"], tables["head"]
+    how: dict[Module, Any] = {**found.low, **dict.fromkeys(found.whole, "whole")}
+    if config.ensure_weight_tying:  # peft adapts both as it adapts one
+        for one, other in ((embedding, head), (head, embedding)):
+            if other in how:
+                how.setdefault(one, how[other])
+    kind = how.get(embedding)
+    mine = {name for name in tensors if name.startswith(head.tensor(""))}
+    if (
+        kind != how.pop(head, None)
+        or (embedding in found.low and config.use_dora)  # whose norms are of rows and of columns
+        or not _alike(embedding, head, tensors)
+    ):
+        raise UserError(
+            f"{folder}: changes the embedding and the head differently, and the model ties them;"
+            " train it with peft's ensure_weight_tying, or merge it with peft, save that model with"
+            " tie_word_embeddings false, and convert it"
+        )
+    low = {module: kind for module, kind in how.items() if kind != "whole"}
+    left = {name: tensor for name, tensor in tensors.items() if name not in mine}
+    return Plan(low, [module for module, kind in how.items() if kind == "whole"]), left
+
+
+def _alike(embedding: Module, head: Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the head's tensors are the embedding's, or their transposes; or are not there."""
+    copies = [("weight", "weight"), (_BASE, _BASE)]
+    for one, other in [*copies, *zip(embedding.factors, head.factors[::-1], strict=True)]:
+        a, b = tensors.get(embedding.tensor(one)), tensors.get(head.tensor(other))
+        if a is None or b is None:
+            continue
+        if one == other:
+            if not same_bits(a, b):
+                return False
+        elif not {a.dtype, b.dtype} <= DTYPES or not np.array_equal(a.read(), b.read().T):
+            return False
+    return True
+
+
+def _wanted(
+    found: Plan, config: PeftConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The path here and the shape there of every tensor, by its name there."""
+    wanted = {}
+    for module, (rank, _) in found.low.items():
+        outputs, inputs = module.matrix
+        a, b = map(module.tensor, module.factors)
+        wanted[a] = f"{module.owner}.a", (rank, inputs)
+        wanted[b] = f"{module.owner}.b", (outputs, rank)
+        if config.use_dora:
+            wanted[module.tensor(_NORMS)] = f"{module.owner}.m", (outputs,)
+        kept = module.tensor(_BASE)  # of a table, beside its factors
+        if module.is_table and kept in tensors:
+            wanted[kept] = module.path, module.shape
+    return wanted | {m.tensor("weight"): (m.path, m.shape) for m in found.whole}
+
+
+def _check_vocabulary(
+    wanted: Mapping[str, tuple[str, tuple[int, ...]]],
+    tensors: Mapping[str, Tensor],
+    model: ModelConfig,
+    folder: Path,
+) -> None:
+    V = model.vocab_size
+    for name, (path, shape) in wanted.items():
+        if name not in tensors or path.partition(".")[0] not in ("embedding", "head"):
+            continue
+        for size, want in zip(tensors[name].shape, shape, strict=False):
+            if want == V < size:
+                raise UserError(
+                    f"{folder}: {name} is of {size:,} tokens, and the model has {V:,}: its"
+                    " vocabulary was grown first; grow the model's to as many (jllama vocabulary"
+                    " grow), and load the adapter with that"
+                )
+
+
+def _check_ranks(found: Plan, folder: Path) -> None:
+    for module, (rank, _) in found.low.items():
+        if not module.is_table and rank > min(module.shape):
+            raise UserError(
+                f"{folder}: {module.name} has rank {rank}, above the {min(module.shape)} that its"
+                f" matrix can have; {MERGE}"
+            )
+
+
+Settings = Mapping[str, Sequence[tuple[int, float]]]
+
+
+def _of_layers(
+    some: Sequence[Module], low: Mapping[Module, tuple[int, float]], layers: int
+) -> list[tuple[int, float]]:
+    """Rank and alpha in each layer; where there is nothing, those of the first that has some."""
+    return [
+        next((low[m] for m in some if m.layer == layer), low[some[0]]) for layer in range(layers)
+    ]
+
+
+def _overrides(settings: Settings, config: PeftConfig) -> Iterator[LoraOverride]:
+    usual = config.r, config.lora_alpha
+    for owner, of_layers in settings.items():
+        for rank, alpha in dict.fromkeys(of_layers):
+            if (rank, alpha) == usual:
+                continue
+            layers = [n for n, how in enumerate(of_layers) if how == (rank, alpha)]
+            yield LoraOverride(
+                match=_word(owner),
+                layers=None if len(layers) == len(of_layers) else tuple(layers),
+                rank=None if rank == config.r else rank,
+                alpha=None if alpha == config.lora_alpha else alpha,
+            )
+
+
+@dataclasses.dataclass
+class _Source:
+    """The tensors of an adapter, as the leaves of an overlay."""
+
+    config: PeftConfig
+    found: Plan
+    tensors: Mapping[str, Tensor]
+    base: Params | None
+    folder: Path
+    progress: Progress
+    worked_out: list[str] = dataclasses.field(default_factory=list)
+
+    def factors(self, specs: Overlay, some: Sequence[Module]) -> Overlay:
+        """Of one matrix in all layers; zero where there is none, and beyond a layer's rank."""
+        leaf = {key: np.zeros(spec.shape, np.float32) for key, spec in specs.items()}
+        if "m" in leaf and len(some) < len(leaf["m"]):
+            # x W is m / |W| x W where nothing is added.
+            kernel = self._of_base(some[0])
+            inputs = tuple(range(1, 1 + specs["a"].inputs))
+            leaf["m"][:] = np.sqrt(np.sum(np.square(kernel), axis=inputs))
+        for module in some:
+            n, rank = module.layer, self.found.low[module][0]
+            a, b = (self._read(module, name) for name in module.factors)
+            for part, file, inputs in (
+                (leaf["a"][n, ..., :rank], a, specs["a"].inputs),
+                (leaf["b"][n, :rank], b, specs["b"].inputs),
+            ):
+                part[...] = from_file(file, part.shape, inputs, interleaved=False)
+            if "m" in leaf:
+                leaf["m"][n] = self._read(module, _NORMS).reshape(leaf["m"].shape[1:])
+        return leaf
+
+    def whole(self, spec: ParamSpec, some: Sequence[Module]) -> np.ndarray:
+        """Of one parameter in all layers."""
+        first = some[0]
+        if first in self.found.low:
+            self.worked_out.append(first.owner)
+            return self._table(first)
+        if first.layer is not None and len(some) < spec.shape[0]:
+            self.worked_out.append(first.owner)
+            out = self._of_base(first)
+        else:
+            out = np.empty(spec.shape, np.float32)
+        for module in some:
+            file = self._read(module, "weight")
+            out[... if module.layer is None else module.layer] = from_file(
+                file, module.spec.shape, module.spec.inputs, interleaved=False
+            )
+        return out
+
+    def _table(self, module: Module) -> np.ndarray:
+        """A low-rank embedding or head worked out: [V,D]."""
+        kept = module.tensor(_BASE) in self.tensors
+        w = self._read(module, _BASE) if kept else self._of_base(module)
+        a, b = (self._read(module, name) for name in module.factors)
+        rank, alpha = self.found.low[module]
+        scale = alpha / (rank**0.5 if self.config.use_rslora else rank)
+        change = scale * (b @ a)
+        w = w.T + change if module.is_embedding else w + change
+        if self.config.use_dora:
+            w *= (self._read(module, _NORMS) / np.linalg.norm(w, axis=1))[:, None]
+        return np.ascontiguousarray(w.T) if module.is_embedding else w
+
+    def _of_base(self, module: Module) -> np.ndarray:
+        """The base's parameter in all layers: float32, an array of its own."""
+        if self.base is None:
+            raise UserError(
+                f"{self.folder}: {module.name} is worked out with the base's {module.path}, which"
+                " was not given; load the adapter together with its base"
+            )
+        leaf = self.base
+        for key in module.path.split("."):
+            leaf = leaf[key]
+        return np.array(dense(leaf, np.float32))
+
+    def _read(self, module: Module, name: str) -> np.ndarray:
+        array = self.tensors[module.tensor(name)].read()
+        self.progress.advance(array.nbytes)
+        return array.astype(np.float32, copy=False)
+
+
+# ------------------------------------------------------------------------------------------- write
+
+
+def write_adapter(
+    folder: Path, model: ModelConfig, lora: LoraConfig, overlay: Overlay, base: str
+) -> None:
+    """Writes an adapter that peft's `PeftModel.from_pretrained` reads, whole or not at all.
+
+    A layer whose factors are zero, and so can neither change anything nor learn, is left out.
+
+    Args:
+      overlay: arrays of any float dtype that files have; they are kept as they are.
+      base: what the adapter adapts, a folder or a name, for `base_model_name_or_path`.
+
+    Raises UserError if the folder holds anything, or the model is one that Hugging Face's LLaMA
+    cannot express.
+    """
+    owners: dict[str, list[Module]] = collections.defaultdict(list)
+    for module in modules(model):
+        owners[module.owner].append(module)
+    low: dict[Module, tuple[int, float]] = {}
+    tensors: dict[str, Tensor] = {}
+
+    def put(module: Module, name: str, array: np.ndarray, inputs: int) -> None:
+        tensors[module.tensor(name)] = _Held(to_file(array, inputs, interleaved=False))
+
+    for path, factors in matrices(overlay):
+        some = owners[".".join(path)]
+        leaf = {key: np.asarray(value) for key, value in factors.items()}
+        settings = ranks_and_alphas(".".join(path), lora, model.num_layers)
+        for module, (rank, alpha) in zip(some, settings, strict=True):
+            a, b = leaf["a"][module.layer], leaf["b"][module.layer]
+            if a[..., rank:].any() and b[rank:].any():
+                raise UserError(
+                    f"{'.'.join(path)}: has more than rank {rank} in layer {module.layer}"
+                )
+            if not (a.any() or b.any() or lora.dora):
+                continue
+            low[module] = rank, alpha
+            put(module, module.factors[0], a[..., :rank], module.spec.inputs)
+            put(module, module.factors[1], b[:rank], 1)
+            if lora.dora:
+                put(module, _NORMS, leaf["m"][module.layer].reshape(-1), 0)
+    whole: list[Module] = []
+    for path, leaf in whole_leaves(overlay):
+        for module in owners[".".join(path[:-1])]:
+            whole.append(module)
+            one = np.asarray(leaf)[... if module.layer is None else module.layer]
+            put(module, "weight", one, module.spec.inputs)
+            if model.tie_embeddings and module.is_table:
+                (head,) = owners["head"]
+                whole.append(head)
+                put(head, "weight", one, 0)
+    config = write_config(lora, Plan(low, whole), model, base)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    with outputs.new_folder(folder, last=CONFIG) as new:
+        with Progress(f"write {folder.name}", sum(map(nbytes, tensors.values()))) as progress:
+            write_safetensors(new / _WEIGHTS, tensors, progress)
+        storage.write_bytes(new / CONFIG, text.encode())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Held:
+    """A tensor in memory."""
+
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.array.dtype.name
+
+    def read(self) -> np.ndarray:
+        """In C order."""
+        return np.ascontiguousarray(self.array)
+
+
+def _word(owner: str) -> str:
+    """The name by which a config knows a matrix, or what is trained whole."""
+    return owner.rpartition(".")[2]
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
