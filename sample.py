@@ -27,6 +27,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="a run, RUN/checkpoints/STEP, or a model's folder",
     )
     add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PATH[=WEIGHT]",
+        help="over the model: a LoRA run or a folder of PEFT's; several add up, each by its weight",
+    )
+    add(
         "--prompt",
         default="",
         help=f"text to continue [none: the beginning of a text], or {infill.FILL_ME} in it to fill",
@@ -52,7 +59,13 @@ def main(argv: list[str] | None = None) -> None:
         raise jllama.UserError(f"num_samples={count}: must be at least 1")
     names = ("prompt", "prefix_file", "suffix_file", "infill_format")
     prompt = infill.from_arguments(*(args.pop(name) for name in names))
-    model = jllama.load(args.pop("model"), dtype=args.pop("dtype"))
+    adapters = dict(map(weighted, args.pop("adapter")))
+    model = jllama.load(
+        args.pop("model"),
+        dtype=args.pop("dtype"),
+        adapter={path: path for path in adapters} or None,
+    )
+    args["adapter"] = adapters or None
     for number in range(count):
         if number:
             print("---", file=sys.stderr, flush=True)
@@ -60,6 +73,14 @@ def main(argv: list[str] | None = None) -> None:
             print(piece, end="", flush=True)
         if count > 1 or sys.stdout.isatty():
             print(flush=True)
+
+
+def weighted(text: str) -> tuple[str, float]:
+    path, equals, weight = text.rpartition("=")
+    try:
+        return (path, float(weight)) if equals else (text, 1.0)
+    except ValueError:
+        raise jllama.UserError(f"--adapter {text}: {weight!r} is no weight") from None
 
 
 def interrupted(*_) -> None:

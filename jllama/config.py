@@ -156,6 +156,22 @@ class FanInInit:
 Init = Annotated[TruncatedNormalInit | FanInInit, Field(discriminator="kind")]
 
 
+def _check_rope(rope: RopeScaling, max_length: int, head_dim: int) -> None:
+    if isinstance(rope, NtkRopeScaling | DynamicRopeScaling | AdaptiveRopeScaling) and head_dim < 4:
+        raise ValueError(f"rope.kind={rope.kind} needs head_dim of 4 at least, not {head_dim}")
+    original = getattr(rope, "original_length", 0)
+    if original > max_length and not isinstance(rope, Llama3RopeScaling):
+        raise ValueError(
+            f"rope.original_length={original} is above max_length={max_length}: it is the length of"
+            " the training before scaling, max_length the one after it"
+        )
+    if isinstance(rope, YarnRopeScaling) and rope.factor * original < max_length:
+        raise ValueError(
+            f"rope.factor={rope.factor:g} times rope.original_length={original} does not reach"
+            f" max_length={max_length}: raise the factor, or correct the original length"
+        )
+
+
 @_config
 class ModelConfig:
     """The architecture: everything that decides the function from tokens and parameters to logits.
@@ -194,22 +210,6 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
         _check_rope(self.rope, self.max_length, self.head_dim)
-
-
-def _check_rope(rope: RopeScaling, max_length: int, head_dim: int) -> None:
-    if isinstance(rope, NtkRopeScaling | DynamicRopeScaling | AdaptiveRopeScaling) and head_dim < 4:
-        raise ValueError(f"rope.kind={rope.kind} needs head_dim of 4 at least, not {head_dim}")
-    original = getattr(rope, "original_length", 0)
-    if original > max_length and not isinstance(rope, Llama3RopeScaling):
-        raise ValueError(
-            f"rope.original_length={original} is above max_length={max_length}: it is the length of"
-            " the training before scaling, max_length the one after it"
-        )
-    if isinstance(rope, YarnRopeScaling) and rope.factor * original < max_length:
-        raise ValueError(
-            f"rope.factor={rope.factor:g} times rope.original_length={original} does not reach"
-            f" max_length={max_length}: raise the factor, or correct the original length"
-        )
 
     @property
     def vocab_rows(self) -> int:

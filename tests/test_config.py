@@ -28,12 +28,12 @@ from jllama.config import (
     InfillObjective,
     JsonlSource,
     LinearRopeScaling,
-    LoraConfig,
     Llama3RopeScaling,
+    LoraConfig,
     ModelConfig,
     MuonConfig,
-    NoRopeScaling,
     NoAdapter,
+    NoRopeScaling,
     NtkRopeScaling,
     ParquetSource,
     ReferenceAttention,
@@ -270,6 +270,22 @@ def test_another_kind_drops_the_keys_of_the_old_one(recipe):
 def test_a_model_is_overridden_by_name_then_by_key(recipe):
     loaded = recipes.load(recipe, ["model.num_layers=3", "model=stories-15m"])
     assert loaded.model == recipes.load_model("stories-15m", ["num_layers=3"])
+
+
+def test_a_model_may_be_another_with_changes(recipe, tmp_path):
+    data = {**BASE, "model": {"base": "stories-15m", "max_length": 999, "rope": {"kind": "none"}}}
+    path = tmp_path / "based.yaml"
+    path.write_text(json.dumps(data))
+    assert recipes.load(path).model == recipes.load_model("stories-15m", ["max_length=999"])
+    wanted = recipes.load_model("stories-110m", ["max_length=999", "rope_theta=1e6"])
+    assert recipes.load(path, ["model.rope_theta=1e6", "model.base=stories-110m"]).model == wanted
+    assert recipes.load(path, ["model=stories-110m"]).model == recipes.load_model("stories-110m")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(recipes.to_yaml(recipes.load(recipe)))
+    changed = recipes.load(path, [f"model.base={tmp_path / 'run'}"]).model
+    assert changed == dataclasses.replace(recipes.load(recipe).model, max_length=999)
+    with pytest.raises(UserError, match="model: no 'nothing'; shipped models"):
+        recipes.load(path, ["model.base=nothing"])
 
 
 @pytest.mark.parametrize(

@@ -233,11 +233,13 @@ def merge(
 ) -> tuple[llama.Params, float]:
     """The base with the overlay worked into its matrices, and what rounding them did.
 
-    Adapted matrices are computed in float32 and then rounded to `kind`: float32, bfloat16, or one
-    of `quant.Kind`. The base is not changed: to unmerge is to drop the result.
+    Adapted matrices are computed in float32 and then rounded to `kind`: float32, bfloat16, float16
+    or one of `quant.Kind`. The base is not changed: to unmerge is to drop the result.
 
     Returns:
       The parameters, and |rounded - exact| / |exact| over the adapted matrices.
+
+    Raises UserError for a value that becomes infinite.
     """
     params = _with_whole(base, overlay)
     squares = np.zeros(2)
@@ -245,7 +247,10 @@ def merge(
         kernel = _at(base, path)["kernel"]
         exact = _merged(kernel, _scaled(path, lora, factors))
         rounded = quant.rounded(exact, factors["a"].ndim - 2, kind)
-        squares += quant.squared_error(exact, rounded)
+        here = quant.squared_error(exact, rounded)
+        if not np.isfinite(here).all():
+            raise UserError(f"{'.'.join(path)}: merged, it does not fit {kind}; use float32")
+        squares += here
         _put(params, (*path, "kernel"), rounded)
     return params, float((squares[0] / squares[1]) ** 0.5) if squares[1] else 0.0
 

@@ -113,18 +113,16 @@ def _train(args: argparse.Namespace) -> None:
     )
     paths = [storage.path(name) for name in files.matches(tuple(args.files), ".txt")]
     sizes = [storage.stat(path).size for path in paths]
-    share = min(1.0, args.max_bytes / max(sum(sizes), 1))
-    if share < 1:
-        say(f"note: {args.max_bytes:,} of {sum(sizes):,} bytes are read (--max-bytes)")
+    total = sum(sizes)
+    if total > args.max_bytes:
+        say(f"note: {args.max_bytes:,} of {total:,} bytes are read (--max-bytes)")
 
     def texts() -> Iterator[str]:
         for path, size in zip(paths, sizes, strict=True):
-            left = -(-size * args.max_bytes // max(sum(sizes), args.max_bytes))
-            for text in _texts(path):
-                yield text
-                left -= len(text.encode())
-                if left <= 0 and share < 1:
-                    break
+            if total > args.max_bytes:
+                yield from _first(path, size * args.max_bytes // total)
+            else:
+                yield from _texts(path)
 
     trained = train_sentencepiece(texts(), config)
     _save(trained, storage.path(args.out))
@@ -173,9 +171,19 @@ def _texts(path: Path) -> Iterator[str]:
     yield held
 
 
+def _first(path: Path, left: int) -> Iterator[str]:
+    """The first bytes of a file's text."""
+    for text in _texts(path):
+        data = text.encode()
+        yield data[:left].decode(errors="ignore")
+        left -= len(data)
+        if left <= 0:
+            return
+
+
 def _compare(args: argparse.Namespace) -> None:
     tokenizers = [(name, load_tokenizer(name)) for name in args.tokenizers]
-    names = files.matches(tuple(args.text), ".txt")
+    names = [name for pattern in args.text for name in files.matches((pattern,), ".txt")]
     rows, totals = [], dict.fromkeys(range(len(tokenizers)), (0, 0))
     for name in names:
         text = "".join(_texts(storage.path(name)))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jllama.adapt.lora import Overlay
 from jllama.config import (
     AdaptiveRopeScaling,
     ComputeConfig,
@@ -35,7 +36,7 @@ from jllama.train.cross_entropy import cross_entropy
 # Tokens of a batch of windows, where a single one is not longer.
 BATCH_TOKENS = 8192
 # Windows are taken from the beginning of the data that has so many times the wanted number.
-SPREAD = 16
+SPREAD = 64
 ROPES = ("model", "none", "pi", "ntk", "dynamic", "adaptive", "yarn")
 
 
@@ -50,15 +51,17 @@ def windows(
     Raises:
       UserError: no document is as long, or all of them together with `join`.
     """
-    enough = count * SPREAD if count else math.inf
+
+    def fit(tokens: int) -> int:
+        return max(0, (tokens - 1 - length) // stride + 1)
+
     texts, found, tokens, longest = [], 0, 0, 0
     for document in documents:
         longest, tokens = max(longest, len(document)), tokens + len(document)
-        if join or len(document) > length:
+        if join or fit(len(document)):
             texts.append(document)
-            total = tokens if join else len(document)
-            found = (0 if join else found) + max(0, (total - 1 - length) // stride + 1)
-        if found >= enough:
+        found = fit(tokens) if join else found + fit(len(document))
+        if count and found >= count * SPREAD:
             break
     if not found:
         there = f"all documents together have {tokens:,}"
@@ -67,9 +70,8 @@ def windows(
         raise UserError(f"length {length:,} needs a text of {length + 1:,} tokens, and {there}")
     if join:
         texts = [np.concatenate(texts)]
-    ends = [
-        (text, end) for text in texts for end in range(length, len(text), stride)
-    ]  # the last target's index
+    # Where the last target of each window is.
+    ends = [(text, end) for text in texts for end in range(length, len(text), stride)]
     if count and len(ends) > count:
         ends = [ends[i * len(ends) // count] for i in range(count)]
     return np.stack([text[end - length : end + 1] for text, end in ends]).astype(np.int32)
@@ -110,12 +112,14 @@ def perplexity(
     plain = dataclasses.replace(model.config, rope=NoRopeScaling(kind="none"), rope_theta=1e4)
     rows = windows[:, -length - 1 :]
     batch = max(1, min(len(rows), BATCH_TOKENS // length))
-    total = 0.0
+    total, overlay = 0.0, model.overlay()
     for start in range(0, len(rows), batch):
         some = rows[start : start + batch]
         weights = (np.arange(batch) < len(some)).astype(np.float32)
         some = np.pad(some, ((0, batch - len(some)), (0, 0)), mode="edge")
-        total += float(_nll(model.params, plain, model.compute, some, weights, angles, stride))
+        total += float(
+            _nll(model.params, plain, model.compute, some, weights, angles, overlay, stride)
+        )
         advance(int(weights.sum()) * length)
     return math.exp(min(total / (len(rows) * stride), 700.0))
 
@@ -128,15 +132,18 @@ def _nll(
     rows: jax.Array,
     weights: jax.Array,
     turns: Turns,
+    overlay: Overlay | None,
     stride: int,
 ) -> jax.Array:
     """Sum over the last `stride` tokens of rows [B,T+1], in nats, each row times its weight [B]."""
     tokens, targets = rows[:, :-1], rows[:, -stride:]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = llama.apply(params, config, compute, tokens, positions, turns=turns)
+    hidden, _ = llama.apply(params, config, compute, tokens, positions, turns=turns, lora=overlay)
     weights = jnp.broadcast_to(weights[:, None], targets.shape)
     head = llama.head_weight(params, config)
-    _, nll = cross_entropy(hidden[:, -stride:], head, targets, weights, 0.0, compute.loss_block)
+    _, nll = cross_entropy(
+        hidden[:, -stride:], head, targets, weights, 0.0, compute.loss_block, config.vocab_size
+    )
     return nll
 
 

@@ -18,8 +18,15 @@ import jax
 
 from jllama import outputs, storage
 from jllama import recipe as recipes
-from jllama.adapt.vocab import repadded, with_rows
-from jllama.config import AutoAttention, ComputeConfig, Config, ModelConfig, RunConfig, StoredConfig
+from jllama.config import (
+    AutoAttention,
+    ComputeConfig,
+    Config,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    StoredConfig,
+)
 from jllama.errors import UserError
 from jllama.interop import hf, meta
 from jllama.interop.names import Format
@@ -122,27 +129,37 @@ def _format(path: Path) -> StoredFormat:
     )
 
 
-def _own(path: Path) -> StoredModel:
+def run_and_step(path: Path) -> tuple[Path, int]:
+    """The folder of ours that `path` is or is a step of, and the step that counts.
+
+    Raises UserError if it is none, or has none yet.
+    """
     folder, step = path, None
     if not storage.exists(path / RECIPE) and path.name.isdecimal():
         folder, step = storage.absolute(path).parent.parent, int(path.name)
     if not storage.exists(folder / RECIPE):
         raise UserError(f"{folder}: no config.yaml, which a run and a model of jllama have")
-    stored = recipes.load_stored(folder / RECIPE)
     step = latest_step(folder) if step is None else step
     if step is None:
         raise UserError(f"{path}: the run has no checkpoint yet; train it first")
+    return folder, step
+
+
+def _own(path: Path) -> StoredModel:
+    folder, step = run_and_step(path)
+    stored = recipes.load_stored(folder / RECIPE)
+    if isinstance(stored.adapt, LoraConfig):
+        raise UserError(
+            f"{path}: is an adapter and no model; jllama.load and sample.py open it with its base,"
+            f" and `jllama convert BASE DST --adapter {path}` makes a model of the two"
+        )
     compute = dataclasses.replace(stored.compute, attention=AutoAttention(kind="auto"))
     tokenizer = find_tokenizer(folder)
-    read = functools.partial(_read_own, folder, step, stored.model.vocab_rows)
+    read = functools.partial(load_params, folder, step)
     dtype = compute.param_dtype
     scales = stored.scale_dtype or dtype
     cache = (stored.run or _NO_RUN).compilation_cache
     return StoredModel("jllama", stored.model, compute, dtype, scales, tokenizer, cache, read)
-
-
-def _read_own(folder: Path, step: int, rows: int, placed: llama.Params) -> llama.Params:
-    return repadded(load_params(folder, step, with_rows(placed, rows)), placed)
 
 
 def _foreign(
@@ -214,12 +231,8 @@ def initial_model(config: Config) -> StoredModel | None:
         stored = open_model(storage.path(where), model=config.model)
     except UserError as e:
         raise type(e)(f"training.init_from: {e}") from None
-    there, here = dataclasses.asdict(stored.config), dataclasses.asdict(config.model)
-    # Padding of the tables is added or dropped where they are read.
-    alike = ("init", "max_length", "vocab_multiple")
-    differ = [key for key in here if key not in alike and here[key] != there[key]]
-    said = [f"model.{key} is {here[key]}, there {there[key]}" for key in differ]
-    if set(differ) - _FREE:
+    fatal, said = differences(stored.config, config.model)
+    if fatal:
         raise UserError(
             f"training.init_from={where}: its parameters are not the recipe's model: "
             + "; ".join(said)
@@ -228,3 +241,11 @@ def initial_model(config: Config) -> StoredModel | None:
         for line in said:
             say(f"note: training.init_from={where}: {line}")
     return stored
+
+
+def differences(there: ModelConfig, here: ModelConfig) -> tuple[bool, list[str]]:
+    """Whether parameters of one model are none of the other, and what the two say differently."""
+    a, b = dataclasses.asdict(there), dataclasses.asdict(here)
+    differ = [key for key in b if key not in ("init", "max_length") and a[key] != b[key]]
+    said = [f"model.{key} is {b[key]}, there {a[key]}" for key in differ]
+    return bool(set(differ) - _FREE), said

@@ -53,7 +53,8 @@ def test_joined_windows_go_on_across_documents():
     np.testing.assert_array_equal(found, [flat[0:9], flat[2:11], flat[4:13]])
 
 
-def test_of_many_windows_some_are_taken_evenly_and_reading_stops():
+def test_of_many_windows_some_are_taken_evenly_and_reading_stops(monkeypatch):
+    monkeypatch.setattr(module, "SPREAD", 16)
     read = []
 
     def several():
