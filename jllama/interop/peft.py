@@ -67,12 +67,19 @@ def read_adapter(
         found, tensors = _without_tied_head(found, config, model, tensors, folder)
     found = _with_tables(found, model, tensors)
     wanted = _wanted(found, config, tensors)
+    if empty := [name for name, tensor in tensors.items() if 0 in tensor.shape]:
+        raise UserError(
+            f"{folder}: {empty[0]} is empty: DeepSpeed's ZeRO-3 or FSDP saved parameters that were"
+            " not gathered; save the adapter again"
+        )
     _check_vocabulary(wanted, tensors, model, folder)
     check_tensors(tensors, wanted, folder, "this adapter's")
 
     owners: dict[str, list[Module]] = collections.defaultdict(list)
-    for module in [*found.low, *found.whole]:
-        owners[module.owner].append(module)
+    planned = {*found.low, *found.whole}
+    for module in modules(model):
+        if module in planned:
+            owners[module.owner].append(module)
     low = {o: some for o, some in owners.items() if some[0] in found.low and not some[0].is_table}
     for some in low.values():
         if some[-1] not in found.low:
@@ -138,11 +145,11 @@ def _without_tied_head(
         for one, other in ((embedding, head), (head, embedding)):
             if other in how:
                 how.setdefault(one, how[other])
-    kind = how.get(embedding)
+    kind, other = how.get(embedding), how.pop(head, None)
     mine = {name for name in tensors if name.startswith(head.tensor(""))}
     if (
-        kind != how.pop(head, None)
-        or (embedding in found.low and config.use_dora)  # whose norms are of rows and of columns
+        kind != other
+        or (config.use_dora and kind not in (None, "whole"))  # of other norms, of D and of V
         or not _alike(embedding, head, tensors)
     ):
         raise UserError(

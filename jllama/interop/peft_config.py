@@ -24,7 +24,7 @@ from jllama.config import (
     PositiveInt,
 )
 from jllama.errors import UserError
-from jllama.interop.names import file_shape, name_of
+from jllama.interop.names import NAMES, file_shape
 from jllama.interop.parameters import check_named
 from jllama.model.llama import ParamSpec, param_specs
 from jllama.model.param import dotted
@@ -163,13 +163,14 @@ def modules(model: ModelConfig) -> list[Module]:
     if model.tie_embeddings:
         flat["head.weight"] = flat["embedding.weight"]
     found = []
-    for path, spec in flat.items():
-        name = name_of(path)
-        layers = range(spec.shape[0]) if name.stacked else [None]
+    for name in NAMES:
+        if name.path not in flat:
+            continue
+        spec = flat[name.path]
         one = dataclasses.replace(spec, shape=spec.shape[1:]) if name.stacked else spec
-        for layer in layers:
+        for layer in range(spec.shape[0]) if name.stacked else [None]:
             there = name.of("hf", layer or 0).removesuffix(".weight")
-            found.append(Module(there, path, layer, one))
+            found.append(Module(there, name.path, layer, one))
     return found
 
 

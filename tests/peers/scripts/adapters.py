@@ -23,7 +23,9 @@ from tests.peers.scripts import models
 from tests.peers.scripts.float64 import Float64
 
 
-def make(base: Path, adapter: Path, arguments: dict, seed: int, name: str | None = None) -> None:
+def make(
+    base: Path, adapter: Path, arguments: dict, seed: int, name: str | None = None, **save
+) -> None:
     """An adapter that changes the model by a few parts in ten; `name` stands in it for the base."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **arguments))
@@ -37,7 +39,7 @@ def make(base: Path, adapter: Path, arguments: dict, seed: int, name: str | None
                 # So that the product of the factors is of the size of the base's matrices.
                 p.copy_(0.1 * noise)
     model.peft_config["default"].base_model_name_or_path = name or str(base)
-    model.save_pretrained(adapter)
+    model.save_pretrained(adapter, **save)
     (adapter / "README.md").unlink(missing_ok=True)
 
 
