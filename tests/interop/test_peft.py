@@ -347,9 +347,20 @@ def test_a_low_rank_head_is_worked_out_with_the_base(adapter):
     np.testing.assert_allclose(overlay["head"]["weight"], wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_tables_that_no_key_names_are_read_too(adapter):
+    change, tensors = adapter  # as peft saves those of a resized vocabulary
+    for tie in (False, True):
+        tensors[f"{HEAD}.weight"] = tensors[f"{EMBEDDING}.weight"]
+        model = dataclasses.replace(MODEL, tie_embeddings=tie)
+        lora, overlay = read_adapter(change(modules_to_save=None), model)
+        assert lora.full == (("embedding",) if tie else ("embedding", "head"))
+        table = overlay["embedding"]["weight"]
+        np.testing.assert_array_equal(table, tensors[f"{EMBEDDING}.weight"])
+
+
 def test_one_matrix_both_low_rank_and_whole(adapter):
     change, tensors = adapter
-    at = "model.layers.2.self_attn.q_proj"
+    at = "model.layers.1.self_attn.q_proj"
     for name in ("lora_A", "lora_B"):
         del tensors[f"{PREFIX}{at}.{name}.weight"]
     tensors[f"{PREFIX}{at}.weight"] = np.zeros((64, 48), np.float32)
