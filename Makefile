@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PEER := $(BIN)/python tests/peers/environment.py --torch-index '$(TORCH_INDEX)'
 LIBTPU := $(VENV)/libtpu/libtpu/libtpu.so
+# Huge pages (glibc): a tenth of the step would go into page faults on temporary buffers.
+TRAIN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python train.py
 EXTRAS := cuda tpu plan gcs s3 serve beam dev
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -16,17 +18,26 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --for
 	--no-annotate --custom-compile-command "make lock" pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-peers bench plan plans lint format lock clean
+.PHONY: help install train long-context test test-peers bench plan plans lint format lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.dev  ## .venv with the locked requirements, this package and the development tools
 	@echo "$(VENV) is ready"
 
 train: $(VENV)/.default  ## train the default recipe on real text and print a sample
-	@# Huge pages (glibc): a tenth of the step would go into page faults on temporary buffers.
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python train.py --config configs/train/tiny.yaml
+	$(TRAIN) --config configs/train/tiny.yaml
+
+long-context: $(VENV)/.default  ## extend a small model's context; perplexity against length as a figure
+	$(TRAIN) --config configs/train/tiny-256.yaml
+	$(TRAIN) --config configs/train/extend-pi.yaml
+	$(TRAIN) --config configs/train/extend-theta.yaml
+	$(BIN)/jllama evaluate perplexity --data runs/tiny-256 --out runs/long-context \
+		--lengths 128,256,512,1024,2048,4096 --stride 64 --windows 32 \
+		--model "trained at 256=runs/tiny-256" --rope none,ntk:4,adaptive,yarn \
+		--model "fine-tuned at 1,024 with PI=runs/tiny-1024-pi" --rope model,ntk:8 \
+		--model "fine-tuned at 1,024 with theta 1e6=runs/tiny-1024-theta"
 
 test: $(VENV)/.dev  ## the tests, on the CPU
 	@# Where there is no TPU compiler to be had, the tests that compile for TPUs skip.

@@ -11,6 +11,7 @@ import sys
 import jllama
 from jllama.cli import Parser, exit_status
 from jllama.config import SampleConfig
+from jllama.text import infill
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -25,7 +26,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="a run, RUN/checkpoints/STEP, or a model's folder",
     )
-    add("--prompt", default="", help="text to continue [none: the beginning of a text]")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PATH[=WEIGHT]",
+        help="over the model: a LoRA run or a folder of PEFT's; several add up, each by its weight",
+    )
+    add(
+        "--prompt",
+        default="",
+        help=f"text to continue [none: the beginning of a text], or {infill.FILL_ME} in it to fill",
+    )
+    add("--prefix-file", metavar="FILE", help="infilling: what stands before, instead of --prompt")
+    add("--suffix-file", metavar="FILE", help="infilling: what stands after")
+    add("--infill-format", choices=("psm", "spm"), help="infilling: prefix or suffix first [psm]")
     add("--max-new-tokens", type=int, help="most new tokens [256, or what the model has room for]")
     add("--temperature", type=float, default=default.temperature, help="0 is greedy [%(default)s]")
     add("--top-k", type=int, default=default.top_k, help="keep the K likeliest; 0 is off [0]")
@@ -42,14 +57,30 @@ def main(argv: list[str] | None = None) -> None:
     count = args.pop("num_samples")
     if count < 1:
         raise jllama.UserError(f"num_samples={count}: must be at least 1")
-    model = jllama.load(args.pop("model"), dtype=args.pop("dtype"))
+    names = ("prompt", "prefix_file", "suffix_file", "infill_format")
+    prompt = infill.from_arguments(*(args.pop(name) for name in names))
+    adapters = dict(map(weighted, args.pop("adapter")))
+    model = jllama.load(
+        args.pop("model"),
+        dtype=args.pop("dtype"),
+        adapter={path: path for path in adapters} or None,
+    )
+    args["adapter"] = adapters or None
     for number in range(count):
         if number:
             print("---", file=sys.stderr, flush=True)
-        for piece in model.stream(sample=number, **args):
+        for piece in model.stream(prompt, sample=number, **args):
             print(piece, end="", flush=True)
         if count > 1 or sys.stdout.isatty():
             print(flush=True)
+
+
+def weighted(text: str) -> tuple[str, float]:
+    path, equals, weight = text.rpartition("=")
+    try:
+        return (path, float(weight)) if equals else (text, 1.0)
+    except ValueError:
+        raise jllama.UserError(f"--adapter {text}: {weight!r} is no weight") from None
 
 
 def interrupted(*_) -> None:

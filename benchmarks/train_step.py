@@ -10,24 +10,29 @@ import resource
 import statistics
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
 
 from jllama import recipe as recipes
-from jllama.config import Config
+from jllama.adapt.lora import train_flops_per_token, without_whole
+from jllama.config import Config, LoraConfig
 from jllama.errors import UserError
-from jllama.flops import train_flops_per_token
 from jllama.hardware import measured_matmul_flops
+from jllama.model.llama import init_params
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import causal_lm_loss
-from jllama.train.state import define_state, init_state
+from jllama.train.state import TrainState, base_shapes, define_state, freeze, init_state
 from jllama.train.step import make_train_step
 
 
 def recipe(args: argparse.Namespace) -> Config:
-    """The recipe of the run: the model's own config with the published optimizer."""
+    """The recipe of the run: the model's own config with the published optimizer.
+
+    A LoRA overlay (--set adapt=...) is over random parameters: training.init_from is not read.
+    """
     model = recipes.to_dict(recipes.load_model(args.model))
     optimizer = {"kind": "adamw", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8,
                  "weight_decay": 0.1, "clip_norm": 1.0}  # fmt: skip
@@ -45,6 +50,7 @@ def recipe(args: argparse.Namespace) -> Config:
         "training": {
             "steps": 1000,
             "batch_size": args.batch,
+            "init_from": "unread",
             "optimizer": optimizer,
             "schedule": {"kind": "constant", "peak": 1e-4, "warmup_steps": 0},
         },
@@ -53,6 +59,35 @@ def recipe(args: argparse.Namespace) -> Config:
     for item in args.set:
         data = recipes.override(data, [item])
     return recipes.from_dict(data, "benchmark")
+
+
+def ready(config: Config) -> tuple[Any, TrainState, Any, dict[str, jax.Array]]:
+    """The jitted step, a fresh state, what is frozen beside it, and a batch of random rows."""
+    placement = Placement(make_mesh(config.mesh), config.sharding)
+    definition = define_state(config, placement)
+    base = frozen = ()
+    if isinstance(config.adapt, LoraConfig):
+        shapes = base_shapes(config, placement)
+        draw = jax.jit(
+            lambda key: jax.tree.map(
+                lambda x, s: x.astype(s.dtype),
+                init_params(config.model, config.compute, key),
+                shapes,
+            ),
+            out_shardings=jax.tree.map(lambda s: s.sharding, shapes),
+        )
+        base = freeze(config, draw(jax.random.key(1)))
+        frozen = without_whole(base, definition.shapes.trainable)
+    state = init_state(definition, 0, base)
+    step = make_train_step(config, lambda *a: causal_lm_loss(config, *a), definition, placement)
+    shape = (config.training.batch_size, config.data.length + 1)
+    rng = np.random.default_rng(0)
+    batch = {
+        "tokens": rng.integers(0, config.model.vocab_size, shape, dtype=np.int32),
+        "segments": np.ones(shape, np.int32),
+        "weights": np.ones(shape, np.float32),
+    }
+    return step, state, frozen, placement.put_batch(batch)
 
 
 def main() -> int:
@@ -66,32 +101,22 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args()
     config = recipe(args)
-    placement = Placement(make_mesh(config.mesh), config.sharding)
-    definition = define_state(config, placement)
-    state = init_state(definition, 0)
-    step = make_train_step(config, lambda *a: causal_lm_loss(config, *a), definition, placement)
-    shape = (args.batch, args.length + 1)
-    rng = np.random.default_rng(0)
-    batch = placement.put_batch(
-        {
-            "tokens": rng.integers(0, config.model.vocab_size, shape, dtype=np.int32),
-            "segments": np.ones(shape, np.int32),
-            "weights": np.ones(shape, np.float32),
-        }
-    )
+    step, state, frozen, batch = ready(config)
     start = time.perf_counter()
-    step = step.lower(state, (), batch).compile()
+    step = step.lower(state, frozen, batch).compile()
     compile_seconds = time.perf_counter() - start
     peaks = [measured_matmul_flops(args.dtype) / 1e9]
     seconds = []
     for i in range(args.steps + 2):  # two to warm up
         start = time.perf_counter()
-        state, metrics = step(state, (), batch)
+        state, metrics = step(state, frozen, batch)
         jax.block_until_ready((state, metrics))
         if i >= 2:
             seconds.append(time.perf_counter() - start)
     peaks.append(measured_matmul_flops(args.dtype) / 1e9)
-    flops = train_flops_per_token(config.model, args.length) * args.batch * args.length
+    flops = (
+        train_flops_per_token(config.model, config.adapt, args.length) * args.batch * args.length
+    )
     median = statistics.median(seconds)
     on_device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -10,12 +10,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Infill": "jllama.text.infill",
     "Llama": "jllama.pretrained",
     "load": "jllama.pretrained",
     "load_tokenizer": "jllama.text.tokenizer",
     "UserError": "jllama.errors",
 }
-__all__ = ["Llama", "UserError", "__version__", "load", "load_tokenizer"]
+__all__ = ["Infill", "Llama", "UserError", "__version__", "load", "load_tokenizer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,11 @@ COMMANDS = {
         "a model to Hugging Face's format, GGUF or ours",
     ),
     "sharding": ("jllama.commands.sharding", "where each parameter lies on a mesh, and its bytes"),
+    "evaluate": ("jllama.commands.evaluate", "what a model is worth: perplexity, infilling"),
+    "vocabulary": (
+        "jllama.commands.vocabulary",
+        "train, merge and compare tokenizers; grow a model to one",
+    ),
     "fingerprint": ("jllama.commands.fingerprint", "one digest of a checkpoint's bits"),
     "plot": ("jllama.commands.plot", "loss, learning rate and throughput of runs as a PNG"),
 }

@@ -22,6 +22,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Nonnegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Stretch = Annotated[float, Field(ge=1)]
 
 
 def _doc(text: str, **kwargs: Any) -> Any:
@@ -47,7 +48,64 @@ class LinearRopeScaling:
     """Position interpolation (arXiv:2306.15595): positions divided by `factor`."""
 
     kind: Literal["linear"] = _doc("position interpolation")
-    factor: PositiveFloat = _doc("positions are divided by this")
+    factor: Stretch = _doc("positions are divided by this")
+
+
+@_config
+class NtkRopeScaling:
+    """Static NTK-aware scaling (bloc97, 2023): theta times alpha^(N/(N-2)), N the head's width.
+
+    The slowest pair turns alpha times slower, the fastest as before.
+    """
+
+    kind: Literal["ntk"] = _doc("NTK-aware: a larger rope_theta, whatever the length")
+    alpha: Stretch = _doc("the slowest pair turns so many times slower")
+
+
+@_config
+class DynamicRopeScaling:
+    """Dynamic NTK (emozilla, 2023): theta times (fL/L0 - (f-1))^(N/(N-2)) for a text of length L.
+
+    L is at least L0, so that shorter texts are not scaled, and that of a request as a whole, prompt
+    and new tokens: theta does not change while a text grows.
+    """
+
+    kind: Literal["dynamic"] = _doc("NTK-aware by the length of each text")
+    factor: Stretch = _doc("f: how fast theta grows with the length")
+    original_length: PositiveInt = _doc("L0: positions of the training before scaling")
+
+
+@_config
+class AdaptiveRopeScaling:
+    """Chinese-LLaMA's rules: NTK-aware with alpha = coefficient (2L/L0 - 1) above L0 positions.
+
+    Version 1 has L0 = 2048 and coefficient 1.1; version 2 has coefficient 1 and L0 the model's own
+    maximum, with the position interpolation that it was trained with inside. L as in `dynamic`.
+    """
+
+    kind: Literal["adaptive"] = _doc("Chinese-LLaMA's NTK-aware rules by the length of each text")
+    original_length: PositiveInt = _doc("L0: positions of the training, interpolation included")
+    coefficient: Stretch = _default("alpha is this times (2L/L0 - 1), above L0", 1.0)
+    factor: Stretch = _default("position interpolation inside: positions are divided by this", 1.0)
+
+
+@_config
+class YarnRopeScaling:
+    """YaRN (arXiv:2309.00071): slow pairs interpolated, fast ones kept, sharper attention."""
+
+    kind: Literal["yarn"] = _doc("YaRN: interpolation by bands")
+    factor: Stretch = _doc("slow pairs are divided by this")
+    original_length: PositiveInt = _doc("positions of the training before scaling")
+    beta_fast: PositiveFloat = _default("pairs of more turns than this in them are kept", 32.0)
+    beta_slow: PositiveFloat = _default("pairs of fewer turns than this are divided fully", 1.0)
+    attention_factor: PositiveFloat | None = _default(
+        "cosine and sine are multiplied by this; null is 0.1 ln(factor) + 1", None
+    )
+    truncate: bool = _default("the ends of the band between are rounded outwards to pairs", True)
+
+    def __post_init__(self):
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError("beta_fast must be above beta_slow")
 
 
 @_config
@@ -55,7 +113,7 @@ class Llama3RopeScaling:
     """Llama-3.1's banded scaling: long wavelengths divided by `factor`, short ones kept."""
 
     kind: Literal["llama3"] = _doc("Llama-3.1's banded scaling")
-    factor: PositiveFloat = _doc("long wavelengths are multiplied by this")
+    factor: Stretch = _doc("long wavelengths are multiplied by this")
     low_freq_factor: PositiveFloat = _doc("wavelengths above original_length/this are scaled fully")
     high_freq_factor: PositiveFloat = _doc("wavelengths below original_length/this are kept")
     original_length: PositiveInt = _doc("positions of the pretraining before scaling")
@@ -66,7 +124,14 @@ class Llama3RopeScaling:
 
 
 RopeScaling = Annotated[
-    NoRopeScaling | LinearRopeScaling | Llama3RopeScaling, Field(discriminator="kind")
+    NoRopeScaling
+    | LinearRopeScaling
+    | NtkRopeScaling
+    | DynamicRopeScaling
+    | AdaptiveRopeScaling
+    | YarnRopeScaling
+    | Llama3RopeScaling,
+    Field(discriminator="kind"),
 ]
 
 
@@ -91,6 +156,22 @@ class FanInInit:
 Init = Annotated[TruncatedNormalInit | FanInInit, Field(discriminator="kind")]
 
 
+def _check_rope(rope: RopeScaling, max_length: int, head_dim: int) -> None:
+    if isinstance(rope, NtkRopeScaling | DynamicRopeScaling | AdaptiveRopeScaling) and head_dim < 4:
+        raise ValueError(f"rope.kind={rope.kind} needs head_dim of 4 at least, not {head_dim}")
+    original = getattr(rope, "original_length", 0)
+    if original > max_length and not isinstance(rope, Llama3RopeScaling):
+        raise ValueError(
+            f"rope.original_length={original} is above max_length={max_length}: it is the length of"
+            " the training before scaling, max_length the one after it"
+        )
+    if isinstance(rope, YarnRopeScaling) and rope.factor * original < max_length:
+        raise ValueError(
+            f"rope.factor={rope.factor:g} times rope.original_length={original} does not reach"
+            f" max_length={max_length}: raise the factor, or correct the original length"
+        )
+
+
 @_config
 class ModelConfig:
     """The architecture: everything that decides the function from tokens and parameters to logits.
@@ -98,7 +179,7 @@ class ModelConfig:
     Hashable, so that it serves as a static attribute of the modules.
     """
 
-    vocab_size: PositiveInt = _doc("rows of the embedding and of the head")
+    vocab_size: PositiveInt = _doc("token ids; rows of the embedding and of the head")
     hidden_dim: PositiveInt = _doc("width of the residual stream")
     num_layers: PositiveInt = _doc("transformer blocks")
     num_heads: PositiveInt = _doc("query heads")
@@ -111,6 +192,11 @@ class ModelConfig:
     rope: RopeScaling = _doc("scaling of the rotary frequencies")
     tie_embeddings: bool = _doc("the head is the embedding")
     qk_norm: bool = _default("RMSNorm on each query and key head before RoPE", False)
+    vocab_multiple: PositiveInt = _default(
+        "embedding and head have vocab_size rounded up to a multiple of it as rows, which then"
+        " divide over devices; the rows beyond are zeros and no part of the function",
+        1,
+    )
     init: Init = _default(
         "initialisation",
         TruncatedNormalInit(kind="truncated_normal", std=0.02, scale_residual=True),
@@ -123,6 +209,17 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+        _check_rope(self.rope, self.max_length, self.head_dim)
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of embedding and head: `vocab_size` and the padding after it."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def unpadded(self) -> "ModelConfig":
+        """The same function without padding, as other formats have it."""
+        return dataclasses.replace(self, vocab_multiple=1)
 
 
 # ------------------------------------------------------------------------------- compute and mesh
@@ -290,6 +387,9 @@ class StdlibSource:
     kind: Literal["stdlib"] = _doc("the running interpreter's own standard library")
     split: Literal["train", "held_out"] = _doc("which part, by a hash of the relative path")
     held_out_one_in: Annotated[int, Field(ge=2)] = _default("one file in so many is held out", 25)
+    max_characters: Count = _default(
+        "cut files between lines into documents of at most so many characters; 0 is whole files", 0
+    )
 
 
 @_config
@@ -366,6 +466,29 @@ Packing = Annotated[CutPacking | WholePacking, Field(discriminator="kind")]
 
 
 @_config
+class CausalObjective:
+    """Documents as they are."""
+
+    kind: Literal["causal"] = _doc("each document from its beginning to its end")
+
+
+@_config
+class InfillObjective:
+    """Code Llama's infilling (arXiv:2308.12950): middles come last, cut anew each epoch.
+
+    Documents that a row holds whole are cut in three at two random characters; others stay as
+    they are. The tokenizer needs the infill tokens.
+    """
+
+    kind: Literal["infill"] = _doc("the middle of a document after what surrounds it")
+    rate: Fraction = _default("share of the documents that are cut", 0.9)
+    spm: Fraction = _default("share of these that are suffix-prefix-middle, not PSM", 0.5)
+
+
+Objective = Annotated[CausalObjective | InfillObjective, Field(discriminator="kind")]
+
+
+@_config
 class PrepareConfig:
     """How text becomes tokens on disk, once per source and tokenizer."""
 
@@ -387,6 +510,9 @@ class DataConfig:
 
     length: PositiveInt = _doc("predicted tokens per row")
     packing: Packing = _doc("how documents fill rows")
+    objective: Objective = _default(
+        "what training rows teach; held-out rows are causal", CausalObjective(kind="causal")
+    )
     document_mask: bool = _default(
         "attention and positions stay within a document; false: within the row, as LLaMA 1 and 2",
         True,
@@ -418,6 +544,7 @@ class TrainedTokenizer:
     )
     max_bytes: PositiveInt = _default("text read for training, in bytes", 50_000_000)
     cross_words: bool = _default("pieces may span several words", False)
+    infill: bool = _default("4 more control pieces, as data.objective.kind=infill needs", False)
 
 
 Tokenizer = Annotated[TokenizerFile | TrainedTokenizer, Field(discriminator="kind")]
@@ -455,7 +582,11 @@ class LoraConfig:
     alpha: PositiveFloat = _doc("the overlay is scaled by alpha / rank")
     rslora: bool = _default("scale by alpha / sqrt(rank) (arXiv:2312.03732)", False)
     dora: bool = _default("train the columns' norms by themselves (DoRA, arXiv:2402.09353)", False)
-    dropout: Beta = _default("inputs of the overlay dropped while training", 0.0)
+    dropout: Beta = _default(
+        "inputs of the overlay dropped while training; which depends on mesh.context, and on"
+        " mesh.replica where training.accumulate is above 1",
+        0.0,
+    )
     targets: tuple[str, ...] = _default(
         "matrices with an overlay, by name or path, with * and ?",
         ("q", "k", "v", "o", "gate", "up", "down"),
@@ -645,7 +776,8 @@ class Config:
     """A recipe: everything that a run depends on."""
 
     model: ModelConfig = _doc(
-        "architecture: a name in configs/model, a YAML file, a run or model's folder, or its keys"
+        "architecture: a name in configs/model, a YAML file, a run or model's folder, or its keys;"
+        " with the key base, one of the former and the changes to it"
     )
     compute: ComputeConfig = _doc("how it is computed")
     distributed: DistributedConfig = _default("processes", DistributedConfig())

@@ -24,11 +24,20 @@ def _block_matrices(config: ModelConfig) -> int:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """All parameters; a tied head is counted once."""
-    embeddings = config.vocab_size * config.hidden_dim * (1 if config.tie_embeddings else 2)
+    """All parameters, without padding of the vocabulary; a tied head is counted once."""
+    embeddings = config.vocab_size * config.hidden_dim * _tables(config)
     norms = 2 * config.hidden_dim + (2 * config.head_dim if config.qk_norm else 0)
     blocks = config.num_layers * (_block_matrices(config) + norms)
     return embeddings + blocks + config.hidden_dim
+
+
+def padding_count(config: ModelConfig) -> int:
+    """The zeros that pad embedding and head to `ModelConfig.vocab_multiple`."""
+    return (config.vocab_rows - config.vocab_size) * config.hidden_dim * _tables(config)
+
+
+def _tables(config: ModelConfig) -> int:
+    return 1 if config.tie_embeddings else 2
 
 
 def forward_flops_per_token(config: ModelConfig, length: int) -> float:
@@ -40,9 +49,16 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
     return 2 * matrices + attention
 
 
-def train_flops_per_token(config: ModelConfig, length: int) -> float:
-    """FLOPs of the forward and backward pass, per token of a row of `length` tokens."""
-    return 3 * forward_flops_per_token(config, length)
+def train_flops_per_token(
+    config: ModelConfig, length: int, frozen: int = 0, overlay: int = 0
+) -> float:
+    """FLOPs of the forward and backward pass, per token of a row of `length` tokens.
+
+    Args:
+      frozen: parameters of the matrices, the head among them, whose gradient is not wanted.
+      overlay: those of the matrices of an overlay, which come on top.
+    """
+    return 3 * forward_flops_per_token(config, length) - 2 * frozen + 6 * overlay
 
 
 def kv_cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: lines, and a bar of bytes."""
+"""Progress of long work on stderr: lines, and a bar of bytes or of another unit."""
 
 import sys
 import time
@@ -17,9 +17,9 @@ def say(line: str) -> None:
 class Progress:
     """A bar when stderr is a terminal, a plain line now and then when not."""
 
-    def __init__(self, title: str, total: int | None, quiet: bool = False):
-        """`total` is in bytes; None if it is not known. `quiet`: another process speaks."""
-        self._quiet = quiet
+    def __init__(self, title: str, total: int | None, quiet: bool = False, unit: str = "B"):
+        """`total` is in units; None if it is not known. `quiet`: another process speaks."""
+        self._quiet, self._unit = quiet, unit
         self._title, self._done, self._total = title, 0, total
         self._began = self._told = time.monotonic()
 
@@ -27,7 +27,7 @@ class Progress:
         self._bar = tqdm(
             total=self._total,
             desc=self._title,
-            unit="B",
+            unit=self._unit,
             unit_scale=True,
             disable=self._quiet or None,
         )
@@ -39,7 +39,7 @@ class Progress:
             self._tell()
 
     def advance(self, size: int) -> None:
-        """So many bytes more are done."""
+        """So many units more are done."""
         self._done += size
         self._bar.update(size)
         if self._bar.disable and time.monotonic() - self._told > 10:
@@ -51,4 +51,4 @@ class Progress:
             return
         of = f" of {self._total / 1e6:.1f}" if self._total else ""
         rate = self._done / 1e6 / max(1e-9, self._told - self._began)
-        say(f"{self._title}: {self._done / 1e6:.1f}{of} MB, {rate:.1f} MB/s")
+        say(f"{self._title}: {self._done / 1e6:.1f}{of} M{self._unit}, {rate:.1f} M{self._unit}/s")

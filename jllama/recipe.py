@@ -100,16 +100,22 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             f"{path}: is a model; what is wanted here is a recipe, such as"
             f" configs/train/tiny.yaml, with --model={path}"
         )
-    # `model=NAME` is the model's whole file, wherever it stands; other overrides go on top of it.
+    # `model=NAME` is the model's whole file, wherever it stands; other overrides go on top of it,
+    # and the recipe's own changes on top of its `base`.
     rest = []
     for item in overrides:
         key, _, value = item.partition("=")
         if key == "model" and not value.lstrip().startswith("{"):
             data["model"] = value
+        elif key == "model.base" and isinstance(data.get("model"), dict):
+            data["model"]["base"] = value
         else:
             rest.append(item)
-    if isinstance(data.get("model"), str):
-        data["model"] = _model_dict(data["model"])
+    match data.get("model"):
+        case str(name):
+            data["model"] = _model_dict(name)
+        case {"base": str(name), **changes}:
+            data["model"] = _model_dict(name) | changes
     return _validate(Config, override(data, rest), where=str(path), given=rest)
 
 

@@ -6,20 +6,22 @@ Of jllama it knows the names in the config and the layout of the parameter tree,
 import numpy as np
 
 
-def logits(params, config, tokens, positions=None, segments=None):
+def logits(params, config, tokens, positions=None, segments=None, length=None):
     """tokens [B,T] -> float64 logits [B,T,V].
 
     positions [B,T] turn RoPE (default 0..T-1); position t of a row attends to itself and to what
-    precedes it in the row under the same number in segments [B,T] (default one segment).
+    precedes it in the row under the same number in segments [B,T] (default one segment). RoPE that
+    depends on the length of the text takes `length` (default T).
     """
     tokens = np.asarray(tokens)
+    length = tokens.shape[1] if length is None else length
     if positions is None:
         positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
     if segments is None:
         segments = np.zeros_like(tokens)
     params = _float64(params)
-    rows = [_row(params, config, *row) for row in zip(tokens, positions, segments, strict=True)]
-    return np.stack(rows)
+    rows = zip(tokens, positions, segments, strict=True)
+    return np.stack([_row(params, config, *row, length) for row in rows])
 
 
 def cross_entropy(hidden, weight, targets, weights, z_loss):
@@ -42,9 +44,9 @@ def _float64(tree):
     return np.asarray(tree).astype(np.float64)
 
 
-def _row(params, c, tokens, positions, segments):
+def _row(params, c, tokens, positions, segments, length):
     x = params["embedding"]["weight"][tokens]
-    turn = _rotations(c, positions)
+    turn = _rotations(c, positions, length)
     allowed = np.tril(np.ones((len(tokens),) * 2, bool)) & (segments[:, None] == segments[None])
     for layer in range(c.num_layers):
         p = _pick(params["layers"], layer)
@@ -93,18 +95,39 @@ def _turned(x, turn):
     return np.concatenate([z.real, z.imag], -1)
 
 
-def _rotations(c, positions):
-    return np.exp(1j * np.asarray(positions, np.float64)[:, None] * frequencies(c))
+def _rotations(c, positions, length):
+    turn = np.exp(1j * np.asarray(positions, np.float64)[:, None] * frequencies(c, length))
+    if c.rope.kind == "yarn":
+        default = 1 + np.log(c.rope.factor) / 10
+        turn = turn * (c.rope.attention_factor or default)
+    return turn
 
 
-def frequencies(c):
-    """Radians per position of each pair, by a loop over the pairs."""
-    out = []
-    for pair in range(c.head_dim // 2):
-        f = c.rope_theta ** (-2.0 * pair / c.head_dim)
-        s = c.rope
-        if s.kind == "linear":
+def frequencies(c, length=None):
+    """Radians per position of each pair, by a loop over the pairs; `length` is the whole text's."""
+    out, d, s = [], c.head_dim, c.rope
+    for pair in range(d // 2):
+        theta = c.rope_theta
+        if s.kind == "ntk":
+            theta *= s.alpha ** (d / (d - 2))
+        elif s.kind == "dynamic" and length > s.original_length:
+            theta *= (s.factor * length / s.original_length - (s.factor - 1)) ** (d / (d - 2))
+        elif s.kind == "adaptive" and length > s.original_length:
+            theta *= ((length / (s.original_length / 2) - 1) * s.coefficient) ** (d / (d - 2))
+        f = theta ** (-2.0 * pair / d)
+        if s.kind in ("linear", "adaptive"):
             f = f / s.factor
+        elif s.kind == "yarn":
+            ends = [
+                d * np.log(s.original_length / (turns * 2 * np.pi)) / (2 * np.log(c.rope_theta))
+                for turns in (s.beta_fast, s.beta_slow)
+            ]
+            if s.truncate:
+                ends = [np.floor(ends[0]), np.ceil(ends[1])]
+            low, high = max(ends[0], 0), min(ends[1], d - 1)
+            high += 0.001 if low == high else 0
+            ramp = min(max((pair - low) / (high - low), 0), 1)
+            f = f * (1 - ramp) + f / s.factor * ramp
         elif s.kind == "llama3":
             wavelength = 2 * np.pi / f
             if wavelength > s.original_length / s.low_freq_factor:
@@ -114,6 +137,6 @@ def frequencies(c):
                 t = t / (s.high_freq_factor - s.low_freq_factor)
                 f = f * ((1 - t) / s.factor + t)
         else:
-            assert s.kind == "none", s.kind
+            assert s.kind in ("none", "ntk", "dynamic"), s.kind
         out.append(f)
     return np.array(out)

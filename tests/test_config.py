@@ -14,20 +14,27 @@ from jllama import config, schema
 from jllama import recipe as recipes
 from jllama.config import (
     AdamWConfig,
+    AdaptiveRopeScaling,
     AutoAttention,
     BlockwiseAttention,
+    CausalObjective,
     Config,
     ConstantSchedule,
     CosineSchedule,
     CudnnAttention,
     CutPacking,
+    DynamicRopeScaling,
     FanInInit,
+    InfillObjective,
     JsonlSource,
     LinearRopeScaling,
     Llama3RopeScaling,
+    LoraConfig,
     ModelConfig,
     MuonConfig,
+    NoAdapter,
     NoRopeScaling,
+    NtkRopeScaling,
     ParquetSource,
     ReferenceAttention,
     SplashAttention,
@@ -39,6 +46,7 @@ from jllama.config import (
     TruncatedNormalInit,
     WholePacking,
     WsdSchedule,
+    YarnRopeScaling,
 )
 from jllama.errors import UserError
 
@@ -68,6 +76,7 @@ BASE = {
     "training": {
         "steps": 100,
         "batch_size": 8,
+        "init_from": "base",
         "optimizer": {
             "kind": "adamw",
             "beta1": 0.9,
@@ -85,6 +94,10 @@ BASE = {
 MEMBERS = {
     NoRopeScaling: {},
     LinearRopeScaling: {"factor": 2.0},
+    NtkRopeScaling: {"alpha": 2.0},
+    DynamicRopeScaling: {"factor": 2.0, "original_length": 32},
+    AdaptiveRopeScaling: {"original_length": 32, "coefficient": 2.5, "factor": 2.0},
+    YarnRopeScaling: {"factor": 256.0, "original_length": 32},
     Llama3RopeScaling: {
         "factor": 8.0,
         "low_freq_factor": 1.0,
@@ -105,6 +118,10 @@ MEMBERS = {
     ParquetSource: {"files": ["a.parquet"]},
     CutPacking: {},
     WholePacking: {},
+    CausalObjective: {},
+    InfillObjective: {},
+    NoAdapter: {},
+    LoraConfig: {"rank": 4, "alpha": 8.0, "overrides": [{"match": "q", "layers": [0], "rank": 2}]},
     TokenizerFile: {"path": "a.model"},
     TrainedTokenizer: {"vocab_size": 400},
     AdamWConfig: BASE["training"]["optimizer"],
@@ -179,7 +196,8 @@ def another(hint: Any, old: Any) -> Any:
     if typing.get_origin(inner) is Literal:
         return next(v for v in typing.get_args(inner) if v != old)
     if typing.get_origin(inner) is tuple:
-        return ["other"] if typing.get_args(inner)[0] is str else [["replica", "context"], None]
+        item, _ = unwrap(typing.get_args(inner)[0])
+        return {str: ["other"], int: [7]}.get(item, [["replica", "context"], None])
     if inner is bool:
         return not old
     if inner is str:
@@ -254,6 +272,22 @@ def test_a_model_is_overridden_by_name_then_by_key(recipe):
     assert loaded.model == recipes.load_model("stories-15m", ["num_layers=3"])
 
 
+def test_a_model_may_be_another_with_changes(recipe, tmp_path):
+    data = {**BASE, "model": {"base": "stories-15m", "max_length": 999, "rope": {"kind": "none"}}}
+    path = tmp_path / "based.yaml"
+    path.write_text(json.dumps(data))
+    assert recipes.load(path).model == recipes.load_model("stories-15m", ["max_length=999"])
+    wanted = recipes.load_model("stories-110m", ["max_length=999", "rope_theta=1e6"])
+    assert recipes.load(path, ["model.rope_theta=1e6", "model.base=stories-110m"]).model == wanted
+    assert recipes.load(path, ["model=stories-110m"]).model == recipes.load_model("stories-110m")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(recipes.to_yaml(recipes.load(recipe)))
+    changed = recipes.load(path, [f"model.base={tmp_path / 'run'}"]).model
+    assert changed == dataclasses.replace(recipes.load(recipe).model, max_length=999)
+    with pytest.raises(UserError, match="model: no 'nothing'; shipped models"):
+        recipes.load(path, ["model.base=nothing"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -276,6 +310,19 @@ def test_a_model_is_overridden_by_name_then_by_key(recipe):
         (["compute.dtype=float16"], r"compute\.dtype: .*'float32' or 'bfloat16', not \"float16\""),
         (["model.rope.kind=yarnn"], r"model\.rope: kind 'yarnn' is unknown; allowed: .*'linear'"),
         (["model.rope={}"], r"model\.rope: needs a kind; allowed: .*'linear'"),
+        (["model.rope.kind=linear", "model.rope.factor=0.5"], r"factor: .*than or equal to 1, not"),
+        (
+            ["model.rope={kind: dynamic, factor: 2, original_length: 999999}"],
+            r"rope\.original_length=999999 is above max_length=",
+        ),
+        (
+            ["model.rope={kind: yarn, factor: 2, original_length: 1}"],
+            r"rope\.factor=2 times rope\.original_length=1 does not reach max_length=",
+        ),
+        (
+            ["model.rope={kind: yarn, factor: 64, original_length: 16, beta_fast: 1}"],
+            r"beta_fast must be above beta_slow",
+        ),
         (["model.rope.kind=linear"], r"^--model\.rope\.factor: is required and missing$"),
         (
             ["training.optimizer.kind=muon", "training.optimizer.eps=1e-8"],

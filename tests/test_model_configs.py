@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import pytest
@@ -39,6 +40,14 @@ PUBLISHED = {
     "chinese-alpaca-13b": 13_015_864_320 + 2 * 17_954 * 5120,
     "chinese-llama2-13b": 13_015_864_320 + 2 * 23_296 * 5120,
     "chinese-alpaca2-13b": 13_015_864_320 + 2 * 23_296 * 5120,
+    "chinese-llama2-7b-16k": 6_929_256_448,
+    "chinese-llama2-7b-64k": 6_929_256_448,
+    "chinese-alpaca2-7b-16k": 6_929_256_448,
+    "chinese-alpaca2-7b-64k": 6_929_256_448,
+    "chinese-llama2-13b-16k": 13_015_864_320 + 2 * 23_296 * 5120,
+    "chinese-alpaca2-13b-16k": 13_015_864_320 + 2 * 23_296 * 5120,
+    "vicuna-7b-16k": 6_738_415_616,
+    "vicuna-13b-16k": 13_015_864_320,
     "tinyllama-1.1b": 1_100_048_384,
     "stories-15m": 15_191_712,
     "stories-110m": 109_529_856,
@@ -54,6 +63,9 @@ NUMERICS = {
     "codellama-34b": (16384, 1e-5, 1e6),
     "chinese-alpaca-7b": (2048, 1e-6, 1e4),
     "chinese-llama2-7b": (4096, 1e-5, 1e4),
+    "chinese-llama2-7b-16k": (16384, 1e-5, 1e4),
+    "chinese-llama2-7b-64k": (65536, 1e-5, 1e4),
+    "vicuna-7b-16k": (16384, 1e-5, 1e4),
 }
 
 
@@ -68,7 +80,7 @@ def _count(model) -> int:
 
 
 def test_every_shipped_model_is_checked():
-    assert set(recipes.model_names()) == {*PUBLISHED, "tiny"}
+    assert set(recipes.model_names()) == {*PUBLISHED, "tiny", "tiny-256"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -93,10 +105,15 @@ def test_length_epsilon_and_theta(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_only_llama_3_1_and_later_scale_their_frequencies(name):
+def test_frequencies_are_scaled_as_published(name):
     rope = recipes.to_dict(recipes.load_model(name).rope)
     factor = {"llama3.1": 8.0, "llama3.2": 32.0}.get(name.split("-")[0])
-    if factor is None:
+    if name.endswith("-16k"):
+        assert rope == {"kind": "linear", "factor": 4.0}
+    elif name.endswith("-64k"):
+        yarn = {"kind": "yarn", "factor": 16.0, "original_length": 4096, "truncate": True}
+        assert rope == yarn | {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None}
+    elif factor is None:
         assert rope == {"kind": "none"}
     else:
         assert rope == {
@@ -138,3 +155,40 @@ def test_pretraining_recipes_follow_the_papers(recipe, tokens, peak, warmup, flo
         "arxiv": 2.5,
         "stackexchange": 2.0,
     }
+
+
+CODE_LLAMA = {
+    # recipe: (size, tokens, peak, begins from, infills, weights)
+    "codellama-7b": ("7b", 500e9, 3e-4, "models/llama2-7b-grown", True, (85, 8, 7)),
+    "codellama-13b": ("13b", 500e9, 3e-4, "models/llama2-13b-grown", True, (85, 8, 7)),
+    "codellama-python": ("7b", 100e9, 1e-4, "runs/codellama-7b", False, (75, 10, 10, 5)),
+}
+
+
+@pytest.mark.parametrize("recipe", CODE_LLAMA)
+def test_code_llamas_recipes_follow_the_paper(recipe):
+    size, tokens, peak, begins, infills, weights = CODE_LLAMA[recipe]
+    loaded = recipes.load(recipes.configs_folder() / "train" / f"{recipe}.yaml")
+    assert loaded.model == recipes.load_model(f"llama2-{size}", ["vocab_size=32016"])
+    training, schedule = loaded.training, loaded.training.schedule
+    tokens_per_step = training.batch_size * loaded.data.length
+    assert (loaded.data.length, tokens_per_step) == (4096, 4 * 2**20)
+    assert training.steps * tokens_per_step == pytest.approx(tokens, rel=1e-5)
+    assert (schedule.peak, schedule.warmup_steps) == (peak, 1000)
+    assert schedule.floor == pytest.approx(1 / 30)
+    assert training.init_from == begins and loaded.run.name == recipe
+    objective = {"kind": "infill", "rate": 0.9, "spm": 0.5} if infills else {"kind": "causal"}
+    assert recipes.to_dict(loaded.data.objective) == objective
+    assert tuple(source.weight for source in loaded.data.train) == weights
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_the_long_context_stage_is_in_the_recipe(size):
+    path = recipes.configs_folder() / "train" / f"codellama-{size}.yaml"
+    overrides = re.findall(r"--(\S+=\S+)", path.read_text())
+    loaded = recipes.load(path, overrides)
+    assert loaded.model == recipes.load_model(f"codellama-{size}")
+    assert loaded.model.rope_theta == 1e6 and loaded.data.length == 16384
+    assert loaded.training.batch_size * loaded.data.length == 2 * 2**20
+    assert (loaded.training.steps, loaded.training.schedule.peak) == (10_000, 2e-5)
+    assert loaded.training.init_from == f"runs/codellama-{size}"

@@ -4,13 +4,17 @@ import jax
 import numpy as np
 
 from jllama.config import (
+    AdaptiveRopeScaling,
     ComputeConfig,
+    DynamicRopeScaling,
     FanInInit,
     LinearRopeScaling,
     Llama3RopeScaling,
     ModelConfig,
     NoRopeScaling,
+    NtkRopeScaling,
     TruncatedNormalInit,
+    YarnRopeScaling,
 )
 from jllama.model import llama
 
@@ -18,6 +22,12 @@ LINEAR = LinearRopeScaling(kind="linear", factor=4.0)
 LLAMA3 = Llama3RopeScaling(
     kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=256
 )
+NTK = NtkRopeScaling(kind="ntk", alpha=4.0)
+YARN = YarnRopeScaling(kind="yarn", factor=8.0, original_length=256)
+DYNAMIC = DynamicRopeScaling(kind="dynamic", factor=3.0, original_length=16)
+# Chinese-LLaMA's rules: version 1, and version 2 after position interpolation.
+ADAPTIVE1 = AdaptiveRopeScaling(kind="adaptive", original_length=16, coefficient=1.1)
+ADAPTIVE2 = AdaptiveRopeScaling(kind="adaptive", original_length=16, factor=4.0)
 FAN_IN = FanInInit(kind="fan_in", embedding_std=0.02, scale_residual=False)
 
 # What each published model does differently, at a tiny size.
@@ -29,6 +39,11 @@ VARIANTS = {
     "llama3.2": {"num_kv_heads": 1, "rope_theta": 5e5, "rope": LLAMA3, "tie_embeddings": True},
     "codellama": {"rope_theta": 1e6},
     "linear-rope": {"rope": LINEAR},
+    "ntk": {"rope": NTK},
+    "dynamic": {"rope": DYNAMIC},
+    "adaptive-1": {"rope": ADAPTIVE1},
+    "adaptive-2": {"rope": ADAPTIVE2},
+    "yarn": {"rope": YARN},
     "tied": {"tie_embeddings": True},
     "qk-norm": {"qk_norm": True, "num_kv_heads": 2},
     "fan-in": {"init": FAN_IN},
@@ -75,16 +90,18 @@ def tokens(*shape: int, vocab_size: int = 97, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab_size, shape).astype(np.int32)
 
 
-def logits(params, model, tokens, positions=None, segments=None, cpt=None) -> np.ndarray:
+def logits(
+    params, model, tokens, positions=None, segments=None, cpt=None, turns=None
+) -> np.ndarray:
     """Logits of whole rows, [B,T,V]."""
     if positions is None:
         positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     run = jax.jit(_logits, static_argnums=(1, 2))
-    return np.asarray(run(params, model, cpt or compute(), tokens, positions, segments))
+    return np.asarray(run(params, model, cpt or compute(), tokens, positions, segments, turns))
 
 
-def _logits(params, model, compute, tokens, positions, segments):
-    hidden, _ = llama.apply(params, model, compute, tokens, positions, segments)
+def _logits(params, model, compute, tokens, positions, segments, turns):
+    hidden, _ = llama.apply(params, model, compute, tokens, positions, segments, turns=turns)
     return llama.logits(params, model, hidden)
 
 

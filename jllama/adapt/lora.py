@@ -10,6 +10,7 @@ L layers, R rank, B rows, E overlays.
 """
 
 import fnmatch
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jllama import flops
 from jllama.adapt import quant
-from jllama.config import ComputeConfig, LoraConfig, ModelConfig
+from jllama.config import Adapt, ComputeConfig, LoraConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.model import llama
 from jllama.model.linear import column_norms, dense
@@ -144,6 +146,23 @@ def whole_leaves(overlay: Overlay, path: Path = ()) -> Iterator[tuple[Path, Any]
             yield from whole_leaves(below, (*path, key))
 
 
+def train_flops_per_token(config: ModelConfig, adapt: Adapt, length: int) -> float:
+    """`jllama.flops.train_flops_per_token` of what a recipe trains."""
+    if not isinstance(adapt, LoraConfig):
+        return flops.train_flops_per_token(config, length)
+    compute = ComputeConfig(dtype="float32")
+    specs, base = overlay_specs(config, compute, adapt), llama.param_specs(config, compute)
+    thin = sum(math.prod(f[name].shape) for _, f in matrices(specs) for name in ("a", "b"))
+    trained = {path for path, _ in whole_leaves(specs)}
+    head = ("embedding" if config.tie_embeddings else "head", "weight")
+    frozen = 0
+    for keys, spec in jax.tree_util.tree_leaves_with_path(base):
+        path = tuple(key.key for key in keys)
+        if path not in trained and (spec.inputs or path == head):
+            frozen += math.prod(spec.shape)
+    return flops.train_flops_per_token(config, length, frozen, thin)
+
+
 def init_overlay(
     config: ModelConfig,
     compute: ComputeConfig,
@@ -176,6 +195,18 @@ def init_overlay(
     return overlay
 
 
+def without_whole(base: llama.Params, overlay: Overlay) -> llama.Params:
+    """The base without what the overlay has whole: what is used of it."""
+    whole = {path for path, _ in whole_leaves(overlay)}
+
+    def used(tree: Any, path: Path = ()) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        return {k: used(v, (*path, k)) for k, v in tree.items() if (*path, k) not in whole}
+
+    return used(base)
+
+
 def attach(
     lora: LoraConfig, base: llama.Params, overlay: Overlay, key: jax.Array | None = None
 ) -> tuple[llama.Params, Overlay]:
@@ -202,11 +233,13 @@ def merge(
 ) -> tuple[llama.Params, float]:
     """The base with the overlay worked into its matrices, and what rounding them did.
 
-    Adapted matrices are computed in float32 and then rounded to `kind`: float32, bfloat16, or one
-    of `quant.Kind`. The base is not changed: to unmerge is to drop the result.
+    Adapted matrices are computed in float32 and then rounded to `kind`: float32, bfloat16, float16
+    or one of `quant.Kind`. The base is not changed: to unmerge is to drop the result.
 
     Returns:
       The parameters, and |rounded - exact| / |exact| over the adapted matrices.
+
+    Raises UserError for a value that becomes infinite.
     """
     params = _with_whole(base, overlay)
     squares = np.zeros(2)
@@ -214,7 +247,10 @@ def merge(
         kernel = _at(base, path)["kernel"]
         exact = _merged(kernel, _scaled(path, lora, factors))
         rounded = quant.rounded(exact, factors["a"].ndim - 2, kind)
-        squares += quant.squared_error(exact, rounded)
+        here = quant.squared_error(exact, rounded)
+        if not np.isfinite(here).all():
+            raise UserError(f"{'.'.join(path)}: merged, it does not fit {kind}; use float32")
+        squares += here
         _put(params, (*path, "kernel"), rounded)
     return params, float((squares[0] / squares[1]) ** 0.5) if squares[1] else 0.0
 

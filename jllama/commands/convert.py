@@ -2,20 +2,30 @@
 
 import argparse
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from jllama import flops, outputs, storage
-from jllama.config import MeshConfig, ShardingConfig
+from jllama.adapt import lora
+from jllama.config import MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
-from jllama.interop import gguf, hf
+from jllama.interop import gguf, hf, peft
 from jllama.interop.gguf import KINDS, kind_of, write_gguf
 from jllama.interop.parameters import cast_params
 from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.progress import say
+from jllama.train.adapters import (
+    Adapter,
+    base_path,
+    is_adapter,
+    open_adapter,
+    quantized,
+    write_adapter,
+)
 from jllama.train.stored import StoredModel, open_model, write_model
 
 # What GGUF calls the dtypes that a folder may have.
@@ -24,14 +34,21 @@ _GGUF = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="SRC", help="a run, a step or a model's folder; Hugging Face's, Meta's")
+    add(
+        "source",
+        metavar="SRC",
+        help="a run, a step or a model's folder; Hugging Face's, Meta's; or an adapter",
+    )
     add("target", metavar="DST", help="a folder that is not there yet, or a file FILE.gguf")
+    add("--adapter", metavar="PATH", help="worked into SRC: a LoRA run, or a folder of PEFT's")
+    add("--base", metavar="PATH", help="where SRC is an adapter: its model [where it says]")
     add("--from", dest="source_format", choices=("jllama", "hf", "meta"), help="[found by looking]")
     add(
         "--to",
         dest="target_format",
-        choices=("jllama", "hf", "gguf"),
-        help="[gguf for a name that ends so; else hf of ours, and ours of any other]",
+        choices=("jllama", "hf", "gguf", "peft"),
+        help="[gguf for a name that ends so; else hf of ours, and ours of any other; of an adapter"
+        " peft or ours]",
     )
     add(
         "--dtype",
@@ -47,9 +64,13 @@ def run(args: argparse.Namespace) -> None:
     for name, given in (("SRC", args.source), ("DST", args.target)):
         if not given:
             raise UserError(f"{name} is empty; name a folder")
-    target = storage.path(args.target)
-    stored = open_model(storage.path(args.source), args.source_format, args.model)
-    to = args.target_format
+    source, target, to = storage.path(args.source), storage.path(args.target), args.target_format
+    if is_adapter(source):
+        return _convert_adapter(args, open_adapter(source), target)
+    if to == "peft" or args.base:
+        raise UserError(f"--to peft and --base are for an adapter; {source} is a model")
+    stored = open_model(source, args.source_format, args.model)
+    adapter = open_adapter(storage.path(args.adapter)) if args.adapter else None
     if to is None:
         own = "hf" if stored.format == "jllama" else "jllama"
         to = "gguf" if target.suffix == ".gguf" else own
@@ -60,25 +81,73 @@ def run(args: argparse.Namespace) -> None:
         check = {"hf": hf.check_expressible, "gguf": gguf.check_expressible}[to]
         check(stored.config, stored.tokenizer)
     count = flops.parameter_count(stored.config)
-    size = gguf.nbytes(stored.config, dtype) if to == "gguf" else count * jnp.dtype(dtype).itemsize
+    if to == "gguf":
+        size = gguf.nbytes(stored.config, dtype)
+    else:
+        padding = flops.padding_count(stored.config) if to == "jllama" else 0
+        size = (count + padding) * jnp.dtype(dtype).itemsize
     outputs.check_room(target, size)
     if stored.tokenizer is None:
         say("note: the model has no tokenizer, and so no ids of BOS and EOS")
     with outputs.stoppable(target):
+        if adapter is not None:
+            kind = dtype if to != "gguf" else "float32"
+            params = _merged(stored, adapter, kind, _scale_dtype(args.dtype, to, stored))
+        elif to == "gguf":
+            params = read_on_host(stored, stored.dtype, stored.scale_dtype)
+        else:
+            params = read_on_host(stored, dtype, _scale_dtype(args.dtype, to, stored))
         if to == "gguf":
-            params = _read(stored, stored.dtype, stored.scale_dtype)
             write_gguf(target, stored.config, params, stored.tokenizer, dtype)
         else:
-            params = _read(stored, dtype, _scale_dtype(args.dtype, to, stored))
             write = write_model if to == "jllama" else hf.write_folder
             write(target, stored.config, params, stored.tokenizer)
     print(f"{target}: {to}, {dtype}, {count:,} parameters")
 
 
-def _read(stored: StoredModel, dtype: str, scale_dtype: str) -> llama.Params:
+def _merged(stored: StoredModel, adapter: Adapter, dtype: str, scale_dtype: str) -> llama.Params:
+    """The model with the adapter worked in; says what rounding to the dtype did."""
+    base = read_on_host(stored, "float32", "float32")
+    config, overlay = adapter.read(stored.config, _host(), base)
+    base = quantized(base, stored.config, adapter.quantize)
+    params, error = lora.merge(config, base, overlay, dtype)
+    say(f"merged {adapter.path.name}: rounded to {dtype}, its matrices are off by {error:.2g}")
+    return cast_params(params, dtype, scale_dtype)
+
+
+def _convert_adapter(args: argparse.Namespace, adapter: Adapter, target: Path) -> None:
+    to = args.target_format or ("peft" if adapter.format == "jllama" else "jllama")
+    if to not in ("jllama", "peft") or args.adapter:
+        raise UserError(
+            f"{adapter.path}: is an adapter, which is converted to jllama or peft; to work it into"
+            f" its base: jllama convert BASE DST --adapter {adapter.path}"
+        )
+    outputs.check_absent(target)
+    where = base_path(adapter, args.base)
+    base = open_model(where, model=args.model)
+    params = read_on_host(base, "float32", "float32")
+    config, overlay = adapter.read(base.config, _host(), params)
+    with outputs.stoppable(target):
+        if to == "peft":
+            peft.write_adapter(target, base.config, config, overlay, str(where))
+        else:
+            write_adapter(target, base, where, params, config, overlay)
+    count = sum(x.size for x in jax.tree.leaves(overlay))
+    print(f"{target}: {to}, an adapter of {count:,} parameters over {where}")
+
+
+def _host() -> Placement:
+    return Placement(make_mesh(MeshConfig(), jax.local_devices()[:1]), ShardingConfig())
+
+
+def host_places(config: ModelConfig, dtype: str, scale_dtype: str) -> llama.Params:
+    """`llama.placed_shapes` in the host's memory."""
+    return llama.placed_shapes(config, _host(), dtype, scale_dtype)
+
+
+def read_on_host(stored: StoredModel, dtype: str, scale_dtype: str) -> llama.Params:
     """The parameters in the host's memory, cast; UserError for a value that becomes infinite."""
-    host = Placement(make_mesh(MeshConfig(), jax.local_devices()[:1]), ShardingConfig())
-    place = functools.partial(llama.placed_shapes, stored.config, host)
+    place = functools.partial(host_places, stored.config)
     if stored.format != "jllama":
         return stored.read(place(dtype, scale_dtype))
     # Orbax would cast too, and say nothing of infinity.

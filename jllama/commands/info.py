@@ -63,11 +63,12 @@ def describe(
 ) -> dict[str, Any]:
     """The figures of `--json`."""
     length = row_length if length is None else length
-    parameters = flops.parameter_count(model)
+    parameters, padding = flops.parameter_count(model), flops.padding_count(model)
     return {
         "model": name,
         "parameters": parameters,
-        "bytes": {dtype: parameters * size for dtype, size in flops.BYTES.items()},
+        "padding": padding,
+        "bytes": {dtype: (parameters + padding) * size for dtype, size in flops.BYTES.items()},
         "length": length,
         "forward_flops_per_token": flops.forward_flops_per_token(model, length),
         "train_flops_per_token": flops.train_flops_per_token(model, length),
@@ -81,6 +82,11 @@ def _page(figures: dict[str, Any]) -> str:
     size, cache = figures["bytes"], figures["kv_cache_bytes_per_token"]
     rows = [
         ("parameters", f"{figures['parameters']:,}"),
+        *(
+            [("padding of the vocabulary", f"{padding:,}")]
+            if (padding := figures["padding"])
+            else []
+        ),
         ("bytes, float32", f"{size['float32']:,} ({size['float32'] / 1e9:.2f} GB)"),
         ("bytes, bfloat16", f"{size['bfloat16']:,} ({size['bfloat16'] / 1e9:.2f} GB)"),
         (

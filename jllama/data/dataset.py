@@ -18,6 +18,7 @@ from jllama import storage
 from jllama.config import (
     Config,
     DataConfig,
+    InfillObjective,
     SourceConfig,
     TfdsSource,
     TokenizerFile,
@@ -26,6 +27,7 @@ from jllama.config import (
 )
 from jllama.data import source as sources
 from jllama.data.files import NoFiles
+from jllama.data.infill import GAIN, Infilling
 from jllama.data.pack import CutRows, Row, Rows, WholeRows, empty_row
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
@@ -47,22 +49,31 @@ class Dataset:
     """Training batches from one or several sources."""
 
     def __init__(
-        self, rows: Mapping[str, Rows], weights: Mapping[str, float], batch_size: int, seed: int
+        self,
+        rows: Mapping[str, Rows],
+        weights: Mapping[str, float],
+        batch_size: int,
+        seed: int,
+        objective: Infilling | None = None,
     ):
         """`rows` and `weights` by source name; shares are weights over their sum, in rows.
 
-        Raises UserError for a source without rows.
+        `objective` makes of each row, and of the epoch of its source, what is trained on. Raises
+        UserError for a source without rows.
         """
         for name, some in rows.items():
             if not len(some):
                 raise UserError(f"source {name}: has no rows; give it more text")
         self.rows = dict(rows)
         self.batch_size = batch_size
+        self.objective = objective
         # A source's order depends on its name, so adding another leaves it as it is.
-        parts = [
-            grain.MapDataset.source(some).seed(_seed(seed, name)).shuffle().repeat()
-            for name, some in rows.items()
-        ]
+        parts = []
+        for name, some in rows.items():
+            part = grain.MapDataset.source(some).seed(_seed(seed, name)).shuffle().repeat()
+            if objective is not None:
+                part = part.map_with_index(_each_epoch(objective, len(some)))
+            parts.append(part)
         total = sum(weights[name] for name in rows)
         self._mixture = grain.MapDataset.mix(parts, [weights[name] / total for name in rows])
 
@@ -83,6 +94,11 @@ class Dataset:
                 grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
             )
         )
+
+
+def _each_epoch(objective: Infilling, rows: int) -> Callable[[int, Row], Row]:
+    # A repeated dataset's index goes on through its epochs.
+    return lambda index, row: objective(row, index // rows)
 
 
 def _seed(seed: int, name: str) -> int:
@@ -109,10 +125,10 @@ def eval_batches(
         yield stack([rows[i] if i < count else empty_row(rows.length) for i in wanted])
 
 
-def cut(prepared: Prepared, data: DataConfig) -> Rows:
-    """Rows of a source as `data` packs them."""
+def cut(prepared: Prepared, data: DataConfig, spare: int = 0) -> Rows:
+    """Rows of a source as `data` packs them; `spare` as `WholeRows` has it."""
     if isinstance(data.packing, WholePacking):
-        rows = WholeRows(prepared, data.length, data.packing.too_long)
+        rows = WholeRows(prepared, data.length, data.packing.too_long, spare)
         if rows.too_long:
             say(
                 f"source {prepared.name}: {rows.too_long} of {prepared.documents} documents are "
@@ -145,14 +161,18 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         twice = {n for n in names if names.count(n) > 1}
         if twice:
             raise UserError(f"data.{group}: two sources are named {min(twice)}; rename one")
+    objective = None
+    if isinstance(data.objective, InfillObjective):
+        objective = Infilling(data.objective, tokenizer, config.run.seed)
     train = _each(data, "train", lambda s: prepare(s, tokenizer, data.prepare))
     held_out = _each(data, "held_out", lambda s: prepare(s, tokenizer, data.prepare))
     return Data(
         train=Dataset(
-            {name: cut(p, data) for name, p in train.items()},
+            {name: cut(p, data, GAIN if objective else 0) for name, p in train.items()},
             {s.name: s.weight for s in data.train},
             config.training.batch_size,
             config.run.seed,
+            objective,
         ),
         sources=train,
         held_out=held_out,

@@ -83,8 +83,17 @@ class WholeRows:
     the order of the stream. Keeps 24 bytes per document in memory.
     """
 
-    def __init__(self, prepared: Prepared, length: int, too_long: Literal["error", "skip"]):
-        """Raises UserError for a document longer than a row, unless `too_long` is "skip"."""
+    def __init__(
+        self,
+        prepared: Prepared,
+        length: int,
+        too_long: Literal["error", "skip"],
+        spare: int = 0,
+    ):
+        """Raises UserError for a document longer than a row, unless `too_long` is "skip".
+
+        `spare` positions are kept free for each document, where the row has them.
+        """
         self.length = length
         self._prepared = prepared
         ends = prepared.document_ends()
@@ -100,7 +109,7 @@ class WholeRows:
                 f"{length + 1} ({self.too_long} documents are too long); raise data.length or set "
                 "packing.too_long=skip"
             )
-        row_of = best_fit(lengths[fits], length + 1)
+        row_of = best_fit(np.minimum(lengths[fits] + spare, length + 1), length + 1)
         order = np.argsort(row_of, kind="stable")
         self._first = np.searchsorted(row_of[order], np.arange(row_of.max(initial=-1) + 2))
         self._starts, self._ends = starts[fits][order], ends[fits][order]

@@ -165,7 +165,25 @@ def is_held_out(name: str, one_in: int) -> bool:
 
 
 def _read_library(source: StdlibSource, file: SourceFile) -> Iterator[tuple[str, str | Skipped]]:
-    yield file.name, _text(file.path.read_bytes())
+    text = _text(file.path.read_bytes())
+    if isinstance(text, Skipped) or not source.max_characters:
+        yield file.name, text
+        return
+    line = 1
+    for part in _between_lines(text, source.max_characters):
+        yield f"{file.name}:{line}", part
+        line += part.count("\n")
+
+
+def _between_lines(text: str, most: int) -> Iterator[str]:
+    """Cuts a text after lines, into parts of at most `most` characters or of one line."""
+    part = ""
+    for line in text.splitlines(keepends=True):
+        if part and len(part) + len(line) > most:
+            yield part
+            part = ""
+        part += line
+    yield part
 
 
 # ------------------------------------------------------------------------------------------ files

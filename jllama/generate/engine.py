@@ -10,16 +10,19 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jllama.adapt.lora import Overlay, choose
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.generate.sampling import Sampling, Settings, sample, stack
 from jllama.model.cache import Cache, init_cache
 from jllama.model.llama import Params, apply, logits
+from jllama.model.rope import Turns, depends_on_length, turns
 
 SMALLEST_BUCKET = 32
 # Longer prompts are prefilled in chunks of this: scores take chunk * S memory, not T * S.
@@ -33,15 +36,39 @@ traces: collections.Counter[str] = collections.Counter()
 class Request:
     """One text to generate: a function of these fields alone, not of the batch it runs in.
 
-    Two requests that differ in nothing give the same tokens: give them different `number`s.
+    Two requests that differ in nothing give the same tokens: give them different `number`s. Under
+    a RoPE that depends on the length, that is the prompt's with all of `max_new_tokens`.
     """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
+    mixture: tuple[float, ...] = ()  # weight of each overlay
     sampling: Sampling = Sampling()
     stop: frozenset[int] = frozenset()
     seed: int = 0
     number: int = 0
+
+
+class _Model(NamedTuple):
+    """Arrays that all requests share: parameters, and overlays from `jllama.adapt.lora.join`."""
+
+    params: Params
+    overlays: Overlay | None
+
+
+class _Own(NamedTuple):
+    """What each row has of its own: the turns of RoPE, where they depend on its length, and the
+    weights of the overlays [B,E]."""
+
+    turns: Turns | None
+    mixture: np.ndarray | None
+
+
+def _apply(model, config, compute, tokens, positions, cache, own):
+    overlay = choose(model.overlays, own.mixture) if model.overlays else None
+    return apply(
+        model.params, config, compute, tokens, positions, cache=cache, turns=own.turns, lora=overlay
+    )
 
 
 def _bucket(length: int) -> int:
@@ -53,7 +80,7 @@ def _bucket(length: int) -> int:
     jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache", "seen")
 )
 def _prefill(
-    params: Params,
+    model: _Model,
     config: ModelConfig,
     compute: ComputeConfig,
     cache: Cache,
@@ -62,6 +89,7 @@ def _prefill(
     tokens: jax.Array,
     start: jax.Array,
     lengths: jax.Array,
+    own: _Own,
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """Reads one chunk of the prompts: tokens [B,T] at positions start..start+T-1.
 
@@ -72,7 +100,7 @@ def _prefill(
     traces["prefill"] += 1
     B, T = tokens.shape
     positions = jnp.broadcast_to(start + jnp.arange(T), (B, T))
-    hidden, cache = apply(params, config, compute, tokens, positions, cache=cache)
+    hidden, cache = _apply(model, config, compute, tokens, positions, cache, own)
     rows = jnp.arange(B)
     seen = seen.at[rows[:, None], tokens].max(positions < lengths[:, None])
     offset = lengths - 1 - start
@@ -92,7 +120,7 @@ def _next(params, config, hidden, positions, seen, keys, settings):
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("seen",))
 def _first(
-    params: Params,
+    model: _Model,
     config: ModelConfig,
     last: jax.Array,
     positions: jax.Array,
@@ -102,14 +130,14 @@ def _first(
 ) -> tuple[jax.Array, jax.Array]:
     """The first new token [B] and `seen` with it."""
     traces["first"] += 1
-    return _next(params, config, last, positions, seen, keys, settings)
+    return _next(model.params, config, last, positions, seen, keys, settings)
 
 
 @functools.partial(
     jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache", "seen")
 )
 def _decode(
-    params: Params,
+    model: _Model,
     config: ModelConfig,
     compute: ComputeConfig,
     cache: Cache,
@@ -118,13 +146,14 @@ def _decode(
     positions: jax.Array,
     keys: jax.Array,
     settings: Settings,
+    own: _Own,
 ) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
     """Reads `token` [B] at `positions` [B]; returns cache, seen, the next token, its position."""
     traces["decode"] += 1
-    hidden, cache = apply(params, config, compute, token[:, None], positions[:, None], cache=cache)
+    hidden, cache = _apply(model, config, compute, token[:, None], positions[:, None], cache, own)
     # A finished row idles on the last slot while the others go on.
     positions = jnp.minimum(positions + 1, cache.k.shape[3] - 1)
-    token, seen = _next(params, config, hidden[:, 0], positions, seen, keys, settings)
+    token, seen = _next(model.params, config, hidden[:, 0], positions, seen, keys, settings)
     return cache, seen, token, positions
 
 
@@ -139,14 +168,17 @@ def stream(
     compute: ComputeConfig,
     requests: Sequence[Request],
     vocab_size: int | None = None,
+    overlays: Overlay | None = None,
 ) -> Iterator[tuple[int, int | None]]:
     """Generates for all requests at once; yields (request index, token) as they come.
 
     (index, None) ends a request: it drew one of its stop ids, which is not yielded, or has its
-    `max_new_tokens`. Equal prompts are prefilled once. Generation ends with the last request.
+    `max_new_tokens`. Equal prompts are prefilled once, if RoPE is the same for them. Generation
+    ends with the last request.
 
     Args:
       vocab_size: only ids below it are drawn or accepted in prompts; default the model's.
+      overlays: from `jllama.adapt.lora.join`; each request weighs them by its `mixture`.
 
     Raises:
       UserError: before the first token, if a prompt is empty, holds an id that is not in the
@@ -155,7 +187,7 @@ def stream(
     vocab_size = vocab_size or config.vocab_size
     for i, request in enumerate(requests):
         _check(request, config.max_length, vocab_size, where=f"prompt {i}")
-    return _run(params, config, compute, list(requests), vocab_size)
+    return _run(_Model(params, overlays), config, compute, list(requests), vocab_size)
 
 
 def generate(
@@ -164,10 +196,11 @@ def generate(
     compute: ComputeConfig,
     requests: Sequence[Request],
     vocab_size: int | None = None,
+    overlays: Overlay | None = None,
 ) -> list[list[int]]:
     """The new tokens of each request, without its stop id; see `stream`."""
     out: list[list[int]] = [[] for _ in requests]
-    for i, token in stream(params, config, compute, requests, vocab_size):
+    for i, token in stream(params, config, compute, requests, vocab_size, overlays):
         if token is not None:
             out[i].append(token)
     return out
@@ -191,7 +224,7 @@ def _check(request: Request, max_length: int, vocab_size: int, where: str) -> No
         )
 
 
-def _run(params, config, compute, requests, vocab_size):
+def _run(model, config, compute, requests, vocab_size):
     for i, request in enumerate(requests):
         if request.max_new_tokens == 0:
             yield i, None
@@ -200,30 +233,38 @@ def _run(params, config, compute, requests, vocab_size):
         return
     live = [requests[i] for i in alive]
 
-    prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(r.prompt for r in live))}
-    lengths = np.array([len(p) for p in prompts], np.int32)
+    scaled = depends_on_length(config)
+    # What is prefilled: the prompts, each for every length that its keys are turned for, and every
+    # mixture of overlays.
+    wanted = [
+        (r.prompt, len(r.prompt) + r.max_new_tokens if scaled else 0, r.mixture) for r in live
+    ]
+    prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(wanted))}
+    lengths = np.array([len(p) for p, _, _ in prompts], np.int32)
     slots = max(len(r.prompt) + r.max_new_tokens for r in live)
     cache = init_cache(config, compute, len(prompts), min(_bucket(slots), config.max_length))
     seen = jnp.zeros((len(prompts), vocab_size), bool)
     last = jnp.zeros((len(prompts), config.hidden_dim), compute.dtype)
     chunk = min(_bucket(int(lengths.max())), LARGEST_CHUNK)
     padded = np.zeros((len(prompts), -(-int(lengths.max()) // chunk) * chunk), np.int32)
-    for row, prompt in enumerate(prompts):
+    for row, (prompt, _, _) in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
     # Padding may reach beyond the last slot: JAX drops what is scattered there.
+    own = _own(model, config, prompts)
     for start in range(0, padded.shape[1], chunk):
         cache, seen, last = _prefill(
-            params, config, compute, cache, seen, last,
-            padded[:, start : start + chunk], np.int32(start), lengths,
+            model, config, compute, cache, seen, last,
+            padded[:, start : start + chunk], np.int32(start), lengths, own,
         )  # fmt: skip
 
-    rows = np.array([prompts[r.prompt] for r in live])
+    rows = np.array([prompts[text] for text in wanted])
     if len(rows) != len(prompts):
         cache, seen, last = _take(cache, rows), seen[rows], last[rows]
+    own = _own(model, config, wanted)
     keys = jnp.stack([_key(r) for r in live])
     settings = stack([r.sampling for r in live])
     positions = jnp.asarray(lengths[rows])
-    token, seen = _first(params, config, last, positions, seen, keys, settings)
+    token, seen = _first(model, config, last, positions, seen, keys, settings)
 
     left = {row: r.max_new_tokens for row, r in enumerate(live)}
     while left:
@@ -231,7 +272,7 @@ def _run(params, config, compute, requests, vocab_size):
         if max(left.values()) > 1:
             # Dispatched before the current token is read, so that the device never waits for it.
             cache, seen, token, positions = _decode(
-                params, config, compute, cache, seen, token, positions, keys, settings
+                model, config, compute, cache, seen, token, positions, keys, settings, own
             )
         for row, drawn in enumerate(np.asarray(current).tolist()):
             if row not in left:
@@ -243,6 +284,13 @@ def _run(params, config, compute, requests, vocab_size):
                     continue
             del left[row]
             yield alive[row], None
+
+
+def _own(model, config, rows):
+    """Of rows (prompt, length, mixture)."""
+    angles = turns(config, [r[1] for r in rows]) if depends_on_length(config) else None
+    mixture = np.array([r[2] for r in rows], np.float32) if model.overlays else None
+    return _Own(angles, mixture)
 
 
 def _key(request: Request) -> jax.Array:

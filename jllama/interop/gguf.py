@@ -4,7 +4,6 @@ Metadata and names are those of llama.cpp's own converter for its architecture "
 holds one tensor at a time beside the parameters.
 """
 
-import dataclasses
 import math
 import re
 from pathlib import Path
@@ -16,19 +15,19 @@ from gguf import LlamaFileType as FileType
 
 from jllama import outputs
 from jllama.config import (
-    ComputeConfig,
     LinearRopeScaling,
     Llama3RopeScaling,
     ModelConfig,
-    NoRopeScaling,
+    NtkRopeScaling,
+    YarnRopeScaling,
 )
 from jllama.errors import UserError
 from jllama.flops import parameter_count
 from jllama.interop.gguf_vocabulary import vocabulary_of
 from jllama.interop.names import name_of
-from jllama.interop.parameters import check_named, file_tensors
-from jllama.model.llama import Params, param_specs
-from jllama.model.rope import inverse_frequencies
+from jllama.interop.parameters import check_named, file_specs, file_tensors
+from jllama.model.llama import Params
+from jllama.model.rope import depends_on_length, inverse_frequencies
 from jllama.progress import Progress, say
 from jllama.text.tokenizer import Tokenizer
 
@@ -70,7 +69,8 @@ def write_gguf(
       StorageError: the disk is full, or the storage fails.
     """
     kind = kind_of(kind)
-    specs = param_specs(config, ComputeConfig(dtype="float32"))
+    _check_rope(config)
+    specs = file_specs(config)
     tensors = file_tensors(params, specs, "gguf", interleaved=True)
     types = {name: _type(kind, name, tensor.shape) for name, tensor in tensors.items()}
     writer = gguf.GGUFWriter(None, "llama")
@@ -108,7 +108,8 @@ def write_gguf(
 
 def check_expressible(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
     """UserError if GGUF, or llama.cpp, cannot express the model or its tokenizer."""
-    check_named(param_specs(config, ComputeConfig(dtype="float32")))
+    check_named(file_specs(config))
+    _check_rope(config)
     vocabulary_of(tokenizer, config.vocab_size)
 
 
@@ -127,7 +128,7 @@ def kind_of(name: str) -> str:
 
 def nbytes(config: ModelConfig, kind: str) -> int:
     """What the tensors of a file take."""
-    specs = param_specs(config, ComputeConfig(dtype="float32"))
+    specs = file_specs(config)
     tensors = file_tensors(specs, specs, "gguf", interleaved=True)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     return sum(_nbytes(_type(kind, name, shape), shape) for name, shape in shapes.items())
@@ -177,15 +178,42 @@ def _add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, kind: str, name:
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    if isinstance(config.rope, LinearRopeScaling):
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope.factor)
+    writer.add_rope_freq_base(_theta(config))
+    match config.rope:
+        case LinearRopeScaling(factor=factor):
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(factor)
+        case YarnRopeScaling() as rope:
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(rope.factor)
+            writer.add_rope_scaling_orig_ctx_len(rope.original_length)
+            writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
+            writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
+            if rope.attention_factor is not None:  # there it stands beside YaRN's own
+                own = 0.1 * math.log(rope.factor) + 1
+                writer.add_rope_scaling_attn_factors(rope.attention_factor / own)
+
+
+def _check_rope(config: ModelConfig) -> None:
+    rope = config.rope
+    if depends_on_length(config):
+        raise UserError(
+            f"model.rope.kind={rope.kind}: llama.cpp has no RoPE that depends on the length; choose"
+            " ntk, whose alpha is that of one length, yarn or linear"
+        )
+    if isinstance(rope, YarnRopeScaling) and not rope.truncate:
+        raise UserError("model.rope.truncate=false: llama.cpp always rounds; set it to true")
+
+
+def _theta(config: ModelConfig) -> float:
+    if isinstance(config.rope, NtkRopeScaling):  # is another theta
+        return float(inverse_frequencies(config)[1] ** (-config.head_dim / 2))
+    return config.rope_theta
 
 
 def _rope_factors(config: ModelConfig) -> np.ndarray | None:
     """What each frequency is divided by, [head_dim/2] float32: the way to say llama3's scaling."""
     if not isinstance(config.rope, Llama3RopeScaling):
         return None
-    unscaled = dataclasses.replace(config, rope=NoRopeScaling(kind="none"))
-    return (inverse_frequencies(unscaled) / inverse_frequencies(config)).astype(np.float32)
+    unscaled = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    return (unscaled / inverse_frequencies(config)).astype(np.float32)

@@ -7,16 +7,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jllama import outputs, storage
-from jllama.config import ComputeConfig, ModelConfig
+from jllama.config import ModelConfig
 from jllama.errors import UserError
 from jllama.interop.hf_config import generation_config, read_config, write_config
 from jllama.interop.hf_tokenizer import tie_warning, tokenizer_files
 from jllama.interop.names import name_of
-from jllama.interop.parameters import drop_tied_head, file_tensors
+from jllama.interop.parameters import drop_tied_head, file_specs, file_tensors
 from jllama.interop.pth import read_pth
 from jllama.interop.safetensors import read_safetensors, write_safetensors
 from jllama.interop.tensors import Tensor, nbytes
-from jllama.model.llama import Params, param_specs
+from jllama.model.llama import Params
 from jllama.progress import Progress, say
 from jllama.text.tokenizer import Tokenizer
 
@@ -106,7 +106,7 @@ def write_folder(
     `tokenizer` None leaves its files out. Raises UserError if the folder holds anything, or the
     model is one that Hugging Face's LLaMA cannot express.
     """
-    specs = param_specs(config, ComputeConfig(dtype="float32"))
+    specs = file_specs(config)
     tensors = file_tensors(params, specs, "hf", interleaved=False)
     files = {
         CONFIG: write_config(config, params["embedding"]["weight"].dtype.name, tokenizer),

@@ -6,23 +6,15 @@ and the model here cannot express is an error; keys that neither reads under thi
 left alone.
 """
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-from jllama.config import (
-    LinearRopeScaling,
-    Llama3RopeScaling,
-    ModelConfig,
-    NoRopeScaling,
-    RopeScaling,
-    TruncatedNormalInit,
-)
+from jllama.config import DynamicRopeScaling, ModelConfig, TruncatedNormalInit
 from jllama.errors import UserError
+from jllama.interop.hf_rope import read_rope, write_rope
+from jllama.interop.hf_values import Reader, short
 from jllama.text.tokenizer import Tokenizer
 
-_THETA = 1e4
-_LARGEST = 100_000_000  # a size, or a length, that is no mistake
 # Keys that change the forward pass, with the values at which they do not.
 _NEUTRAL: dict[str, tuple] = {
     "attention_bias": (False, None),
@@ -41,14 +33,6 @@ _NEUTRAL: dict[str, tuple] = {
     "kv_sharing_modes": (None,),
     "per_layer_config": (None,),
 }
-# Hugging Face's name of each number of a scaling, and ours.
-_LLAMA3 = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_length",
-}
-_ORIGINAL = "original_max_position_embeddings"
 _QUANTISED = {"quantization_config", "compression_config"}
 
 
@@ -57,7 +41,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
 
     Raises UserError, naming `where` and the key, for what is missing, wrong or not expressible.
     """
-    read = _Reader(config, where)
+    read = Reader(config, where)
     kind = config.get("model_type")
     if kind != "llama":
         said = "is missing" if kind is None else f"is {kind!r}"
@@ -65,7 +49,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     for key, neutral in _NEUTRAL.items():
         if key in config and config[key] not in neutral:
             hint = "; take the weights before quantisation" * (key in _QUANTISED)
-            said = f"is {_short(config[key])}, which this model cannot express{hint}"
+            said = f"is {short(config[key])}, which this model cannot express{hint}"
             raise read.error(key, said)
     layers = config.get("layer_types")
     if layers is not None and (
@@ -81,7 +65,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     head_dim = read.integer("head_dim", hidden_dim // heads, null=True)
     if head_dim % 2:
         raise read.error("head_dim", f"is {head_dim}, which is odd: RoPE turns pairs")
-    theta, rope = _rope(read)
+    theta, rope, max_length = read_rope(read, head_dim)
     return ModelConfig(
         vocab_size=read.integer("vocab_size"),
         hidden_dim=hidden_dim,
@@ -90,7 +74,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         ffn_dim=read.integer("intermediate_size"),
-        max_length=read.integer("max_position_embeddings", 2048),
+        max_length=max_length,
         rms_norm_eps=read.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope=rope,
@@ -102,7 +86,8 @@ def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -
     """config.json for transformers from 4.31 on; `dtype` is the tensors', such as bfloat16.
 
     RoPE stands in it as transformers 4 reads it (rope_theta, rope_scaling) and as 5 writes it
-    (rope_parameters). Raises UserError for a model that is no LLaMA of Hugging Face's.
+    (rope_parameters). Of dynamic scaling, max_position_embeddings is the length before it. Raises
+    UserError for a model that is no LLaMA of Hugging Face's.
     """
     if config.qk_norm:
         raise UserError("qk_norm: Hugging Face's LLaMA has none; this model cannot be written")
@@ -113,7 +98,7 @@ def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -
         )
     init = config.init
     std = init.std if isinstance(init, TruncatedNormalInit) else init.embedding_std
-    scaling, parameters = _scaling(config.rope)
+    scaling, parameters = write_rope(config.rope)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -125,7 +110,11 @@ def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_length,
+        "max_position_embeddings": (
+            config.rope.original_length
+            if isinstance(config.rope, DynamicRopeScaling)
+            else config.max_length
+        ),
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,
@@ -157,127 +146,3 @@ def _ends(tokenizer: Tokenizer) -> dict[str, Any]:
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": stop if len(stop) > 1 else tokenizer.eos_id,
     }
-
-
-class _Reader:
-    """Values of a JSON object, of the types they must have."""
-
-    def __init__(self, config: Mapping[str, Any], where: str):
-        self.config = config
-        self.where = where
-
-    def error(self, key: str, what: str) -> UserError:
-        return UserError(f"{self.where}: {key} {what}")
-
-    def _get(self, key: str, default: Any, null: bool) -> Any:
-        value = self.config.get(key, default)
-        if value is None and null:
-            value = default
-        if value is None:
-            raise self.error(key, "is null" if key in self.config else "is missing")
-        return value
-
-    def integer(self, key: str, default: int | None = None, null: bool = False) -> int:
-        value = self._get(key, default, null)
-        if type(value) is not int or not 1 <= value <= _LARGEST:
-            raise self.error(key, f"is {_short(value)}, expected an integer from 1 to {_LARGEST:,}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._get(key, default, False)
-        # An int may be too large for a float.
-        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-            raise self.error(key, f"is {_short(value)}, which is no positive number")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self._get(key, default, False)
-        if type(value) is not bool:
-            raise self.error(key, f"is {_short(value)}, which is neither true nor false")
-        return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-# ------------------------------------------------------------------------------------------- RoPE
-
-
-def _rope(read: _Reader) -> tuple[float, RopeScaling]:
-    config = read.config
-    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
-    theta = read.number("rope_theta", _THETA)
-    found = None
-    if parameters is None or scaling is not None or "rope_theta" in config:
-        found = _schema(read, "rope_scaling", {} if scaling is None else scaling, theta)
-    if parameters is not None:
-        new = _schema(read, "rope_parameters", parameters, theta)
-        if found is not None and new != found:
-            raise read.error(
-                "rope_parameters", "says another RoPE than rope_theta and rope_scaling; correct one"
-            )
-        found = new
-    return found
-
-
-def _schema(read: _Reader, key: str, rope: Any, theta: float) -> tuple[float, RopeScaling]:
-    if not isinstance(rope, dict):
-        raise read.error(key, f"is {_short(rope)}, which is no JSON object")
-    kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None]
-    if not kinds and rope and key == "rope_scaling":
-        raise read.error(key, "has no rope_type")
-    if kinds and (not isinstance(kinds[0], str) or kinds[-1] != kinds[0]):
-        raise read.error(key, f"has rope_type {' and '.join(map(_short, kinds))}")
-    kind = kinds[0] if kinds else "default"
-    known = {
-        "default": (),
-        "linear": ("factor", _ORIGINAL),  # the latter has no effect
-        "llama3": tuple(_LLAMA3),
-    }.get(kind)
-    if known is None:
-        raise read.error(key, f"is of type {kind!r}; of those only linear and llama3 can be read")
-    inside = _Reader({f"{key}.{name}": value for name, value in rope.items()}, read.where)
-    for name, value in rope.items():
-        if name == "partial_rotary_factor" and value not in (1, None):
-            raise inside.error(f"{key}.{name}", f"is {value!r}, which this model cannot express")
-        usual = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *known)
-        if name not in usual and value is not None:
-            raise inside.error(f"{key}.{name}", f"is no key of type {kind!r}")
-    own = inside.number(f"{key}.rope_theta", theta)
-    if key == "rope_scaling" and "rope_theta" in read.config and own != theta:
-        # transformers 5 takes the one inside, 4 the other.
-        raise inside.error(f"{key}.rope_theta", "differs from rope_theta; correct one")
-    theta = own
-    if kind == "default":
-        return theta, NoRopeScaling(kind="none")
-    if kind == "linear":
-        return theta, LinearRopeScaling(kind="linear", factor=inside.number(f"{key}.factor"))
-    numbers = {}
-    for theirs, ours in _LLAMA3.items():
-        value = inside.integer if theirs == _ORIGINAL else inside.number
-        numbers[ours] = value(f"{key}.{theirs}")
-    if read.config.get(_ORIGINAL, numbers["original_length"]) != numbers["original_length"]:
-        # transformers 5 takes this one, 4 the one inside.
-        raise read.error(_ORIGINAL, f"differs from that in {key}; correct one")
-    if numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
-        raise inside.error(f"{key}.high_freq_factor", "must be above low_freq_factor")
-    return theta, Llama3RopeScaling(kind="llama3", **numbers)
-
-
-def _scaling(rope: RopeScaling) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """rope_scaling, and rope_parameters without rope_theta."""
-    match rope:
-        case NoRopeScaling():
-            return None, {"rope_type": "default"}
-        case LinearRopeScaling():
-            # transformers before 4.43 wants these two keys and no others.
-            return {"type": "linear", "factor": rope.factor}, {
-                "rope_type": "linear",
-                "factor": rope.factor,
-            }
-        case Llama3RopeScaling():
-            numbers = {theirs: getattr(rope, ours) for theirs, ours in _LLAMA3.items()}
-            return {"rope_type": "llama3", **numbers}, {"rope_type": "llama3", **numbers}
-    raise UserError(f"rope.kind={rope.kind}: has no name in Hugging Face's config.json")

@@ -54,6 +54,10 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         names["unk_token"] = unk
     if "pad_token" in tokenizer.carried:
         names["pad_token"] = tokenizer.carried["pad_token"]
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        pad = parse_sentencepiece(tokenizer.model).pad_id
+        if pad is not None:
+            names["pad_token"] = tokenizer.pieces[pad]
     config = {
         # In both versions this class takes tokenizer.json as it is; LlamaTokenizer of 5 does not.
         "tokenizer_class": "PreTrainedTokenizerFast",

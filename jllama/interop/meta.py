@@ -29,6 +29,8 @@ _HEAD, _TABLE, _NORM, _GATE = (
 )
 _DERIVED = {"rope.freqs"}  # a buffer, no parameter
 # What params.json may say: the sizes, what the sizes of the tensors say as well, and nothing else.
+# Of the scalings, those that Meta published.
+_ROPES = ("none", "llama3")
 _KNOWN = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta",
     "use_scaled_rope", "multiple_of", "ffn_dim_multiplier", "max_seq_len", "max_batch_size",
@@ -154,7 +156,11 @@ def _model(folder: Path, facts: dict[str, Any], given: str | ModelConfig | None)
             raise UserError(f"{folder}: is not {what}: {'; '.join(wrong)}")
         return model
     shipped = {name: recipes.load_model(name) for name in recipes.model_names()}
-    fitting = {name: model for name, model in shipped.items() if not _differences(facts, model)}
+    fitting = {
+        name: model
+        for name, model in shipped.items()
+        if model.rope.kind in _ROPES and not _differences(facts, model)
+    }
     if len(set(fitting.values())) == 1:
         return next(iter(fitting.values()))
     if fitting:

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jllama.config import ComputeConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.interop.names import NAMES, Format, file_shape, from_file, name_of
 from jllama.interop.tensors import DTYPES, ParamTensor, Tensor, cast, nbytes, same_bits
-from jllama.model.llama import Params, ParamSpec
+from jllama.model.llama import Params, ParamSpec, param_specs
 from jllama.model.param import dotted
 from jllama.parallel.sharding import of_a_layer
 from jllama.progress import Progress
@@ -154,7 +155,8 @@ def read_params(
     Args:
       found: what `match` gives.
       specs: tree of `ParamSpec`.
-      placed: tree of `jax.ShapeDtypeStruct` with shardings, as `llama.placed_shapes` makes it.
+      placed: tree of `jax.ShapeDtypeStruct` with shardings, as `llama.placed_shapes` makes it; rows
+        that a table has beyond `specs` are zeros.
       interleaved: the RoPE pairs of queries and keys lie side by side in the files.
 
     Every process that holds a part of them calls it, and reads every tensor. Raises UserError for a
@@ -174,19 +176,19 @@ def read_params(
                 from_file, inputs=spec.inputs, interleaved=interleaved and name.rotary
             )
 
-            def part(sharding, shape, layout=layout, dtype=leaf.dtype, path=path):
+            def part(sharding, shape, placed, layout=layout, dtype=leaf.dtype, path=path):
                 array = next(arrays)
                 progress.advance(array.nbytes)
-                return _put(layout(array, shape), sharding, dtype, path)
+                return _put(layout(array, shape), placed, sharding, dtype, path)
 
             if not name.stacked:
-                out.append(part(leaf.sharding, spec.shape))
+                out.append(part(leaf.sharding, spec.shape, leaf.shape))
                 continue
             stacked = _zeros(leaf.shape, leaf.dtype, leaf.sharding)
             where = of_a_layer(leaf.sharding)
             write = _writer(leaf.sharding)
             for layer in range(spec.shape[0]):
-                stacked = write(stacked, part(where, spec.shape[1:]), layer)
+                stacked = write(stacked, part(where, spec.shape[1:], leaf.shape[1:]), layer)
                 stacked.block_until_ready()  # so that no layer waits on the host beside the next
             out.append(stacked)
     return tree.unflatten(out)
@@ -216,17 +218,24 @@ def _zeros(shape, dtype, sharding) -> jax.Array:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
 
 
-def _put(array: np.ndarray, sharding, dtype, path: str) -> jax.Array:
-    """The array on the devices: each gets its own part, contiguous, in `dtype`."""
+def _put(array: np.ndarray, shape, sharding, dtype, path: str) -> jax.Array:
+    """The array on the devices: each gets its own part, contiguous, in `dtype`.
+
+    `shape` may have more rows, which are zeros.
+    """
     parts: dict[str, np.ndarray] = {}
 
     def of(index: tuple[slice, ...]) -> np.ndarray:
         key = str(index)  # devices that hold the same part share it
         if key not in parts:
-            parts[key] = cast(array[index], dtype, path)
+            part = cast(array[index], dtype, path)
+            missing = len(range(shape[0])[index[0]]) - len(part)
+            if missing:
+                part = np.pad(part, ((0, missing), *((0, 0) for _ in part.shape[1:])))
+            parts[key] = part
         return parts[key]
 
-    return jax.make_array_from_callback(array.shape, sharding, of)
+    return jax.make_array_from_callback(shape, sharding, of)
 
 
 def check_named(specs: Params) -> None:
@@ -235,12 +244,18 @@ def check_named(specs: Params) -> None:
         name_of(path)
 
 
+def file_specs(config: ModelConfig) -> Params:
+    """The tree of `ParamSpec` that other formats have of a model: no padding in its tables."""
+    return param_specs(config.unpadded, ComputeConfig(dtype="float32"))
+
+
 def file_tensors(
     params: Params, specs: Params, format: Format, *, interleaved: bool
 ) -> dict[str, ParamTensor]:
     """The tensors that a file of `format` has of these parameters, in the order of `NAMES`.
 
-    Raises UserError for a parameter that it has no name for.
+    `specs` is what `file_specs` gives; rows that a table has beyond it are left out. Raises
+    UserError for a parameter that it has no name for.
     """
     check_named(specs)
     leaves = {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
@@ -252,6 +267,6 @@ def file_tensors(
         leaf, spec = leaves[name.path], flat[name.path]
         turned = interleaved and name.rotary
         for layer in range(spec.shape[0]) if name.stacked else [None]:
-            tensor = ParamTensor(leaf, layer, spec.inputs, turned)
+            tensor = ParamTensor(leaf, layer, spec.shape[layer is not None :], spec.inputs, turned)
             out[name.of(format, layer or 0)] = tensor
     return out

@@ -137,10 +137,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParamTensor:
-    """A layer of a parameter, as a file of another format has it; `layer` None is all of it."""
+    """A layer of a parameter, as a file of another format has it; `layer` None is all of it.
+
+    `here` is its shape in this package's layout, without the padding of a table.
+    """
 
     leaf: jax.Array
     layer: int | None
+    here: tuple[int, ...]
     inputs: int
     interleaved: bool
 
@@ -150,12 +154,14 @@ class ParamTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return file_shape(self.leaf.shape[self.layer is not None :], self.inputs)
+        return file_shape(self.here, self.inputs)
 
     def read(self) -> np.ndarray:
         """In C order."""
         array = self.leaf if self.layer is None else _layer(self.leaf, self.layer)
-        array = to_file(np.asarray(array), self.inputs, interleaved=self.interleaved)
+        array = to_file(
+            np.asarray(array)[: self.here[0]], self.inputs, interleaved=self.interleaved
+        )
         return contiguous(array, array.dtype)
 
 

@@ -6,6 +6,9 @@ Parameters are nested dicts of arrays; the layers are stacked on a leading axis:
   layers.attention.{q [L,D,H,N], k [L,D,K,N], v [L,D,K,N], o [L,H,N,D]}.kernel
   layers.mlp.{gate [L,D,F], up [L,D,F], down [L,F,D]}.kernel
   head.weight [V,D] unless tied; layers.attention.{q_norm,k_norm}.scale [L,N] with qk_norm
+
+V is `ModelConfig.vocab_rows` in the tables, whose rows beyond `vocab_size` are zeros, and
+`vocab_size` in logits.
 """
 
 import dataclasses
@@ -14,13 +17,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.model.block import Block
 from jllama.model.cache import Cache
 from jllama.model.norm import RMSNorm
-from jllama.model.param import Declared, declare, dotted, embedding_init
-from jllama.model.rope import rope_tables
+from jllama.model.param import Declared, Initializer, declare, dotted, embedding_init
+from jllama.model.rope import Turns, rope_tables
+from jllama.model.rope import turns as turns_of
 from jllama.parallel.lookup import take_rows
 from jllama.parallel.sharding import Placement, constrain
 
@@ -66,12 +71,24 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
+        c = self.config
+        init = embedding_init(c.init)
+        if c.vocab_rows > c.vocab_size:
+            init = _zeros_beyond(c.vocab_size, init)
         return self.param(
             "weight",
-            declare(embedding_init(self.config.init), TABLE_AXES, decay=True),
-            (self.config.vocab_size, self.config.hidden_dim),
+            declare(init, TABLE_AXES, decay=True),
+            (c.vocab_rows, c.hidden_dim),
             self.compute.param_dtype,
         )
+
+
+def _zeros_beyond(rows: int, init: Initializer) -> Initializer:
+    def padded(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        real = lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0) < rows
+        return jnp.where(real, init(key, shape, dtype), 0)
+
+    return padded
 
 
 class Llama(nn.Module):
@@ -88,6 +105,7 @@ class Llama(nn.Module):
         positions: jax.Array,
         segments: jax.Array | None = None,
         cache: Cache | None = None,
+        turns: Turns | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
         table = Embedding(c, self.compute, name="embedding")()
@@ -96,7 +114,9 @@ class Llama(nn.Module):
         with jax.named_scope("embedding"):
             x = take_rows(table, tokens, TABLE_AXES, self.compute.dtype)
             x = constrain(x, "batch", "block_seq", "act_embed")
-        rope = rope_tables(c, positions)
+        if turns is None:
+            turns = turns_of(c, tokens.shape[1] if cache is None else None)
+        rope = rope_tables(turns, positions)
 
         block = Block
         if self.compute.remat != "none" and cache is None:
@@ -158,14 +178,18 @@ def placed_shapes(
 
     `dtype` is of matrices and tables, `scale_dtype` of the norms' scales.
     """
+    return place(param_specs(config, ComputeConfig(dtype="float32")), placement, dtype, scale_dtype)
 
-    def place(path: tuple[Any, ...], spec: ParamSpec) -> jax.ShapeDtypeStruct:
+
+def place(specs: Any, placement: Placement, dtype: str, scale_dtype: str) -> Any:
+    """`placed_shapes` of a tree of `ParamSpec`."""
+
+    def one(path: tuple[Any, ...], spec: ParamSpec) -> jax.ShapeDtypeStruct:
         sharding = placement.sharding(spec.shape, spec.axes, dotted(path))
         kind = scale_dtype if path[-1].key == "scale" else dtype
         return jax.ShapeDtypeStruct(spec.shape, kind, sharding=sharding)
 
-    specs = param_specs(config, ComputeConfig(dtype="float32"))
-    return jax.tree_util.tree_map_with_path(place, specs)
+    return jax.tree_util.tree_map_with_path(one, specs)
 
 
 def apply(
@@ -177,6 +201,7 @@ def apply(
     segments: jax.Array | None = None,
     cache: Cache | None = None,
     balanced: bool = False,
+    turns: Turns | None = None,
     lora: Params | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """The final hidden state.
@@ -187,6 +212,9 @@ def apply(
       cache: None for a whole row, else the cache to read and to write.
       balanced: tokens, positions and segments, and so the result, are in the balanced order of
         `jllama.parallel.context` and not in that of the text.
+      turns: how RoPE turns, from `jllama.model.rope.turns`; None is what the config says. Where its
+        kind depends on the length of the text, None takes T for it, and with a cache, where the
+        text is longer than what is read, is a ValueError.
       lora: overlays of the blocks' matrices, made by `jllama.adapt.lora`.
 
     Returns:
@@ -194,11 +222,11 @@ def apply(
     """
     model = Llama(config, compute, balanced)
     variables = {"params": params} | ({"lora": lora} if lora else {})
-    return model.apply(variables, tokens, positions, segments, cache)
+    return model.apply(variables, tokens, positions, segments, cache, turns)
 
 
 def head_weight(params: Params, config: ModelConfig) -> jax.Array:
-    """The output matrix [V,D]."""
+    """The output matrix [V,D], padding in it."""
     return params["embedding" if config.tie_embeddings else "head"]["weight"]
 
 
@@ -206,4 +234,5 @@ def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """hidden [B,T,D] -> float32 logits [B,T,V]."""
     weight = head_weight(params, config).astype(hidden.dtype)
     out = jnp.einsum("BTD,VD->BTV", hidden, weight, preferred_element_type=jnp.float32)
-    return constrain(out, "batch", "seq", "act_vocab")
+    out = constrain(out, "batch", "seq", "act_vocab")
+    return out[..., : config.vocab_size]

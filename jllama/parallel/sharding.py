@@ -193,6 +193,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return pin(x, mesh_axes(x.shape, axes, "activation"))
 
 
+def with_whole_rows(table: NamedSharding) -> NamedSharding:
+    """Where a table lies whose rows need not divide: its first axis is whole."""
+    return NamedSharding(table.mesh, PartitionSpec(None, *table.spec[1:]))
+
+
 def of_a_layer(stacked: NamedSharding) -> NamedSharding:
     """Where one layer of a stacked parameter lies: as the whole does, without its first axis."""
     return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))

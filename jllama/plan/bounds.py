@@ -9,9 +9,10 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from jllama.adapt.lora import train_flops_per_token
 from jllama.chips import Chip
 from jllama.config import Config
-from jllama.flops import BYTES, train_flops_per_token
+from jllama.flops import BYTES
 
 _GRADIENT = 4  # bytes: gradients and their sums over devices are float32
 
@@ -24,11 +25,15 @@ class Parameter:
       name: dotted path.
       shape: of the whole of it.
       parts: the mesh axes that share out each dimension.
+      trained: it has a gradient.
+      item: bytes of an element where it is stored in fewer than the computation's.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[tuple[str, ...], ...]
+    trained: bool = True
+    item: float | None = None
 
     @property
     def is_table(self) -> bool:
@@ -58,7 +63,7 @@ class Traffic:
 def model_flops(config: Config) -> float:
     """Model FLOPs of a step: all rows, each as one document, forward and backward."""
     tokens = config.training.batch_size * config.data.length
-    return tokens * train_flops_per_token(config.model, config.data.length)
+    return tokens * train_flops_per_token(config.model, config.adapt, config.data.length)
 
 
 def traffic(
@@ -74,10 +79,9 @@ def traffic(
       mesh: sizes of the mesh axes.
       slices: parts of the devices between which there is only the data-centre network; they are
         along `replica`.
-      state_bytes: parameters and optimizer state of one device.
+      state_bytes: what is trained, and optimizer state, of one device.
     """
     passes = config.training.accumulate
-    item = BYTES[config.compute.dtype]
     # Memory: the state is read and written, the gradient written and read (its norm is needed
     # before its first use), the weights read by the products of each pass, forward and backward.
     hbm = 2.0 * state_bytes
@@ -89,13 +93,16 @@ def traffic(
         own = math.prod(p.shape) / _ways(mesh, p.kept)
         gathered = _ways(mesh, [a for a in p.axes if a not in p.kept])
         stored = own / gathered
-        hbm += 2 * stored * _GRADIENT
+        item = p.item or BYTES[config.compute.dtype]
         # The head, like a tied embedding, is gathered once a pass: the loss makes its gradient in
         # the forward pass. Rows of an embedding are looked up, and summed, where they lie.
         multiplied = not p.is_table or p.name.startswith("head") or config.model.tie_embeddings
         uses = (1 if p.is_table else 2) if multiplied else 0
         hbm += passes * uses * own * item
         links += passes * uses * _share(own * item, gathered)
+        if not p.trained:
+            continue
+        hbm += 2 * stored * _GRADIENT
         if multiplied:
             links += sums * _share(own * _GRADIENT, gathered)
         # Devices with the same part and other rows add up their gradients; replicas once, after

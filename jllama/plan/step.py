@@ -31,7 +31,7 @@ from jllama.plan import bounds
 from jllama.plan.devices import compile_only_devices, hbm_bytes
 from jllama.plan.topology import Topology, parse
 from jllama.train.loss import causal_lm_loss
-from jllama.train.state import StateDef, TrainState, check_batches, define_state
+from jllama.train.state import StateDef, check_batches, define_state
 from jllama.train.step import make_eval_step, make_train_step
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
@@ -55,23 +55,25 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
         "optimizer": bytes_per_device((state.step, state.opt_state)),
         "batch": bytes_per_device(batch),
     }
+    if definition.frozen:
+        known["frozen"] = bytes_per_device(definition.frozen)
     mesh = dict(placement.mesh.shape)
     counted = bounds.traffic(
         config,
         mesh,
         topology.slices,
-        parameters_of(state),
+        parameters_of(definition),
         known["parameters"] + known["optimizer"],
     )
     loss = functools.partial(causal_lm_loss, config)
     step = make_train_step(config, loss, definition, placement)
     start = time.perf_counter()
-    memory = _memory(step, (state, (), batch), known)
+    memory = _memory(step, (state, definition.frozen, batch), known)
     compile_seconds = round(time.perf_counter() - start, 2)
     times = bounds.seconds(config, len(devices), topology.chip, counted)
     capacity = memory.pop("hbm_capacity_bytes", capacity)
     step_fits = memory["hbm_bytes_per_device"] <= capacity and "compiler_message" not in memory
-    evaluation = _evaluation(config, placement, state, known, capacity)
+    evaluation = _evaluation(config, placement, definition, known, capacity)
     return {
         "topology": topology.name,
         "slices": topology.slices,
@@ -122,23 +124,34 @@ def abstract_batch(
 
 def bytes_per_device(tree: Any) -> int:
     """Bytes of the fullest device, from shapes and shardings: parts are all of one size."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    return math.ceil(
+        sum(math.prod(x.sharding.shard_shape(x.shape)) * _item(x) for x in jax.tree.leaves(tree))
     )
 
 
-def parameters_of(state: TrainState) -> list[bounds.Parameter]:
-    def of(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> bounds.Parameter:
-        parts = [(p,) if isinstance(p, str) else tuple(p or ()) for p in x.sharding.spec]
-        return bounds.Parameter(dotted(path), x.shape, tuple(parts))
+def _item(x: jax.ShapeDtypeStruct) -> float:
+    """Bytes of an element; accelerators store two of 4 bits in one."""
+    four_bits = x.dtype in (jnp.int4, jnp.uint4)
+    return 0.5 if four_bits else x.dtype.itemsize
 
-    return [of(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state.trainable)]
+
+def parameters_of(definition: StateDef) -> list[bounds.Parameter]:
+    def of(path: tuple[Any, ...], x: jax.ShapeDtypeStruct, trained: bool) -> bounds.Parameter:
+        parts = [(p,) if isinstance(p, str) else tuple(p or ()) for p in x.sharding.spec]
+        item = None if trained else _item(x)
+        return bounds.Parameter(dotted(path), x.shape, tuple(parts), trained, item)
+
+    return [
+        of(path, x, trained)
+        for tree, trained in ((definition.placed.trainable, True), (definition.frozen, False))
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 def _evaluation(
     config: Config,
     placement: Placement,
-    state: TrainState,
+    definition: StateDef,
     known: dict[str, int],
     capacity: float,
 ) -> dict[str, Any]:
@@ -147,8 +160,9 @@ def _evaluation(
         return {"eval_hbm_bytes_per_device": None, "eval_fits": None}
     step = make_eval_step(functools.partial(causal_lm_loss, config), placement)
     batch = abstract_batch(config, placement, config.eval.batch_size)
-    arguments = {"parameters": known["parameters"], "batch": bytes_per_device(batch)}
-    memory = _memory(step, (state.trainable, (), batch), arguments)
+    arguments = {key: known[key] for key in ("parameters", "frozen") if key in known}
+    arguments["batch"] = bytes_per_device(batch)
+    memory = _memory(step, (definition.placed.trainable, definition.frozen, batch), arguments)
     # The compiler knows of its arguments alone.
     need = memory["hbm_bytes_per_device"] + known["optimizer"]
     refused = memory.get("compiler_message")

@@ -89,6 +89,11 @@ class Tokenizer(abc.ABC):
         make = functools.partial(type(self), **self._options)
         return make, (self._content,), {"carried": dict(self.carried)}
 
+    @property
+    def adds_space(self) -> bool:
+        """Whether encoding puts a space before a text, which decoding takes away."""
+        return self._prefix != "never"
+
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256, in hex, of what decides ids and texts: the tokenizer's identity."""
@@ -175,7 +180,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip = tokenizer._prefix != "never"
+        self._strip = tokenizer.adds_space
 
     def feed(self, id: int) -> str:
         """The text that `id` completes; empty inside a character. UserError if out of range."""

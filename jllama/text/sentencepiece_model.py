@@ -1,13 +1,13 @@
 """What a SentencePiece model's file says: pieces with scores, and how texts are normalised.
 
-A protocol buffer, sentencepiece_model.proto. The module that comes with sentencepiece reads it too,
-but asks for a newer protobuf than other packages allow.
+A protocol buffer, sentencepiece_model.proto. The module that comes with sentencepiece reads and
+writes it too, but asks for a newer protobuf than other packages allow.
 """
 
 import dataclasses
 import enum
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -77,6 +77,41 @@ def parse_sentencepiece(model: bytes) -> SentencePieceModel:
         marks_before=bool(normalizer.get(5, 1)) and not trainer.get(24, 0),
         charsmap=normalizer.get(2, b""),
     )
+
+
+_SELF_TEST = 4  # sample texts with their pieces, which sentencepiece checks when it loads a model
+
+
+def append_pieces(model: bytes, pieces: Iterable[Piece], pad: str = "") -> bytes:
+    """The model with more pieces: every other byte of it is kept, but for samples of encoding.
+
+    Fields of a protocol buffer that stand in it twice are lists, or the last one counts: so what is
+    new goes to the end. `pad` is the text of a control piece that becomes the model's padding.
+    """
+    fields = list(_fields(model))
+    ids = [piece for number, piece in fields if number == 1]
+    texts = {dict(_fields(piece))[1].decode(): id for id, piece in enumerate(ids)}
+    out = [_field(number, value) for number, value in fields if number != _SELF_TEST]
+    for piece in pieces:
+        texts[piece.text] = len(texts)
+        score, type = struct.pack("<f", piece.score), _varint(piece.type)
+        out.append(_field(1, _field(1, piece.text.encode()) + b"\x15" + score + b"\x18" + type))
+    trainer = b"\x20" + _varint(len(texts))  # vocab_size
+    if pad:
+        trainer += b"\xd8\x02" + _varint(texts[pad]) + _field(48, pad.encode())  # pad_id, pad_piece
+    return b"".join([*out, _field(2, trainer)])
+
+
+def _field(number: int, value: bytes) -> bytes:
+    return _varint(number * 8 + 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    out = []
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:

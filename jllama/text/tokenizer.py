@@ -6,6 +6,7 @@ from typing import Any
 from jllama import storage
 from jllama.errors import UserError
 from jllama.text.huggingface import HuggingFaceTokenizer
+from jllama.text.infill import PIECES
 from jllama.text.interface import TextStream, Tokenizer
 from jllama.text.llama3 import TiktokenTokenizer, is_tiktoken
 from jllama.text.settings import Settings, load_settings, parse_json
@@ -79,7 +80,7 @@ def _from_file(path: Path, settings: Settings) -> Tokenizer:
         tokenizer = SentencePieceTokenizer(
             data,
             str(path),
-            special=settings.special,
+            special=_special(settings),
             legacy=settings.legacy,
             **_said(settings),
         )
@@ -87,8 +88,13 @@ def _from_file(path: Path, settings: Settings) -> Tokenizer:
 
 
 def _from_json(file: Any, path: Path, settings: Settings) -> Tokenizer:
-    tokenizer = HuggingFaceTokenizer(file, str(path), special=settings.special, **_said(settings))
+    tokenizer = HuggingFaceTokenizer(file, str(path), special=_special(settings), **_said(settings))
     return _carrying(tokenizer, settings)
+
+
+def _special(settings: Settings) -> frozenset[str]:
+    """Special by what the files say; and by name, as Code Llama's model has normal pieces."""
+    return settings.special | {*PIECES}
 
 
 def _said(settings: Settings) -> dict[str, Any]:

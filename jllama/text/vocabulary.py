@@ -15,6 +15,7 @@ import sentencepiece
 
 from jllama.config import TrainedTokenizer
 from jllama.errors import UserError
+from jllama.text.infill import PIECES
 from jllama.text.spm import SentencePieceTokenizer
 
 _RESERVED = 3 + 256  # <unk>, <s>, </s> and one piece per byte
@@ -35,10 +36,12 @@ def train_sentencepiece(texts: Iterable[str], config: TrainedTokenizer) -> Sente
     lines, breaks = _count(texts, config.max_bytes)
     if not lines and not breaks:
         raise UserError("tokenizer: no text to train on; give data.train a source with text")
-    most = min(_MAX_BREAKS, (config.vocab_size - _RESERVED) // 8)
+    control = [*PIECES] if config.infill else []
+    free = config.vocab_size - _RESERVED - len(control)
+    most = min(_MAX_BREAKS, free // 8)
     common = [b for b, n in breaks.most_common(most) if n >= _BREAK_SHARE * breaks.total()]
     common = sorted({"\n", *common})
-    letters = _letters(lines, config.vocab_size - _RESERVED - len(common))
+    letters = _letters(lines, free - len(common))
     words = _words(lines, letters, _LINE if config.cross_words else _WORD)
     model = BytesIO()
     try:
@@ -58,6 +61,7 @@ def train_sentencepiece(texts: Iterable[str], config: TrainedTokenizer) -> Sente
             # The words are cut already.
             split_by_whitespace=False,
             split_by_unicode_script=False,
+            control_symbols=control,
             user_defined_symbols=[b.replace(" ", "\u2581") for b in common],
             max_sentencepiece_length=32,
             max_sentence_length=1 << 16,
@@ -72,8 +76,8 @@ def train_sentencepiece(texts: Iterable[str], config: TrainedTokenizer) -> Sente
                 f"tokenizer: SentencePiece cannot train on this text: {reason}"
             ) from None
         raise UserError(
-            f"tokenizer.vocab_size={config.vocab_size}: the training text gives only {limit[1]} "
-            "pieces; lower it or give more text"
+            f"tokenizer.vocab_size={config.vocab_size} (--size): the training text gives only"
+            f" {limit[1]} pieces; lower it or give more text"
         ) from None
     return SentencePieceTokenizer(model.getvalue())
 

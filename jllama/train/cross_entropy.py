@@ -8,10 +8,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jllama.model.llama import TABLE_AXES
 from jllama.parallel.product import all_gather, reduce
 from jllama.parallel.sharding import active_placement
+
+_NEVER = -1e30  # a logit whose probability is 0, and finite
 
 
 def _blocks(x: jax.Array, block: int) -> jax.Array:
@@ -24,7 +27,7 @@ def _blocks(x: jax.Array, block: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(B, -1, block, *x.shape[2:]), 1, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
     hidden: jax.Array,
     weight: jax.Array,
@@ -32,37 +35,52 @@ def cross_entropy(
     weights: jax.Array,
     z_loss: float,
     block: int,
+    vocab_size: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums of weights * (-log p(target) + z_loss * log(Z)^2), and the same without the z term.
 
     Logits exist for `block` tokens of a device at a time. The gradients are made in the same
-    pass over the blocks: three matrix products in all, nothing recomputed. Only the first result
-    has a gradient; z_loss is from PaLM (arXiv:2204.02311, section 5).
+    pass over the blocks: three matrix products in all, nothing recomputed, and two where `weight`
+    needs no gradient. Only the first result has one; z_loss is from PaLM (arXiv:2204.02311,
+    section 5).
 
     Args:
       hidden: [B,T,D], whose dtype is that of the products; `weight` [V,D].
+      vocab_size: rows of `weight` from here on are padding: no token, and gradients of exactly 0.
       targets: [B,T] int32; `weights` [B,T] float32.
 
     Returns:
       Two float32 scalars: loss with the z term, loss without it.
     """
-    return _forward(hidden, weight, targets, weights, z_loss, block, gradients=False)[0]
+    return _forward(hidden, weight, targets, weights, z_loss, block, vocab_size, gradients=False)[0]
 
 
-def _forward(hidden, weight, targets, weights, z_loss, block, gradients):
-    """The two sums, and with `gradients` those of hidden and of weight, the latter in float32."""
+def _forward(
+    hidden, weight, targets, weights, z_loss, block, vocab_size, gradients, of_weight=False
+):
+    """The two sums, and with `gradients` those of hidden and, in float32 or None, of weight."""
     placement = active_placement()
-    one = functools.partial(_one_device, z_loss=z_loss, block=block, gradients=gradients)
+    one = functools.partial(
+        _one_device,
+        z_loss=z_loss,
+        block=block,
+        vocab_size=vocab_size if vocab_size < weight.shape[0] else None,
+        gradients=gradients,
+        of_weight=of_weight,
+    )
     if placement is None or placement.mesh.size == 1:
         sums, gradients = one(hidden, weight.astype(hidden.dtype), targets, weights)
-        return sums, gradients and (gradients[0], gradients[1].T)
+        return sums, gradients and (gradients[0], gradients[1].T if of_weight else None)
     return _many_devices(one, placement, hidden, weight, targets, weights)
 
 
-def _one_device(hidden, head, targets, weights, z_loss, block, gradients, vocab_axes=()):
+def _one_device(
+    hidden, head, targets, weights, z_loss, block, vocab_size, gradients, of_weight, vocab_axes=()
+):
     """One device's share: all positions of `hidden`, and the part `head` [V,D] of the vocabulary.
 
     Over `vocab_axes` lie the parts of the vocabulary: the sums are whole, d_hidden is this part's.
+    `vocab_size` is None where no row is padding.
     The gradient of the head is [D,V], in float32.
     """
     B, T, D = hidden.shape
@@ -74,6 +92,8 @@ def _one_device(hidden, head, targets, weights, z_loss, block, gradients, vocab_
     def one(carry, xs):
         h, y, w = xs
         logits = jnp.einsum("BTD,VD->BTV", h, head, preferred_element_type=jnp.float32)
+        if vocab_size is not None:
+            logits = jnp.where(vocab < vocab_size, logits, _NEVER)
         top = jnp.max(logits, axis=-1, keepdims=True)
         top = lax.pmax(top, vocab_axes) if vocab_axes else top
         exp = jnp.exp(logits - top)
@@ -91,11 +111,14 @@ def _one_device(hidden, head, targets, weights, z_loss, block, gradients, vocab_
         scale = w[..., None] * (1.0 + 2.0 * z_loss * log_z) / total
         d_logits = (exp * scale - jnp.where(hit, w[..., None], 0.0)).astype(h.dtype)
         d_h = jnp.einsum("BTV,VD->BTD", d_logits, head)
+        if not of_weight:
+            return (*sums, None), d_h
         d_weight = jnp.einsum("BTD,BTV->DV", h, d_logits, preferred_element_type=jnp.float32)
         return (*sums, carry[2] + d_weight), d_h
 
     zero = jnp.zeros((), jnp.float32)
-    carry = (zero, zero, jnp.zeros(head.T.shape, jnp.float32)) if gradients else (zero, zero)
+    d_weight = jnp.zeros(head.T.shape, jnp.float32) if of_weight else None
+    carry = (zero, zero, d_weight) if gradients else (zero, zero)
     xs = tuple(_blocks(x, block) for x in (hidden, targets, weights))
     carry, d_hidden = lax.scan(one, carry, xs)
     if not gradients:
@@ -135,27 +158,44 @@ def _many_devices(one, placement, hidden, weight, targets, weights):
             return sums, None
         d_hidden, d_weight = gradients
         d_hidden = reduce(d_hidden, vocab + idle, ((), spread, ()))
-        return sums, (d_hidden, reduce(d_weight, others, (width, ())).T)
+        if d_weight is not None:
+            d_weight = reduce(d_weight, others, (width, ())).T
+        return sums, (d_hidden, d_weight)
 
     spec, table = placement.partition(rows, positions, ()), placement.partition(vocab, width)
     row = placement.partition(rows, kept)
-    gradients = (spec, table) if one.keywords["gradients"] else None
+    gradients = None
+    if one.keywords["gradients"]:
+        gradients = (spec, table if one.keywords["of_weight"] else None)
     return placement.per_device(
         device, (spec, table, row, row), (placement.partition(), gradients)
     )(hidden, weight, targets, weights)
 
 
-def _cross_entropy_fwd(hidden, weight, targets, weights, z_loss, block):
+def _cross_entropy_fwd(hidden, weight, targets, weights, z_loss, block, vocab_size):
+    # A frozen head, under a LoRA overlay, has no gradient: a third of the products.
+    of_weight = weight.perturbed
+    hidden, weight, targets, weights = (x.value for x in (hidden, weight, targets, weights))
     out, (d_hidden, d_weight) = _forward(
-        hidden, weight, targets, weights, z_loss, block, gradients=True
+        hidden,
+        weight,
+        targets,
+        weights,
+        z_loss,
+        block,
+        vocab_size,
+        gradients=True,
+        of_weight=of_weight,
     )
-    return out, (d_hidden, d_weight.astype(weight.dtype))
+    return out, (d_hidden, d_weight.astype(weight.dtype) if of_weight else None)
 
 
-def _cross_entropy_bwd(z_loss, block, residuals, cotangents):
-    d_hidden, d_weight = residuals
+def _cross_entropy_bwd(z_loss, block, vocab_size, residuals, cotangents):
     g = cotangents[0]
-    return (d_hidden * g).astype(d_hidden.dtype), (d_weight * g).astype(d_weight.dtype), None, None
+    if isinstance(g, SymbolicZero):
+        g = jnp.zeros(g.shape, g.dtype)
+    d_hidden, d_weight = (None if d is None else (d * g).astype(d.dtype) for d in residuals)
+    return d_hidden, d_weight, None, None
 
 
-cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd, symbolic_zeros=True)

@@ -48,12 +48,18 @@ def _leaf_sums(x: jax.Array) -> jax.Array:
     return jnp.stack(sums)
 
 
-def fingerprint(tree: Any) -> str:
-    """SHA-256, in hex, over the sorted leaves' paths, shapes, dtypes and sums."""
+def fingerprint(tree: Any, dtype: Any = None) -> str:
+    """SHA-256, in hex, over the sorted leaves' paths, shapes, dtypes and sums.
+
+    With a `dtype`, of what the leaves are in that: bfloat16 is the same for whatever a model's
+    parameters are read as.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.jit(lambda xs: [_leaf_sums(x) for x in xs])([x for _, x in leaves])
+    sums = jax.jit(lambda xs: [_leaf_sums(x.astype(dtype or x.dtype)) for x in xs])(
+        [x for _, x in leaves]
+    )
     lines = [
-        f"{dotted(path)} {tuple(x.shape)} {x.dtype} {s.tolist()}"
+        f"{dotted(path)} {tuple(x.shape)} {dtype or x.dtype} {s.tolist()}"
         for (path, x), s in zip(leaves, jax.device_get(sums), strict=True)
     ]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()

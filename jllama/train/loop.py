@@ -14,10 +14,11 @@ from typing import Any
 import jax
 
 from jllama import storage
-from jllama.config import Config
+from jllama.adapt.lora import train_flops_per_token, without_whole
+from jllama.config import Config, LoraConfig
 from jllama.data.dataset import eval_batches
 from jllama.data.pack import CutRows
-from jllama.flops import parameter_count, train_flops_per_token
+from jllama.flops import parameter_count
 from jllama.hardware import peak_flops, use_compilation_cache
 from jllama.parallel import distributed
 from jllama.parallel.mesh import make_mesh
@@ -25,11 +26,20 @@ from jllama.parallel.sharding import Placement
 from jllama.progress import say
 from jllama.train import folder as run_folder
 from jllama.train.checkpoint import Checkpoints, latest_step
+from jllama.train.fingerprint import fingerprint
 from jllama.train.loss import causal_lm_loss
 from jllama.train.metrics import Metrics, NoMetrics
 from jllama.train.metrics import read as metrics_of
 from jllama.train.mirror import Mirror
-from jllama.train.state import check_batches, define_state, init_state, start_from
+from jllama.train.state import (
+    StateDef,
+    base_shapes,
+    check_batches,
+    define_state,
+    freeze,
+    init_state,
+    start_from,
+)
 from jllama.train.step import make_eval_step, make_train_step
 from jllama.train.stored import initial_model
 
@@ -84,7 +94,9 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     placement = together(lambda: Placement(make_mesh(config.mesh), config.sharding))
     together(lambda: check_batches(config, placement))
     definition = together(lambda: define_state(config, placement))
-    initial = together(lambda: None if latest_step(folder) else initial_model(config))
+    adapts = isinstance(config.adapt, LoraConfig)  # its base is no part of a checkpoint
+    begins = together(lambda: adapts or not latest_step(folder))
+    initial = together(lambda: initial_model(config) if begins else None)
     known = initial.tokenizer if initial else None
     # The leader makes what is missing while the others wait; they find it, or make their own
     # where prepared data is not on shared storage.
@@ -96,30 +108,45 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     start = checkpoints.latest() or 0
     distributed.same("the newest checkpoint", str(start), "run.folder must be shared storage")
     if leader:
-        say(_opening(config, placement, folder, start))
+        say(_opening(config, placement, definition, folder, start))
+    base = frozen = ()
+    if adapts:
+        base = initial.read(base_shapes(config, placement))
+        digest = fingerprint(base, "bfloat16")
+        where = str(storage.absolute(storage.path(config.training.init_from)))
+        together(lambda: run_folder.note_base(folder, where, digest) if leader else None)
+        base = freeze(config, base)
+        frozen = without_whole(base, definition.shapes.trainable)
     if start:
         state = checkpoints.restore(start, definition)
-    elif initial:
+    elif initial and not adapts:
         state = start_from(definition, initial.read(definition.placed.trainable))
     else:
-        state = init_state(definition, config.run.seed)
+        state = init_state(definition, config.run.seed, base)
+    del base
     steps, every = config.training.steps, config.run.log_every
     metrics = Metrics(folder, start, steps, every) if leader else NoMetrics()
     stack.callback(metrics.close)
     if start:
         metrics.say(f"resumed at step {start} of {steps}")
-    run = together(lambda: _Run(config, placement, definition, data, checkpoints, metrics, folder))
+    run = together(
+        lambda: _Run(config, placement, definition, frozen, data, checkpoints, metrics, folder)
+    )
     return run.go(state, start)
 
 
-def _opening(config: Config, placement: Placement, folder: Path, start: int) -> str:
+def _opening(
+    config: Config, placement: Placement, definition: StateDef, folder: Path, start: int
+) -> str:
     """What runs, on what, and when it is safe: the line before the long silence of a compiler."""
     steps, every = config.training.steps, config.checkpoint.every
     sizes = [f"{axis}={n}" for axis, n in placement.mesh.shape.items() if n > 1]
     count, processes = placement.mesh.size, jax.process_count()
+    trained = sum(x.size for x in jax.tree.leaves(definition.shapes.trainable))
     return "".join(
         [
             f"{folder}: {parameter_count(config.model):,} parameters",
+            f", {trained:,} trained over them" if definition.frozen else "",
             f" on {count} {placement.platform} device{'s' * (count > 1)}",
             f" of {processes} processes" if processes > 1 else "",
             f", mesh {' '.join(sizes)}" if sizes else "",
@@ -134,8 +161,8 @@ def _opening(config: Config, placement: Placement, folder: Path, start: int) -> 
 class _Run:
     """The loop and what it needs."""
 
-    def __init__(self, config, placement, definition, data, checkpoints, metrics, folder):
-        self.config, self.placement, self.data = config, placement, data
+    def __init__(self, config, placement, definition, frozen, data, checkpoints, metrics, folder):
+        self.config, self.placement, self.frozen, self.data = config, placement, frozen, data
         self.checkpoints, self.metrics, self.folder = checkpoints, metrics, folder
         loss = functools.partial(causal_lm_loss, config)
         self.step = make_train_step(config, loss, definition, placement)
@@ -144,7 +171,7 @@ class _Run:
         # What the evaluation needs is known before the training, not after it.
         if config.data.held_out:
             self.eval_rows = placement.batch_rows(config.eval.batch_size, "eval.batch_size")
-        self.flops = train_flops_per_token(config.model, config.data.length)
+        self.flops = train_flops_per_token(config.model, config.adapt, config.data.length)
         # Only the leader reports, and measures where no figure is published.
         peak = peak_flops(config.compute.dtype)[0] if distributed.leader() else math.inf
         self.peak = peak * placement.mesh.size
@@ -210,7 +237,7 @@ class _Run:
                 vote = self.vote(bool(stopped))
                 batch = self.placement.put_batch(batch, config.training.batch_size)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, values = self.step(state, (), batch)
+                    state, values = self.step(state, self.frozen, batch)
                 fetch()
                 step += 1
                 pending = (step, values, vote)
@@ -240,6 +267,8 @@ class _Run:
                 why = "a signal to another process: " if halt else ""
                 why = f"{stopped[0].name}: " if stopped else why
                 self.metrics.say(f"{why}stopped at step {step} of {last}, checkpointed")
+            if self.data.train.objective is not None:
+                self.metrics.say(self.data.train.objective.report())
             held_out = None
             if step == last:
                 held_out = self.evaluate(state, 0, config.eval.stride)
@@ -275,7 +304,7 @@ class _Run:
             wide = self.config.eval.batch_size
             for batch in eval_batches(rows, wide, max_rows, self.eval_rows):
                 batch = self.placement.put_batch(batch, wide)
-                out = self.eval_step(state.trainable, (), batch)
+                out = self.eval_step(state.trainable, self.frozen, batch)
                 here = [a + float(b) for a, b in zip(here, jax.device_get(out), strict=True)]
             if not here[1]:
                 continue

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jllama.config import Config
+from jllama.adapt import lora
+from jllama.config import Config, LoraConfig
 from jllama.model import llama
 from jllama.model.blockwise import segment_starts
 from jllama.parallel.context import balanced_order, sequence_ways
@@ -23,14 +24,21 @@ def row_positions(segments: jax.Array) -> jax.Array:
 
 
 def causal_lm_loss(
-    config: Config, trainable: Any, frozen: Any, batch: Batch, key: jax.Array
+    config: Config, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Next-token loss of a batch in the row format of `jllama.data.pack`.
+
+    Args:
+      trainable, frozen: the parameters and (), or an overlay and its base; see
+        `jllama.train.state`.
+      key: None in evaluation, where nothing is dropped.
 
     Returns:
       loss_sum, weight_sum and {"nll_sum"}: float32 scalars, sums over predicted tokens, in nats.
     """
-    del frozen, key
+    params, overlay = trainable, None
+    if isinstance(config.adapt, LoraConfig):
+        params, overlay = lora.attach(config.adapt, frozen, trainable, key)
     segments = batch["segments"][:, :-1]
     if config.data.document_mask:
         positions = row_positions(segments)
@@ -48,12 +56,12 @@ def causal_lm_loss(
             lambda x: jnp.take(x, order, axis=1), (inputs, targets, weights)
         )
     hidden, _ = llama.apply(
-        trainable, config.model, config.compute, *inputs, balanced=order is not None
+        params, config.model, config.compute, *inputs, balanced=order is not None, lora=overlay
     )
     with jax.named_scope("loss"):
-        head = llama.head_weight(trainable, config.model)
+        head = llama.head_weight(params, config.model)
         loss, nll = cross_entropy(
             hidden, head, targets, weights,
-            config.training.z_loss, config.compute.loss_block,
+            config.training.z_loss, config.compute.loss_block, config.model.vocab_size,
         )  # fmt: skip
         return loss, jnp.sum(weights), {"nll_sum": nll}

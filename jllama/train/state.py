@@ -1,6 +1,11 @@
-"""The training state: what a run is at a step, and how it starts."""
+"""The training state: what a run is at a step, and how it starts.
+
+A run trains every parameter, or a LoRA overlay; then the base's parameters are `frozen`, an
+argument of the step beside the state.
+"""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jllama.config import Config
+from jllama.adapt import lora, quant
+from jllama.config import Config, LoraConfig
 from jllama.errors import UserError
 from jllama.model import llama
 from jllama.model.param import dotted
@@ -30,17 +36,19 @@ class StateDef:
     """How to make the state of a recipe, and how it is placed.
 
     Attributes:
-      init: key -> parameters, pure.
-      start: parameters -> TrainState at step 0, pure.
+      init: (base, key) -> what is trained, pure; the base is () where everything is.
+      start: what is trained -> TrainState at step 0, pure.
       optimizer: gradient -> direction.
       shapes, shardings: trees like the state.
+      frozen: what is used of the base and not trained, as placed shapes; () likewise.
     """
 
-    init: Callable[[jax.Array], llama.Params]
-    start: Callable[[llama.Params], TrainState]
+    init: Callable[[Any, jax.Array], Any]
+    start: Callable[[Any], TrainState]
     optimizer: optax.GradientTransformation
     shapes: TrainState
     shardings: TrainState
+    frozen: Any = ()
 
     @property
     def placed(self) -> TrainState:
@@ -58,25 +66,47 @@ def as_float32(tree: Any) -> Any:
 
 
 def define_state(config: Config, placement: Placement) -> StateDef:
-    """The state of a recipe that trains every parameter."""
+    """The state of a recipe that trains every parameter, or an overlay as `config.adapt` says."""
     _check_rows(config, placement)
-    specs = llama.param_specs(config.model, config.compute)
+    if isinstance(config.adapt, LoraConfig):
+        specs = lora.overlay_specs(config.model, config.compute, config.adapt)
+        base = freeze(config, base_shapes(config, placement))
+        frozen = lora.without_whole(base, specs)
+        init = functools.partial(lora.init_overlay, config.model, config.compute, config.adapt)
+    else:
+        specs, base, frozen = llama.param_specs(config.model, config.compute), (), ()
+
+        def init(base: Any, key: jax.Array) -> llama.Params:
+            return llama.init_params(config.model, config.compute, key)
+
     optimizer = make_optimizer(config.training.optimizer, specs)
 
-    def init(key: jax.Array) -> llama.Params:
-        return llama.init_params(config.model, config.compute, key)
-
-    def start(params: llama.Params) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(as_float32(params)))
+    def start(trainable: Any) -> TrainState:
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, trainable, optimizer.init(as_float32(trainable)))
 
     # The key is made inside: outside it would start this machine's devices.
-    shapes = jax.eval_shape(lambda: start(init(jax.random.key(0))))
+    shapes = jax.eval_shape(lambda base: start(init(base, jax.random.key(0))), base)
     shardings = jax.tree_util.tree_map_with_path(
         lambda path, s: placement.sharding(s.shape, s.axes, dotted(path)), specs
     )
     opt_shardings = _like_parameters(shapes.opt_state, specs, shardings, placement)
     placed = TrainState(placement.replicated(), shardings, opt_shardings)
-    return StateDef(init, start, optimizer, shapes, placed)
+    return StateDef(init, start, optimizer, shapes, placed, frozen)
+
+
+def base_shapes(config: Config, placement: Placement) -> llama.Params:
+    """The base's parameters as they are read: matrices in the dtype that they are used in."""
+    return llama.placed_shapes(config.model, placement, config.compute.dtype, "float32")
+
+
+def freeze(config: Config, base: llama.Params) -> llama.Params:
+    """The base as it is kept: quantised if `config.adapt` says so. Shapes give shapes."""
+    if config.adapt.quantize == "none":
+        return base
+    return quant.quantize(
+        base, llama.param_specs(config.model, config.compute), config.adapt.quantize
+    )
 
 
 def _check_rows(config: Config, placement: Placement) -> None:
@@ -140,12 +170,13 @@ def _like_parameters(opt_state: Any, specs: Any, shardings: Any, placement: Plac
     return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
-def init_state(definition: StateDef, seed: int) -> TrainState:
+def init_state(definition: StateDef, seed: int, base: Any = ()) -> TrainState:
     """The state at step 0, made under jit in its shardings: no device holds more than its part."""
     init = jax.jit(
-        lambda key: definition.start(definition.init(key)), out_shardings=definition.shardings
+        lambda base, key: definition.start(definition.init(base, key)),
+        out_shardings=definition.shardings,
     )
-    return init(jax.random.key(seed))
+    return init(base, jax.random.key(seed))
 
 
 def start_from(definition: StateDef, params: llama.Params) -> TrainState:

@@ -15,8 +15,10 @@ from jllama.train.loss import Batch
 from jllama.train.optimizer import make_schedule
 from jllama.train.state import StateDef, TrainState, as_float32
 
-# (trainable, frozen, batch, key) -> (loss_sum, weight_sum, metric sums)
-LossFn = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+# (trainable, frozen, batch, key) -> (loss_sum, weight_sum, metric sums); in evaluation key is None
+LossFn = Callable[
+    [Any, Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array, dict[str, jax.Array]]
+]
 Metrics = dict[str, jax.Array]
 
 
@@ -105,8 +107,8 @@ def _replicas(definition: StateDef, placement: Placement) -> int:
     """How many replicas can sum gradients by themselves: 1 where they share out parameters."""
     used = {
         axis
-        for s in jax.tree.leaves(definition.shardings)
-        for axis in jax.tree.leaves(tuple(s.spec))
+        for x in jax.tree.leaves((definition.placed, definition.frozen))
+        for axis in jax.tree.leaves(tuple(x.sharding.spec))
     }
     return 1 if "replica" in used else placement.mesh.shape["replica"]
 
@@ -129,7 +131,7 @@ def make_eval_step(
 
     def eval_step(trainable, frozen, batch):
         with placement.active():
-            _, weight, sums = loss_fn(trainable, frozen, batch, jax.random.key(0))
+            _, weight, sums = loss_fn(trainable, frozen, batch, None)
             return sums["nll_sum"], weight
 
     return jax.jit(eval_step, out_shardings=placement.replicated())

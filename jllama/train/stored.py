@@ -18,11 +18,19 @@ import jax
 
 from jllama import outputs, storage
 from jllama import recipe as recipes
-from jllama.config import AutoAttention, ComputeConfig, Config, ModelConfig, RunConfig, StoredConfig
+from jllama.config import (
+    AutoAttention,
+    ComputeConfig,
+    Config,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    StoredConfig,
+)
 from jllama.errors import UserError
 from jllama.interop import hf, meta
 from jllama.interop.names import Format
-from jllama.interop.parameters import match, read_params, widest_dtype
+from jllama.interop.parameters import file_specs, match, read_params, widest_dtype
 from jllama.interop.tensors import Tensor
 from jllama.model import llama
 from jllama.parallel import distributed
@@ -54,7 +62,8 @@ class StoredModel:
         or float16.
       tokenizer: None where the folder has none.
       compilation_cache: folder of what is compiled for it; empty is none.
-      read: the parameters, in the dtypes and on the devices of `llama.placed_shapes`.
+      read: the parameters, in the dtypes and on the devices of `llama.placed_shapes`, whose
+        tables may have another padding.
     """
 
     format: StoredFormat
@@ -120,16 +129,30 @@ def _format(path: Path) -> StoredFormat:
     )
 
 
-def _own(path: Path) -> StoredModel:
+def run_and_step(path: Path) -> tuple[Path, int]:
+    """The folder of ours that `path` is or is a step of, and the step that counts.
+
+    Raises UserError if it is none, or has none yet.
+    """
     folder, step = path, None
     if not storage.exists(path / RECIPE) and path.name.isdecimal():
         folder, step = storage.absolute(path).parent.parent, int(path.name)
     if not storage.exists(folder / RECIPE):
         raise UserError(f"{folder}: no config.yaml, which a run and a model of jllama have")
-    stored = recipes.load_stored(folder / RECIPE)
     step = latest_step(folder) if step is None else step
     if step is None:
         raise UserError(f"{path}: the run has no checkpoint yet; train it first")
+    return folder, step
+
+
+def _own(path: Path) -> StoredModel:
+    folder, step = run_and_step(path)
+    stored = recipes.load_stored(folder / RECIPE)
+    if isinstance(stored.adapt, LoraConfig):
+        raise UserError(
+            f"{path}: is an adapter and no model; jllama.load and sample.py open it with its base,"
+            f" and `jllama convert BASE DST --adapter {path}` makes a model of the two"
+        )
     compute = dataclasses.replace(stored.compute, attention=AutoAttention(kind="auto"))
     tokenizer = find_tokenizer(folder)
     read = functools.partial(load_params, folder, step)
@@ -142,7 +165,7 @@ def _own(path: Path) -> StoredModel:
 def _foreign(
     path: Path, format: Format, config: ModelConfig, tensors: dict[str, Tensor]
 ) -> StoredModel:
-    specs = llama.param_specs(config, ComputeConfig(dtype="float32"))
+    specs = file_specs(config)
     found = match(tensors, specs, format, path)
     tokenizer = find_tokenizer(path)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -208,10 +231,8 @@ def initial_model(config: Config) -> StoredModel | None:
         stored = open_model(storage.path(where), model=config.model)
     except UserError as e:
         raise type(e)(f"training.init_from: {e}") from None
-    there, here = dataclasses.asdict(stored.config), dataclasses.asdict(config.model)
-    differ = [key for key in here if key not in ("init", "max_length") and here[key] != there[key]]
-    said = [f"model.{key} is {here[key]}, there {there[key]}" for key in differ]
-    if set(differ) - _FREE:
+    fatal, said = differences(stored.config, config.model)
+    if fatal:
         raise UserError(
             f"training.init_from={where}: its parameters are not the recipe's model: "
             + "; ".join(said)
@@ -220,3 +241,11 @@ def initial_model(config: Config) -> StoredModel | None:
         for line in said:
             say(f"note: training.init_from={where}: {line}")
     return stored
+
+
+def differences(there: ModelConfig, here: ModelConfig) -> tuple[bool, list[str]]:
+    """Whether parameters of one model are none of the other, and what the two say differently."""
+    a, b = dataclasses.asdict(there), dataclasses.asdict(here)
+    differ = [key for key in b if key not in ("init", "max_length") and a[key] != b[key]]
+    said = [f"model.{key} is {b[key]}, there {a[key]}" for key in differ]
+    return bool(set(differ) - _FREE), said

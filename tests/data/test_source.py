@@ -48,6 +48,18 @@ def test_the_library_is_split_by_file_and_holds_out_400_kb():
     assert not [n for some in names.values() for n in some if excluded & set(n.split("/")[:-1])]
 
 
+def test_library_files_are_cut_between_lines_and_nothing_is_lost():
+    whole = StdlibSource(kind="stdlib", split="held_out")
+    parts = list(documents(StdlibSource(kind="stdlib", split="held_out", max_characters=500)))
+    assert "".join(p.text for p in parts) == "".join(read(whole))
+    for part in parts:
+        assert len(part.text) <= 500 or len(part.text.splitlines()) == 1
+    texts = {d.where: d.text for d in documents(whole)}
+    for part in parts[:200]:
+        name, line = part.where.rsplit(":", 1)
+        assert texts[name].split("\n", int(line) - 1)[-1].startswith(part.text)
+
+
 def test_which_file_is_held_out_is_fixed():
     assert [n for n in ("pdb.py", "ast.py", "abc.py") if is_held_out(n, 25)] == ["pdb.py"]
 

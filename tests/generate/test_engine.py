@@ -10,6 +10,7 @@ from jllama.errors import UserError
 from jllama.generate import engine
 from jllama.generate.engine import Request
 from jllama.generate.sampling import Sampling
+from jllama.model.rope import turns
 
 MODEL = tiny.config(**tiny.VARIANTS["llama3.1"] | {"max_length": 128, "num_layers": 2})
 COMPUTE = tiny.compute()
@@ -25,17 +26,21 @@ def prompt(length, seed=0):
     return tuple(tiny.tokens(length, seed=seed).tolist())
 
 
-def generate(params, *requests, **kwargs):
-    return engine.generate(params, MODEL, COMPUTE, requests, **kwargs)
+def generate(params, *requests, model=MODEL, **kwargs):
+    return engine.generate(params, model, COMPUTE, requests, **kwargs)
 
 
-def step_by_step(params, ids, count, penalty=1.0, below=97):
-    """Greedy decoding with a whole forward pass for each token, in a row of fixed length."""
+def step_by_step(params, ids, count, penalty=1.0, below=97, model=MODEL):
+    """Greedy decoding with a whole forward pass for each token, in a row of fixed length.
+
+    RoPE that depends on the length is that of the text in the end.
+    """
+    angles = turns(model, len(ids) + count)
     ids, start = list(ids), len(ids)
     while len(ids) < start + count:
         row = np.zeros((1, 64), np.int32)
         row[0, : len(ids)] = ids
-        scores = tiny.logits(params, MODEL, row)[0, len(ids) - 1, :below].copy()
+        scores = tiny.logits(params, model, row, turns=angles)[0, len(ids) - 1, :below].copy()
         for token in set(ids):
             scores[token] *= 1 / penalty if scores[token] > 0 else penalty
         ids.append(int(scores.argmax()))
@@ -49,6 +54,29 @@ def test_greedy_is_the_argmax_of_the_full_forward_for_ragged_prompts(params):
     )
     assert got == [step_by_step(params, p, 20) for p in prompts]
     assert len({token for row in got for token in row}) > 5  # a model that says something
+
+
+@pytest.mark.parametrize("rope", [tiny.DYNAMIC, tiny.ADAPTIVE2, tiny.YARN], ids=lambda r: r.kind)
+def test_greedy_is_the_argmax_under_every_kind_of_rope_and_for_texts_of_several_lengths(
+    params, rope, monkeypatch
+):
+    model = dataclasses.replace(MODEL, rope=rope, max_length=256)
+    read, prefill = [], engine._prefill
+    monkeypatch.setattr(engine, "_prefill", lambda *a: read.append(len(a[6])) or prefill(*a))
+    # One prompt twice, for texts of another length and of the same.
+    sizes = ((5, 12), (20, 6), (20, 40), (20, 40))
+    requests = [
+        Request(prompt=prompt(n, seed=n), max_new_tokens=new, sampling=GREEDY) for n, new in sizes
+    ]
+    got = generate(params, *requests, model=model)
+    assert got == [step_by_step(params, r.prompt, r.max_new_tokens, model=model) for r in requests]
+    assert read == [2 if rope.kind == "yarn" else 3]
+    if rope.kind == "dynamic":
+        assert got[1] != got[2][:6]  # here the length decides
+    engine.traces.clear()
+    others = [dataclasses.replace(r, max_new_tokens=r.max_new_tokens - 1) for r in requests]
+    generate(params, *others, model=model)
+    assert not engine.traces  # another length compiles nothing
 
 
 def test_repetition_penalty_counts_prompt_and_generated_tokens_and_no_padding(params):

@@ -1,6 +1,7 @@
 """GGUF files, read back with the gguf library: every tensor, every key, nothing half-written."""
 
 import base64
+import dataclasses
 import errno
 import json
 import struct
@@ -30,7 +31,8 @@ from jllama.text.vocabulary import train_sentencepiece
 
 VOCAB = 384
 ROWS = 400  # the model's: more than the tokenizer's
-VARIANTS = [name for name, changes in tiny.VARIANTS.items() if "qk_norm" not in changes]
+REFUSED = ("dynamic", "adaptive-1", "adaptive-2", "qk-norm")
+VARIANTS = [name for name in tiny.VARIANTS if name not in REFUSED]
 TEXT = Path(__file__).read_text() * 2
 GGUF_NAMES = {  # written out here, beside the table in jllama.interop.names
     "attention_norm.scale": "attn_norm",
@@ -171,6 +173,54 @@ def test_metadata(tokenizer, tmp_path):
     }
     own = {k: v for k, v in found.items() if k.startswith(("general.", "llama."))}
     assert own == wanted
+
+
+@pytest.mark.parametrize(
+    ("rope", "wanted"),
+    [
+        (tiny.NTK, {"freq_base": np.float32(1e4 * 4 ** (16 / 14))}),
+        (
+            tiny.YARN,
+            {
+                "freq_base": 1e4,
+                "scaling.type": "yarn",
+                "scaling.factor": 8.0,
+                "scaling.original_context_length": 256,
+                "scaling.yarn_beta_fast": 32.0,
+                "scaling.yarn_beta_slow": 1.0,
+            },
+        ),
+        (
+            dataclasses.replace(tiny.YARN, attention_factor=1.5),
+            {"scaling.attn_factor": np.float32(1.5 / (1 + 0.1 * np.log(8)))},
+        ),
+    ],
+    ids=["ntk", "yarn", "yarn, attention factor"],
+)
+def test_scaling_in_the_metadata(rope, wanted, tokenizer, tmp_path):
+    model = config(rope=rope)
+    found = fields(write(tmp_path / "model.gguf", model, tiny.params(model), tokenizer))
+    own = {k.removeprefix("llama.rope."): v for k, v in found.items() if ".rope." in k}
+    assert own.pop("dimension_count") == 16
+    if "scaling.attn_factor" in wanted:
+        own = {k: v for k, v in own.items() if k in wanted}
+    assert own == wanted
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        (tiny.DYNAMIC, r"model\.rope\.kind=dynamic: .*choose ntk"),
+        (tiny.ADAPTIVE1, r"model\.rope\.kind=adaptive: .*choose ntk"),
+        (dataclasses.replace(tiny.YARN, truncate=False), r"model\.rope\.truncate=false: .*true"),
+    ],
+    ids=["dynamic", "adaptive", "yarn"],
+)
+def test_a_scaling_that_llama_cpp_has_not_is_refused(rope, said, tokenizer, tmp_path):
+    model = config(rope=rope)
+    with pytest.raises(UserError, match=said):
+        write(tmp_path / "model.gguf", model, tiny.params(model), tokenizer)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_file_is_the_same_from_a_mesh(tokenizer, tmp_path):

@@ -2,12 +2,19 @@
 
 import dataclasses
 import json
+import math
 import types
 
 import pytest
 
 from jllama import recipe
-from jllama.config import LinearRopeScaling, Llama3RopeScaling, NoRopeScaling
+from jllama.config import (
+    DynamicRopeScaling,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    NoRopeScaling,
+    YarnRopeScaling,
+)
 from jllama.errors import UserError
 from jllama.interop.hf_config import generation_config, read_config, write_config
 from tests import tiny
@@ -32,6 +39,11 @@ SCALED = Llama3RopeScaling(
 )
 MODELS = {name: recipe.load_model(name) for name in recipe.model_names()}
 MODELS |= {f"tiny {name}": tiny.config(**changes) for name, changes in tiny.VARIANTS.items()}
+# There max_position_embeddings is the length before dynamic scaling; ours comes from the factor.
+MODELS["tiny dynamic"] = dataclasses.replace(MODELS["tiny dynamic"], max_length=48)
+ORIGINAL = "original_max_position_embeddings"
+UNNAMED = ("ntk", "adaptive")
+YARN = {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 512}
 
 
 def read(**changes):
@@ -42,7 +54,10 @@ def without(*keys):
     return read_config({k: v for k, v in LLAMA1.items() if k not in keys}, "d/config.json")
 
 
-@pytest.mark.parametrize("name", [n for n, m in MODELS.items() if not m.qk_norm])
+@pytest.mark.parametrize(
+    "name",
+    [n for n, m in MODELS.items() if not m.qk_norm and m.rope.kind not in UNNAMED],
+)
 def test_what_is_written_is_read_back(name):
     written = json.loads(json.dumps(write_config(MODELS[name], "bfloat16", None)))
     again = dataclasses.replace(read_config(written, "config.json"), init=MODELS[name].init)
@@ -52,6 +67,28 @@ def test_what_is_written_is_read_back(name):
         part = {k: v for k, v in written.items() if k not in hidden}
         assert read_config(part, "config.json").rope == MODELS[name].rope
         assert read_config(part, "config.json").rope_theta == MODELS[name].rope_theta
+
+
+@pytest.mark.parametrize("kind", UNNAMED)
+def test_a_scaling_without_a_name_there_is_refused_with_the_ones_that_have(kind):
+    rope = {"ntk": tiny.NTK, "adaptive": tiny.ADAPTIVE1}[kind]
+    with pytest.raises(UserError, match=rf"rope\.kind={kind}: .*choose linear, dynamic, yarn"):
+        write_config(tiny.config(rope=rope), "float32", None)
+
+
+def test_what_yarn_says_is_written_and_read():
+    rope = YarnRopeScaling(
+        kind="yarn",
+        factor=4.5,
+        original_length=512,
+        beta_fast=24.0,
+        beta_slow=2.0,
+        attention_factor=1.2,
+        truncate=False,
+    )
+    model = tiny.config(rope=rope)
+    written = json.loads(json.dumps(write_config(model, "bfloat16", None)))
+    assert read_config(written, "config.json").rope == rope
 
 
 def test_what_is_absent_has_transformers_own_default():
@@ -88,6 +125,39 @@ def test_what_is_absent_has_transformers_own_default():
 def test_both_rope_schemas(keys, theta, rope):
     model = read(**keys)
     assert (model.rope_theta, model.rope) == (theta, rope or NoRopeScaling(kind="none"))
+
+
+def yarn(**changes):
+    return YarnRopeScaling(kind="yarn", factor=4.0, original_length=512, **changes)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "rope"),
+    [
+        (YARN, yarn()),
+        (YARN | {"beta_fast": None, "beta_slow": None, "attention_factor": None}, yarn()),
+        (YARN | {"beta_fast": 16, "attention_factor": 2}, yarn(beta_fast=16.0, attention_factor=2)),
+        # DeepSeek's pair of factors, as transformers puts them together.
+        (
+            YARN | {"mscale": 0.5, "mscale_all_dim": 1.0},
+            yarn(attention_factor=(0.05 * math.log(4) + 1) / (0.1 * math.log(4) + 1)),
+        ),
+        (YARN | {"mscale": 0.5}, yarn()),
+        (YARN | {"truncate": False}, yarn(truncate=False)),
+    ],
+)
+def test_yarn_is_read_as_transformers_reads_it(scaling, rope):
+    for key in ("rope_scaling", "rope_parameters"):
+        assert read(**{key: scaling}).rope == rope
+
+
+def test_dynamic_scaling_begins_at_the_length_of_the_file():
+    model = read(rope_scaling={"type": "dynamic", "factor": 4.0})
+    assert model.rope == DynamicRopeScaling(kind="dynamic", factor=4.0, original_length=2048)
+    assert model.max_length == 8192
+    written = write_config(model, "bfloat16", None)
+    assert written["max_position_embeddings"] == 2048
+    assert read_config(written, "config.json").max_length == 8192
 
 
 def drop(key):
@@ -133,8 +203,20 @@ def drop(key):
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling has no rope_type"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "rope_scaling has rope_type"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor is 0.5"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "head_dim is 2"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0, ORIGINAL: 1024}},
+            "differs from max_position_embeddings",
+        ),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, "rope_scaling.factor is 0.5"),
+        ({"rope_scaling": YARN | {"factor": 2.0}}, "max_position_embeddings is 2048, beyond"),
+        ({"rope_scaling": YARN | {ORIGINAL: 4096}}, f"{ORIGINAL} is 4096, above"),
+        ({"rope_scaling": YARN, ORIGINAL: 1024}, "differs"),
+        ({"rope_scaling": YARN | {"beta_fast": 1.0}}, "rope_scaling.beta_fast"),
+        ({"rope_scaling": YARN | {"attention_factor": -1}}, "attention_factor is -1"),
+        ({"rope_scaling": YARN | {"truncate": "no"}}, "truncate is 'no'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
         ({"rope_parameters": {"rope_type": 5}}, "rope_parameters has rope_type 5"),
         ({"rope_parameters": {"rope_type": "new"}}, "'new'"),

@@ -5,33 +5,58 @@ import functools
 import jax
 import numpy as np
 import pytest
+import reference
 import tiny
 
 from jllama.model import llama
 from jllama.model.cache import init_cache
+from jllama.model.rope import turns
 
 CASES = ["llama1", "llama3.1", "llama3.2", "qk-norm"]
+KINDS = ["linear-rope", "ntk", "dynamic", "adaptive-1", "adaptive-2", "yarn"]
 # Sharp attention, so that a key in a wrong slot shows.
 SCALE = 5.0
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def step(params, model, compute, tokens, positions, cache):
-    hidden, cache = llama.apply(params, model, compute, tokens, positions, cache=cache)
+def step(params, model, compute, tokens, positions, cache, turns=None):
+    hidden, cache = llama.apply(params, model, compute, tokens, positions, cache=cache, turns=turns)
     return llama.logits(params, model, hidden), cache
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *KINDS])
 def test_prefill_in_chunks_then_decode_equals_the_full_forward(name):
     model, compute = tiny.config(**tiny.VARIANTS[name]), tiny.compute()
     params, tokens = tiny.params(model, SCALE), tiny.tokens(2, 24)
     cache, out = init_cache(model, compute, 2, 32), []
     for start, end in ((0, 8), (8, 16), *((t, t + 1) for t in range(16, 24))):
         positions = np.tile(np.arange(start, end), (2, 1))
-        got, cache = step(params, model, compute, tokens[:, start:end], positions, cache)
+        part = tokens[:, start:end]
+        # The length of the whole text, whatever part of it is read.
+        got, cache = step(params, model, compute, part, positions, cache, turns(model, 24))
         out.append(got)
     full = tiny.logits(params, model, tokens)
     assert tiny.relative_error(np.concatenate(out, axis=1), full) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["dynamic", "adaptive-2"])
+def test_rows_of_several_lengths_equal_each_row_alone(name):
+    model, compute = tiny.config(**tiny.VARIANTS[name]), tiny.compute()
+    params, tokens, lengths = tiny.params(model, SCALE), tiny.tokens(3, 12), (12, 30, 100)
+    angles, cache, out = turns(model, lengths), init_cache(model, compute, 3, 16), []
+    for start, end in ((0, 8), *((t, t + 1) for t in range(8, 12))):
+        positions = np.tile(np.arange(start, end), (3, 1))
+        got, cache = step(params, model, compute, tokens[:, start:end], positions, cache, angles)
+        out.append(got)
+    out = np.concatenate(out, axis=1)
+    wanted = [
+        reference.logits(params, model, tokens[[row]], length=length)[0]
+        for row, length in enumerate(lengths)
+    ]
+    assert tiny.relative_error(out, wanted) < 1e-5
+    assert (
+        tiny.relative_error(out[0], reference.logits(params, model, tokens[:1], length=30)) > 1e-3
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

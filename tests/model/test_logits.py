@@ -17,7 +17,7 @@ def test_float32_logits_equal_the_float64_reference_at_near_and_far_positions(na
     assert tiny.relative_error(got, reference.logits(params, model, tokens, positions)) < LIMIT
 
 
-@pytest.mark.parametrize("name", ["llama1", "llama3.1"])
+@pytest.mark.parametrize("name", ["llama1", "llama3.1", "dynamic", "yarn"])
 def test_float32_logits_equal_the_float64_reference_in_a_row_of_2000(name):
     small = {"num_layers": 2, "hidden_dim": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
     model = tiny.config(**tiny.VARIANTS[name] | small)
@@ -26,7 +26,7 @@ def test_float32_logits_equal_the_float64_reference_in_a_row_of_2000(name):
     assert tiny.relative_error(got, reference.logits(params, model, tokens)) < LIMIT
 
 
-@pytest.mark.parametrize("name", ["llama3.1", "qk-norm"])
+@pytest.mark.parametrize("name", ["llama3.1", "qk-norm", "yarn", "adaptive-2"])
 def test_float32_logits_equal_the_reference_with_large_weights_and_at_any_position(name):
     # Weights five times as large make attention sharp, so that a wrong angle shows.
     model = tiny.config(**tiny.VARIANTS[name])

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from jllama.config import TrainedTokenizer
+from jllama.config import TrainedTokenizer, YarnRopeScaling
 from jllama.generate import engine
 from jllama.generate.sampling import Sampling
 from jllama.interop.gguf import write_gguf
@@ -25,6 +25,14 @@ from tests import tiny
 DATA = os.environ.get("JLLAMA_TEST_DATA")
 ROOT = Path(__file__).parent.parent.parent
 VOCAB, LENGTH, PROMPT, NEW = 384, 2000, 1900, 100
+YARN = YarnRopeScaling(
+    kind="yarn",
+    factor=8.0,
+    original_length=256,
+    beta_fast=8.0,
+    beta_slow=2.0,
+    attention_factor=1.5,
+)
 VARIANTS = {
     "plain": {},
     "grouped queries": {"num_kv_heads": 2},
@@ -34,6 +42,9 @@ VARIANTS = {
     "theta 1e6": {"rope_theta": 1e6},
     "linear scaling": {"rope": tiny.LINEAR},
     "llama3 scaling": {"rope": tiny.LLAMA3, "rope_theta": 5e5, "num_kv_heads": 2},
+    "NTK scaling": {"rope": tiny.NTK},
+    "YaRN": {"rope": tiny.YARN},
+    "YaRN, own bands": {"rope": YARN},
 }
 # The rotary frequencies of an export that loses them.
 LOST = {
@@ -41,6 +52,9 @@ LOST = {
     "theta 1e6": {"rope_theta": 1e4},
     "linear scaling": {"rope": tiny.config().rope},
     "llama3 scaling": {"rope": tiny.config().rope},
+    "NTK scaling": {"rope": tiny.config().rope},
+    "YaRN": {"rope": tiny.config().rope},
+    "YaRN, own bands": {"rope": tiny.YARN},
 }
 # Initialisation's std times these: at 0.02 attention hardly sees positions, at 0.1 it does.
 SCALES = {0.02: 1.0, 0.1: 5.0}

@@ -58,6 +58,21 @@ VARIANTS = {
     "Llama-3.2": {**_llama3(32.0), "tie_word_embeddings": True, "head_dim": 24},
     "Code Llama": {**_rope(1e6), "vocab_size": 336, "max_position_embeddings": 16384},
     "Vicuna 16K": _rope(1e4, "linear", factor=4.0),
+    "Chinese-LLaMA-2 64K": {
+        **_rope(1e4, "yarn", factor=16.0, original_max_position_embeddings=128),
+        "head_dim": 32,
+    },
+    "YaRN, own bands": _rope(
+        5e5,
+        "yarn",
+        factor=40.0,
+        original_max_position_embeddings=512,
+        beta_fast=16.0,
+        beta_slow=2.0,
+        attention_factor=1.4,
+        truncate=False,
+    ),
+    "dynamic": {**_rope(1e4, "dynamic", factor=4.0), "max_position_embeddings": 512},
     "Chinese-LLaMA": {"vocab_size": 49953, "hidden_size": 32},
     "Chinese-Alpaca": {"vocab_size": 49954, "hidden_size": 32},
     "Chinese-LLaMA-2": {"vocab_size": 55296, "hidden_size": 32},
@@ -182,7 +197,8 @@ def test_jllama_reads_what_transformers_wrote(case, peer, made, measured):
 def test_inverse_frequencies_of_what_transformers_wrote(case, peer, made):
     config, _ = hf.read_folder(made[peer][case].folder)
     exact = made[peer][case].found()["inv_freq"]
-    np.testing.assert_allclose(inverse_frequencies(config), exact, rtol=1e-6)
+    # Of the kinds that depend on it, the length is that of the text that was read last.
+    np.testing.assert_allclose(inverse_frequencies(config, LENGTH), exact, rtol=1e-6)
 
 
 @by_peer

@@ -62,5 +62,5 @@ def test_the_interconnect_bound_is_what_the_program_sends_but_for_little(no_cach
     )
     program = sum(map(sent, hlo.collectives(compiled.as_text())))
     mesh = dict(placement.mesh.shape)
-    bound = bounds.traffic(config, mesh, 1, step.parameters_of(state), 0).interconnect
+    bound = bounds.traffic(config, mesh, 1, step.parameters_of(definition), 0).interconnect
     assert 0.9 * program < bound <= program

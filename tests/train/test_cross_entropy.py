@@ -30,10 +30,10 @@ def case(seed=0):
     return hidden, weight, targets, weights
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def value_and_grads(hidden, weight, targets, weights, z_loss, block):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def value_and_grads(hidden, weight, targets, weights, z_loss, block, vocab_size=V):
     def loss(hidden, weight):
-        return cross_entropy(hidden, weight, targets, weights, z_loss, block)
+        return cross_entropy(hidden, weight, targets, weights, z_loss, block, vocab_size)
 
     (value, nll), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, weight)
     return value, nll, *grads
@@ -45,7 +45,7 @@ def test_values_and_gradients_equal_float64(block, z_loss):
     wanted = reference.cross_entropy(*case(), z_loss)
     for got, want in zip(value_and_grads(*case(), z_loss, block), wanted, strict=True):
         assert tiny.relative_error(got, want) < 2e-6
-    without_gradients = cross_entropy(*case(), z_loss, block)
+    without_gradients = cross_entropy(*case(), z_loss, block, V)
     for got, want in zip(without_gradients, wanted[:2], strict=True):
         assert tiny.relative_error(got, want) < 2e-6
 
@@ -53,7 +53,9 @@ def test_values_and_gradients_equal_float64(block, z_loss):
 def test_the_gradient_is_scaled_by_what_follows():
     hidden, weight, targets, weights = case()
     wanted = reference.cross_entropy(hidden, weight, targets, weights, 0.0)[3]
-    got = jax.grad(lambda w: -3.0 * cross_entropy(hidden, w, targets, weights, 0.0, 4)[0])(weight)
+    got = jax.grad(lambda w: -3.0 * cross_entropy(hidden, w, targets, weights, 0.0, 4, V)[0])(
+        weight
+    )
     assert tiny.relative_error(got, -3.0 * wanted) < 2e-6
 
 
@@ -88,7 +90,7 @@ def shapes(jaxpr):
 @pytest.mark.parametrize(("block", "held"), [(12, 4), (17, 5), (1, 1), (64, 12)])
 def test_logits_are_held_for_one_block_at_a_time(block, held):
     def loss(hidden, weight, targets, weights):
-        return cross_entropy(hidden, weight, targets, weights, 0.01, block)[0]
+        return cross_entropy(hidden, weight, targets, weights, 0.01, block, V)[0]
 
     program = jax.make_jaxpr(jax.grad(loss, (0, 1)))(*case())
     logits = [s for s in shapes(program.jaxpr) if V in s and sorted(s) != sorted((V, D))]
@@ -104,14 +106,46 @@ MESHES = [
 ]
 
 
-def on_mesh(sizes, positions, vocab, block=10, z_loss=0.01, rules=None):
+def padded(weight, d_weight, rows):
+    """A head with rows beyond its vocabulary that would matter, and its gradient: zeros there."""
+    junk = np.random.default_rng(2).normal(size=(rows, weight.shape[1])).astype(np.float32) * 3
+    return np.concatenate([weight, junk]), np.pad(d_weight, ((0, rows), (0, 0)))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 2e-6), ("bfloat16", 0.02)])
+def test_padding_rows_are_no_tokens_and_get_no_gradient(dtype, limit):
+    hidden, weight, targets, weights = case()
+    *wanted, d_weight = reference.cross_entropy(hidden, weight, targets, weights, 0.01)
+    weight, d_weight = padded(weight, d_weight, 3)
+    half = (jnp.asarray(hidden, dtype), jnp.asarray(weight, dtype))
+    got = value_and_grads(*half, targets, weights, 0.01, 15)
+    for value, want in zip(got, (*wanted, d_weight), strict=True):
+        assert tiny.relative_error(value, want) < limit
+    assert not got[3][V:].any()
+    counted = value_and_grads(*half, targets, weights, 0.01, 15, V + 3)[0]
+    assert tiny.relative_error(counted, wanted[0]) > 0.05
+
+
+def test_without_padding_the_program_has_no_mask():
+    def program(vocab_size):
+        return str(
+            jax.make_jaxpr(lambda *args: value_and_grads(*args, 0.0, 4, vocab_size))(*case())
+        )
+
+    assert "-1e+30" in program(V - 1)
+    assert "-1e+30" not in program(V)
+
+
+def on_mesh(sizes, positions, vocab, block=10, z_loss=0.01, rules=None, padding=0):
     """The case at other sizes, its exact results and those of eight devices, and the program."""
     rng = np.random.default_rng(1)
     hidden = rng.normal(size=(8, positions, 16)).astype(np.float32)
     weight = rng.normal(size=(vocab, 16)).astype(np.float32)
     targets = rng.integers(0, vocab, (8, positions)).astype(np.int32)
     weights = (rng.random((8, positions)) * (rng.random((8, positions)) < 0.7)).astype(np.float32)
-    wanted = reference.cross_entropy(hidden, weight, targets, weights, z_loss)
+    *wanted, d_weight = reference.cross_entropy(hidden, weight, targets, weights, z_loss)
+    weight, d_weight = padded(weight, d_weight, padding)
+    wanted.append(d_weight)
     p = Placement(make_mesh(MeshConfig(**{"fsdp": 1, **sizes})), ShardingConfig(**rules or {}))
     row = p.sharding(targets.shape, ("batch", "seq"), "row")
     where = (
@@ -122,7 +156,7 @@ def on_mesh(sizes, positions, vocab, block=10, z_loss=0.01, rules=None):
     def run(*args):
         with p.active():
             # Not the jitted one: what was traced for another mesh is not to be used again.
-            return value_and_grads.__wrapped__(*args, z_loss, block)
+            return value_and_grads.__wrapped__(*args, z_loss, block, vocab)
 
     program = jax.jit(run, in_shardings=(*where, row, row), out_shardings=(None, None, *where))
     return wanted, program, (hidden, weight, targets, weights)
@@ -134,6 +168,17 @@ def test_eight_devices_give_what_one_gives(sizes, vocab):
     wanted, program, args = on_mesh(sizes, 16, vocab)
     for got, want in zip(program(*args), wanted, strict=True):
         assert tiny.relative_error(got, want) < 2e-6
+
+
+@pytest.mark.parametrize("vocab", [48, 47, 33])  # 33: a device has nothing but padding
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_padding_is_masked_in_every_part_of_the_vocabulary(sizes, vocab):
+    rows = 48 if vocab == 33 else 56
+    wanted, program, args = on_mesh(sizes, 16, vocab, padding=rows - vocab)
+    got = program(*args)
+    for value, want in zip(got, wanted, strict=True):
+        assert tiny.relative_error(value, want) < 2e-6
+    assert not np.asarray(got[3])[vocab:].any()
 
 
 @pytest.mark.parametrize(

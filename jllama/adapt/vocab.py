@@ -1,0 +1,119 @@
+"""Embedding and head for another vocabulary: padded, and grown by new rows.
+
+V rows, D model width. A tied head is the embedding, and grows with it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jllama.model.llama import Params
+from jllama.parallel.sharding import with_whole_rows
+
+TABLES = ("embedding", "head")
+# How a new row is made: the mean of the rows of the base's pieces that spell it, the mean of all
+# rows, or a draw from the normal distribution with each column's own mean and standard deviation.
+Rows = Literal["pieces", "mean", "random"]
+
+
+def _tables(params: Params, change: Callable[[Any], Any]) -> Params:
+    return params | {
+        name: {"weight": change(params[name]["weight"])} for name in TABLES if name in params
+    }
+
+
+def with_rows(placed: Params, rows: int) -> Params:
+    """`llama.placed_shapes` of the same model with `rows` [V,D] in its tables.
+
+    Where that is another number the rows are not spread: they may not divide.
+    """
+
+    def change(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if leaf.shape[0] == rows:
+            return leaf
+        shape = (rows, *leaf.shape[1:])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=with_whole_rows(leaf.sharding))
+
+    return _tables(placed, change)
+
+
+def repadded(params: Params, placed: Params) -> Params:
+    """Parameters whose tables have as many rows as those of `placed`, and lie where they do.
+
+    Rows beyond are zeros, and rows too many are dropped: both are padding. All else is unchanged.
+    """
+    wanted = iter([placed[name]["weight"] for name in TABLES if name in params])
+
+    def change(table: jax.Array) -> jax.Array:
+        leaf = next(wanted)
+        if table.shape == leaf.shape:
+            return table
+        return jax.jit(_resize, static_argnums=1, out_shardings=leaf.sharding)(table, leaf.shape[0])
+
+    return _tables(params, change)
+
+
+def _resize(table: jax.Array, rows: int) -> jax.Array:
+    kept = table[:rows]
+    return jnp.pad(kept, ((0, rows - kept.shape[0]), (0, 0)))
+
+
+def grow(
+    params: Params,
+    placed: Params,
+    base: int,
+    spelt: Sequence[Sequence[int]],
+    rows: Rows,
+    seed: int = 0,
+) -> Params:
+    """Parameters of a larger vocabulary: the base's rows, new rows, padding.
+
+    The base's rows keep their bits; what is new is computed in float32. Deterministic: a random row
+    depends on `seed`, its table and its id, and on nothing of the placement.
+
+    Args:
+      placed: `llama.placed_shapes` of the larger model.
+      base: ids of the base's tokenizer; rows that a table has from there on had no token.
+      spelt: for each new id, from `base` on, the base's ids of its text. For "pieces"; an empty
+        one, as a special token's, gets the mean of all. Otherwise their number counts alone.
+    """
+    wanted = iter([(name, placed[name]["weight"]) for name in TABLES if name in params])
+    most = max(map(len, spelt), default=0) if rows == "pieces" else 0
+    ids = np.zeros((max(most, 1), len(spelt)), np.int32)
+    for i, some in enumerate(spelt if rows == "pieces" else ()):
+        ids[: len(some), i] = some
+    lengths = np.array([len(some) if rows == "pieces" else 0 for some in spelt], np.int32)
+
+    def change(table: jax.Array) -> jax.Array:
+        name, leaf = next(wanted)
+        key = jax.random.fold_in(jax.random.key(seed), TABLES.index(name))
+        made = jax.jit(_grown, static_argnums=(1, 2, 3), out_shardings=leaf.sharding)
+        return made(table, base, leaf.shape[0], rows, ids, lengths, key)
+
+    return _tables(params, change)
+
+
+def _grown(table, base, rows, kind, ids, lengths, key):
+    """[V,D] -> [rows,D]: `base` old rows, one for each of `lengths`, zeros; ids [K,new]."""
+    old = table[:base]
+    wide = old.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=0)
+    shape = (lengths.shape[0], table.shape[1])
+    if kind == "random":
+        new = mean + jnp.std(wide, axis=0) * jax.random.normal(key, shape, jnp.float32)
+    else:
+
+        def add(total, xs):
+            at, ids = xs
+            row = jnp.take(old, ids, axis=0).astype(jnp.float32)
+            return total + jnp.where((at < lengths)[:, None], row, 0.0), None
+
+        # One piece of each text at a time: all at once are several times the table.
+        total, _ = lax.scan(add, jnp.zeros(shape, jnp.float32), (jnp.arange(len(ids)), ids))
+        count = jnp.maximum(lengths, 1)[:, None]
+        new = jnp.where(lengths[:, None] > 0, total / count, mean)
+    return _resize(jnp.concatenate([old, new.astype(table.dtype)]), rows)

@@ -1,0 +1,205 @@
+"""Perplexity against the length of the context: the same targets, behind more or fewer tokens.
+
+A window is `length` tokens of a text; its last `stride` targets are scored. Windows of every length
+end at the same places, so that a curve shows the context and nothing else.
+
+B windows, T their length, S scored targets.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jllama.adapt.lora import Overlay
+from jllama.config import (
+    AdaptiveRopeScaling,
+    ComputeConfig,
+    DynamicRopeScaling,
+    LinearRopeScaling,
+    ModelConfig,
+    NoRopeScaling,
+    NtkRopeScaling,
+    RopeScaling,
+    YarnRopeScaling,
+)
+from jllama.errors import UserError
+from jllama.model import llama
+from jllama.model.rope import Turns, turns
+from jllama.pretrained import Llama
+from jllama.train.cross_entropy import cross_entropy
+
+# Tokens of a batch of windows, where a single one is not longer.
+BATCH_TOKENS = 8192
+# Windows are taken from the beginning of the data that has so many times the wanted number.
+SPREAD = 64
+ROPES = ("model", "none", "pi", "ntk", "dynamic", "adaptive", "yarn")
+
+
+def windows(
+    documents: Iterable[np.ndarray], length: int, stride: int, count: int, join: bool = False
+) -> np.ndarray:
+    """Windows of `length` + 1 tokens, whose last `stride` are the targets: [count or fewer, T+1].
+
+    A window lies within one document, or anywhere in all of them put together with `join`; two have
+    no target in common. Of more windows than `count` (0 is all), every so many-th is taken.
+
+    Raises:
+      UserError: no document is as long, or all of them together with `join`.
+    """
+
+    def fit(tokens: int) -> int:
+        return max(0, (tokens - 1 - length) // stride + 1)
+
+    texts, found, tokens, longest = [], 0, 0, 0
+    for document in documents:
+        longest, tokens = max(longest, len(document)), tokens + len(document)
+        if join or fit(len(document)):
+            texts.append(document)
+        found = fit(tokens) if join else found + fit(len(document))
+        if count and found >= count * SPREAD:
+            break
+    if not found:
+        there = f"all documents together have {tokens:,}"
+        if not join:
+            there = f"the longest document has {longest:,}: --join cuts windows across documents"
+        raise UserError(f"length {length:,} needs a text of {length + 1:,} tokens, and {there}")
+    if join:
+        texts = [np.concatenate(texts)]
+    # Where the last target of each window is.
+    ends = [(text, end) for text in texts for end in range(length, len(text), stride)]
+    if count and len(ends) > count:
+        ends = [ends[i * len(ends) // count] for i in range(count)]
+    return np.stack([text[end - length : end + 1] for text, end in ends]).astype(np.int32)
+
+
+def perplexity(
+    model: Llama,
+    windows: np.ndarray,
+    length: int,
+    stride: int,
+    rope: str = "model",
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> float:
+    """Mean perplexity of the last `stride` tokens of windows, each behind the `length` before it.
+
+    Memory grows with the length, not with its square: attention goes block by block, and logits are
+    made for the scored tokens alone.
+
+    Args:
+      windows: [B, T+1] ids, as `windows` makes them, of which the last `length` + 1 are read; the
+        length may be above the model's `max_length`.
+      rope: a scaling in place of the model's own; see `scaled`.
+      advance: is told how many more tokens were read.
+
+    Returns:
+      exp of the mean negative log-likelihood per token.
+
+    Raises:
+      UserError: a length or a stride that the windows do not hold, or no such scaling.
+    """
+    if not 1 <= stride <= length < windows.shape[1]:
+        raise UserError(
+            f"length={length}, stride={stride}: the stride is from 1 to the length, and the length"
+            f" below the windows' {windows.shape[1]} tokens"
+        )
+    angles = turns(scaled(model.config, rope, length), length)
+    # Data decide how RoPE turns: one program serves all scalings of a length.
+    plain = dataclasses.replace(model.config, rope=NoRopeScaling(kind="none"), rope_theta=1e4)
+    rows = windows[:, -length - 1 :]
+    batch = max(1, min(len(rows), BATCH_TOKENS // length))
+    total, overlay = 0.0, model.overlay()
+    for start in range(0, len(rows), batch):
+        some = rows[start : start + batch]
+        weights = (np.arange(batch) < len(some)).astype(np.float32)
+        some = np.pad(some, ((0, batch - len(some)), (0, 0)), mode="edge")
+        total += float(
+            _nll(model.params, plain, model.compute, some, weights, angles, overlay, stride)
+        )
+        advance(int(weights.sum()) * length)
+    return math.exp(min(total / (len(rows) * stride), 700.0))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute", "stride"))
+def _nll(
+    params: llama.Params,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    rows: jax.Array,
+    weights: jax.Array,
+    turns: Turns,
+    overlay: Overlay | None,
+    stride: int,
+) -> jax.Array:
+    """Sum over the last `stride` tokens of rows [B,T+1], in nats, each row times its weight [B]."""
+    tokens, targets = rows[:, :-1], rows[:, -stride:]
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = llama.apply(params, config, compute, tokens, positions, turns=turns, lora=overlay)
+    weights = jnp.broadcast_to(weights[:, None], targets.shape)
+    head = llama.head_weight(params, config)
+    _, nll = cross_entropy(
+        hidden[:, -stride:], head, targets, weights, 0.0, compute.loss_block, config.vocab_size
+    )
+    return nll
+
+
+def scaled(config: ModelConfig, rope: str, length: int) -> ModelConfig:
+    """The model under a scaling by its short name, for texts of `length` tokens.
+
+    `model` is its own; `none`; `pi` and `pi:FACTOR`; `ntk:ALPHA`; `dynamic` and `dynamic:FACTOR`;
+    `adaptive` and `adaptive:COEFFICIENT`; `yarn` and `yarn:FACTOR`. The model's `max_length` counts
+    as the length it was trained for. A factor that is not given is the least that reaches `length`;
+    of `dynamic` it is 2. `ntk` and `adaptive` come on top of the position interpolation of a model
+    that has one; the others take the place of what it has.
+
+    Raises UserError for another name or a bad number.
+    """
+    kind, colon, text = rope.partition(":")
+    own, trained = config.rope, config.max_length
+    if kind not in ROPES:
+        raise UserError(f"rope {rope!r}: no such scaling; choose of {', '.join(ROPES)}")
+    number = _number(rope, text) if colon else None
+    if colon and kind in ("model", "none"):
+        raise UserError(f"rope {rope!r}: takes no number; write {kind}")
+    if kind == "ntk" and number is None:
+        raise UserError("rope 'ntk': takes its alpha; write ntk:4")
+    reach = max(1.0, length / trained) if number is None else number
+    inside = own.factor if isinstance(own, LinearRopeScaling) else 1.0
+    scaling: RopeScaling
+    match kind:
+        case "model":
+            return config
+        case "none":
+            scaling = NoRopeScaling(kind="none")
+        case "pi":
+            scaling = LinearRopeScaling(kind="linear", factor=reach)
+        case "ntk" if inside > 1:  # is another theta, under whatever interpolation there is
+            theta = config.rope_theta * number ** (config.head_dim / (config.head_dim - 2))
+            return dataclasses.replace(config, rope_theta=theta)
+        case "ntk":
+            scaling = NtkRopeScaling(kind="ntk", alpha=number)
+        case "dynamic":
+            scaling = DynamicRopeScaling(
+                kind="dynamic", factor=number or 2.0, original_length=trained
+            )
+        case "adaptive":
+            scaling = AdaptiveRopeScaling(
+                kind="adaptive", original_length=trained, coefficient=number or 1.0, factor=inside
+            )
+        case "yarn":
+            scaling = YarnRopeScaling(kind="yarn", factor=reach, original_length=trained)
+    return dataclasses.replace(config, rope=scaling)
+
+
+def _number(rope: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 1 <= number < math.inf:
+        raise UserError(f"rope {rope!r}: {text!r} is no number of 1 or above")
+    return number

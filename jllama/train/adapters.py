@@ -1,0 +1,156 @@
+"""Adapters on storage: a run that trains an overlay, a folder of one alone, and PEFT's.
+
+Ours have `adapt` in their config.yaml, the overlay where others have their parameters, and
+base.json, which says what it is an overlay of; PEFT's have adapter_config.json.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from jllama import outputs, storage
+from jllama import recipe as recipes
+from jllama.adapt import quant
+from jllama.adapt.lora import Overlay, overlay_specs
+from jllama.config import ComputeConfig, LoraConfig, ModelConfig, StoredConfig
+from jllama.errors import UserError
+from jllama.interop import peft, peft_config
+from jllama.model import llama
+from jllama.parallel.sharding import Placement
+from jllama.text.tokenizer import Tokenizer, find_tokenizer
+from jllama.train.checkpoint import Checkpoints, load_params, room_for
+from jllama.train.fingerprint import fingerprint
+from jllama.train.folder import base_of, note_base
+from jllama.train.stored import RECIPE, StoredModel, differences, run_and_step
+
+_FACTORS = ComputeConfig(dtype="float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter that was found; its overlay is not read yet.
+
+    Attributes:
+      base: the model that it adapts, as was said where it was made.
+      quantize: what the base's matrices were quantised to when it was trained.
+      tokenizer: its own; None where it has none.
+    """
+
+    path: Path
+    format: Literal["jllama", "peft"]
+    base: str
+    quantize: str
+    tokenizer: Tokenizer | None
+    _stored: StoredConfig | None
+    _fingerprint: str | None
+
+    def read(
+        self, config: ModelConfig, placement: Placement, base: llama.Params
+    ) -> tuple[LoraConfig, Overlay]:
+        """Its config and its overlay, float32, over the base's parameters (not quantised).
+
+        Raises UserError where it was made for another base: of other shapes, or of other values.
+        """
+        if self._stored is None:
+            lora, host = peft.read_adapter(self.path, config, base)
+        else:
+            lora = self._stored.adapt
+            self._check(config, base)
+        placed = llama.place(overlay_specs(config, _FACTORS, lora), placement, "float32", "float32")
+        if self._stored is None:
+            return lora, jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), host, placed)
+        folder, step = run_and_step(self.path)
+        return lora, load_params(folder, step, placed)
+
+    def _check(self, config: ModelConfig, base: llama.Params) -> None:
+        changed, said = differences(self._stored.model, config)
+        if changed:
+            raise UserError(
+                f"{self.path}: is an adapter of another model, {self.base}: {'; '.join(said)}"
+            )
+        if fingerprint(base, "bfloat16") != self._fingerprint:
+            raise UserError(
+                f"{self.path}: was trained over other parameters than these, of the same shapes:"
+                f" over {self.base} as it was then; give that as the base"
+            )
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder, or a step of a run, holds an adapter and not a model."""
+    if storage.exists(path / peft_config.CONFIG):
+        return True
+    of_ours = storage.exists(path / RECIPE) or path.name.isdecimal()
+    return of_ours and isinstance(_stored(run_and_step(path)[0]).adapt, LoraConfig)
+
+
+def open_adapter(path: Path) -> Adapter:
+    """Finds out what an adapter is. Raises UserError if it is none."""
+    if storage.exists(path / peft_config.CONFIG):
+        base = storage.read_json(path / peft_config.CONFIG).get("base_model_name_or_path")
+        return Adapter(path, "peft", str(base or ""), "none", find_tokenizer(path), None, None)
+    folder, _ = run_and_step(path)
+    stored = _stored(folder)
+    if not isinstance(stored.adapt, LoraConfig):
+        raise UserError(
+            f"{path}: is a model and no adapter, which is a run with adapt.kind=lora or a folder of"
+            " PEFT's (adapter_config.json)"
+        )
+    said = base_of(folder)
+    if said is None:
+        raise UserError(f"{folder}: base.json is missing, which says what the adapter is one of")
+    tokenizer = find_tokenizer(folder)
+    return Adapter(
+        path, "jllama", said["model"], stored.adapt.quantize, tokenizer, stored, said["fingerprint"]
+    )
+
+
+def _stored(folder: Path) -> StoredConfig:
+    return recipes.load_stored(folder / RECIPE)
+
+
+def base_path(adapter: Adapter, given: str | None = None) -> Path:
+    """The path of the base: the given one, or where the adapter says that it is.
+
+    Raises UserError if it is not there.
+    """
+    path = storage.path(given or adapter.base)
+    if given or (adapter.base and storage.is_folder(path)):
+        return path
+    raise UserError(
+        f"{adapter.path}: is an adapter of {adapter.base or 'a model that it does not name'}, which"
+        " is not a folder here; say where that is (load(BASE, adapter=...), --model BASE"
+        " --adapter ..., convert --base BASE)"
+    )
+
+
+def write_adapter(
+    folder: Path,
+    base: StoredModel,
+    base_path: Path,
+    params: llama.Params,
+    lora: LoraConfig,
+    overlay: Overlay,
+) -> None:
+    """Writes an adapter alone in this project's format, whole or not at all.
+
+    Args:
+      base, params: what it adapts, and its parameters.
+    """
+    stored = StoredConfig(model=base.config, compute=_FACTORS, adapt=lora)
+    with outputs.new_folder(folder, RECIPE) as new:
+        checkpoints = Checkpoints(new, keep=1, copies=room_for(overlay))
+        checkpoints.save_params(0, overlay)
+        checkpoints.close()
+        note_base(new, str(storage.absolute(base_path)), fingerprint(params, "bfloat16"))
+        if base.tokenizer is not None:
+            base.tokenizer.save(new)
+        storage.write_text(new / RECIPE, recipes.to_yaml(stored))
+
+
+def quantized(params: llama.Params, config: ModelConfig, kind: str) -> llama.Params:
+    """The base as an adapter was trained over it; the given arrays are used up."""
+    if kind == "none":
+        return params
+    return quant.quantize(params, llama.param_specs(config, _FACTORS), kind)

@@ -1,0 +1,176 @@
+"""A padded vocabulary is the same function: loss, gradients, sampling, formats."""
+
+import dataclasses
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipes
+import tiny
+
+import jllama
+from jllama import flops
+from jllama import recipe as recipe_files
+from jllama.cli import main
+from jllama.config import MeshConfig, ShardingConfig, TrainedTokenizer
+from jllama.generate import engine
+from jllama.generate.engine import Request
+from jllama.generate.sampling import Sampling
+from jllama.interop import hf
+from jllama.interop.gguf import write_gguf
+from jllama.model import llama
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
+from jllama.text.vocabulary import train_sentencepiece
+from jllama.train.loop import train
+from jllama.train.loss import causal_lm_loss
+from jllama.train.stored import write_model
+
+PLAIN = tiny.config(vocab_size=91, num_layers=2, num_kv_heads=2, max_length=64)
+PADDED = dataclasses.replace(PLAIN, vocab_multiple=32)
+ROWS = 96
+# A tied head is the embedding: its gradient is that of both.
+TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+
+
+def models(tied):
+    return (dataclasses.replace(model, tie_embeddings=tied) for model in (PLAIN, PADDED))
+
+
+def pad(params, rows=ROWS):
+    """With zeros, as the package has it."""
+    return {
+        name: {"weight": jnp.pad(part["weight"], ((0, rows - len(part["weight"])), (0, 0)))}
+        if name in ("embedding", "head")
+        else part
+        for name, part in params.items()
+    }
+
+
+@TIED
+def test_fresh_parameters_are_those_of_the_plain_model_and_zeros(tied):
+    plain, padded = models(tied)
+    assert (plain.vocab_rows, padded.vocab_rows) == (91, ROWS)
+    wanted = pad(tiny.params(plain))
+    jax.tree.map(np.testing.assert_array_equal, tiny.params(padded), wanted)
+    assert flops.parameter_count(padded) == flops.parameter_count(plain)
+    there = sum(x.size for x in jax.tree.leaves(wanted))
+    assert flops.parameter_count(padded) + flops.padding_count(padded) == there
+
+
+@TIED
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 2, "tensor": 4}, {"fsdp": 8}], ids=str)
+def test_loss_and_gradients_are_the_plain_models(tied, mesh):
+    plain, padded = models(tied)
+    config = recipes.in_memory("training.z_loss=0.01", "compute.loss_block=40")
+    config = dataclasses.replace(config, model=plain)
+    params, batch = tiny.params(plain, 5.0), recipes.batch(config)
+
+    def gradients(model, params, placement=None):
+        def loss(params):
+            here = dataclasses.replace(config, model=model)
+            total, _, more = causal_lm_loss(here, params, (), batch, jax.random.key(0))
+            return total, more
+
+        def run(params):
+            if placement is None:
+                return jax.value_and_grad(loss, has_aux=True)(params)
+            with placement.active():
+                return jax.value_and_grad(loss, has_aux=True)(params)
+
+        return jax.jit(run)(params)
+
+    wanted = gradients(plain, params)
+    placement, params = None, pad(params)
+    if mesh:
+        placement = Placement(make_mesh(MeshConfig(**{"fsdp": 1, **mesh})), ShardingConfig())
+        where = llama.placed_shapes(padded, placement, "float32", "float32")
+        params = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), params, where)
+    (loss, more), grads = gradients(padded, params, placement)
+    assert tiny.relative_error(loss, wanted[0][0]) < 1e-6
+    assert tiny.relative_error(more["nll_sum"], wanted[0][1]["nll_sum"]) < 1e-6
+    for got, want in zip(*map(jax.tree.leaves, (grads, pad(wanted[1]))), strict=True):
+        assert tiny.relative_error(got, want) < 1e-5
+    for name in grads.keys() & {"embedding", "head"}:
+        assert not np.asarray(grads[name]["weight"])[91:].any()
+
+
+@TIED
+def test_logits_have_the_vocabulary_alone_and_sampling_draws_no_padding(tied, tmp_path):
+    plain, padded = models(tied)
+    params = pad(tiny.params(plain, 6.0))
+    tokens = tiny.tokens(2, 9, vocab_size=91)
+    got = tiny.logits(params, padded, tokens)
+    assert got.shape == (2, 9, 91)
+    wanted = tiny.logits(tiny.params(plain, 6.0), plain, tokens)
+    assert tiny.relative_error(got, wanted) < 1e-6
+    # Zeros are the likeliest rows when all others are below: they would be drawn often.
+    params["final_norm"]["scale"] = 1e-3 * params["final_norm"]["scale"]
+    requests = [
+        Request(prompt=(1, 2), max_new_tokens=40, sampling=Sampling(temperature=5.0), number=i)
+        for i in range(8)
+    ]
+    drawn = {t for row in engine.generate(params, padded, tiny.compute(), requests) for t in row}
+    assert max(drawn) < 91 and len(drawn) > 60
+    with pytest.raises(jllama.UserError, match="id 91 is not in the vocabulary of 91"):
+        engine.generate(params, padded, tiny.compute(), [Request(prompt=(91,), max_new_tokens=1)])
+
+
+@TIED
+def test_other_formats_have_no_padding_and_ours_takes_any(tied, tmp_path, capsys):
+    plain, padded = models(tied)
+    params = pad(tiny.params(plain))
+    write_model(tmp_path / "own", padded, params, None)
+    assert main(["info", str(tmp_path / "own")]) == 0
+    assert f"padding of the vocabulary           {5 * 48 * (2 - tied)}\n" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "own"), str(tmp_path / "hf")]) == 0
+    config, tensors = hf.read_folder(tmp_path / "hf")
+    assert config.vocab_size == config.vocab_rows == 91
+    assert tensors["model.embed_tokens.weight"].shape == (91, 48)
+    assert main(["convert", str(tmp_path / "own"), str(tmp_path / "copy"), "--to", "jllama"]) == 0
+    for name, wanted in (("own", params), ("copy", params), ("hf", tiny.params(plain))):
+        jax.tree.map(np.testing.assert_array_equal, jllama.load(tmp_path / name).params, wanted)
+    assert jllama.load(tmp_path / "own").logits([[1, 2]]).shape == (1, 2, 91)
+
+
+def test_gguf_has_no_padding(tmp_path):
+    model = tiny.config(vocab_size=300, vocab_multiple=64)
+    tokenizer = train_sentencepiece(
+        [Path(__file__).read_text()], TrainedTokenizer(kind="train", vocab_size=300)
+    )
+    write_gguf(tmp_path / "m.gguf", model, tiny.params(model), tokenizer, "F32")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    rows = {
+        t.name: int(t.shape[1])
+        for t in reader.tensors
+        if t.name in ("token_embd.weight", "output.weight")
+    }
+    assert rows == {"token_embd.weight": 300, "output.weight": 300}
+    assert reader.fields["llama.vocab_size"].contents() == 300
+
+
+@pytest.mark.parametrize(
+    ("format", "there", "here"), [("hf", 1, 128), ("jllama", 1, 128), ("jllama", 128, 1)]
+)
+def test_a_run_begins_from_a_model_of_any_padding(format, there, here, tmp_path):
+    model = tiny.config(
+        vocab_size=320, num_layers=2, num_kv_heads=2, max_length=48, vocab_multiple=there
+    )
+    params = tiny.params(model)
+    write = hf.write_folder if format == "hf" else write_model
+    write(tmp_path / "model", model, params, None)
+    text = recipes.on_disk(tmp_path / "text")
+    more = [
+        f"training.init_from={tmp_path / 'model'}", f"model.vocab_multiple={here}",
+        "training.steps=2", "mesh.fsdp=4", "mesh.tensor=2", "training.schedule.peak=1e-30",
+        "training.schedule.warmup_steps=0", f"run.folder={tmp_path / 'runs'}", "run.stop_after=1",
+    ]  # fmt: skip
+    config = recipe_files.load(text, more)
+    assert train(config).steps == 1
+    run = jllama.load(tmp_path / "runs" / "run")
+    rows = config.model.vocab_rows
+    plain = tiny.params(model.unpadded)
+    jax.tree.map(np.testing.assert_array_equal, run.params, pad(plain, rows))

@@ -1,0 +1,99 @@
+"""`jllama evaluate perplexity`: several models and scalings in one table, CSV and PNG."""
+
+import csv
+import re
+
+import matplotlib.image
+import pytest
+
+from jllama import cli
+from jllama import recipe as recipes
+from jllama.train.loop import train
+from tests.recipes import on_disk
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A recipe and two short runs of it, `a` and `b`; b's positions are interpolated."""
+    folder = tmp_path_factory.mktemp("runs")
+    path = on_disk(folder)
+    train(recipes.load(path, ["run.name=a", "training.steps=2"]))
+    longer = ["model.rope.kind=linear", "model.rope.factor=2", "model.max_length=96"]
+    train(recipes.load(path, ["run.name=b", "training.steps=2", *longer]))
+    return folder
+
+
+@pytest.fixture
+def evaluate(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+
+    def run(*args, data="recipe.yaml"):
+        given = ["evaluate", "perplexity", "--data", data, "--out", str(tmp_path / "out"), *args]
+        status = cli.main(given)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def test_models_and_scalings_in_one_table_csv_and_png(evaluate, tmp_path):
+    status, out, err = evaluate(
+        "--model", "runs/a", "--rope", "none,ntk:4", "--model", "long=runs/b",
+        "--lengths", "32,8,64", "--stride", "4", "--windows", "5", "--join",
+    )  # fmt: skip
+    assert status == 0, err
+    lines = out.splitlines()
+    assert lines[0].split() == ["perplexity", "8", "32", "64"]
+    assert [line.split("  ")[0] for line in lines[1:4]] == ["a, none", "a, ntk:4", "long"]
+    assert lines[4:] == [str(tmp_path / "out" / f"perplexity.{kind}") for kind in ("csv", "png")]
+    rows = list(csv.DictReader((tmp_path / "out" / "perplexity.csv").open()))
+    assert len(rows) == 9
+    assert {(r["stride"], r["windows"]) for r in rows} == {("4", "5")}
+    found = [f"{float(r['perplexity']):.4g}" for r in rows if r["rope"] == "ntk:4"]
+    assert lines[2].split()[2:] == found
+    assert 5 < float(rows[0]["perplexity"]) < 400
+    assert matplotlib.image.imread(tmp_path / "out" / "perplexity.png").std() > 0.01
+    assert "perplexity of a" in err and "tokens" in err
+
+
+def test_data_may_be_a_run_or_text(evaluate, folder):
+    args = ("--model", "runs/a", "--lengths", "16", "--windows", "3", "--join")
+    status, from_run, _ = evaluate(*args, data="runs/b")
+    assert status == 0
+    status, from_recipe, _ = evaluate(*args)
+    assert from_run == from_recipe
+    (folder / "text.txt").write_text("def f(x):\n    return x\n" * 30)
+    assert evaluate("--model", "runs/a", "--lengths", "16,64", data="text.txt")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "--model PATH: which model"),
+        (["--model", "runs/a", "--rope", "ntk"], "write ntk:4"),
+        (["--rope", "none", "--model", "runs/a"], "comes after the --model"),
+        (["--model", "runs/a", "--model", "runs/a"], "two are called 'a'"),
+        (["--model", "runs/none"], "runs/none"),
+        (["--model", "runs/a", "--lengths", "0,5"], "--lengths=0,5: "),
+        (["--model", "runs/a", "--lengths", "8,many"], "--lengths=8,many: "),
+        (["--model", "runs/a", "--lengths", "8,9999999999"], "--lengths=8,9999999999: "),
+        (["--model", "runs/a", "--lengths", "8", "--stride", "9"], "--stride=9: from 1 to .* 8"),
+        (["--model", "runs/a", "--windows", "-1"], "--windows=-1"),
+        (["--model", "runs/a", "--lengths", "100000"], "length 100,000 needs .*--join"),
+        (["--model", "runs/a", "--data", "no.txt"], "no.txt"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(args, said, evaluate, tmp_path):
+    status, out, err = evaluate(*args)
+    assert status == 2 and not out
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert re.search(said, line), line
+    assert not list(tmp_path.rglob("perplexity.*"))
+
+
+def test_models_with_several_tokenizers_are_not_compared(evaluate, folder):
+    changes = ["run.name=c", "training.steps=2", "tokenizer.vocab_size=300"]
+    train(recipes.load(folder / "recipe.yaml", changes))
+    args = ("--model", "runs/a", "--model", "runs/c", "--lengths", "16", "--join")
+    status, _, err = evaluate(*args)
+    assert status == 2 and "runs/c: its tokenizer is not that of" in err

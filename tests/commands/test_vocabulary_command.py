@@ -1,0 +1,164 @@
+"""`jllama vocabulary`: train, merge, compare, grow; and what they refuse."""
+
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+import tiny
+
+import jllama
+from jllama.cli import main
+from jllama.interop import hf
+from jllama.train.stored import open_model, write_model
+
+ENGLISH = "The quick brown fox jumps over the lazy dog.\nPack my box with jugs.\n" * 20
+FRENCH = "Voilà l'été où naïfs élèves rêvèrent déjà.\nÇa gêne où l'âme s'élève.\n" * 20
+
+
+def vocabulary(*words):
+    return main(["vocabulary", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """Two texts, their tokenizers `base` and `new.model`, both merged, and a model of the first."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    (folder / "en.txt").write_text(ENGLISH)
+    (folder / "fr.txt").write_text(FRENCH)
+    assert vocabulary("train", folder / "en.txt", "--size", 320, "--out", folder / "base") == 0
+    assert vocabulary("train", folder / "fr.txt", "--size", 330, "--out", folder / "new.model") == 0
+    words = (folder / "base", folder / "new.model", "--out", folder / "merged", "--pad", "[PAD]")
+    assert vocabulary("merge", *words) == 0
+    model = tiny.config(vocab_size=320, num_layers=2, num_kv_heads=2, max_length=64)
+    tokenizer = jllama.load_tokenizer(folder / "base")
+    write_model(folder / "model", model, tiny.params(model), tokenizer)
+    hf.write_folder(folder / "hf", model, tiny.params(model), tokenizer)
+    return folder
+
+
+def refused(capsys, *words):
+    """The one line of a command that makes nothing."""
+    capsys.readouterr()
+    assert vocabulary(*words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_training_is_that_of_recipes_and_says_its_size(here, tmp_path, capsys):
+    one, two = tmp_path / "one.model", tmp_path / "two.model"
+    for out in (one, two):
+        assert vocabulary("train", here / "*.txt", "--size", 310, "--out", out) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{p}: 310 pieces" for p in (one, two)]
+    assert one.read_bytes() == two.read_bytes()
+    assert sentencepiece.SentencePieceProcessor(model_file=str(one)).vocab_size() == 310
+
+
+def test_each_of_several_texts_gives_its_share_of_the_bytes(here, tmp_path, capsys):
+    out = tmp_path / "o.model"
+    words = ("train", here / "en.txt", here / "fr.txt", "--size", 320, "--out", out)
+    assert vocabulary(*words, "--max-bytes", 800) == 0
+    assert "note: 800 of " in capsys.readouterr().err
+    pieces = jllama.load_tokenizer(out).pieces
+    assert "é" in pieces and "w" in pieces
+
+
+def test_merged_keeps_the_base_and_compares_shorter(here, capsys):
+    base, merged = (jllama.load_tokenizer(here / name) for name in ("base", "merged"))
+    assert merged.pieces[:320] == base.pieces
+    assert merged.pieces[-1] == "[PAD]" and merged.carried == {"pad_token": "[PAD]"}
+    texts = ("--text", here / "fr.txt", here / "en.txt")
+    assert vocabulary("compare", here / "base", here / "merged", *texts, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["text"] for row in rows] == [str(t) for t in texts[1:] for _ in "ab"] + ["all"] * 2
+    for row in rows[:2]:
+        tokenizer = jllama.load_tokenizer(row["tokenizer"])
+        tokens = len(tokenizer.encode(FRENCH))
+        assert (row["tokens"], row["characters"]) == (tokens, len(FRENCH))
+        assert row["tokens_per_character"] == tokens / len(FRENCH)
+        assert row["characters_per_token"] == len(FRENCH) / tokens
+    assert rows[1]["tokens"] < rows[0]["tokens"] * 0.7
+    assert rows[4]["tokens"] == rows[0]["tokens"] + rows[2]["tokens"]
+    assert vocabulary("compare", here / "base", *texts) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == "text" and len(lines) == 4 and len(set(map(len, lines))) == 1
+
+
+@pytest.mark.parametrize("source", ["model", "hf"])
+def test_a_model_grows_and_is_the_same_for_old_tokens(here, source, tmp_path, capsys):
+    out = tmp_path / "grown"
+    assert vocabulary("grow", here / source, here / "merged", out, "--multiple", 64) == 0
+    merged = jllama.load_tokenizer(here / "merged")
+    said = capsys.readouterr().out
+    assert f"{merged.vocab_size:,} ids: 320 of {here / source} and" in said
+    assert "rows of padding" in said
+    before, after = jllama.load(here / source), jllama.load(out)
+    assert after.tokenizer.digest == merged.digest
+    assert after.config.vocab_size == merged.vocab_size
+    assert after.params["head"]["weight"].shape[0] == after.config.vocab_rows == 384
+    ids = [before.tokenizer.encode("The lazy dog jumps over my box.")]
+    np.testing.assert_array_equal(after.logits(ids)[..., :320], before.logits(ids))
+    new = next(i for i in range(320, merged.vocab_size) if len(merged.pieces[i]) > 2)
+    spelt = before.tokenizer.encode(merged.pieces[new].replace("\u2581", " "))
+    for name in ("embedding", "head"):
+        table = np.asarray(after.params[name]["weight"])
+        np.testing.assert_allclose(table[new], table[spelt].mean(0), rtol=1e-5, atol=1e-8)
+    # And so in other formats, without the padding.
+    assert main(["convert", str(out), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    again = jllama.load(tmp_path / "hf")
+    assert again.params["head"]["weight"].shape[0] == merged.vocab_size
+    assert (
+        json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["pad_token"] == "[PAD]"
+    )
+    np.testing.assert_array_equal(again.logits(ids), after.logits(ids))
+
+
+def test_a_model_without_a_tokenizer_grows_by_what_needs_none(here, tmp_path, capsys):
+    stored = open_model(here / "model")
+    write_model(tmp_path / "bare", stored.config, tiny.params(stored.config), None)
+    grow = ("grow", tmp_path / "bare", here / "merged", tmp_path / "out")
+    assert "no tokenizer to spell new pieces with" in refused(capsys, *grow)
+    assert "320 rows: a vocabulary grows" in refused(
+        capsys, "grow", tmp_path / "bare", _small(tmp_path), tmp_path / "out", "--rows", "mean"
+    )
+    assert vocabulary(*grow, "--rows", "random", "--seed", 3) == 0
+    assert "cannot be checked" in capsys.readouterr().err
+
+
+def _small(folder):
+    (folder / "s.txt").write_text(ENGLISH)
+    assert vocabulary("train", folder / "s.txt", "--size", 300, "--out", folder / "s.model") == 0
+    return folder / "s.model"
+
+
+def test_bad_input_is_one_line_and_makes_nothing(here, tmp_path, capsys):
+    out = tmp_path / "out"
+    text, base, new = here / "en.txt", here / "base", here / "new.model"
+    (tmp_path / "latin.txt").write_bytes("été".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("")
+    for said, *words in (
+        ("--size 20: at least 300", "train", text, "--size", 20, "--out", out),
+        ("--max-bytes 0: at least 1", "train", text, "--size", 300, "--max-bytes", 0, "--out", out),
+        ("gives only", "train", text, "--size", 3000, "--out", out),
+        ("no file matches", "train", tmp_path / "no.txt", "--size", 300, "--out", out),
+        ("latin.txt: not UTF-8", "train", tmp_path / "latin.txt", "--size", 300, "--out", out),
+        ("no text", "train", tmp_path / "empty.txt", "--size", 300, "--out", out),
+        ("exists; choose", "train", text, "--size", 300, "--out", base),
+        ("exists; choose", "merge", base, new, "--out", new),
+        ("has no piece that", "merge", base, base, "--out", out),
+        ("a piece already", "merge", base, new, "--pad", "<s>", "--out", out),
+        ("no such tokenizer", "merge", base, tmp_path / "no", "--out", out),
+        ("empty.txt: is empty", "compare", base, "--text", tmp_path / "empty.txt"),
+        ("required: --text", "compare", base),
+        ("required: ACTION",),
+        ("keeps not all ids", "grow", here / "model", new, out),
+        ("the model's own 320: a vocabulary grows", "grow", here / "model", _small(tmp_path), out),
+        ("--multiple 0: at least 1", "grow", here / "model", here / "merged", out, "--multiple", 0),
+        ("--seed -1", "grow", here / "model", here / "merged", out, "--seed", -1),
+        ("exists; choose", "grow", here / "model", here / "merged", here / "hf"),
+        ("DST is empty", "grow", here / "model", here / "merged", ""),
+        ("no such folder", "grow", tmp_path / "no", here / "merged", out),
+    ):  # fmt: skip
+        assert said in refused(capsys, *words)
+        assert not out.exists()

@@ -1,0 +1,194 @@
+"""Perplexity against the length: windows, scalings, and figures against the float64 reference."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import reference
+import tiny
+
+from jllama.config import (
+    AdaptiveRopeScaling,
+    DynamicRopeScaling,
+    LinearRopeScaling,
+    NoRopeScaling,
+    NtkRopeScaling,
+    YarnRopeScaling,
+)
+from jllama.errors import UserError
+from jllama.evaluate import perplexity as module
+from jllama.evaluate.perplexity import ROPES, perplexity, scaled, windows
+from jllama.model.rope import inverse_frequencies, turns
+from jllama.pretrained import Llama
+
+MODEL = tiny.config(max_length=16, num_layers=2)
+LINEAR = dataclasses.replace(MODEL, rope=LinearRopeScaling(kind="linear", factor=4.0))
+
+
+def documents(*lengths):
+    """Each token tells its document and its place in it."""
+    return [np.arange(n) + 1000 * i for i, n in enumerate(lengths)]
+
+
+def model(config=MODEL):
+    return Llama(config, tiny.params(config, 5.0), None, tiny.compute())
+
+
+# --------------------------------------------------------------------------------------- windows
+
+
+def test_windows_lie_within_a_document_and_share_no_target():
+    found = windows(documents(9, 5, 13, 8), 8, 3, 0)
+    assert found.shape == (3, 9) and found.dtype == np.int32
+    assert found[:, 0].tolist() == [0, 2000, 2003]
+    assert (np.diff(found) == 1).all()
+    targets = found[:, -3:].ravel()
+    assert len(set(targets)) == len(targets)
+
+
+def test_joined_windows_go_on_across_documents():
+    found = windows(documents(4, 5, 4), 8, 2, 0, join=True)
+    flat = np.concatenate(documents(4, 5, 4))
+    np.testing.assert_array_equal(found, [flat[0:9], flat[2:11], flat[4:13]])
+
+
+def test_of_many_windows_some_are_taken_evenly_and_reading_stops(monkeypatch):
+    monkeypatch.setattr(module, "SPREAD", 16)
+    read = []
+
+    def several():
+        for document in documents(*[30] * 50):
+            read.append(1)
+            yield document
+
+    found = windows(several(), 9, 10, 4)
+    assert found[:, -1].tolist() == [9, 5019, 11009, 16019]
+    assert len(read) == 22  # 3 windows each, until 16 times as many as wanted
+
+
+def test_too_short_a_text_is_said_with_the_remedy():
+    with pytest.raises(UserError, match=r"length 9 needs .* 10 tokens, .*longest .* 7: --join"):
+        windows(documents(7, 3), 9, 1, 0)
+    assert len(windows(documents(7, 3), 9, 1, 0, join=True)) == 1
+    with pytest.raises(UserError, match=r"length 12 needs .* 13 tokens, and all .* have 10"):
+        windows(documents(7, 3), 12, 1, 0, join=True)
+
+
+# -------------------------------------------------------------------------------------- perplexity
+
+
+@pytest.mark.parametrize("rope", ["model", "none", "pi", "pi:2", "ntk:3", "dynamic", "adaptive"])
+@pytest.mark.parametrize("config", [MODEL, LINEAR], ids=["plain", "interpolated"])
+def test_it_is_that_of_the_float64_reference(rope, config, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_TOKENS", 64)  # batches of 2, the last one not full
+    some, own = tiny.tokens(3, 41), model(config)
+    for length in (12, 32):
+        rows = some[:, -length - 1 :]
+        config = scaled(own.config, rope, length)
+        logits = reference.logits(own.params, config, rows[:, :-1])[:, -5:]
+        top = logits.max(-1)
+        log_z = np.log(np.exp(logits - top[..., None]).sum(-1)) + top
+        nll = log_z - np.take_along_axis(logits, rows[:, -5:, None], -1)[..., 0]
+        read = []
+        got = perplexity(own, some, length, 5, rope, read.append)
+        assert got == pytest.approx(np.exp(nll.mean()), rel=1e-5)
+        assert sum(read) == 3 * length
+
+
+def test_yarn_is_that_of_the_reference_and_no_other():
+    some, own = tiny.tokens(2, 41), model()
+    config = scaled(own.config, "yarn", 40)
+    assert config.rope == YarnRopeScaling(kind="yarn", factor=2.5, original_length=16)
+    logits = reference.logits(own.params, config, some[:, :-1])[:, -4:]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    wanted = np.exp(-np.take_along_axis(log_p, some[:, -4:, None], -1).mean())
+    assert perplexity(own, some, 40, 4, "yarn") == pytest.approx(wanted, rel=1e-5)
+    values = {perplexity(own, some, 40, 4, rope) for rope in ("none", "pi", "ntk:2", "yarn")}
+    assert len(values) == 4
+
+
+def test_one_program_serves_all_scalings_of_a_length():
+    own, some = model(), tiny.tokens(2, 30)
+    module._nll.clear_cache()
+    for rope in ("none", "pi", "ntk:4", "dynamic", "adaptive", "yarn"):
+        perplexity(own, some, 29, 3, rope)
+    assert module._nll._cache_size() == 1
+
+
+def test_memory_is_linear_in_the_length():
+    own = model()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own.params)
+    angles = turns(own.config)
+
+    def temporary(length):
+        rows = jax.ShapeDtypeStruct((1, length + 1), np.int32)
+        weights = jax.ShapeDtypeStruct((1,), np.float32)
+        args = (shapes, own.config, own.compute, rows, weights, angles, 64)
+        return module._nll.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporary(8192), temporary(32768)
+    assert long < 4.2 * short
+    # One score of every pair would take more.
+    assert long < 32768**2 * 4 / 16
+
+
+@pytest.mark.parametrize(("length", "stride"), [(30, 3), (10, 11), (10, 0)])
+def test_what_the_windows_do_not_hold(length, stride):
+    with pytest.raises(UserError, match=f"length={length}, stride={stride}: "):
+        perplexity(model(), tiny.tokens(1, 30), length, stride)
+
+
+# ---------------------------------------------------------------------------------------- scalings
+
+
+@pytest.mark.parametrize(
+    ("rope", "wanted"),
+    [
+        ("model", MODEL.rope),
+        ("none", NoRopeScaling(kind="none")),
+        ("pi", LinearRopeScaling(kind="linear", factor=3.0)),
+        ("pi:4", LinearRopeScaling(kind="linear", factor=4.0)),
+        ("ntk:4", NtkRopeScaling(kind="ntk", alpha=4.0)),
+        ("dynamic", DynamicRopeScaling(kind="dynamic", factor=2.0, original_length=16)),
+        ("dynamic:1", DynamicRopeScaling(kind="dynamic", factor=1.0, original_length=16)),
+        ("adaptive", AdaptiveRopeScaling(kind="adaptive", original_length=16)),
+        (
+            "adaptive:1.1",
+            AdaptiveRopeScaling(kind="adaptive", original_length=16, coefficient=1.1),
+        ),
+        ("yarn", YarnRopeScaling(kind="yarn", factor=3.0, original_length=16)),
+        ("yarn:8", YarnRopeScaling(kind="yarn", factor=8.0, original_length=16)),
+    ],
+)
+def test_short_names(rope, wanted):
+    assert scaled(MODEL, rope, 48).rope == wanted
+
+
+def test_a_length_within_the_trained_one_needs_no_factor():
+    assert scaled(MODEL, "pi", 8).rope.factor == scaled(MODEL, "yarn", 8).rope.factor == 1
+
+
+def test_ntk_and_adaptive_come_on_top_of_position_interpolation():
+    plain = inverse_frequencies(scaled(MODEL, "ntk:4", 48))
+    np.testing.assert_allclose(inverse_frequencies(scaled(LINEAR, "ntk:4", 48)), plain / 4)
+    plain = inverse_frequencies(scaled(MODEL, "adaptive", 48), 48)
+    np.testing.assert_allclose(inverse_frequencies(scaled(LINEAR, "adaptive", 48), 48), plain / 4)
+    assert scaled(LINEAR, "none", 48) == MODEL
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ("yarnn", "'yarnn': no such scaling; choose of " + ", ".join(ROPES)),
+        ("", "no such scaling"),
+        ("ntk", "write ntk:4"),
+        ("none:2", "takes no number; write none"),
+        ("pi:0.5", "'0.5' is no number of 1 or above"),
+        ("yarn:", "'' is no number"),
+        ("ntk:nan", "'nan' is no number"),
+    ],
+)
+def test_wrong_names_are_one_line(rope, said):
+    with pytest.raises(UserError, match=said):
+        scaled(MODEL, rope, 48)

@@ -1,0 +1,235 @@
+"""Adapters from end to end: trained over a model, kept, loaded, mixed, worked in, converted."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import recipes
+import tiny
+
+import jllama
+from jllama import cli
+from jllama import recipe as configs
+from jllama.config import MeshConfig
+from jllama.errors import UserError
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
+from jllama.train.checkpoint import load_state
+from jllama.train.fingerprint import fingerprint
+from jllama.train.loop import train
+from jllama.train.state import define_state
+
+TOKENS = tiny.tokens(2, 20, vocab_size=300)
+FASTER = "training.schedule.peak=0.03"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A trained run; its recipe lies beside it."""
+    path = recipes.on_disk(tmp_path_factory.mktemp("base"))
+    return train(configs.load(path)).folder
+
+
+@pytest.fixture(scope="module")
+def adapted(base):
+    """Trains an adapter over the run: name, overrides -> its folder."""
+
+    def run(name, *overrides):
+        return train(recipe(base, f"run.name={name}", *overrides)).folder
+
+    return run
+
+
+def recipe(base, *overrides):
+    return configs.load(
+        base.parent.parent / "recipe.yaml",
+        ["adapt={kind: lora, rank: 4, alpha: 8}", f"training.init_from={base}", FASTER, *overrides],
+    )
+
+
+@pytest.fixture(scope="module")
+def one(adapted):
+    return adapted("one")
+
+
+@pytest.fixture(scope="module")
+def other(adapted):
+    return adapted(
+        "other", "adapt.dora=true", "adapt.targets=[q,v,down]", "adapt.rank=2", "run.seed=5"
+    )
+
+
+def logits(*args, **kwargs):
+    return np.asarray(jllama.load(*args, **kwargs).logits(TOKENS))
+
+
+def size(folder):
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def test_a_run_is_its_base_with_the_overlay_on_top(base, one):
+    model = jllama.load(one)
+    assert model.adapters == ("one",)
+    off = tiny.relative_error(model.logits(TOKENS), logits(base))
+    assert off > 1e-2
+    np.testing.assert_array_equal(model.logits(TOKENS, adapter={}), logits(base))
+    np.testing.assert_array_equal(model.logits(TOKENS), logits(base, adapter=one))
+    said = json.loads((one / "base.json").read_text())
+    assert said["model"] == str(base) and len(said["fingerprint"]) == 64
+
+
+def test_a_checkpoint_holds_the_overlay_and_its_optimizer_alone(one):
+    config = configs.load(one / "config.yaml")
+    placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
+    state = load_state(one, 10, define_state(config, placement))
+    m, R = config.model, 4
+    D, H, K, F = m.hidden_dim, m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim, m.ffn_dim
+    count = m.num_layers * R * (2 * (D + H) + 2 * (D + K) + 3 * (D + F))
+    assert sum(x.nbytes for x in jax.tree.leaves(state.trainable)) == 4 * count
+    assert 0 <= sum(x.nbytes for x in jax.tree.leaves(state.opt_state)) - 8 * count < 100
+    for item in ("trainable", "rest"):
+        said = json.loads((one / "checkpoints" / "10" / item / "_METADATA").read_text())
+        keys = [[k["key"] for k in leaf["key_metadata"]] for leaf in said["tree_metadata"].values()]
+        arrays = [path for path in keys if len(path) > 3]
+        assert len(arrays) == 14 * {"trainable": 1, "rest": 2}[item]
+        assert {path[-1] for path in arrays} == {"a", "b"}
+        assert not {"embedding", "head", "kernel"} & {key for path in keys for key in path}
+
+
+def test_it_resumes_bit_for_bit(base, one):
+    def digest(folder):
+        config = configs.load(folder / "config.yaml")
+        placement = Placement(make_mesh(config.mesh), config.sharding)
+        return fingerprint(load_state(folder, 10, define_state(config, placement)))
+
+    stopped = train(recipe(base, "run.name=again", "run.stop_after=6"))
+    assert stopped.steps == 6
+    again = train(recipe(base, "run.name=again"))
+    assert again.done and digest(again.folder) == digest(one)
+
+
+def test_the_base_is_checked_by_shape_and_by_value(base, one, tmp_path):
+    wider = recipes.on_disk(tmp_path / "wider", ffn_dim=96)
+    wider = train(configs.load(wider, ["training.steps=2"])).folder
+    with pytest.raises(UserError, match=r"another model.*model\.ffn_dim is 96, there 80"):
+        jllama.load(wider, adapter=one)
+    with pytest.raises(UserError, match="was trained over other parameters than these"):
+        jllama.load(base / "checkpoints" / "8", adapter=one)
+    # What lies under the path is not what it was.
+    runs = tmp_path / "runs"
+    shutil.copytree(base, runs / "base")
+    options = (f"training.init_from={runs / 'base'}", f"run.folder={runs}", "run.name=x")
+    train(recipe(base, *options, "run.stop_after=4"))
+    shutil.rmtree(runs / "base" / "checkpoints" / "10")
+    with pytest.raises(UserError, match="are not those that the run in .* began with"):
+        train(recipe(base, *options))
+
+
+def test_an_overlay_without_a_base_is_one_line(base):
+    with pytest.raises(UserError, match=r"adapt\.kind=lora: say in training\.init_from which"):
+        recipe(base, "training.init_from=")
+    with pytest.raises(UserError, match=r"adapt\.targets: 'w1' matches nothing"):
+        train(recipe(base, "run.name=w1", "adapt.targets=[w1]"))
+    with pytest.raises(UserError, match="is a model and no adapter"):
+        jllama.load(base, adapter=base)
+
+
+def test_several_are_named_and_chosen_by_request(base, one, other):
+    model = jllama.load(base, adapter={"a": one, "b": other})
+    assert model.adapters == ("a", "b")
+    np.testing.assert_array_equal(model.logits(TOKENS), logits(base))  # of several, none
+    assert tiny.relative_error(model.logits(TOKENS, adapter="a"), logits(one)) < 1e-5
+    assert tiny.relative_error(model.logits(TOKENS, adapter="b"), logits(other)) < 1e-5
+    how = {"max_new_tokens": 12, "temperature": 0.0}
+    alone = [
+        jllama.load(base).generate("def", **how)[0],
+        jllama.load(one).generate("def", **how)[0],
+        jllama.load(other).generate("def", **how)[0],
+    ]
+    assert len(set(alone)) == 3
+    got = model.generate(["def"] * 4, adapter=[None, "a", "b", {"a": 1.0}], **how)
+    assert got == [*alone, alone[1]]
+    assert "".join(model.stream("def", adapter="b", **how)) == alone[2]
+    with pytest.raises(UserError, match="no 'c' was loaded; there are: a, b"):
+        model.logits(TOKENS, adapter="c")
+    with pytest.raises(UserError, match="2 of them for 1 prompts"):
+        model.generate("x", adapter=["a", "b"])
+
+
+def test_switching_compiles_nothing(base, one, other):
+    model = jllama.load(base, adapter={"a": one, "b": other})
+    how = {"max_new_tokens": 4, "temperature": 0.0}
+    model.generate("def", adapter="a", **how)
+    jllama.generate.engine.traces.clear()
+    model.generate("def", adapter="b", **how)
+    model.generate("def", adapter={"a": 0.3, "b": 0.7}, **how)
+    assert not jllama.generate.engine.traces
+
+
+@pytest.mark.parametrize(
+    "more", [("adapt.full=[embedding,head,'*norm']",), ("adapt.quantize=nf4",)]
+)
+def test_worked_in_it_gives_the_same_logits(base, adapted, tmp_path, capsys, more):
+    run = adapted(f"merged{len(more[0])}", *more)
+    target = tmp_path / "merged"
+    assert (
+        cli.main(["convert", str(base), str(target), "--adapter", str(run), "--to", "jllama"]) == 0
+    )
+    assert "rounded to float32, its matrices are off by 0" in capsys.readouterr().err
+    assert tiny.relative_error(logits(target), logits(run)) < 1e-5
+    hf = tmp_path / "hf"
+    assert (
+        cli.main(["convert", str(base), str(hf), "--adapter", str(run), "--dtype", "bfloat16"]) == 0
+    )
+    assert "rounded to bfloat16, its matrices are off by 0.001" in capsys.readouterr().err
+    assert tiny.relative_error(logits(hf, dtype="float32"), logits(run)) < 0.1
+
+
+def test_to_peft_and_back(base, other, tmp_path, capsys):
+    there, back = tmp_path / "peft", tmp_path / "back"
+    assert cli.main(["convert", str(other), str(there)]) == 0
+    assert cli.main(["convert", str(there), str(back)]) == 0
+    wanted = logits(other)
+    for folder in (there, back):  # which say where their base is
+        np.testing.assert_array_equal(logits(folder), wanted)
+        np.testing.assert_array_equal(logits(base, adapter=folder), wanted)
+    capsys.readouterr()
+    assert cli.main(["convert", str(other), str(tmp_path / "x"), "--to", "hf"]) == 2
+    assert "to work it into its base: jllama convert BASE DST --adapter" in capsys.readouterr().err
+    assert cli.main(["convert", str(base), str(tmp_path / "x"), "--to", "peft"]) == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_sample_takes_adapters_with_weights(base, one):
+    def sample(*args):
+        root = Path(__file__).parent.parent
+        done = subprocess.run(
+            [sys.executable, root / "sample.py", "--prompt=def", "--max-new-tokens=8",
+             "--temperature=0", *map(str, args)],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    how = {"max_new_tokens": 8, "temperature": 0.0}
+    assert (
+        sample("--model", base, "--adapter", one)[1] == jllama.load(one).generate("def", **how)[0]
+    )
+    without = jllama.load(base).generate("def", **how)[0]
+    assert sample("--model", base, "--adapter", f"{one}=0")[1] == without
+    status, _, error = sample("--model", base, "--adapter", f"{one}=much")
+    assert status == 2 and error.count("\n") == 1 and "'much' is no weight" in error
+
+
+def test_a_quantised_base_is_loaded_as_it_was_trained_over(base, adapted, one):
+    run = adapted("int8", "adapt.quantize=int8")
+    model = jllama.load(run)
+    kernel = model.params["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.qvalue.dtype == np.int8
+    assert 1e-4 < tiny.relative_error(model.logits(TOKENS, adapter={}), logits(base)) < 0.2
+    with pytest.raises(UserError, match="bases kept in int8 and none; load them apart"):
+        jllama.load(base, adapter={"a": run, "b": one})

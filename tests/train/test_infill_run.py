@@ -1,0 +1,65 @@
+"""A run that infills: stopped and resumed bit for bit, and what it says of its rows."""
+
+import functools
+import re
+
+import jax
+import pytest
+import recipes
+
+from jllama import recipe as configs
+from jllama.errors import UserError
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
+from jllama.train import loop
+from jllama.train.checkpoint import load_state
+from jllama.train.fingerprint import fingerprint
+from jllama.train.state import define_state
+
+STEPS = 4
+INFILL = [
+    "data.objective.kind=infill", "tokenizer.infill=true", "data.length=40", "data.held_out=[]",
+    f"training.steps={STEPS}", "checkpoint.every=0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return recipes.on_disk(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+    monkeypatch.setattr(loop, "peak_flops", lambda dtype: (1e12, "published"))
+
+
+def digest(config):
+    placement = Placement(make_mesh(config.mesh, jax.devices()[:1]), config.sharding)
+    folder = f"{config.run.folder}/{config.run.name}"
+    return fingerprint(
+        load_state(loop.storage.path(folder), STEPS, define_state(config, placement))
+    )
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(text, tmp_path, capfd):
+    def recipe(*more):
+        return configs.load(text, [*INFILL, f"run.folder={tmp_path}", *more])
+
+    loop.train(recipe("run.name=whole"))
+    said = capfd.readouterr().err
+    line = r"infilling: ([\d,]+) of ([\d,]+) documents in ([\d,]+) rows were cut in three; \d+ of"
+    cut, documents, rows = (int(n.replace(",", "")) for n in re.search(line, said).groups())
+    assert 8 * STEPS <= rows <= 8 * (STEPS + 5) and 0 < cut < documents  # some rows were read ahead
+    loop.train(recipe("run.name=parts", "run.stop_after=2"))
+    loop.train(recipe("run.name=parts"))
+    assert digest(recipe("run.name=parts")) == digest(recipe("run.name=whole"))
+    with pytest.raises(UserError, match=r"data\.objective\.kind: infill there, causal now"):
+        loop.train(recipe("run.name=whole", "data.objective.kind=causal"))
+
+
+def test_a_tokenizer_without_the_tokens_is_one_line(text, tmp_path):
+    with pytest.raises(UserError, match=r"no ▁<PRE>.*tokenizer\.infill=true"):
+        loop.train(
+            configs.load(text, [*INFILL, "tokenizer.infill=false", f"run.folder={tmp_path}"])
+        )
