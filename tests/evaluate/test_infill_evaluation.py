@@ -131,7 +131,7 @@ def test_human_evals_lines_are_read(tmp_path):
 )
 def test_bad_input_is_one_line(model, tmp_path, monkeypatch, capsys, args, said):
     (tmp_path / "a.py").write_text(CODE)
-    monkeypatch.setattr(jllama, "load", lambda path, dtype: model, raising=False)
+    monkeypatch.setattr(jllama, "load", lambda path, **options: model, raising=False)
     command = ["evaluate", "infill", "--model=x", f"--data={tmp_path / '*.py'}", *args]
     assert cli.main(command) == 2
     out, err = capsys.readouterr()
@@ -140,7 +140,7 @@ def test_bad_input_is_one_line(model, tmp_path, monkeypatch, capsys, args, said)
 
 def test_the_command_prints_a_table_and_writes_every_answer(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "a.py").write_text(CODE)
-    monkeypatch.setattr(jllama, "load", lambda path, dtype: model, raising=False)
+    monkeypatch.setattr(jllama, "load", lambda path, **options: model, raising=False)
     out = tmp_path / "answers.jsonl"
     command = [
         "evaluate",

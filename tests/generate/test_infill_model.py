@@ -90,7 +90,7 @@ def sample(monkeypatch, model):
     spec = importlib.util.spec_from_file_location("sample", ROOT / "sample.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(jllama, "load", lambda path, dtype: model, raising=False)
+    monkeypatch.setattr(jllama, "load", lambda path, **options: model, raising=False)
     return lambda *args: module.main(["--model", "x", "--max-new-tokens=6", *args])
 
 
