@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stdlib: the library's held-out files; a glob of files; or JSON lines as HumanEval's",
     )
     add("--count", type=int, default=500, help="lines, chosen by hash [%(default)s]")
+    add("--spans", action="store_true", help="a span of each line is wanted, not the whole of it")
     add("--ways", default=",".join(WAYS), help="answers to compare [%(default)s]")
     add("--length", type=int, help="tokens of prompt and answer [the model's max_length]")
     add("--max-new-tokens", type=int, default=48, help="of an answer [%(default)s]")
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--count and --batch-size: at least 1")
     if args.out:
         outputs.check_absent(storage.path(args.out))
-    problems = open_problems(args.data, args.count)
+    problems = open_problems(args.data, args.count, args.spans)
     model = jllama.load(args.model, dtype=args.dtype)
     if model.tokenizer is None:
         raise UserError(f"{args.model}: has no tokenizer; put its files there")
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
             length=length,
             max_new_tokens=args.max_new_tokens,
             batch_size=args.batch_size,
+            spans=args.spans,
         )
     if args.out:
         lines = [
@@ -71,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
         figures = {w: {"exact": s.exact, "similarity": s.similarity} for w, s in scores.items()}
         print(json.dumps({"model": args.model, "lines": len(problems), "length": length} | figures))
         return
-    print(f"{'answer':32}  exact match  edit similarity   ({len(problems)} lines)")
+    wanted = "spans" if args.spans else "lines"
+    print(f"{'answer':32}  exact match  edit similarity   ({len(problems)} {wanted})")
     for way, score in scores.items():
         name = f"{way}: {_MEANING[way]}"
         print(f"{name:40}{100 * score.exact:6.1f}%  {100 * score.similarity:14.1f}%")

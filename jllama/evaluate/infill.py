@@ -1,8 +1,9 @@
-"""Single-line infilling: a line of a file is the middle, its surroundings the context.
+"""Single-line infilling: a line of a file is the middle, or a span of one; around it the context.
 
-A line without its indentation and line break is wanted; what stands around it, as much of it as a
-prompt may hold, is given. Beside a model's own answers stand two that need no infilling: what it
-writes after the prefix alone, up to the end of the line, and the commonest line of the context.
+A line without its indentation and line break is wanted, or what stands between two characters of
+it; what stands around it, as much of it as a prompt may hold, is given. Beside a model's own
+answers stand two that need no infilling: what it writes after the prefix alone, up to the end of
+the line (of a span, as many characters as are wanted), and the commonest line of the context.
 """
 
 import collections
@@ -12,6 +13,8 @@ import heapq
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
 
 from jllama import storage
 from jllama.config import Source, StdlibSource, TextSource
@@ -42,7 +45,7 @@ class Score:
     """Over all problems, from 0 to 1.
 
     Attributes:
-      exact: share of the answers that are the middle, white space at their ends aside.
+      exact: share of the answers that are the middle.
       similarity: mean of `edit_similarity`.
       answers: in the order of the problems.
     """
@@ -52,12 +55,13 @@ class Score:
     answers: tuple[str, ...]
 
 
-def open_problems(data: str, count: int) -> list[Problem]:
+def open_problems(data: str, count: int, spans: bool = False) -> list[Problem]:
     """`count` problems from `data`, all of them if there are fewer.
 
     Args:
       data: "stdlib" for the held-out files of the standard library; a path or glob of text files;
         or JSON lines with `prompt`, `canonical_solution` and `suffix`, as HumanEval's.
+      spans: a span of each line instead of the whole of it.
 
     Raises UserError if it cannot be read or holds no problem.
     """
@@ -70,7 +74,7 @@ def open_problems(data: str, count: int) -> list[Problem]:
         found = choose(lines(documents(source)), count)
     if not found:
         raise UserError(f"{data}: no line to fill in it; give files of text")
-    return found
+    return [_span(problem) for problem in found] if spans else found
 
 
 def lines(texts: Iterable[Document]) -> Iterator[Problem]:
@@ -86,10 +90,24 @@ def lines(texts: Iterable[Document]) -> Iterator[Problem]:
 def choose(problems: Iterable[Problem], count: int) -> list[Problem]:
     """`count` of them by a hash of place and line: the same ones on every machine."""
 
-    def rank(problem: Problem) -> bytes:
-        return hashlib.sha256(f"{problem.where} {problem.middle}".encode()).digest()
+    return heapq.nsmallest(count, problems, key=_digest)
 
-    return heapq.nsmallest(count, problems, key=rank)
+
+def _digest(problem: Problem) -> bytes:
+    return hashlib.sha256(f"{problem.where} {problem.middle}".encode()).digest()
+
+
+def _span(problem: Problem) -> Problem:
+    """What stands between two characters of the middle, which its digest chooses."""
+    line = problem.middle
+    random = np.random.default_rng(np.frombuffer(_digest(problem), "<u4"))
+    first, second = sorted(random.choice(len(line) + 1, 2, replace=False).tolist())
+    return dataclasses.replace(
+        problem,
+        prefix=problem.prefix + line[:first],
+        middle=line[first:second],
+        suffix=line[second:] + problem.suffix,
+    )
 
 
 def _ready_made(path: str) -> Iterator[Problem]:
@@ -147,8 +165,9 @@ def evaluate(
     length: int,
     max_new_tokens: int,
     batch_size: int = 16,
+    spans: bool = False,
 ) -> Score:
-    """Greedy answers of one of `WAYS`, scored.
+    """Greedy answers of one of `WAYS`, scored; of lines without white space at their ends.
 
     Contexts are the same for every way: what `length` tokens hold beside `max_new_tokens`. Raises
     UserError for a model without infill tokens (psm, spm) or a length that leaves no room.
@@ -169,10 +188,13 @@ def evaluate(
         answers = model.generate(
             prompts, temperature=0.0, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
+    wanted = [p.middle for p in problems]
     if way == "prefix":
         answers = [answer.partition("\n")[0] for answer in answers]
-    wanted = [p.middle.strip() for p in problems]
-    answers = [answer.strip() for answer in answers]
+    if way == "prefix" and spans:  # where a span ends cannot be known without the suffix
+        answers = [answer[: len(middle)] for answer, middle in zip(answers, wanted, strict=True)]
+    if not spans:
+        answers = [answer.strip() for answer in answers]
     pairs = list(zip(answers, wanted, strict=True))
     return Score(
         exact=sum(a == b for a, b in pairs) / len(pairs),

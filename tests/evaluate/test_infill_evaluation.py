@@ -108,6 +108,25 @@ def test_scores_of_answers_that_are_known(model, monkeypatch):
     assert evaluate(model, [Problem("a\nb\n", "b", "\nb", "")], "line", **sizes).exact == 1
 
 
+def test_a_span_is_a_part_of_the_line_and_cut_to_size_without_its_suffix(
+    model, tmp_path, monkeypatch
+):
+    (tmp_path / "a.py").write_text(CODE)
+    data = str(tmp_path / "*.py")
+    whole, spans = open_problems(data, 9), open_problems(data, 9, spans=True)
+    assert spans == open_problems(data, 9, spans=True)
+    for line, span in zip(whole, spans, strict=True):
+        assert span.middle and span.middle in line.middle and span.where == line.where
+        assert span.prefix.startswith(line.prefix) and span.suffix.endswith(line.suffix)
+        assert span.prefix + span.middle + span.suffix == CODE
+    assert any(span.middle != line.middle for line, span in zip(whole, spans, strict=True))
+    answers = [p.middle + "more" for p in spans]
+    monkeypatch.setattr(Llama, "generate", lambda self, prompts, **settings: answers)
+    sizes = {"length": 100, "max_new_tokens": 20, "spans": True}
+    assert evaluate(model, spans, "prefix", **sizes).exact == 1
+    assert evaluate(model, spans, "psm", **sizes).exact == 0
+
+
 def test_human_evals_lines_are_read(tmp_path):
     path = tmp_path / "lines.jsonl.gz"
     record = {"prompt": "def f():\n", "canonical_solution": "    return 1\n", "suffix": "\nx\n"}
