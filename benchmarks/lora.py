@@ -105,9 +105,8 @@ def main() -> int:
             if i >= 2:
                 rows[name]["seconds"].append(time.perf_counter() - start)
     first = rows[names[0]]
-    print(
-        "| trained | parameters | seconds a step | of the first | FLOPs of the first | state | frozen |"
-    )
+    heads = ("trained", "parameters", "s a step", "time", "FLOPs", "state", "frozen")
+    print("| " + " | ".join(heads) + " |")
     print("|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         # Step by step, so that a slow minute of the machine is in both.

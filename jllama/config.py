@@ -485,7 +485,21 @@ class InfillObjective:
     spm: Fraction = _default("share of these that are suffix-prefix-middle, not PSM", 0.5)
 
 
-Objective = Annotated[CausalObjective | InfillObjective, Field(discriminator="kind")]
+@_config
+class ReplyObjective:
+    """Instruction tuning: of a document the reply is predicted, and the prompt before it is not.
+
+    Prompt and reply are encoded apart, as when a model replies. A document that a row does not hold
+    whole, or without the marker, is predicted as it is.
+    """
+
+    kind: Literal["reply"] = _doc("prompts and replies, of which replies are predicted")
+    after: str = _default("the prompt ends with this, where it first appears", "### Response:")
+
+
+Objective = Annotated[
+    CausalObjective | InfillObjective | ReplyObjective, Field(discriminator="kind")
+]
 
 
 @_config

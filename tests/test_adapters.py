@@ -126,7 +126,7 @@ def test_the_base_is_checked_by_shape_and_by_value(base, one, tmp_path):
     options = (f"training.init_from={runs / 'base'}", f"run.folder={runs}", "run.name=x")
     train(recipe(base, *options, "run.stop_after=4"))
     shutil.rmtree(runs / "base" / "checkpoints" / "10")
-    with pytest.raises(UserError, match="are not those that the run in .* began with"):
+    with pytest.raises(UserError, match=r"are not those that the run in .* began with"):
         train(recipe(base, *options))
 
 

@@ -150,6 +150,7 @@ def train_flops_per_token(config: ModelConfig, adapt: Adapt, length: int) -> flo
     """`jllama.flops.train_flops_per_token` of what a recipe trains."""
     if not isinstance(adapt, LoraConfig):
         return flops.train_flops_per_token(config, length)
+    config = config.unpadded
     compute = ComputeConfig(dtype="float32")
     specs, base = overlay_specs(config, compute, adapt), llama.param_specs(config, compute)
     thin = sum(math.prod(f[name].shape) for _, f in matrices(specs) for name in ("a", "b"))

@@ -41,6 +41,11 @@ def with_rows(placed: Params, rows: int) -> Params:
     return _tables(placed, change)
 
 
+def resized(tree: Params, rows: int) -> Params:
+    """Parameters, or an overlay, whose tables have `rows`: cut, or padded with zeros."""
+    return _tables(tree, lambda table: table if len(table) == rows else _resize(table, rows))
+
+
 def repadded(params: Params, placed: Params) -> Params:
     """Parameters whose tables have as many rows as those of `placed`, and lie where they do.
 

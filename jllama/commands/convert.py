@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jllama import flops, outputs, storage
-from jllama.adapt import lora
+from jllama.adapt import lora, vocab
 from jllama.config import MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.interop import gguf, hf, peft
@@ -129,7 +129,8 @@ def _convert_adapter(args: argparse.Namespace, adapter: Adapter, target: Path) -
     config, overlay = adapter.read(base.config, _host(), params)
     with outputs.stoppable(target):
         if to == "peft":
-            peft.write_adapter(target, base.config, config, overlay, str(where))
+            overlay = vocab.resized(overlay, base.config.vocab_size)
+            peft.write_adapter(target, base.config.unpadded, config, overlay, str(where))
         else:
             write_adapter(target, base, where, params, config, overlay)
     count = sum(x.size for x in jax.tree.leaves(overlay))

@@ -18,7 +18,6 @@ from jllama import storage
 from jllama.config import (
     Config,
     DataConfig,
-    InfillObjective,
     SourceConfig,
     TfdsSource,
     TokenizerFile,
@@ -27,10 +26,10 @@ from jllama.config import (
 )
 from jllama.data import source as sources
 from jllama.data.files import NoFiles
-from jllama.data.infill import GAIN, Infilling
 from jllama.data.pack import CutRows, Row, Rows, WholeRows, empty_row
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
+from jllama.data.rewrite import Rewriting, rewriting
 from jllama.errors import UserError
 from jllama.locks import locked
 from jllama.progress import say
@@ -54,7 +53,7 @@ class Dataset:
         weights: Mapping[str, float],
         batch_size: int,
         seed: int,
-        objective: Infilling | None = None,
+        objective: Rewriting | None = None,
     ):
         """`rows` and `weights` by source name; shares are weights over their sum, in rows.
 
@@ -96,7 +95,7 @@ class Dataset:
         )
 
 
-def _each_epoch(objective: Infilling, rows: int) -> Callable[[int, Row], Row]:
+def _each_epoch(objective: Rewriting, rows: int) -> Callable[[int, Row], Row]:
     # A repeated dataset's index goes on through its epochs.
     return lambda index, row: objective(row, index // rows)
 
@@ -161,14 +160,12 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         twice = {n for n in names if names.count(n) > 1}
         if twice:
             raise UserError(f"data.{group}: two sources are named {min(twice)}; rename one")
-    objective = None
-    if isinstance(data.objective, InfillObjective):
-        objective = Infilling(data.objective, tokenizer, config.run.seed)
+    objective = rewriting(data.objective, tokenizer, config.run.seed)
     train = _each(data, "train", lambda s: prepare(s, tokenizer, data.prepare))
     held_out = _each(data, "held_out", lambda s: prepare(s, tokenizer, data.prepare))
     return Data(
         train=Dataset(
-            {name: cut(p, data, GAIN if objective else 0) for name, p in train.items()},
+            {name: cut(p, data, objective.gain if objective else 0) for name, p in train.items()},
             {s.name: s.weight for s in data.train},
             config.training.batch_size,
             config.run.seed,

@@ -5,10 +5,9 @@ low-rank embedding or head, or modules that are whole in some layers only, is wo
 whole parameter, for which the base is needed.
 """
 
-import collections
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,19 @@ from jllama.config import ComputeConfig, LoraConfig, LoraOverride, ModelConfig
 from jllama.errors import UserError
 from jllama.interop.names import from_file, to_file
 from jllama.interop.parameters import check_tensors
-from jllama.interop.peft_config import (
-    CONFIG,
-    MERGE,
+from jllama.interop.peft_config import CONFIG, MERGE, PeftConfig, read_config, write_config
+from jllama.interop.peft_modules import (
+    BASE,
     Module,
-    PeftConfig,
     Plan,
     modules,
     plan,
-    read_config,
-    write_config,
+    with_tables,
+    without_tied_head,
 )
 from jllama.interop.pth import read_pth
 from jllama.interop.safetensors import read_safetensors, write_safetensors
-from jllama.interop.tensors import DTYPES, Tensor, nbytes, same_bits
+from jllama.interop.tensors import Tensor, nbytes
 from jllama.model.linear import dense
 from jllama.model.llama import Params, ParamSpec
 from jllama.progress import Progress, say
@@ -42,7 +40,6 @@ _WEIGHTS = "adapter_model.safetensors"
 _READERS = {_WEIGHTS: read_safetensors, "adapter_model.bin": read_pth}
 _EXACT = ComputeConfig(dtype="float32")
 _NORMS = "lora_magnitude_vector"
-_BASE = "base_layer.weight"
 
 
 # -------------------------------------------------------------------------------------------- read
@@ -62,26 +59,16 @@ def read_adapter(
     """
     config = read_config(folder)
     tensors = _tensors(folder)
-    found = plan(config, model, folder)
+    there = modules(model)
+    found = plan(config, there, folder)
     if model.tie_embeddings:
-        found, tensors = _without_tied_head(found, config, model, tensors, folder)
-    found = _with_tables(found, model, tensors)
-    wanted = _wanted(found, config, tensors)
-    _check_vocabulary(wanted, tensors, model, folder)
-    check_tensors(tensors, wanted, folder, "this adapter's")
-
-    owners: dict[str, list[Module]] = collections.defaultdict(list)
-    for module in [*found.low, *found.whole]:
-        owners[module.owner].append(module)
+        found, tensors = without_tied_head(found, config, there, tensors, folder)
+    found = with_tables(found, there, tensors)
+    _check(found, config, model, tensors, folder)
+    how = found.how
+    owners = _owners(module for module in there if module in how)
     low = {o: some for o, some in owners.items() if some[0] in found.low and not some[0].is_table}
-    for some in low.values():
-        if some[-1] not in found.low:
-            raise UserError(
-                f"{folder}: {some[0].name} is low-rank and {some[-1].name} saved whole, which one"
-                f" overlay cannot be; {MERGE}"
-            )
     whole = {owner: some for owner, some in owners.items() if owner not in low}
-    settings = {owner: _of_layers(some, found.low, model.num_layers) for owner, some in low.items()}
     lora = LoraConfig(
         kind="lora",
         rank=config.r,
@@ -91,13 +78,11 @@ def read_adapter(
         dropout=config.lora_dropout,
         targets=tuple(map(_word, low)),
         full=tuple(map(_word, whole)),
-        overrides=tuple(_overrides(settings, config)),
+        overrides=tuple(_overrides(low, found, config, model.num_layers)),
     )
-    _check_ranks(found, folder)
     specs = overlay_specs(model, _EXACT, lora)
-    size = sum(map(nbytes, tensors.values()))
     overlay: Overlay = {}
-    with Progress(f"read {folder.name}", size) as progress:
+    with Progress(f"read {folder.name}", sum(map(nbytes, tensors.values()))) as progress:
         source = _Source(config, found, tensors, base, folder, progress)
         for path, spec in matrices(specs):
             _put(overlay, path, source.factors(spec, low[".".join(path)]))
@@ -116,58 +101,45 @@ def _tensors(folder: Path) -> Mapping[str, Tensor]:
     raise UserError(f"{folder}: no weights: expected {' or '.join(_READERS)}")
 
 
-def _with_tables(found: Plan, model: ModelConfig, tensors: Mapping[str, Tensor]) -> Plan:
-    """With an embedding or head that is saved though no key names it, as a resized one is."""
-    planned = {*found.low, *found.whole}
-    tables = [m for m in modules(model) if m.is_table and m not in planned]
-    return Plan(found.low, [*found.whole, *(m for m in tables if m.tensor("weight") in tensors)])
-
-
-def _without_tied_head(
+def _check(
     found: Plan,
     config: PeftConfig,
     model: ModelConfig,
     tensors: Mapping[str, Tensor],
     folder: Path,
-) -> tuple[Plan, dict[str, Tensor]]:
-    """Takes out the head; UserError if it is not adapted as the embedding is."""
-    tables = {module.owner: module for module in modules(model) if module.is_table}
-    embedding, head = tables["embedding"], tables["head"]
-    how: dict[Module, Any] = {**found.low, **dict.fromkeys(found.whole, "whole")}
-    if config.ensure_weight_tying:  # peft adapts both as it adapts one
-        for one, other in ((embedding, head), (head, embedding)):
-            if other in how:
-                how.setdefault(one, how[other])
-    kind = how.get(embedding)
-    mine = {name for name in tensors if name.startswith(head.tensor(""))}
-    if (
-        kind != how.pop(head, None)
-        or (embedding in found.low and config.use_dora)  # whose norms are of rows and of columns
-        or not _alike(embedding, head, tensors)
-    ):
-        raise UserError(
-            f"{folder}: changes the embedding and the head differently, and the model ties them;"
-            " train it with peft's ensure_weight_tying, or merge it with peft, save that model with"
-            " tie_word_embeddings false, and convert it"
-        )
-    low = {module: kind for module, kind in how.items() if kind != "whole"}
-    left = {name: tensor for name, tensor in tensors.items() if name not in mine}
-    return Plan(low, [module for module, kind in how.items() if kind == "whole"]), left
-
-
-def _alike(embedding: Module, head: Module, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the head's tensors are the embedding's, or their transposes; or are not there."""
-    copies = [("weight", "weight"), (_BASE, _BASE)]
-    for one, other in [*copies, *zip(embedding.factors, head.factors[::-1], strict=True)]:
-        a, b = tensors.get(embedding.tensor(one)), tensors.get(head.tensor(other))
-        if a is None or b is None:
-            continue
-        if one == other:
-            if not same_bits(a, b):
-                return False
-        elif not {a.dtype, b.dtype} <= DTYPES or not np.array_equal(a.read(), b.read().T):
-            return False
-    return True
+) -> None:
+    """UserError for tensors that are not the adapter's, and for what no overlay can be."""
+    V = model.vocab_size
+    wanted = _wanted(found, config, tensors)
+    for name, tensor in tensors.items():
+        if 0 in tensor.shape:
+            raise UserError(
+                f"{folder}: {name} is empty: DeepSpeed's ZeRO-3 or FSDP saved parameters that were"
+                " not gathered; save the adapter again"
+            )
+        path, want = wanted.get(name, ("", ()))
+        is_table = path.partition(".")[0] in ("embedding", "head")
+        grown = [n for n, m in zip(tensor.shape, want, strict=False) if m == V < n]
+        if is_table and grown:
+            raise UserError(
+                f"{folder}: {name} is of {grown[0]:,} tokens, and the model has {V:,}: its"
+                " vocabulary was grown first; grow the model's to as many (jllama vocabulary"
+                " grow), and load the adapter with that"
+            )
+    check_tensors(tensors, wanted, folder, "this adapter's")
+    for some in _owners(found.how).values():
+        by_kind = {module in found.low: module for module in reversed(some)}
+        if len(by_kind) > 1:
+            raise UserError(
+                f"{folder}: {by_kind[True].name} is low-rank and {by_kind[False].name} saved whole,"
+                f" which one overlay cannot be; {MERGE}"
+            )
+    for module, (rank, _) in found.low.items():
+        if not module.is_table and rank > min(module.shape):
+            raise UserError(
+                f"{folder}: {module.name} has rank {rank}, above the {min(module.shape)} that its"
+                f" matrix can have; {MERGE}"
+            )
 
 
 def _wanted(
@@ -182,62 +154,34 @@ def _wanted(
         wanted[b] = f"{module.owner}.b", (outputs, rank)
         if config.use_dora:
             wanted[module.tensor(_NORMS)] = f"{module.owner}.m", (outputs,)
-        kept = module.tensor(_BASE)  # of a table, beside its factors
+        kept = module.tensor(BASE)  # of a table, beside its factors
         if module.is_table and kept in tensors:
             wanted[kept] = module.path, module.shape
     return wanted | {m.tensor("weight"): (m.path, m.shape) for m in found.whole}
 
 
-def _check_vocabulary(
-    wanted: Mapping[str, tuple[str, tuple[int, ...]]],
-    tensors: Mapping[str, Tensor],
-    model: ModelConfig,
-    folder: Path,
-) -> None:
-    V = model.vocab_size
-    for name, (path, shape) in wanted.items():
-        if name not in tensors or path.partition(".")[0] not in ("embedding", "head"):
-            continue
-        for size, want in zip(tensors[name].shape, shape, strict=False):
-            if want == V < size:
-                raise UserError(
-                    f"{folder}: {name} is of {size:,} tokens, and the model has {V:,}: its"
-                    " vocabulary was grown first; grow the model's to as many (jllama vocabulary"
-                    " grow), and load the adapter with that"
-                )
+def _owners(some: Iterable[Module]) -> dict[str, list[Module]]:
+    """By what they are here, all layers of it together."""
+    owners: dict[str, list[Module]] = {}
+    for module in some:
+        owners.setdefault(module.owner, []).append(module)
+    return owners
 
 
-def _check_ranks(found: Plan, folder: Path) -> None:
-    for module, (rank, _) in found.low.items():
-        if not module.is_table and rank > min(module.shape):
-            raise UserError(
-                f"{folder}: {module.name} has rank {rank}, above the {min(module.shape)} that its"
-                f" matrix can have; {MERGE}"
-            )
-
-
-Settings = Mapping[str, Sequence[tuple[int, float]]]
-
-
-def _of_layers(
-    some: Sequence[Module], low: Mapping[Module, tuple[int, float]], layers: int
-) -> list[tuple[int, float]]:
-    """Rank and alpha in each layer; where there is nothing, those of the first that has some."""
-    return [
-        next((low[m] for m in some if m.layer == layer), low[some[0]]) for layer in range(layers)
-    ]
-
-
-def _overrides(settings: Settings, config: PeftConfig) -> Iterator[LoraOverride]:
-    usual = config.r, config.lora_alpha
-    for owner, of_layers in settings.items():
-        for rank, alpha in dict.fromkeys(of_layers):
-            if (rank, alpha) == usual:
+def _overrides(
+    low: Mapping[str, Sequence[Module]], found: Plan, config: PeftConfig, layers: int
+) -> Iterator[LoraOverride]:
+    for owner, some in low.items():
+        # Where there is nothing, rank and alpha are those of the first layer that has some.
+        settings = dict.fromkeys(range(layers), found.low[some[0]])
+        settings |= {module.layer: found.low[module] for module in some}
+        for rank, alpha in dict.fromkeys(settings.values()):
+            if (rank, alpha) == (config.r, config.lora_alpha):
                 continue
-            layers = [n for n, how in enumerate(of_layers) if how == (rank, alpha)]
+            chosen = [n for n, how in settings.items() if how == (rank, alpha)]
             yield LoraOverride(
                 match=_word(owner),
-                layers=None if len(layers) == len(of_layers) else tuple(layers),
+                layers=None if len(chosen) == layers else tuple(chosen),
                 rank=None if rank == config.r else rank,
                 alpha=None if alpha == config.lora_alpha else alpha,
             )
@@ -276,27 +220,26 @@ class _Source:
         return leaf
 
     def whole(self, spec: ParamSpec, some: Sequence[Module]) -> np.ndarray:
-        """Of one parameter in all layers."""
+        """Of one parameter in all layers; zero where a table is padded."""
         first = some[0]
+        rows = first.spec.shape[0]
+        partly = first.layer is not None and len(some) < spec.shape[0]
+        if partly or first in self.found.low:
+            self.worked_out.append(first.owner)
+        out = self._of_base(first) if partly else np.zeros(spec.shape, np.float32)
         if first in self.found.low:
-            self.worked_out.append(first.owner)
-            return self._table(first)
-        if first.layer is not None and len(some) < spec.shape[0]:
-            self.worked_out.append(first.owner)
-            out = self._of_base(first)
-        else:
-            out = np.empty(spec.shape, np.float32)
+            out[:rows] = self._table(first)
+            return out
         for module in some:
+            target = out[:rows] if module.layer is None else out[module.layer]
             file = self._read(module, "weight")
-            out[... if module.layer is None else module.layer] = from_file(
-                file, module.spec.shape, module.spec.inputs, interleaved=False
-            )
+            target[...] = from_file(file, target.shape, module.spec.inputs, interleaved=False)
         return out
 
     def _table(self, module: Module) -> np.ndarray:
         """A low-rank embedding or head worked out: [V,D]."""
-        kept = module.tensor(_BASE) in self.tensors
-        w = self._read(module, _BASE) if kept else self._of_base(module)
+        kept = module.tensor(BASE) in self.tensors
+        w = self._read(module, BASE) if kept else self._of_base(module)[: module.shape[0]]
         a, b = (self._read(module, name) for name in module.factors)
         rank, alpha = self.found.low[module]
         scale = alpha / (rank**0.5 if self.config.use_rslora else rank)
@@ -341,10 +284,9 @@ def write_adapter(
     Raises UserError if the folder holds anything, or the model is one that Hugging Face's LLaMA
     cannot express.
     """
-    owners: dict[str, list[Module]] = collections.defaultdict(list)
-    for module in modules(model):
-        owners[module.owner].append(module)
+    owners = _owners(modules(model))
     low: dict[Module, tuple[int, float]] = {}
+    whole: list[Module] = []
     tensors: dict[str, Tensor] = {}
 
     def put(module: Module, name: str, array: np.ndarray, inputs: int) -> None:
@@ -367,22 +309,44 @@ def write_adapter(
             put(module, module.factors[1], b[:rank], 1)
             if lora.dora:
                 put(module, _NORMS, leaf["m"][module.layer].reshape(-1), 0)
-    whole: list[Module] = []
     for path, leaf in whole_leaves(overlay):
         for module in owners[".".join(path[:-1])]:
             whole.append(module)
-            one = np.asarray(leaf)[... if module.layer is None else module.layer]
+            one = np.asarray(leaf if module.layer is None else leaf[module.layer])
+            one = one[: module.spec.shape[0]]  # a table without its padding
             put(module, "weight", one, module.spec.inputs)
             if model.tie_embeddings and module.is_table:
                 (head,) = owners["head"]
                 whole.append(head)
                 put(head, "weight", one, 0)
-    config = write_config(lora, Plan(low, whole), model, base)
+    tied = model.tie_embeddings and any(module.is_table for module in whole)
+    saved = list(dict.fromkeys(module.short for module in whole))
+    config = write_config(lora, base, saved=saved, tied=tied, **_named(low, lora, model.num_layers))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     with outputs.new_folder(folder, last=CONFIG) as new:
         with Progress(f"write {folder.name}", sum(map(nbytes, tensors.values()))) as progress:
             write_safetensors(new / _WEIGHTS, tensors, progress)
         storage.write_bytes(new / CONFIG, text.encode())
+
+
+def _named(
+    low: Mapping[Module, tuple[int, float]], lora: LoraConfig, layers: int
+) -> dict[str, Any]:
+    """Targets, and the ranks and alphas that are others than the usual, by the shortest names."""
+    targets: list[str] = []
+    ranks, alphas = {}, {}
+    for some in _owners(low).values():
+        everywhere = len(some) == layers
+        alike = everywhere and len({low[module] for module in some}) == 1
+        targets += [some[0].short] if everywhere else [module.name for module in some]
+        for module in some[:1] if alike else some:
+            rank, alpha = low[module]
+            key = module.short if alike else module.name
+            if rank != lora.rank:
+                ranks[key] = rank
+            if alpha != lora.alpha:
+                alphas[key] = alpha
+    return {"targets": targets, "ranks": ranks, "alphas": alphas}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -25,10 +25,12 @@ _APPENDED = ("bpe", "unigram", "char")
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """Attributes:
-    tokenizer: the base's, with more pieces.
-    base, appended, specials: pieces of each origin; the ids are in this order.
-    unreachable: of those appended, how many no merge of two pieces makes, so that no text has them.
+    """A vocabulary made of two.
+
+    Attributes:
+      tokenizer: the base's, with more pieces.
+      base, appended, specials: pieces of each origin; the ids are in this order.
+      unreachable: of those appended, how many no merge of two pieces makes: they are in no text.
     """
 
     tokenizer: SentencePieceTokenizer
@@ -59,33 +61,18 @@ def merge(
     Raises UserError if `base` is no SentencePiece BPE model, `new` has pieces that BPE cannot make,
     or a special token is a piece already.
     """
-    theirs = _sentencepiece(base, names[0]), _sentencepiece(new, names[1])
-    if theirs[0].algorithm != "bpe":
-        raise UserError(
-            f"{names[0]}: a SentencePiece model of type {theirs[0].algorithm}: pieces appended with"
-            " score 0 would win in every text there; the base must be of type bpe, as LLaMA's"
-        )
-    if theirs[1].algorithm not in _APPENDED:
-        raise UserError(
-            f"{names[1]}: a SentencePiece model of type {theirs[1].algorithm}, and {names[0]} is of"
-            f" type bpe, which merges pieces to longer ones and makes no whole words; train"
-            f" {names[1]} as one of {', '.join(_APPENDED)} (jllama vocabulary train)"
-        )
-    if theirs[0].marks_before != theirs[1].marks_before:
-        raise UserError(
-            f"{names[0]} and {names[1]} mark spaces on different sides of a word: no piece of one"
-            " fits the other; train NEW with treat_whitespace_as_suffix as BASE has it"
-        )
+    old, other = _sentencepiece(base, names[0]), _sentencepiece(new, names[1])
+    _check_types(old, other, names)
     if base.added_tokens:
         token, id = next(iter(base.added_tokens.items()))
         raise UserError(
             f"{names[0]}: its folder adds tokens to the model ({token!r} has the id {id}), where"
             " new pieces would go; give the tokenizer.model alone, and such tokens by --special"
         )
-    known = {piece.text for piece in theirs[0].pieces}
+    known = {piece.text for piece in old.pieces}
     more = [
         Piece(piece.text, 0.0, PieceType.NORMAL)
-        for piece in theirs[1].pieces
+        for piece in other.pieces
         if piece.type == PieceType.NORMAL and piece.text not in known
     ]
     known |= {piece.text for piece in more}
@@ -101,7 +88,7 @@ def merge(
     make = functools.partial(SentencePieceTokenizer, **base._options)
     tokenizer = make(append_pieces(base.model, [*more, *marks], pad), names[0])
     tokenizer.carried = base.carried | ({"pad_token": pad} if pad else {})
-    start = len(theirs[0].pieces)
+    start = len(old.pieces)
     lost = sum(
         spelt != [start + i]
         for i, spelt in enumerate(_alone(tokenizer, tokenizer, start, len(more)))
@@ -117,6 +104,25 @@ def _sentencepiece(tokenizer: Tokenizer, name: str) -> SentencePieceModel:
             " give a tokenizer.model of that type"
         )
     return parse_sentencepiece(tokenizer.model)
+
+
+def _check_types(base: SentencePieceModel, new: SentencePieceModel, names: tuple[str, str]) -> None:
+    if base.algorithm != "bpe":
+        raise UserError(
+            f"{names[0]}: a SentencePiece model of type {base.algorithm}: pieces appended with"
+            " score 0 would win in every text there; the base must be of type bpe, as LLaMA's"
+        )
+    if new.algorithm not in _APPENDED:
+        raise UserError(
+            f"{names[1]}: a SentencePiece model of type {new.algorithm}, and {names[0]} is of type"
+            " bpe, which makes pieces of pieces and no whole words; train it as"
+            f" {' or '.join(_APPENDED)}"
+        )
+    if base.marks_before != new.marks_before:
+        raise UserError(
+            f"{names[0]} and {names[1]} mark spaces on different sides of a word: no piece of one"
+            " fits the other; train NEW with treat_whitespace_as_suffix as BASE has it"
+        )
 
 
 def _alone(by: Tokenizer, tokenizer: Tokenizer, start: int, count: int) -> list[list[int]]:

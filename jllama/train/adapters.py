@@ -14,6 +14,7 @@ from jllama import outputs, storage
 from jllama import recipe as recipes
 from jllama.adapt import quant
 from jllama.adapt.lora import Overlay, overlay_specs
+from jllama.adapt.vocab import resized
 from jllama.config import ComputeConfig, LoraConfig, ModelConfig, StoredConfig
 from jllama.errors import UserError
 from jllama.interop import peft, peft_config
@@ -54,7 +55,9 @@ class Adapter:
         Raises UserError where it was made for another base: of other shapes, or of other values.
         """
         if self._stored is None:
-            lora, host = peft.read_adapter(self.path, config, base)
+            there = resized(base, config.vocab_size)
+            lora, host = peft.read_adapter(self.path, config.unpadded, there)
+            host = resized(host, config.vocab_rows)
         else:
             lora = self._stored.adapt
             self._check(config, base)

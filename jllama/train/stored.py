@@ -18,6 +18,7 @@ import jax
 
 from jllama import outputs, storage
 from jllama import recipe as recipes
+from jllama.adapt.vocab import repadded, with_rows
 from jllama.config import (
     AutoAttention,
     ComputeConfig,
@@ -155,11 +156,15 @@ def _own(path: Path) -> StoredModel:
         )
     compute = dataclasses.replace(stored.compute, attention=AutoAttention(kind="auto"))
     tokenizer = find_tokenizer(folder)
-    read = functools.partial(load_params, folder, step)
+    read = functools.partial(_read_own, folder, step, stored.model.vocab_rows)
     dtype = compute.param_dtype
     scales = stored.scale_dtype or dtype
     cache = (stored.run or _NO_RUN).compilation_cache
     return StoredModel("jllama", stored.model, compute, dtype, scales, tokenizer, cache, read)
+
+
+def _read_own(folder: Path, step: int, rows: int, placed: llama.Params) -> llama.Params:
+    return repadded(load_params(folder, step, with_rows(placed, rows)), placed)
 
 
 def _foreign(
@@ -231,7 +236,9 @@ def initial_model(config: Config) -> StoredModel | None:
         stored = open_model(storage.path(where), model=config.model)
     except UserError as e:
         raise type(e)(f"training.init_from: {e}") from None
-    fatal, said = differences(stored.config, config.model)
+    # Padding of the tables is added or dropped where they are read.
+    padded = dataclasses.replace(stored.config, vocab_multiple=config.model.vocab_multiple)
+    fatal, said = differences(padded, config.model)
     if fatal:
         raise UserError(
             f"training.init_from={where}: its parameters are not the recipe's model: "

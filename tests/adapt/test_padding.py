@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import recipes
 import tiny
+from safetensors.numpy import load_file
 
 import jllama
 from jllama import flops
@@ -174,3 +175,27 @@ def test_a_run_begins_from_a_model_of_any_padding(format, there, here, tmp_path)
     rows = config.model.vocab_rows
     plain = tiny.params(model.unpadded)
     jax.tree.map(np.testing.assert_array_equal, run.params, pad(plain, rows))
+
+
+def test_an_adapter_over_a_padded_model_goes_to_peft_and_back(tmp_path):
+    model = tiny.config(
+        vocab_size=320, num_layers=2, num_kv_heads=2, max_length=48, vocab_multiple=128
+    )
+    write_model(tmp_path / "model", model, tiny.params(model), None)
+    more = [
+        f"model={tmp_path / 'model'}", f"training.init_from={tmp_path / 'model'}",
+        "adapt={kind: lora, rank: 2, alpha: 4, full: [embedding, head]}", "training.steps=3",
+        f"run.folder={tmp_path / 'runs'}",
+    ]  # fmt: skip
+    assert train(recipe_files.load(recipes.on_disk(tmp_path / "text"), more)).done
+    run, peft, back = tmp_path / "runs" / "run", tmp_path / "peft", tmp_path / "back"
+    assert main(["convert", str(run), str(peft)]) == 0
+    tables = {n: x.shape for n, x in load_file(peft / "adapter_model.safetensors").items()}
+    assert [s for n, s in tables.items() if "lora" not in n] == [(320, 48)] * 2
+    assert main(["convert", str(peft), str(back), "--base", str(tmp_path / "model")]) == 0
+    wanted, plain = jllama.load(run).logits([[5, 6, 7]]), jllama.load(tmp_path / "model")
+    assert wanted.shape == (1, 3, 320)
+    assert tiny.relative_error(plain.logits([[5, 6, 7]]), wanted) > 1e-3
+    for adapter in (peft, back):
+        got = jllama.load(tmp_path / "model", adapter=adapter).logits([[5, 6, 7]])
+        assert tiny.relative_error(got, wanted) < 1e-6

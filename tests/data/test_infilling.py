@@ -8,9 +8,9 @@ import pytest
 from jllama import recipe as recipes
 from jllama.config import InfillObjective, PrepareConfig, TrainedTokenizer
 from jllama.data.dataset import Dataset, open_data, open_tokenizer
-from jllama.data.infill import GAIN, Infilling
 from jllama.data.pack import CutRows, WholeRows
 from jllama.data.prepare import prepare
+from jllama.data.rewrite import Infilling
 from jllama.errors import UserError
 from jllama.text.infill import infill_tokens
 from jllama.text.vocabulary import train_sentencepiece
@@ -37,7 +37,7 @@ def infilling(marked):
 
 
 def packings(prepared):
-    return CutRows(prepared, 150), WholeRows(prepared, 150, "error", GAIN)
+    return CutRows(prepared, 150), WholeRows(prepared, 150, "error", Infilling.gain)
 
 
 def equal(a, b):
@@ -66,7 +66,7 @@ def original(tokenizer, ids):
 def test_every_document_is_there_in_some_order(prepared, infilling, marked, texts):
     transform = infilling(rate=0.9, spm=0.5)
     found, kinds = [], collections.Counter()
-    rows = WholeRows(prepared, 200, "error", GAIN)
+    rows = WholeRows(prepared, 200, "error", Infilling.gain)
     for epoch in range(8):
         for i in range(len(rows)):
             for ids in documents(transform(rows[i], epoch)):
@@ -82,7 +82,10 @@ def test_every_document_is_there_in_some_order(prepared, infilling, marked, text
 
 @pytest.mark.parametrize(("rate", "spm"), [(0, 0), (1, 0), (1, 1)])
 def test_rate_and_share_are_kept_at_their_ends(prepared, infilling, marked, rate, spm):
-    transform, rows = infilling(rate=rate, spm=spm), WholeRows(prepared, 200, "error", GAIN)
+    transform, rows = (
+        infilling(rate=rate, spm=spm),
+        WholeRows(prepared, 200, "error", Infilling.gain),
+    )
     made = [transform(rows[i], 0) for i in range(len(rows))]
     pre, suf, *_ = infill_tokens(marked)
     for row, before in zip(made, (rows[i] for i in range(len(rows))), strict=True):
@@ -132,10 +135,10 @@ def test_what_has_no_room_is_cut_and_counted(prepared, infilling):
     whole = sum(int(roomy(wide(rows[i]), 0)["weights"].sum()) for i in range(len(rows)))
     assert kept < whole
     assert transform.report().endswith(
-        f" {whole - kept:,} of {whole:,} tokens had no room in their row"
+        f" {whole - kept:,} of {whole:,} predicted tokens had no room in their row"
     )
-    assert roomy.report().endswith(f" 0 of {whole:,} tokens had no room in their row")
-    spare = WholeRows(prepared, 100, "skip", GAIN)
+    assert roomy.report().endswith(f" 0 of {whole:,} predicted tokens had no room in their row")
+    spare = WholeRows(prepared, 100, "skip", Infilling.gain)
     transform = infilling(rate=1.0)
     for i in range(len(spare)):
         transform(spare[i], 0)
@@ -143,7 +146,7 @@ def test_what_has_no_room_is_cut_and_counted(prepared, infilling):
 
 
 def test_a_split_depends_on_seed_epoch_and_document_alone(prepared, infilling):
-    rows, wide = (WholeRows(prepared, n, "error", GAIN) for n in (200, 900))
+    rows, wide = (WholeRows(prepared, n, "error", Infilling.gain) for n in (200, 900))
     cut = CutRows(prepared, 2 * prepared.tokens)
 
     def found(rows, transform, epoch):

@@ -48,7 +48,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(text, tmp_path, capf
 
     loop.train(recipe("run.name=whole"))
     said = capfd.readouterr().err
-    line = r"infilling: ([\d,]+) of ([\d,]+) documents in ([\d,]+) rows were cut in three; \d+ of"
+    line = r"infilling, cut in three: ([\d,]+) of ([\d,]+) documents in ([\d,]+) rows; \d+ of"
     cut, documents, rows = (int(n.replace(",", "")) for n in re.search(line, said).groups())
     assert 8 * STEPS <= rows <= 8 * (STEPS + 5) and 0 < cut < documents  # some rows were read ahead
     loop.train(recipe("run.name=parts", "run.stop_after=2"))

@@ -48,17 +48,17 @@ def logits(folder: str | Path, ids: list[int], positions: list[int]) -> dict[str
         double = AutoModelForCausalLM.from_config(single.config).double()
     double.load_state_dict(single.state_dict())
     with Float64():
-        exact = _run(double, ids, positions)
+        exact = run(double, ids, positions)
     assert double.model.rotary_emb.inv_freq.dtype == torch.float64 and exact.dtype == np.float64
     return {
         "logits": exact,
-        "logits32": _run(single, ids, positions),
+        "logits32": run(single, ids, positions),
         "inv_freq": single.model.rotary_emb.inv_freq.numpy(),
     }
 
 
 @torch.no_grad()
-def _run(model, ids, positions):
+def run(model, ids, positions):
     out = model.eval()(torch.tensor([ids]), logits_to_keep=torch.tensor(positions))
     return out.logits[0].numpy()
 

@@ -1,0 +1,72 @@
+"""Instruction tuning at read time: replies are predicted, prompts are not."""
+
+import numpy as np
+import pytest
+
+from jllama.config import PrepareConfig, ReplyObjective, TrainedTokenizer
+from jllama.data.dataset import Dataset
+from jllama.data.pack import CutRows, WholeRows
+from jllama.data.prepare import prepare
+from jllama.data.rewrite import Replies
+from jllama.text.vocabulary import train_sentencepiece
+
+MARKER = "### Response:"
+PAIRS = [(f"### Instruction:\nSay {n} twice.\n\n{MARKER}", f"{n} {n}") for n in range(40)]
+PLAIN = "a text without a marker"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [a + b for a, b in PAIRS] + [PLAIN]
+    return train_sentencepiece(texts * 20, TrainedTokenizer(kind="train", vocab_size=310))
+
+
+@pytest.fixture
+def prepared(tmp_path, tokenizer, write_jsonl):
+    config = PrepareConfig(folder=str(tmp_path / "prepared"), workers=1, shards=2)
+    texts = [a + b for a, b in PAIRS] + [PLAIN]
+    return prepare(write_jsonl(texts), tokenizer, config)
+
+
+def test_what_a_model_is_given_is_not_predicted_and_what_it_replies_is(prepared, tokenizer):
+    replies = Replies(ReplyObjective(kind="reply"), tokenizer, seed=0)
+    rows = WholeRows(prepared, 150, "error", replies.gain)
+    seen = {}
+    for i in range(len(rows)):
+        row = replies(rows[i], epoch=i)
+        for n in range(1, row["segments"].max() + 1):
+            here = row["segments"] == n
+            tokens, weights = row["tokens"][here].tolist(), row["weights"][here]
+            given = len(tokens) - np.count_nonzero(weights)
+            assert not weights[:given].any() and weights[given:].all()
+            seen[tokenizer.decode(tokens)] = tokens[:given], tokens[given:]
+    assert len(seen) == len(PAIRS) + 1
+    for prompt, reply in PAIRS:
+        given, predicted = seen[prompt + reply]
+        # To the id what generation begins with; the reply, with EOS, has no space of its own.
+        assert given == tokenizer.encode(prompt, bos=True)
+        assert predicted[-1] == tokenizer.eos_id
+        text = tokenizer.stream(after=given)
+        assert "".join(map(text.feed, predicted[:-1])) + text.end() == reply
+    given, predicted = seen[PLAIN]
+    assert given == [tokenizer.bos_id]
+    assert replies.report().startswith(
+        f"replies, predicted after their prompt: {len(PAIRS)} of {len(PAIRS) + 1} documents"
+    )
+
+
+def test_a_part_of_a_document_is_predicted_as_it_is(prepared, tokenizer):
+    replies = Replies(ReplyObjective(kind="reply"), tokenizer, seed=0)
+    rows = CutRows(prepared, 20)
+    for i in range(10):
+        row, new = rows[i], replies(rows[i], epoch=0)
+        if tokenizer.eos_id not in row["tokens"]:
+            assert all((row[key] == new[key]).all() for key in row)
+
+
+def test_batches_are_a_function_of_their_step(prepared, tokenizer):
+    replies = Replies(ReplyObjective(kind="reply"), tokenizer, seed=0)
+    data = Dataset({"a": WholeRows(prepared, 150, "error", 2)}, {"a": 1.0}, 2, 3, replies)
+    first = [data.batch(t) for t in range(4)]
+    again = data.batch(2)
+    assert all((first[2][key] == again[key]).all() for key in again)
