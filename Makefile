@@ -45,7 +45,7 @@ test: $(VENV)/.dev  ## the tests, on the CPU
 	if [ -f $(LIBTPU) ]; then export TPU_LIBRARY_PATH=$(abspath $(LIBTPU)); fi; \
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-test-peers: $(VENV)/.dev  ## exactness beside transformers, llama.cpp, sentencepiece and tiktoken
+test-peers: $(VENV)/.dev  ## exactness beside transformers, PEFT, llama.cpp, sentencepiece and tiktoken
 	@# The first time they are installed, llama.cpp from source: some ten minutes.
 	transformers="$$($(PEER) transformers)" && transformers4="$$($(PEER) transformers4)" && \
 	llama_cpp="$$($(PEER) llama-cpp)" && JLLAMA_PEER_TRANSFORMERS="$$transformers" \

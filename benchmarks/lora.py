@@ -2,8 +2,9 @@
 
     python -m benchmarks.lora
 
-Every variant is compiled first; then they take their steps in turn, so that what else the machine
-does falls on all alike. FLOPs are XLA's count of the gradient, with the layers unrolled.
+They take their steps in turn, so that what else the machine does falls on all alike; the first two
+of each, of which one compiles, are not timed. FLOPs are XLA's count of the gradient, with the
+layers unrolled.
 """
 
 import argparse
@@ -84,8 +85,7 @@ def main() -> int:
     for name in names:
         config = variant(args, VARIANTS[name])
         step, state, frozen, batch = ready(config)
-        compiled = step.lower(state, frozen, batch).compile()
-        running[name] = [compiled, state, frozen, batch]
+        running[name] = [step, state, frozen, batch]
         rows[name] = {
             "flops": flops(config),
             "counted": train_flops_per_token(config.model, config.adapt, args.length) * args.length,
@@ -94,9 +94,9 @@ def main() -> int:
             "frozen": sum(x.nbytes for x in jax.tree.leaves(frozen)),
             "seconds": [],
         }
-        say(f"compiled: {name}")
+        say(f"counted: {name}")
     gc.collect()
-    for i in range(args.steps + 2):  # two to warm up
+    for i in range(args.steps + 2):
         for name, (step, state, frozen, batch) in running.items():
             start = time.perf_counter()
             running[name][1], metrics = step(state, frozen, batch)

@@ -87,6 +87,11 @@ class AdaptiveRopeScaling:
     original_length: PositiveInt = _doc("L0: positions of the training, interpolation included")
     coefficient: Stretch = _default("alpha is this times (2L/L0 - 1), above L0", 1.0)
     factor: Stretch = _default("position interpolation inside: positions are divided by this", 1.0)
+    growing: bool = _default(
+        "generate as Chinese-LLaMA's own code: L is the text until now, over a cache of keys that"
+        " are not turned; no forward pass equals it",
+        False,
+    )
 
 
 @_config

@@ -51,4 +51,4 @@ class Progress:
             return
         of = f" of {self._total / 1e6:.1f}" if self._total else ""
         rate = self._done / 1e6 / max(1e-9, self._told - self._began)
-        say(f"{self._title}: {self._done / 1e6:.1f}{of} M{self._unit}, {rate:.1f} M{self._unit}/s")
+        say(f"{self._title}: {self._done / 1e6:.1f}{of} M{self._unit}, {rate:.3g} M{self._unit}/s")

@@ -24,6 +24,44 @@ def logits(params, config, tokens, positions=None, segments=None, length=None):
     return np.stack([_row(params, config, *row, length) for row in rows])
 
 
+def growing(params, config, prompt, count):
+    """`count` greedy tokens over a cache of keys that are turned anew for each length."""
+    c, params = config, _float64(params)
+    cache = [([], []) for _ in range(c.num_layers)]
+
+    def read(tokens, first):
+        """The logits after `tokens` at positions from `first` on, of which the cache has keys."""
+        positions = np.arange(first, first + len(tokens))
+        length = first + len(tokens)
+        x = params["embedding"]["weight"][tokens]
+        for layer, (ks, vs) in enumerate(cache):
+            p = _pick(params["layers"], layer)
+            h = _norm(x, p["attention_norm"]["scale"], c)
+            a = p["attention"]
+            ks.extend(np.einsum("td,dkn->tkn", h, a["k"]["kernel"]))
+            vs.extend(np.einsum("td,dkn->tkn", h, a["v"]["kernel"]))
+            for head in range(c.num_heads):
+                shared = head * c.num_kv_heads // c.num_heads
+                k = _turned(np.array(ks)[:, shared], _rotations(c, np.arange(length), length))
+                q = _turned(h @ a["q"]["kernel"][:, head], _rotations(c, positions, length))
+                scores = q @ k.T / np.sqrt(c.head_dim)
+                scores[np.arange(length)[None] > positions[:, None]] = -np.inf
+                weights = np.exp(scores - scores.max(-1, keepdims=True))
+                weights /= weights.sum(-1, keepdims=True)
+                x = x + weights @ np.array(vs)[:, shared] @ a["o"]["kernel"][head]
+            h = _norm(x, p["ffn_norm"]["scale"], c)
+            gate, up = h @ p["mlp"]["gate"]["kernel"], h @ p["mlp"]["up"]["kernel"]
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ p["mlp"]["down"]["kernel"]
+        x = _norm(x[-1], params["final_norm"]["scale"], c)
+        return x @ params["embedding" if c.tie_embeddings else "head"]["weight"].T
+
+    out, tokens, first = [], list(prompt), 0
+    for _ in range(count):
+        out.append(int(read(np.array(tokens), first).argmax()))
+        tokens, first = out[-1:], len(prompt) + len(out) - 1
+    return out
+
+
 def cross_entropy(hidden, weight, targets, weights, z_loss):
     """Loss with and without the z term, and the gradients of the first, all in float64."""
     h, w = hidden.astype(np.float64), weight.astype(np.float64)

@@ -41,6 +41,7 @@ from jllama.evaluate.perplexity import perplexity, scaled, windows
 from jllama.pretrained import Llama
 from jllama.progress import Progress
 from jllama.text.tokenizer import Tokenizer
+from jllama.train.stored import open_model
 
 matplotlib.use("Agg")  # a file is all that is wanted; no display is needed
 
@@ -108,12 +109,15 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--windows={args.windows}: 0 for all, or above")
     models, out = _models(args.given), storage.path(args.out)
     storage.make_folder(out)  # or say that it cannot be
-    trained, points, ids = {}, [], None
+    trained = {}
+    for name, path, ropes in models:  # what is wrong with one, before minutes of work on another
+        config = open_model(storage.path(path)).config
+        trained[name] = config.max_length
+        for rope in ropes:
+            scaled(config, rope, lengths[-1])
+    points, ids = [], None
     for name, path, ropes in models:
         model = jllama.load(path, dtype=args.dtype)
-        for rope in ropes:  # wrong ones before minutes of work
-            scaled(model.config, rope, lengths[-1])
-        trained[name] = model.config.max_length
         texts = _encoded(model, path, _read(args.data))
         found = windows(texts, lengths[-1], stride, args.windows, args.join)
         if ids is not None and not np.array_equal(ids, found):

@@ -8,6 +8,7 @@ positions of one chunk, S cache slots, V vocabulary.
 import collections
 import dataclasses
 import functools
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from jllama.errors import UserError
 from jllama.generate.sampling import Sampling, Settings, sample, stack
 from jllama.model.cache import Cache, init_cache
 from jllama.model.llama import Params, apply, logits
-from jllama.model.rope import Turns, depends_on_length, turns
+from jllama.model.rope import Turns, depends_on_length, grows, turns
 
 SMALLEST_BUCKET = 32
 # Longer prompts are prefilled in chunks of this: scores take chunk * S memory, not T * S.
@@ -233,12 +234,9 @@ def _run(model, config, compute, requests, vocab_size):
         return
     live = [requests[i] for i in alive]
 
-    scaled = depends_on_length(config)
     # What is prefilled: the prompts, each for every length that its keys are turned for, and every
     # mixture of overlays.
-    wanted = [
-        (r.prompt, len(r.prompt) + r.max_new_tokens if scaled else 0, r.mixture) for r in live
-    ]
+    wanted = [(r.prompt, _length(config, r), r.mixture) for r in live]
     prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(wanted))}
     lengths = np.array([len(p) for p, _, _ in prompts], np.int32)
     slots = max(len(r.prompt) + r.max_new_tokens for r in live)
@@ -267,9 +265,13 @@ def _run(model, config, compute, requests, vocab_size):
     token, seen = _first(model, config, last, positions, seen, keys, settings)
 
     left = {row: r.max_new_tokens for row, r in enumerate(live)}
-    while left:
+    for step in itertools.count(1):
+        if not left:
+            return
         current = token
         if max(left.values()) > 1:
+            if grows(config):
+                own = own._replace(turns=turns(config, lengths[rows] + step))
             # Dispatched before the current token is read, so that the device never waits for it.
             cache, seen, token, positions = _decode(
                 model, config, compute, cache, seen, token, positions, keys, settings, own
@@ -284,6 +286,13 @@ def _run(model, config, compute, requests, vocab_size):
                     continue
             del left[row]
             yield alive[row], None
+
+
+def _length(config, request):
+    """Of the text that RoPE is of; 0 where that does not matter."""
+    if grows(config):
+        return len(request.prompt)
+    return len(request.prompt) + request.max_new_tokens if depends_on_length(config) else 0
 
 
 def _own(model, config, rows):

@@ -220,27 +220,26 @@ class _Source:
         return leaf
 
     def whole(self, spec: ParamSpec, some: Sequence[Module]) -> np.ndarray:
-        """Of one parameter in all layers."""
+        """Of one parameter in all layers; zero where a table is padded."""
         first = some[0]
+        rows = first.spec.shape[0]
+        partly = first.layer is not None and len(some) < spec.shape[0]
+        if partly or first in self.found.low:
+            self.worked_out.append(first.owner)
+        out = self._of_base(first) if partly else np.zeros(spec.shape, np.float32)
         if first in self.found.low:
-            self.worked_out.append(first.owner)
-            return self._table(first)
-        if first.layer is not None and len(some) < spec.shape[0]:
-            self.worked_out.append(first.owner)
-            out = self._of_base(first)
-        else:
-            out = np.empty(spec.shape, np.float32)
+            out[:rows] = self._table(first)
+            return out
         for module in some:
+            target = out[:rows] if module.layer is None else out[module.layer]
             file = self._read(module, "weight")
-            out[... if module.layer is None else module.layer] = from_file(
-                file, module.spec.shape, module.spec.inputs, interleaved=False
-            )
+            target[...] = from_file(file, target.shape, module.spec.inputs, interleaved=False)
         return out
 
     def _table(self, module: Module) -> np.ndarray:
         """A low-rank embedding or head worked out: [V,D]."""
         kept = module.tensor(BASE) in self.tensors
-        w = self._read(module, BASE) if kept else self._of_base(module)
+        w = self._read(module, BASE) if kept else self._of_base(module)[: module.shape[0]]
         a, b = (self._read(module, name) for name in module.factors)
         rank, alpha = self.found.low[module]
         scale = alpha / (rank**0.5 if self.config.use_rslora else rank)
@@ -313,7 +312,8 @@ def write_adapter(
     for path, leaf in whole_leaves(overlay):
         for module in owners[".".join(path[:-1])]:
             whole.append(module)
-            one = np.asarray(leaf)[... if module.layer is None else module.layer]
+            one = np.asarray(leaf if module.layer is None else leaf[module.layer])
+            one = one[: module.spec.shape[0]]  # a table without its padding
             put(module, "weight", one, module.spec.inputs)
             if model.tie_embeddings and module.is_table:
                 (head,) = owners["head"]

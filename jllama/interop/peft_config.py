@@ -21,6 +21,8 @@ from jllama.progress import say
 
 CONFIG = "adapter_config.json"
 MERGE = "merge it into its base with peft (merge_and_unload), and convert the merged model"
+# Initialisations that change the base, and from which peft can convert.
+_CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")
 _CONVERT = (
     "its factors belong to a base that was changed when it began; save it with peft's"
     " path_initial_model_for_weight_conversion, or " + MERGE
@@ -97,9 +99,10 @@ def read_config(folder: Path) -> PeftConfig:
 
     if found.get("peft_type") != "LORA":
         raise refused("peft_type", f"only LORA can; if peft can merge the adapter, {MERGE}")
-    init = found.get("init_lora_weights", True)
-    if str(init) not in _SOUND_INITS:
-        raise refused("init_lora_weights", _CONVERT)
+    init = str(found.get("init_lora_weights", True))
+    if init not in _SOUND_INITS:
+        convertible = init.startswith(_CONVERTIBLE)
+        raise refused("init_lora_weights", _CONVERT if convertible else MERGE)
     for key, neutral in _NEUTRAL.items():
         if key in found and found[key] not in neutral:
             raise refused(key, _REMEDIES.get(key, MERGE))

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jllama.config import ComputeConfig, ModelConfig
+from jllama.config import ModelConfig
 from jllama.errors import UserError
 from jllama.interop.names import NAMES, file_shape
-from jllama.interop.parameters import check_named
+from jllama.interop.parameters import check_named, file_specs
 from jllama.interop.peft_config import NO_TARGETS, PeftConfig, shortened
 from jllama.interop.tensors import DTYPES, Tensor, same_bits
-from jllama.model.llama import ParamSpec, param_specs
+from jllama.model.llama import ParamSpec
 from jllama.model.param import dotted
 
 BASE = "base_layer.weight"  # of a low-rank table, which peft saves beside its factors
@@ -31,7 +31,7 @@ class Module(NamedTuple):
       name: there, as model.layers.0.self_attn.q_proj.
       path: here, of the parameter in all layers.
       layer: which of the parameter's, or None.
-      spec: of one layer.
+      spec: of one layer, a table without padding.
     """
 
     name: str
@@ -100,7 +100,7 @@ def modules(model: ModelConfig) -> list[Module]:
 
     Raises UserError for a model that other formats cannot express.
     """
-    specs = param_specs(model, ComputeConfig(dtype="float32"))
+    specs = file_specs(model)
     check_named(specs)
     flat = {dotted(path): spec for path, spec in jax.tree.leaves_with_path(specs)}
     if model.tie_embeddings:

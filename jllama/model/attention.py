@@ -16,9 +16,15 @@ from jllama.model.param import matrix_init
 from jllama.model.rope import apply_rope
 from jllama.parallel.sharding import constrain
 
+Tables = tuple[jax.Array, jax.Array]  # cosine and sine
+
 
 class Attention(nn.Module):
-    """x [B,T,D] -> ([B,T,D], the cache with slots of `layer` written); see `apply`."""
+    """x [B,T,D] -> ([B,T,D], the cache with slots of `layer` written); see `apply`.
+
+    `rope` are the tables of x's positions, and those of all slots of a cache whose keys are turned
+    as they are read; else None.
+    """
 
     config: ModelConfig
     compute: ComputeConfig
@@ -30,7 +36,7 @@ class Attention(nn.Module):
         x: jax.Array,
         cache: Cache | None,
         layer: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        rope: tuple[Tables, Tables | None],
         positions: jax.Array,
         segments: jax.Array | None,
     ) -> tuple[jax.Array, Cache | None]:
@@ -49,8 +55,10 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, "norm", param_dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, "norm", param_dtype, name="k_norm")(k)
-        q = constrain(apply_rope(q, *rope), "batch", "seq", "act_heads", None)
-        k = constrain(apply_rope(k, *rope), "batch", "seq", "act_kv_heads", None)
+        here, of_slots = rope
+        q = constrain(apply_rope(q, *here), "batch", "seq", "act_heads", None)
+        k = k if of_slots else apply_rope(k, *here)
+        k = constrain(k, "batch", "seq", "act_kv_heads", None)
         v = constrain(v, "batch", "seq", "act_kv_heads", None)
 
         if self.is_initializing():
@@ -67,6 +75,8 @@ class Attention(nn.Module):
                 cache.v.at[layer, rows, :, positions].set(v),
             )
             keys, values = cache.k[layer].swapaxes(1, 2), cache.v[layer].swapaxes(1, 2)
+            if of_slots:
+                keys = apply_rope(keys, *of_slots)
             mask = jnp.arange(keys.shape[1]) <= positions[:, :, None]
             out = attend(q, keys, values, mask)
         out = constrain(out, "batch", "seq", "act_heads", None)

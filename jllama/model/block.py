@@ -5,7 +5,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jllama.config import ComputeConfig, ModelConfig
-from jllama.model.attention import Attention
+from jllama.model.attention import Attention, Tables
 from jllama.model.cache import Cache
 from jllama.model.linear import Matrix, project
 from jllama.model.norm import RMSNorm
@@ -45,7 +45,7 @@ class Block(nn.Module):
         self,
         carry: tuple[jax.Array, Cache | None],
         layer: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        rope: tuple[Tables, Tables | None],
         positions: jax.Array,
         segments: jax.Array | None,
     ) -> tuple[tuple[jax.Array, Cache | None], None]:

@@ -9,9 +9,10 @@ from jllama.config import ComputeConfig, ModelConfig
 
 @flax.struct.dataclass
 class Cache:
-    """Keys (already turned by RoPE) and values, each [L, B, K, S, N]; slot s holds position s.
+    """Keys and values, each [L, B, K, S, N]; slot s holds position s.
 
-    The slots of a head lie side by side, as attention reads them.
+    Keys are turned by RoPE already, unless it `grows`. The slots of a head lie side by side, as
+    attention reads them.
 
     Slots that were never written, or written by padding, lie beyond every query's position until
     they are overwritten, so causality alone hides them.

@@ -24,7 +24,7 @@ from jllama.model.block import Block
 from jllama.model.cache import Cache
 from jllama.model.norm import RMSNorm
 from jllama.model.param import Declared, Initializer, declare, dotted, embedding_init
-from jllama.model.rope import Turns, rope_tables
+from jllama.model.rope import Turns, grows, rope_tables
 from jllama.model.rope import turns as turns_of
 from jllama.parallel.lookup import take_rows
 from jllama.parallel.sharding import Placement, constrain
@@ -116,7 +116,9 @@ class Llama(nn.Module):
             x = constrain(x, "batch", "block_seq", "act_embed")
         if turns is None:
             turns = turns_of(c, tokens.shape[1] if cache is None else None)
-        rope = rope_tables(turns, positions)
+        rope, key_rope = rope_tables(turns, positions), None
+        if cache is not None and grows(c):  # its keys are turned as they are read
+            key_rope = rope_tables(turns, jnp.arange(cache.k.shape[3])[None])
 
         block = Block
         if self.compute.remat != "none" and cache is None:
@@ -134,7 +136,7 @@ class Llama(nn.Module):
         )
         # The cache is carried, and so written in place; as scanned data it would be copied.
         (x, cache), _ = layers(c, self.compute, self.balanced, name="layers")(
-            (x, cache), jnp.arange(c.num_layers), rope, positions, segments
+            (x, cache), jnp.arange(c.num_layers), (rope, key_rope), positions, segments
         )
         x = RMSNorm(c.rms_norm_eps, "norm", self.compute.param_dtype, name="final_norm")(x)
         return x, cache

@@ -30,6 +30,11 @@ def depends_on_length(config: ModelConfig) -> bool:
     return isinstance(config.rope, DynamicRopeScaling | AdaptiveRopeScaling)
 
 
+def grows(config: ModelConfig) -> bool:
+    """Whether generation turns all keys anew, as the text until now says, at every token."""
+    return isinstance(config.rope, AdaptiveRopeScaling) and config.rope.growing
+
+
 def inverse_frequencies(config: ModelConfig, lengths: Lengths = None) -> np.ndarray:
     """Radians per position of each pair, [N/2] float64, scaling applied.
 

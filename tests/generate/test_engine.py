@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import reference
 import tiny
 
 from jllama.errors import UserError
@@ -77,6 +78,22 @@ def test_greedy_is_the_argmax_under_every_kind_of_rope_and_for_texts_of_several_
     others = [dataclasses.replace(r, max_new_tokens=r.max_new_tokens - 1) for r in requests]
     generate(params, *others, model=model)
     assert not engine.traces  # another length compiles nothing
+
+
+def test_keys_that_are_turned_anew_for_each_length_reproduce_chinese_llama(params):
+    rope = dataclasses.replace(tiny.ADAPTIVE2, growing=True)
+    model = dataclasses.replace(MODEL, rope=rope, max_length=256)
+    assert rope.original_length < 50
+    requests = [
+        Request(prompt=prompt(n, seed=n), max_new_tokens=new, sampling=GREEDY)
+        for n, new in ((5, 60), (40, 30), (40, 50), (90, 20))
+    ]
+    got = generate(params, *requests, model=model)
+    wanted = [reference.growing(params, model, r.prompt, r.max_new_tokens) for r in requests]
+    assert got == wanted
+    assert got[1] == got[2][:30]  # what comes later changes nothing
+    fixed = dataclasses.replace(model, rope=tiny.ADAPTIVE2)
+    assert generate(params, *requests, model=fixed) != wanted
 
 
 def test_repetition_penalty_counts_prompt_and_generated_tokens_and_no_padding(params):

@@ -137,6 +137,17 @@ def test_a_tied_embedding_is_written_for_both_of_its_uses(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, same, overlay)
 
 
+def test_padding_of_a_table_stays_here(tmp_path):
+    model, lora = tiny.config(num_kv_heads=2, vocab_multiple=64), _lora(full=("embedding", "head"))
+    overlay = _random(lora, model)
+    for name in ("embedding", "head"):
+        overlay[name]["weight"][97:] = 0
+    write_adapter(tmp_path / "out", model, lora, overlay, "base")
+    assert load_file(tmp_path / "out" / WEIGHTS)[f"{HEAD}.weight"].shape == (97, 48)
+    _, same = read_adapter(tmp_path / "out", model)
+    jax.tree.map(np.testing.assert_array_equal, same, overlay)
+
+
 def test_half_precision_is_kept(tmp_path):
     lora = _lora(targets=("q",))
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), _random(lora))
@@ -345,6 +356,10 @@ def test_a_low_rank_head_is_worked_out_with_the_base(adapter):
     assert lora.full == ("embedding", "head")
     wanted = base["head"]["weight"] + 6.5 / 4 * b @ a
     np.testing.assert_allclose(overlay["head"]["weight"], wanted, rtol=1e-5, atol=1e-6)
+    padded = tiny.config(num_kv_heads=2, vocab_multiple=64)
+    _, overlay = read_adapter(change(), padded, tiny.params(padded))
+    assert overlay["head"]["weight"].shape == (128, 48)
+    assert not overlay["head"]["weight"][97:].any()
 
 
 def test_tables_that_no_key_names_are_read_too(adapter):

@@ -25,7 +25,7 @@ from tests import tiny
 DATA = os.environ.get("JLLAMA_TEST_DATA")
 ROOT = Path(__file__).parent.parent.parent
 VOCAB, LENGTH, PROMPT, NEW = 384, 2000, 1900, 100
-YARN = YarnRopeScaling(kind="yarn", factor=8.0, original_length=256, attention_factor=1.5)
+YARN = YarnRopeScaling(kind="yarn", factor=8.0, original_length=256, attention_factor=1.0)
 VARIANTS = {
     "plain": {},
     "grouped queries": {"num_kv_heads": 2},

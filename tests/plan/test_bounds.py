@@ -41,6 +41,14 @@ def test_fsdp_gathers_bfloat16_twice_and_scatters_the_float32_gradient():
     assert got.network == 0
 
 
+def test_what_is_frozen_is_gathered_as_it_is_stored_and_has_no_gradient():
+    n = L * D * F
+    frozen = Parameter("layers.mlp.gate.kernel", (L, D, F), ((), ("fsdp",), ()), False, 0.5)
+    got = traffic([frozen], {"fsdp": 4}, "training.accumulate=2")
+    assert got.interconnect == 2 * 2 * n * 0.5 * 3 / 4
+    assert got.hbm == 2 * 2 * n * 0.5
+
+
 def test_tensor_parallel_devices_gather_their_own_part_and_the_stream():
     n, rows, length = L * D * F, 8 / 2, 12
     got = traffic([gate(("fsdp",), ("tensor",))], {"fsdp": 2, "tensor": 4})

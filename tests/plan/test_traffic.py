@@ -20,7 +20,7 @@ SIZES = {
     "vocab_size": 1024, "hidden_dim": 1024, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4,
     "head_dim": 128, "ffn_dim": 1024, "max_length": 512,
 }  # fmt: skip
-ITEM = {"f32": 4, "bf16": 2}
+ITEM = {"f32": 4, "bf16": 2, "s8": 1}
 
 
 def ways(groups):
@@ -44,20 +44,28 @@ def sent(collective):
     return collective.times * size * factor.get(collective.kind, share)
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_the_interconnect_bound_is_what_the_program_sends_but_for_little(no_cache, accumulate):
+QLORA = ("adapt={kind: lora, rank: 8, alpha: 8, quantize: int8}", "training.init_from=unread")
+
+
+@pytest.mark.parametrize("accumulate,more", [(1, ()), (4, ()), (1, QLORA)])
+def test_the_interconnect_bound_is_what_the_program_sends_but_for_little(
+    no_cache, accumulate, more
+):
     devices = tpu.devices("v5e:2x4")
     config = recipes.in_memory(
         "compute.dtype=bfloat16", "data.length=512", "mesh.tensor=2", "mesh.context=2",
-        f"training.accumulate={accumulate}", **SIZES,
+        f"training.accumulate={accumulate}", *more, **SIZES,
     )  # fmt: skip
     placement = Placement(make_mesh(config.mesh, devices), config.sharding)
     definition = define_state(config, placement)
-    state = definition.placed
     loss = functools.partial(causal_lm_loss, config)
     compiled = (
         make_train_step(config, loss, definition, placement)
-        .lower(state, (), step.abstract_batch(config, placement, config.training.batch_size))
+        .lower(
+            definition.placed,
+            definition.frozen,
+            step.abstract_batch(config, placement, config.training.batch_size),
+        )
         .compile()
     )
     program = sum(map(sent, hlo.collectives(compiled.as_text())))
