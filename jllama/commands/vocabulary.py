@@ -12,6 +12,7 @@ from jllama.config import TrainedTokenizer
 from jllama.data import files
 from jllama.errors import UserError
 from jllama.progress import say
+from jllama.text.infill import PIECES
 from jllama.text.merge import merge
 from jllama.text.tokenizer import SentencePieceTokenizer, load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
@@ -45,10 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"text to read; of several files each gives its share [{_LEAST.max_bytes}]",
     )
     add("--cross-words", action="store_true", help="pieces may span several words")
+    add("--infill", action="store_true", help="with the four control tokens of infilling")
 
     add = action("merge", "the pieces that one vocabulary lacks appended from another")
     add("base", metavar="BASE", help="a SentencePiece BPE model, or its folder; keeps its ids")
-    add("new", metavar="NEW", help="a SentencePiece model, BPE or unigram, whose pieces follow")
+    add(
+        "new",
+        nargs="?",
+        metavar="NEW",
+        help="a SentencePiece model, BPE or unigram, whose pieces follow [special tokens alone]",
+    )
     add("--out", required=True, metavar="MERGED", help=_OUT)
     add(
         "--special",
@@ -57,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="a control token after them; may be given several times",
     )
+    add("--infill", action="store_true", help="the four control tokens of infilling, before others")
     add("--pad", default="", metavar="TEXT", help="one for padding, the last; usually [PAD]")
 
     add = action("compare", "tokens per character, and characters per token, on texts")
@@ -110,6 +118,7 @@ def _train(args: argparse.Namespace) -> None:
         vocab_size=args.size,
         max_bytes=args.max_bytes,
         cross_words=args.cross_words,
+        infill=args.infill,
     )
     paths = [storage.path(name) for name in files.matches(tuple(args.files), ".txt")]
     sizes = [storage.stat(path).size for path in paths]
@@ -131,17 +140,23 @@ def _train(args: argparse.Namespace) -> None:
 
 def _merge(args: argparse.Namespace) -> None:
     outputs.check_absent(storage.path(args.out))
-    base, new = load_tokenizer(args.base), load_tokenizer(args.new)
-    made = merge(base, new, specials=args.special, pad=args.pad, names=(args.base, args.new))
+    base, new = load_tokenizer(args.base), args.new and load_tokenizer(args.new)
+    specials = [*(PIECES if args.infill else ()), *args.special]
+    made = merge(base, new, specials=specials, pad=args.pad, names=(args.base, args.new))
     if not made.appended + made.specials:
-        raise UserError(f"{args.new}: has no piece that {args.base} lacks; nothing to merge")
+        raise UserError(
+            f"{args.new}: has no piece that {args.base} lacks; nothing to merge"
+            if new
+            else "nothing to merge: give NEW, --special, --infill or --pad"
+        )
     if made.unreachable:
         say(
             f"note: {made.unreachable:,} of the {made.appended:,} pieces are in no text: BPE makes"
             " a piece of two others, and these have no such two"
         )
     _save(made.tokenizer, storage.path(args.out))
-    parts = [f"{made.base:,} of {args.base}", f"{made.appended:,} of {args.new}"]
+    parts = [f"{made.base:,} of {args.base}"]
+    parts += [f"{made.appended:,} of {args.new}"] * bool(args.new)
     parts += [f"{made.specials:,} special"] * bool(made.specials)
     print(f"{args.out}: {made.tokenizer.vocab_size:,} pieces: {', '.join(parts)}")
 

@@ -42,13 +42,13 @@ class Merged:
 
 def merge(
     base: Tokenizer,
-    new: Tokenizer,
+    new: Tokenizer | None,
     *,
     specials: Sequence[str] = (),
     pad: str = "",
     names: tuple[str, str] = ("BASE", "NEW"),
 ) -> Merged:
-    """Appends the ordinary pieces of `new` that `base` lacks, then `specials`, then `pad`.
+    """Appends the ordinary pieces of `new`, if any, that `base` lacks; `specials`; and `pad`.
 
     Pieces of `new` that stand for one byte, or are cut out of a text before it is encoded
     (user-defined), are no words, and are left out.
@@ -61,7 +61,8 @@ def merge(
     Raises UserError if `base` is no SentencePiece BPE model, `new` has pieces that BPE cannot make,
     or a special token is a piece already.
     """
-    old, other = _sentencepiece(base, names[0]), _sentencepiece(new, names[1])
+    old = _sentencepiece(base, names[0])
+    other = _sentencepiece(new, names[1]) if new is not None else old
     _check_types(old, other, names)
     if base.added_tokens:
         token, id = next(iter(base.added_tokens.items()))

@@ -10,6 +10,7 @@ import tiny
 import jllama
 from jllama.cli import main
 from jllama.interop import hf
+from jllama.text.infill import infill_tokens
 from jllama.train.stored import open_model, write_model
 
 ENGLISH = "The quick brown fox jumps over the lazy dog.\nPack my box with jugs.\n" * 20
@@ -86,6 +87,24 @@ def test_merged_keeps_the_base_and_compares_shorter(here, capsys):
 
 
 @pytest.mark.parametrize("source", ["model", "hf"])
+def test_a_vocabulary_gets_the_tokens_of_infilling_and_no_other_pieces(here, tmp_path, capsys):
+    capsys.readouterr()
+    out = tmp_path / "infill"
+    assert vocabulary("merge", here / "base", "--infill", "--out", out) == 0
+    assert capsys.readouterr().out == f"{out}: 324 pieces: 320 of {here / 'base'}, 4 special\n"
+    base, grown = map(jllama.load_tokenizer, (here / "base", out))
+    assert infill_tokens(grown) == (320, 321, 322, 323)
+    text = "quick ▁<PRE> <PRE> fox"
+    assert grown.encode(text) == base.encode(text)
+    assert "nothing to merge: give NEW" in refused(
+        capsys, "merge", here / "base", "--out", tmp_path / "x"
+    )
+    trained = tmp_path / "t.model"
+    words = ("train", here / "en.txt", "--size", 320, "--infill", "--out", trained)
+    assert vocabulary(*words) == 0
+    assert max(infill_tokens(jllama.load_tokenizer(trained))) < 320
+
+
 def test_a_model_grows_and_is_the_same_for_old_tokens(here, source, tmp_path, capsys):
     out = tmp_path / "grown"
     assert vocabulary("grow", here / source, here / "merged", out, "--multiple", 64) == 0
