@@ -86,7 +86,6 @@ def test_merged_keeps_the_base_and_compares_shorter(here, capsys):
     assert lines[0].split("  ")[0] == "text" and len(lines) == 4 and len(set(map(len, lines))) == 1
 
 
-@pytest.mark.parametrize("source", ["model", "hf"])
 def test_a_vocabulary_gets_the_tokens_of_infilling_and_no_other_pieces(here, tmp_path, capsys):
     capsys.readouterr()
     out = tmp_path / "infill"
@@ -105,6 +104,7 @@ def test_a_vocabulary_gets_the_tokens_of_infilling_and_no_other_pieces(here, tmp
     assert max(infill_tokens(jllama.load_tokenizer(trained))) < 320
 
 
+@pytest.mark.parametrize("source", ["model", "hf"])
 def test_a_model_grows_and_is_the_same_for_old_tokens(here, source, tmp_path, capsys):
     out = tmp_path / "grown"
     assert vocabulary("grow", here / source, here / "merged", out, "--multiple", 64) == 0
