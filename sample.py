@@ -59,7 +59,10 @@ def main(argv: list[str] | None = None) -> None:
         raise jllama.UserError(f"num_samples={count}: must be at least 1")
     names = ("prompt", "prefix_file", "suffix_file", "infill_format")
     prompt = infill.from_arguments(*(args.pop(name) for name in names))
-    adapters = dict(map(weighted, args.pop("adapter")))
+    given = list(map(weighted, args.pop("adapter")))
+    adapters = dict(given)
+    if len(adapters) < len(given):
+        raise jllama.UserError("--adapter: one is given twice; weigh it once")
     model = jllama.load(
         args.pop("model"),
         dtype=args.pop("dtype"),

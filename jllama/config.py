@@ -499,7 +499,9 @@ class ReplyObjective:
     """
 
     kind: Literal["reply"] = _doc("prompts and replies, of which replies are predicted")
-    after: str = _default("the prompt ends with this, where it first appears", "### Response:")
+    after: str = _default(
+        "the prompt ends with this, where it first appears", "### Response:", min_length=1
+    )
 
 
 Objective = Annotated[
@@ -587,6 +589,10 @@ class LoraOverride:
     layers: tuple[Count, ...] | None = _default("in these layers, from 0; null is all", None)
     rank: PositiveInt | None = _default("rank there; null leaves it", None)
     alpha: PositiveFloat | None = _default("alpha there; null leaves it", None)
+
+    def __post_init__(self):
+        if self.rank is None and self.alpha is None:
+            raise ValueError(f"the override of {self.match} says neither rank nor alpha")
 
 
 @_config

@@ -5,6 +5,7 @@ B rows, T positions, V vocabulary.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +27,7 @@ from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.text.infill import Infill, infill_tokens, middle_stream, prompt_ids
 from jllama.text.tokenizer import TextStream, Tokenizer
-from jllama.train.adapters import base_path, is_adapter, open_adapter, quantized
-from jllama.train.stored import open_model
+from jllama.train.adapters import open_adapted, quantized
 
 # Which adapters apply; see `Llama`.
 Mixture = str | Mapping[str, float] | None
@@ -47,6 +47,7 @@ class Llama:
       compute: dtypes and blocking of the computation.
       adapters: names of what was loaded over it, for `adapter`.
       overlays: what they are, from `jllama.adapt.lora.join`; None of none.
+      whole: names of parameters of `params` that are the adapter's and not the base's.
 
     Where a method takes an `adapter`, it is the name of one, or weights by name, 0 for those that
     it leaves out: {"poet": 0.7, "coder": 0.3}, and {} is the base alone. Left out, it is the one
@@ -59,6 +60,7 @@ class Llama:
     compute: ComputeConfig
     adapters: tuple[str, ...] = ()
     overlays: lora.Overlay | None = None
+    whole: tuple[str, ...] = ()
 
     def overlay(self, adapter: Mixture = None) -> lora.Overlay | None:
         """The argument `lora` of `llama.apply`, all rows alike."""
@@ -241,12 +243,26 @@ class Llama:
         """The weight of each of `adapters`."""
         if adapter is None:
             adapter = dict.fromkeys(self.adapters, 1.0) if len(self.adapters) == 1 else {}
-        weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
+        try:
+            weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
+            weights = {name: float(weight) for name, weight in weights.items()}
+        except (TypeError, ValueError):
+            raise UserError(
+                f"adapter={adapter!r}: expected the name of one, or weights by name"
+            ) from None
         unknown = weights.keys() - set(self.adapters)
         if unknown:
             there = ", ".join(self.adapters) or "none"
             raise UserError(f"adapter: no {min(unknown)!r} was loaded; there are: {there}")
-        return tuple(float(weights.get(name, 0.0)) for name in self.adapters)
+        mixture = tuple(weights.get(name, 0.0) for name in self.adapters)
+        if not all(map(math.isfinite, mixture)):
+            raise UserError(f"adapter: weights {mixture} are not all finite")
+        if self.whole and mixture != (1.0,):
+            raise UserError(
+                f"adapter {self.adapters[0]}: holds {self.whole[0]} whole, and so has weight 1;"
+                " load the base alone to be without it"
+            )
+        return mixture
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
@@ -290,28 +306,23 @@ def load(
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
     path = storage.path(path)
-    if adapter is None and is_adapter(path):
-        adapter, path = path, base_path(open_adapter(path))
-    if not isinstance(adapter, Mapping):
-        adapter = {} if adapter is None else {storage.path(adapter).name: adapter}
-    adapters = {name: open_adapter(storage.path(where)) for name, where in adapter.items()}
-    kinds = {a.quantize for a in adapters.values()}
-    if len(kinds) > 1:
-        raise UserError(
-            f"adapter: trained over bases kept in {' and '.join(sorted(kinds))}; load them apart"
-        )
-    stored = open_model(path, model=model)
+    given = adapter
+    if adapter is not None and not isinstance(adapter, Mapping):
+        given = {storage.path(adapter).name: adapter}
+    if given is not None:
+        given = {name: storage.path(where) for name, where in given.items()}
+    stored, adapters = open_adapted(path, given, model=model)
+    config = stored.config
     use_compilation_cache(stored.compilation_cache)
     compute = stored.compute if dtype is None else dataclasses.replace(stored.compute, dtype=dtype)
-    placement, placed = _placed(stored.config, compute.dtype)
-    params, overlays, tokenizer = stored.read(placed), None, stored.tokenizer
+    placement, placed = _placed(config, compute.dtype)
+    params, overlays, whole = stored.read(placed), None, ()
     if adapters:
-        read = [a.read(stored.config, placement, params) for a in adapters.values()]
-        params = quantized(params, stored.config, *kinds)
+        read = [a.read(config, placement, params) for a in adapters.values()]
+        params = quantized(params, config, next(a.quantize for a in adapters.values()))
+        whole = tuple(".".join(path) for _, o in read for path, _ in lora.whole_leaves(o))
         params, overlays = lora.join(params, read)
-        own = {t.digest: t for a in adapters.values() if (t := a.tokenizer) is not None}
-        tokenizer = own.popitem()[1] if len(own) == 1 else tokenizer
-    return Llama(stored.config, params, tokenizer, compute, tuple(adapters), overlays)
+    return Llama(config, params, stored.tokenizer, compute, tuple(adapters), overlays, whole)
 
 
 def _placed(config: ModelConfig, dtype: str) -> tuple[Placement, llama.Params]:

@@ -13,7 +13,7 @@ import fnmatch
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jllama.adapt import quant
 from jllama.config import Adapt, ComputeConfig, LoraConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.model import llama
-from jllama.model.linear import column_norms, dense
+from jllama.model.linear import column_norms, dense, gain
 from jllama.model.llama import ParamSpec
 from jllama.model.param import dotted
 
@@ -87,8 +87,8 @@ def _factors(path: str, spec: ParamSpec, lora: LoraConfig) -> dict[str, ParamSpe
     most = int(min(np.prod(shape[:cut]), np.prod(shape[cut:])))
     if most < R:
         raise UserError(
-            f"adapt.rank={R}: above the {most} that {path} can have; lower it there"
-            " (adapt.overrides), or train the matrix whole (adapt.full)"
+            f"adapt.rank={R}, or that of an override: above the {most} that {path} can have; lower"
+            " it there (adapt.overrides), or train the matrix whole (adapt.full)"
         )
 
     def of(shape: list[int], axes: list[str], *, decay: bool, inputs: int) -> ParamSpec:
@@ -226,34 +226,45 @@ def attach(
     return _with_whole(base, overlay), collection
 
 
+class Rounding(NamedTuple):
+    """What merging did to the adapted matrices W, in Frobenius norms over all of them.
+
+    Attributes:
+      error: |rounded - exact| / |exact|.
+      change: |exact - W| / |exact|, what the overlay is.
+    """
+
+    error: float
+    change: float
+
+
 def merge(
     lora: LoraConfig,
     base: llama.Params,
     overlay: Overlay,
     kind: str = "float32",
-) -> tuple[llama.Params, float]:
+) -> tuple[llama.Params, Rounding]:
     """The base with the overlay worked into its matrices, and what rounding them did.
 
     Adapted matrices are computed in float32 and then rounded to `kind`: float32, bfloat16, float16
     or one of `quant.Kind`. The base is not changed: to unmerge is to drop the result.
 
-    Returns:
-      The parameters, and |rounded - exact| / |exact| over the adapted matrices.
-
-    Raises UserError for a value that becomes infinite.
+    Raises UserError for a value that is not finite.
     """
-    params = _with_whole(base, overlay)
-    squares = np.zeros(2)
+    params, total = _with_whole(base, overlay), np.zeros(3)
     for path, factors in matrices(overlay):
         kernel = _at(base, path)["kernel"]
         exact = _merged(kernel, _scaled(path, lora, factors))
         rounded = quant.rounded(exact, factors["a"].ndim - 2, kind)
-        here = quant.squared_error(exact, rounded)
-        if not np.isfinite(here).all():
+        here = np.asarray(quant.squares(exact, rounded, kernel), np.float64)
+        if not np.isfinite(here[1:]).all():
+            raise UserError(f"{'.'.join(path)}: the adapter, or its base, is not finite there")
+        if not np.isfinite(here[0]):
             raise UserError(f"{'.'.join(path)}: merged, it does not fit {kind}; use float32")
-        squares += here
+        total += here
         _put(params, (*path, "kernel"), rounded)
-    return params, float((squares[0] / squares[1]) ** 0.5) if squares[1] else 0.0
+    error, change = np.sqrt(total[:2] / total[2]) if total[2] else (0.0, 0.0)
+    return params, Rounding(float(error), float(change))
 
 
 def join(
@@ -283,6 +294,9 @@ def join(
         _put(joined, path, _joined(_at(base, path)["kernel"], parts, len(overlays)))
     params = base
     for _, overlay in overlays:
+        for path, value in whole_leaves(overlay):  # in the dtype of what they replace
+            dtype = _at(base, path).dtype
+            _put(overlay, path, value.astype(dtype))
         params = _with_whole(params, overlay)
     return params, joined
 
@@ -312,9 +326,9 @@ def _joined(kernel: Any, parts: list[tuple[int, Overlay]], count: int) -> Overla
         scales.append(jnp.broadcast_to(factors["scale"][:, 0], (L, R)))
         b = factors["b"]
         if "m" in factors:
-            gain = factors["m"] / _column_norms(kernel, factors, factors["a"].ndim - 2)
-            gains[n] = gain - 1.0
-            b = b * gain[:, None]
+            here = gain(factors["m"], _column_norms(kernel, factors, factors["a"].ndim - 2))
+            gains[n] = here - 1.0
+            b = b * here[:, None]
         bs.append(b)
     leaf = {
         "a": jnp.concatenate([f["a"] for _, f in parts], -1),
@@ -347,7 +361,7 @@ def _merged(kernel: Any, factors: Overlay) -> jax.Array:
     def one(of: tuple[Any, Overlay]) -> jax.Array:
         kernel, f = of
         w = dense(kernel, jnp.float32) + jnp.tensordot(f["a"] * f["scale"][0], f["b"], 1)
-        return w * (f["m"] / column_norms(kernel, f, f["a"].ndim - 1)) if "m" in f else w
+        return w * gain(f["m"], column_norms(kernel, f, f["a"].ndim - 1)) if "m" in f else w
 
     return jax.lax.map(one, (kernel, factors))
 

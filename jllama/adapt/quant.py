@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import qwix
 
 from jllama.model import llama
 from jllama.model.linear import dense
 from jllama.model.llama import ParamSpec
+from jllama.model.param import dotted
 from jllama.parallel.sharding import coarser
 
 Kind = Literal["int8", "int4", "nf4"]
@@ -25,8 +25,10 @@ Kind = Literal["int8", "int4", "nf4"]
 BLOCK = 64
 
 
-def quantize(params: llama.Params, specs: Any, kind: Kind) -> llama.Params:
+def quantize(params: llama.Params, specs: Any, kind: Kind, whole: Any = ()) -> llama.Params:
     """The tree with a `qwix.QArray` for each matrix of a block, quantised where it lies.
+
+    Not those whose dotted paths are in `whole`: they are trained, and begin as they were.
 
     One matrix at a time, each deleted once it is quantised.
 
@@ -34,10 +36,11 @@ def quantize(params: llama.Params, specs: Any, kind: Kind) -> llama.Params:
       params: arrays, or placed shapes for placed shapes; `specs` is the tree of `ParamSpec`.
     """
 
-    def leaf(x: Any, spec: ParamSpec) -> Any:
-        return _replaced(x, spec.inputs, kind) if spec.inputs else x
+    def leaf(path: Any, x: Any, spec: ParamSpec) -> Any:
+        kept = not spec.inputs or dotted(path) in whole
+        return x if kept else _replaced(x, spec.inputs, kind)
 
-    return jax.tree.map(leaf, params, specs)
+    return jax.tree_util.tree_map_with_path(leaf, params, specs)
 
 
 def _replaced(x: Any, inputs: int, kind: Kind) -> Any:
@@ -56,11 +59,13 @@ def _replaced(x: Any, inputs: int, kind: Kind) -> Any:
 def rounded(x: jax.Array, inputs: int, kind: str) -> Any:
     """Stacked matrices [L,inputs...,outputs...] in a dtype, or quantised as `Kind` says.
 
-    Scales are absolute maxima over inputs, in the dtype of x: of all inputs of an output for int8,
-    of `BLOCK` neighbours for 4 bits, which do not reach beyond a head.
+    Scales are absolute maxima over inputs, float32: of all inputs of an output for int8, of `BLOCK`
+    neighbours for 4 bits, which do not reach beyond a head. What is quantised are the values in
+    bfloat16, so that a base is the same in whichever dtype it was read.
     """
     if kind not in typing.get_args(Kind):
         return x.astype(kind)
+    x = x.astype(jnp.bfloat16).astype(jnp.float32)
     *outer, last = range(1, 1 + inputs)
     others = [d for d in range(x.ndim) if d not in (*outer, last)]
     if kind == "int8":
@@ -69,11 +74,8 @@ def rounded(x: jax.Array, inputs: int, kind: str) -> Any:
     return qwix.quantize(x, kind, channelwise_axes=[*others, *outer], tiled_axes={last: block})
 
 
-def squared_error(exact: jax.Array, rounded: Any) -> np.ndarray:
-    """[|rounded - exact|^2, |exact|^2], Frobenius norms."""
-
-    @jax.jit
-    def squares(exact: jax.Array, rounded: Any) -> list[jax.Array]:
-        return [jnp.sum(jnp.square(x)) for x in (dense(rounded, jnp.float32) - exact, exact)]
-
-    return np.array([float(x) for x in squares(exact, rounded)])
+@jax.jit
+def squares(exact: jax.Array, rounded: Any, before: Any) -> jax.Array:
+    """[|rounded - exact|^2, |exact - before|^2, |exact|^2], Frobenius norms, float32."""
+    off = dense(rounded, jnp.float32) - exact, exact - dense(before, jnp.float32), exact
+    return jnp.stack([jnp.sum(jnp.square(x)) for x in off])

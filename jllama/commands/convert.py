@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jllama import flops, outputs, storage
-from jllama.adapt import lora, vocab
+from jllama.adapt import lora
 from jllama.config import MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.interop import gguf, hf, peft
@@ -22,6 +22,7 @@ from jllama.train.adapters import (
     Adapter,
     base_path,
     is_adapter,
+    open_adapted,
     open_adapter,
     quantized,
     write_adapter,
@@ -69,8 +70,8 @@ def run(args: argparse.Namespace) -> None:
         return _convert_adapter(args, open_adapter(source), target)
     if to == "peft" or args.base:
         raise UserError(f"--to peft and --base are for an adapter; {source} is a model")
-    stored = open_model(source, args.source_format, args.model)
-    adapter = open_adapter(storage.path(args.adapter)) if args.adapter else None
+    given = None if args.adapter is None else {"adapter": storage.path(args.adapter)}
+    stored, adapters = open_adapted(source, given, args.source_format, args.model)
     if to is None:
         own = "hf" if stored.format == "jllama" else "jllama"
         to = "gguf" if target.suffix == ".gguf" else own
@@ -90,9 +91,10 @@ def run(args: argparse.Namespace) -> None:
     if stored.tokenizer is None:
         say("note: the model has no tokenizer, and so no ids of BOS and EOS")
     with outputs.stoppable(target):
-        if adapter is not None:
+        if adapters:
             kind = dtype if to != "gguf" else "float32"
-            params = _merged(stored, adapter, kind, _scale_dtype(args.dtype, to, stored))
+            scales = _scale_dtype(args.dtype, to, stored)
+            params = _merged(stored, adapters["adapter"], kind, scales)
         elif to == "gguf":
             params = read_on_host(stored, stored.dtype, stored.scale_dtype)
         else:
@@ -107,32 +109,40 @@ def run(args: argparse.Namespace) -> None:
 
 def _merged(stored: StoredModel, adapter: Adapter, dtype: str, scale_dtype: str) -> llama.Params:
     """The model with the adapter worked in; says what rounding to the dtype did."""
-    base = read_on_host(stored, "float32", "float32")
+    base = read_on_host(stored, stored.dtype, stored.scale_dtype)
     config, overlay = adapter.read(stored.config, _host(), base)
     base = quantized(base, stored.config, adapter.quantize)
-    params, error = lora.merge(config, base, overlay, dtype)
-    say(f"merged {adapter.path.name}: rounded to {dtype}, its matrices are off by {error:.2g}")
+    params, rounding = lora.merge(config, base, overlay, dtype)
+    say(
+        f"merged {adapter.path.name}: its matrices changed by {rounding.change:.2g} of themselves;"
+        f" rounded to {dtype}, they are off by {rounding.error:.2g}"
+    )
     return cast_params(params, dtype, scale_dtype)
 
 
 def _convert_adapter(args: argparse.Namespace, adapter: Adapter, target: Path) -> None:
     to = args.target_format or ("peft" if adapter.format == "jllama" else "jllama")
-    if to not in ("jllama", "peft") or args.adapter:
+    if to not in ("jllama", "peft") or args.adapter is not None:
         raise UserError(
             f"{adapter.path}: is an adapter, which is converted to jllama or peft; to work it into"
             f" its base: jllama convert BASE DST --adapter {adapter.path}"
         )
+    if target.suffix == ".gguf":
+        raise UserError(f"{target}: adapters are not written as GGUF; work it into its base")
     outputs.check_absent(target)
     where = base_path(adapter, args.base)
-    base = open_model(where, model=args.model)
-    params = read_on_host(base, "float32", "float32")
+    base, _ = open_adapted(where, {"adapter": adapter.path}, model=args.model)
+    if to == "peft" and base.config.rope != open_model(where, model=args.model).config.rope:
+        say("note: it was trained with another model.rope than its base has; PEFT cannot say so")
+    params = read_on_host(base, base.dtype, base.scale_dtype)
     config, overlay = adapter.read(base.config, _host(), params)
     with outputs.stoppable(target):
         if to == "peft":
-            overlay = vocab.resized(overlay, base.config.vocab_size)
-            peft.write_adapter(target, base.config.unpadded, config, overlay, str(where))
+            peft.write_adapter(
+                target, base.config, config, overlay, str(base.place), base.tokenizer
+            )
         else:
-            write_adapter(target, base, where, params, config, overlay)
+            write_adapter(target, base, params, config, overlay)
     count = sum(x.size for x in jax.tree.leaves(overlay))
     print(f"{target}: {to}, an adapter of {count:,} parameters over {where}")
 

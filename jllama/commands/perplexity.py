@@ -41,7 +41,7 @@ from jllama.evaluate.perplexity import perplexity, scaled, windows
 from jllama.pretrained import Llama
 from jllama.progress import Progress
 from jllama.text.tokenizer import Tokenizer
-from jllama.train.stored import open_model
+from jllama.train.adapters import open_adapted
 
 matplotlib.use("Agg")  # a file is all that is wanted; no display is needed
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     storage.make_folder(out)  # or say that it cannot be
     trained = {}
     for name, path, ropes in models:  # what is wrong with one, before minutes of work on another
-        config = open_model(storage.path(path)).config
+        config = open_adapted(storage.path(path))[0].config
         trained[name] = config.max_length
         for rope in ropes:
             scaled(config, rope, lengths[-1])

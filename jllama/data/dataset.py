@@ -29,7 +29,7 @@ from jllama.data.files import NoFiles
 from jllama.data.pack import CutRows, Row, Rows, WholeRows, empty_row
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
-from jllama.data.rewrite import Rewriting, rewriting
+from jllama.data.rewrite import Replies, Rewriting, rewriting
 from jllama.errors import UserError
 from jllama.locks import locked
 from jllama.progress import say
@@ -163,9 +163,13 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     objective = rewriting(data.objective, tokenizer, config.run.seed)
     train = _each(data, "train", lambda s: prepare(s, tokenizer, data.prepare))
     held_out = _each(data, "held_out", lambda s: prepare(s, tokenizer, data.prepare))
+    rows = {name: cut(p, data, objective.gain if objective else 0) for name, p in train.items()}
+    if isinstance(objective, Replies):
+        for name, some in rows.items():
+            objective.check(name, some)
     return Data(
         train=Dataset(
-            {name: cut(p, data, objective.gain if objective else 0) for name, p in train.items()},
+            rows,
             {s.name: s.weight for s in data.train},
             config.training.batch_size,
             config.run.seed,

@@ -13,7 +13,8 @@ import threading
 import numpy as np
 
 from jllama.config import InfillObjective, Objective, ReplyObjective
-from jllama.data.pack import Row, empty_row
+from jllama.data.pack import CutRows, Row, Rows, empty_row
+from jllama.errors import UserError
 from jllama.text.infill import document_ids, encode_continued, infill_tokens, random_cuts
 from jllama.text.tokenizer import Tokenizer
 
@@ -120,6 +121,22 @@ class Replies(Rewriting):
     def __init__(self, objective: ReplyObjective, tokenizer: Tokenizer, seed: int):
         super().__init__(tokenizer, seed)
         self._after = objective.after
+
+    def check(self, name: str, rows: Rows) -> None:
+        """Raises UserError for rows of a source in which no reply is found."""
+        if isinstance(rows, CutRows):
+            raise UserError(
+                "data.objective.kind=reply: needs data.packing.kind=whole, as a part of a document"
+                " does not say what in it is a reply"
+            )
+        first = range(min(len(rows), 64))
+        if not any(
+            self._after in self._tokenizer.decode(rows[i]["tokens"].tolist()) for i in first
+        ):
+            raise UserError(
+                f"data.objective.after={self._after!r}: stands nowhere in the first {len(first)}"
+                f" rows of source {name}; every prompt would be predicted"
+            )
 
     def document(self, tokens: np.ndarray, epoch: int) -> tuple[list[int], int] | None:
         text = self._tokenizer.decode(tokens.tolist())

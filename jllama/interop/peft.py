@@ -17,6 +17,7 @@ from jllama import outputs, storage
 from jllama.adapt.lora import Overlay, matrices, overlay_specs, ranks_and_alphas, whole_leaves
 from jllama.config import ComputeConfig, LoraConfig, LoraOverride, ModelConfig
 from jllama.errors import UserError
+from jllama.interop.hf_tokenizer import tokenizer_files
 from jllama.interop.names import from_file, to_file
 from jllama.interop.parameters import check_tensors
 from jllama.interop.peft_config import CONFIG, MERGE, PeftConfig, read_config, write_config
@@ -35,6 +36,7 @@ from jllama.interop.tensors import Tensor, nbytes
 from jllama.model.linear import dense
 from jllama.model.llama import Params, ParamSpec
 from jllama.progress import Progress, say
+from jllama.text.interface import Tokenizer
 
 _WEIGHTS = "adapter_model.safetensors"
 _READERS = {_WEIGHTS: read_safetensors, "adapter_model.bin": read_pth}
@@ -271,7 +273,12 @@ class _Source:
 
 
 def write_adapter(
-    folder: Path, model: ModelConfig, lora: LoraConfig, overlay: Overlay, base: str
+    folder: Path,
+    model: ModelConfig,
+    lora: LoraConfig,
+    overlay: Overlay,
+    base: str,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Writes an adapter that peft's `PeftModel.from_pretrained` reads, whole or not at all.
 
@@ -280,6 +287,7 @@ def write_adapter(
     Args:
       overlay: arrays of any float dtype that files have; they are kept as they are.
       base: what the adapter adapts, a folder or a name, for `base_model_name_or_path`.
+      tokenizer: written beside it, as Hugging Face has it.
 
     Raises UserError if the folder holds anything, or the model is one that Hugging Face's LLaMA
     cannot express.
@@ -326,6 +334,8 @@ def write_adapter(
     with outputs.new_folder(folder, last=CONFIG) as new:
         with Progress(f"write {folder.name}", sum(map(nbytes, tensors.values()))) as progress:
             write_safetensors(new / _WEIGHTS, tensors, progress)
+        for name, data in (tokenizer_files(tokenizer) if tokenizer else {}).items():
+            storage.write_bytes(new / name, data)
         storage.write_bytes(new / CONFIG, text.encode())
 
 

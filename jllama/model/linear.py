@@ -101,10 +101,15 @@ def _adapted(y, h, kernel, overlay, kind):
         # DoRA (arXiv:2402.09353, equations 5 and 11): the columns of W + scale a b have the norms
         # m, and those that they would have had count as constants.
         norms = jax.lax.stop_gradient(column_norms(kernel, overlay, kind.inputs))
-        return ((y + change) * (overlay["m"] / norms)).astype(dtype)
+        return ((y + change) * gain(overlay["m"], norms)).astype(dtype)
     if "gain" in overlay:
         y = (y * overlay["gain"][:, None]).astype(dtype)
     return y + change
+
+
+def gain(m: jax.Array, norms: jax.Array) -> jax.Array:
+    """What DoRA multiplies columns by; of a column of zeros, which stays one, anything will do."""
+    return m / jnp.where(norms > 0, norms, 1.0)
 
 
 def dense(kernel: jax.Array | qwix.QArray, dtype: Any) -> jax.Array:

@@ -5,13 +5,14 @@ base.json, which says what it is an overlay of; PEFT's have adapter_config.json.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import jax
 
-from jllama import outputs, storage
 from jllama import recipe as recipes
+from jllama import storage
 from jllama.adapt import quant
 from jllama.adapt.lora import Overlay, overlay_specs
 from jllama.adapt.vocab import resized
@@ -24,7 +25,16 @@ from jllama.text.tokenizer import Tokenizer, find_tokenizer
 from jllama.train.checkpoint import Checkpoints, load_params, room_for
 from jllama.train.fingerprint import fingerprint
 from jllama.train.folder import base_of, note_base
-from jllama.train.stored import RECIPE, StoredModel, differences, run_and_step
+from jllama.train.stored import (
+    FREE,
+    RECIPE,
+    StoredFormat,
+    StoredModel,
+    differences,
+    open_model,
+    own_folder,
+    run_and_step,
+)
 
 _FACTORS = ComputeConfig(dtype="float32")
 
@@ -46,6 +56,19 @@ class Adapter:
     tokenizer: Tokenizer | None
     _stored: StoredConfig | None
     _fingerprint: str | None
+
+    @property
+    def dtype(self) -> str | None:
+        """Of the computation that it was trained in; None where nobody says."""
+        trained = self._stored is not None and self._stored.run is not None
+        return self._stored.compute.dtype if trained else None
+
+    def over(self, base: ModelConfig) -> ModelConfig:
+        """The base as it was computed, and its tables padded, while the adapter was trained."""
+        if self._stored is None:
+            return base
+        keys = (*FREE, "max_length", "vocab_multiple")
+        return dataclasses.replace(base, **{k: getattr(self._stored.model, k) for k in keys})
 
     def read(
         self, config: ModelConfig, placement: Placement, base: llama.Params
@@ -84,8 +107,12 @@ def is_adapter(path: Path) -> bool:
     """Whether a folder, or a step of a run, holds an adapter and not a model."""
     if storage.exists(path / peft_config.CONFIG):
         return True
-    of_ours = storage.exists(path / RECIPE) or path.name.isdecimal()
-    return of_ours and isinstance(_stored(run_and_step(path)[0]).adapt, LoraConfig)
+    return _is_ours(path) and isinstance(_stored(run_and_step(path)[0]).adapt, LoraConfig)
+
+
+def _is_ours(path: Path) -> bool:
+    of_a_run = path.name.isdecimal() and path.parent.name == "checkpoints"
+    return storage.exists(path / RECIPE) or of_a_run
 
 
 def open_adapter(path: Path) -> Adapter:
@@ -93,13 +120,14 @@ def open_adapter(path: Path) -> Adapter:
     if storage.exists(path / peft_config.CONFIG):
         base = storage.read_json(path / peft_config.CONFIG).get("base_model_name_or_path")
         return Adapter(path, "peft", str(base or ""), "none", find_tokenizer(path), None, None)
-    folder, _ = run_and_step(path)
-    stored = _stored(folder)
-    if not isinstance(stored.adapt, LoraConfig):
+    stored = _stored(run_and_step(path)[0]) if _is_ours(path) else None
+    if stored is None or not isinstance(stored.adapt, LoraConfig):
+        what = "a model and no adapter" if stored or storage.is_folder(path) else "no such folder"
         raise UserError(
-            f"{path}: is a model and no adapter, which is a run with adapt.kind=lora or a folder of"
-            " PEFT's (adapter_config.json)"
+            f"{path}: {what}; expected a run with adapt.kind=lora, or a folder of PEFT's"
+            " (adapter_config.json)"
         )
+    folder, _ = run_and_step(path)
     said = base_of(folder)
     if said is None:
         raise UserError(f"{folder}: base.json is missing, which says what the adapter is one of")
@@ -128,10 +156,46 @@ def base_path(adapter: Adapter, given: str | None = None) -> Path:
     )
 
 
+def open_adapted(
+    path: Path,
+    adapters: Mapping[str, Path] | None = None,
+    format: StoredFormat | None = None,
+    model: str | None = None,
+) -> tuple[StoredModel, dict[str, Adapter]]:
+    """A model with adapters over it, by name, or an adapter with its base.
+
+    The model is as the adapters were trained over it: RoPE and length, padding, dtype of the
+    computation, and their tokenizer, where they all have the same. Raises UserError if they are of
+    several kinds that cannot be had together; `format` and `model` are those of `open_model`.
+    """
+    if adapters is None and is_adapter(path):
+        adapters, path = {path.name: path}, base_path(open_adapter(path))
+    found = {name: open_adapter(where) for name, where in (adapters or {}).items()}
+    stored = open_model(path, format, model)
+    for what, values in (
+        ("bases kept in", {a.quantize for a in found.values()}),
+        (
+            "several of model.rope, rope_theta, rms_norm_eps, max_length and vocab_multiple:",
+            {a.over(stored.config) for a in found.values()},
+        ),
+    ):
+        if len(values) > 1:
+            named = " and ".join(sorted(v if isinstance(v, str) else repr(v.rope) for v in values))
+            raise UserError(f"adapters: trained over {what} {named}; load them apart")
+    config = next((a.over(stored.config) for a in found.values()), stored.config)
+    tokenizers = {a.tokenizer.digest: a.tokenizer for a in found.values() if a.tokenizer}
+    dtypes = {a.dtype for a in found.values() if a.dtype}
+    changes = {"config": config}
+    if len(tokenizers) == 1:
+        changes["tokenizer"] = tokenizers.popitem()[1]
+    if len(dtypes) == 1:
+        changes["compute"] = dataclasses.replace(stored.compute, dtype=dtypes.pop())
+    return dataclasses.replace(stored, **changes), found
+
+
 def write_adapter(
     folder: Path,
     base: StoredModel,
-    base_path: Path,
     params: llama.Params,
     lora: LoraConfig,
     overlay: Overlay,
@@ -142,11 +206,11 @@ def write_adapter(
       base, params: what it adapts, and its parameters.
     """
     stored = StoredConfig(model=base.config, compute=_FACTORS, adapt=lora)
-    with outputs.new_folder(folder, RECIPE) as new:
+    with own_folder(folder) as new:
         checkpoints = Checkpoints(new, keep=1, copies=room_for(overlay))
         checkpoints.save_params(0, overlay)
         checkpoints.close()
-        note_base(new, str(storage.absolute(base_path)), fingerprint(params, "bfloat16"))
+        note_base(new, str(storage.absolute(base.place)), fingerprint(params, "bfloat16"))
         if base.tokenizer is not None:
             base.tokenizer.save(new)
         storage.write_text(new / RECIPE, recipes.to_yaml(stored))

@@ -13,7 +13,7 @@ from typing import Any
 
 from jllama import recipe as recipes
 from jllama import storage
-from jllama.config import Config
+from jllama.config import Config, LoraConfig
 from jllama.data.dataset import Data, open_data, open_tokenizer
 from jllama.errors import UserError
 from jllama.locks import locked
@@ -98,8 +98,11 @@ def told_alike(config: Config) -> str:
 
 
 def note_base(folder: Path, model: str, digest: str) -> None:
-    """Writes which parameters the overlay in this folder adapts; raises if it was another's."""
-    before = base_of(folder)
+    """Writes which parameters the overlay in this folder adapts.
+
+    Raises UserError if it has a checkpoint over others.
+    """
+    before = base_of(folder) if latest_step(folder) is not None else None
     if before and before["fingerprint"] != digest:
         raise UserError(
             f"training.init_from={model}: its parameters are not those that the run in {folder}"
@@ -148,10 +151,12 @@ def _check_same_data(folder: Path, data: Data) -> None:
 def _check_same_config(folder: Path, config: Config) -> None:
     old = recipes.load(folder / "config.yaml")
     before, after = flatten(recipes.to_dict(old)), flatten(recipes.to_dict(config))
+    # A base may lie elsewhere by now: `note_base` compares its parameters.
+    free = (*_FREE, "training.init_from") if isinstance(config.adapt, LoraConfig) else _FREE
     changed = [
         f"{key}: {before.get(key, 'absent')} there, {after.get(key, 'absent')} now"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key, ...) != after.get(key, ...) and not key.startswith(_FREE)
+        if before.get(key, ...) != after.get(key, ...) and not key.startswith(free)
     ]
     if changed:
         more = f" (and {len(changed) - 5} more)" if len(changed) > 5 else ""

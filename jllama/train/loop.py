@@ -113,7 +113,7 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     if adapts:
         base = initial.read(base_shapes(config, placement))
         digest = fingerprint(base, "bfloat16")
-        where = str(storage.absolute(storage.path(config.training.init_from)))
+        where = str(storage.absolute(initial.place))
         together(lambda: run_folder.note_base(folder, where, digest) if leader else None)
         base = freeze(config, base)
         frozen = without_whole(base, definition.shapes.trainable)

@@ -104,9 +104,10 @@ def freeze(config: Config, base: llama.Params) -> llama.Params:
     """The base as it is kept: quantised if `config.adapt` says so. Shapes give shapes."""
     if config.adapt.quantize == "none":
         return base
-    return quant.quantize(
-        base, llama.param_specs(config.model, config.compute), config.adapt.quantize
-    )
+    specs = llama.param_specs(config.model, config.compute)
+    overlay = lora.overlay_specs(config.model, config.compute, config.adapt)
+    whole = {".".join(path) for path, _ in lora.whole_leaves(overlay)}
+    return quant.quantize(base, specs, config.adapt.quantize, whole)
 
 
 def _check_rows(config: Config, placement: Placement) -> None:

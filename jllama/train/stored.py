@@ -47,7 +47,7 @@ _FILES: dict[str, StoredFormat] = {
     meta.PARAMS: "meta",
 }
 # What may differ between a recipe and the model that it begins from: no parameter's shape.
-_FREE = {"rope", "rope_theta", "rms_norm_eps"}
+FREE = {"rope", "rope_theta", "rms_norm_eps"}
 _NO_RUN = RunConfig(name="none")  # its defaults
 
 
@@ -57,6 +57,7 @@ class StoredModel:
 
     Attributes:
       format: of the folder.
+      place: where it is; of a run, the step.
       config: the architecture.
       compute: how it is computed unless told otherwise.
       dtype, scale_dtype: what its matrices and its norms' scales are stored in: float32, bfloat16
@@ -68,6 +69,7 @@ class StoredModel:
     """
 
     format: StoredFormat
+    place: Path
     config: ModelConfig
     compute: ComputeConfig
     dtype: str
@@ -160,7 +162,10 @@ def _own(path: Path) -> StoredModel:
     dtype = compute.param_dtype
     scales = stored.scale_dtype or dtype
     cache = (stored.run or _NO_RUN).compilation_cache
-    return StoredModel("jllama", stored.model, compute, dtype, scales, tokenizer, cache, read)
+    place = folder if stored.run is None else folder / "checkpoints" / str(step)
+    return StoredModel(
+        "jllama", place, stored.model, compute, dtype, scales, tokenizer, cache, read
+    )
 
 
 def _read_own(folder: Path, step: int, rows: int, placed: llama.Params) -> llama.Params:
@@ -190,7 +195,7 @@ def _foreign(
     compute = ComputeConfig(dtype=dtype, param_dtype=dtype)
     scales = widest_dtype(found, scales=True)
     cache = _NO_RUN.compilation_cache
-    return StoredModel(format, config, compute, stored, scales, tokenizer, cache, read)
+    return StoredModel(format, path, config, compute, stored, scales, tokenizer, cache, read)
 
 
 def write_model(
@@ -211,10 +216,8 @@ def write_model(
         compute=ComputeConfig(dtype=dtype, param_dtype=dtype),
         scale_dtype=None if scale_dtype == dtype else scale_dtype,
     )
-    outputs.check_absent(folder)
     size = sum(x.nbytes for x in jax.tree.leaves(params))
-    whole = contextlib.nullcontext(folder)  # Orbax writes to URLs itself
-    with whole if storage.is_remote(folder) else outputs.new_folder(folder, RECIPE) as new:
+    with own_folder(folder) as new:
         say(f"write {folder.name}: {size / 1e6:.1f} MB")  # Orbax tells nothing
         checkpoints = Checkpoints(new, keep=1, copies=room_for(params))
         checkpoints.save_params(0, params)
@@ -222,6 +225,13 @@ def write_model(
         if tokenizer is not None:
             tokenizer.save(new)
         storage.write_text(new / RECIPE, recipes.to_yaml(stored))
+
+
+def own_folder(folder: Path) -> contextlib.AbstractContextManager[Path]:
+    """A folder for checkpoints and, last, `RECIPE`: at a URL itself, where Orbax writes."""
+    outputs.check_absent(folder)
+    remote = storage.is_remote(folder)
+    return contextlib.nullcontext(folder) if remote else outputs.new_folder(folder, RECIPE)
 
 
 def initial_model(config: Config) -> StoredModel | None:
@@ -255,4 +265,4 @@ def differences(there: ModelConfig, here: ModelConfig) -> tuple[bool, list[str]]
     a, b = dataclasses.asdict(there), dataclasses.asdict(here)
     differ = [key for key in b if key not in ("init", "max_length") and a[key] != b[key]]
     said = [f"model.{key} is {b[key]}, there {a[key]}" for key in differ]
-    return bool(set(differ) - _FREE), said
+    return bool(set(differ) - FREE), said

@@ -8,6 +8,7 @@ from jllama.data.dataset import Dataset
 from jllama.data.pack import CutRows, WholeRows
 from jllama.data.prepare import prepare
 from jllama.data.rewrite import Replies
+from jllama.errors import UserError
 from jllama.text.vocabulary import train_sentencepiece
 
 MARKER = "### Response:"
@@ -62,6 +63,17 @@ def test_a_part_of_a_document_is_predicted_as_it_is(prepared, tokenizer):
         row, new = rows[i], replies(rows[i], epoch=0)
         if tokenizer.eos_id not in row["tokens"]:
             assert all((row[key] == new[key]).all() for key in row)
+
+
+def test_rows_without_replies_are_refused(prepared, tokenizer):
+    rows = WholeRows(prepared, 150, "error", 2)
+    Replies(ReplyObjective(kind="reply"), tokenizer, seed=0).check("a", rows)
+    with pytest.raises(
+        UserError, match=r"data\.objective\.after='NOPE': stands nowhere in the first"
+    ):
+        Replies(ReplyObjective(kind="reply", after="NOPE"), tokenizer, seed=0).check("a", rows)
+    with pytest.raises(UserError, match=r"needs data\.packing\.kind=whole"):
+        Replies(ReplyObjective(kind="reply"), tokenizer, seed=0).check("a", CutRows(prepared, 20))
 
 
 def test_batches_are_a_function_of_their_step(prepared, tokenizer):
