@@ -137,9 +137,11 @@ def test_an_overlay_without_a_base_is_one_line(base):
         recipe(base, "training.init_from=")
     with pytest.raises(UserError, match=r"adapt\.targets: 'w1' matches nothing"):
         train(recipe(base, "run.name=w1", "adapt.targets=[w1]"))
-    with pytest.raises(UserError, match="a model and no adapter; expected a run with adapt.kind"):
+    with pytest.raises(UserError, match=r"a model and no adapter; expected a run with adapt\.kind"):
         jllama.load(base, adapter=base)
-    with pytest.raises(UserError, match="nowhere: no such folder; expected a run with adapt.kind"):
+    with pytest.raises(
+        UserError, match=r"nowhere: no such folder; expected a run with adapt\.kind"
+    ):
         jllama.load(base, adapter="nowhere")
 
 
@@ -274,7 +276,7 @@ def test_the_model_is_as_the_adapter_was_trained_over_it(base, adapted, one, tmp
     assert merged.config.rope == model.config.rope and merged.config.max_length == 96
     assert tiny.relative_error(merged.logits(TOKENS), model.logits(TOKENS)) < 1e-5
     assert merged.tokenizer.digest == model.tokenizer.digest
-    with pytest.raises(UserError, match="trained over several of model.rope"):
+    with pytest.raises(UserError, match=r"trained over several of model\.rope"):
         jllama.load(base, adapter={"a": run, "b": one})
     assert cli.main(["convert", str(run), str(tmp_path / "peft")]) == 0
     assert "another model.rope than its base" in capsys.readouterr().err

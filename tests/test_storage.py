@@ -13,6 +13,7 @@ from pathlib import Path
 
 import fsspec
 import jax
+import numpy as np
 import object_stores
 import pyarrow
 import pyarrow.parquet
@@ -408,6 +409,23 @@ def test_a_run_at_urls_stops_resumes_and_is_the_run_on_disk(
     assert latest_step(run) == 10
     with pytest.raises(UserError, match="no step 11; there are: 8, 10"):
         jllama.load(f"{run}/checkpoints/11")
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_an_adapter_at_a_url_is_the_one_on_disk(scheme, request, recipe, on_disk):
+    root = request.getfixturevalue(scheme)
+    lora = [f"training.init_from={on_disk.folder}", "adapt={kind: lora, rank: 2, alpha: 4}"]
+    config = configs.load(recipe, [*lora, f"run.folder={root}/adapters", "training.steps=3"])
+    there = str(train(config).folder)
+    for target, source in ((f"{root}/as-peft", there), (f"{root}/as-ours", f"{root}/as-peft")):
+        assert cli.main(["convert", source, target]) == 0
+    tokens = [[1, 5, 9, 20]]
+    wanted = np.asarray(jllama.load(there).logits(tokens))
+    assert (wanted != np.asarray(jllama.load(on_disk.folder).logits(tokens))).any()
+    for folder in ("as-peft", "as-ours"):
+        got = jllama.load(on_disk.folder, adapter=f"{root}/{folder}").logits(tokens)
+        np.testing.assert_array_equal(got, wanted)
     jax.clear_caches()
 
 

@@ -31,7 +31,7 @@ from jllama.plan import bounds
 from jllama.plan.devices import compile_only_devices, hbm_bytes
 from jllama.plan.topology import Topology, parse
 from jllama.train.loss import causal_lm_loss
-from jllama.train.state import StateDef, check_batches, define_state
+from jllama.train.state import StateDef, base_shapes, check_batches, define_state
 from jllama.train.step import make_eval_step, make_train_step
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
@@ -74,6 +74,9 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
     capacity = memory.pop("hbm_capacity_bytes", capacity)
     step_fits = memory["hbm_bytes_per_device"] <= capacity and "compiler_message" not in memory
     evaluation = _evaluation(config, placement, definition, known, capacity)
+    reading = 0
+    if getattr(config.adapt, "quantize", "none") != "none":
+        reading = bytes_per_device(base_shapes(config, placement))
     return {
         "topology": topology.name,
         "slices": topology.slices,
@@ -84,8 +87,9 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
         / config.training.accumulate
         / (mesh["replica"] * mesh["fsdp"]),
         "tokens_per_step": config.training.batch_size * config.data.length,
-        "fits": step_fits and evaluation["eval_fits"] is not False,
+        "fits": step_fits and evaluation["eval_fits"] is not False and reading <= capacity,
         "hbm_capacity_bytes": round(capacity),
+        "base_as_read_bytes_per_device": reading,
         **memory,
         **evaluation,
         "model_flops_per_step": round(bounds.model_flops(config)),

@@ -204,7 +204,7 @@ def test_several_overlays_of_which_one_has_a_whole_parameter_are_refused():
         ({"full": ("down",)}, r"layers\.mlp\.down is in targets and in full"),
         (
             {"rank": 64},
-            r"adapt\.rank=64, or that of an override: above the 32 that layers\.attention\.k can have",
+            r"adapt\.rank=64, or that of an override: above the 32 that layers\.attention",
         ),
         ({"targets": ()}, "nothing would be trained"),
         ({"overrides": (LoraOverride(match="w1", rank=1),)}, r"overrides\.0\.match: 'w1' matches"),
