@@ -34,7 +34,7 @@ VARIANTS = {
     "LoRA, rank 64": LORA.format(rank=64, more=""),
     "LoRA, rank 16, dropout 0.05": LORA.format(rank=16, more=", dropout: 0.05"),
     "DoRA, rank 16": LORA.format(rank=16, more=", dora: true"),
-    "LoRA, rank 8, embedding and head whole": LORA.format(rank=8, more=", full: [embedding, head]"),
+    "LoRA, rank 8, embedding (tied) whole": LORA.format(rank=8, more=", full: [embedding]"),
     "QLoRA, rank 16, int8": LORA.format(rank=16, more=", quantize: int8"),
     "QLoRA, rank 16, nf4": LORA.format(rank=16, more=", quantize: nf4"),
 }
