@@ -23,6 +23,18 @@ hypothesis.settings.register_profile("jllama", deadline=None, derandomize=True, 
 hypothesis.settings.load_profile("jllama")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """Forgets what was compiled before a process has as many memory maps as Linux allows.
+
+    Each program for CPUs has some; where there is no room for more, the compiler crashes.
+    """
+    yield
+    maps, most = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+    if maps.exists() and maps.read_bytes().count(b"\n") > int(most.read_text()) // 3:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def no_cache():
     """Compiles anew: what was compiled for chips that are not there cannot be read back."""

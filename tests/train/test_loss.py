@@ -53,7 +53,7 @@ def test_gradients_are_those_of_the_naive_loss():
         inputs = batch["segments"][:, :-1]
         logits = tiny._logits(
             params, config.model, tiny.compute(), batch["tokens"][:, :-1],
-            row_positions(jnp.asarray(inputs)), inputs,
+            row_positions(jnp.asarray(inputs)), inputs, None,
         )  # fmt: skip
         log_p = jax.nn.log_softmax(logits)
         chosen = jnp.take_along_axis(log_p, batch["tokens"][:, 1:, None], axis=-1)[..., 0]
