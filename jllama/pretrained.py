@@ -16,6 +16,7 @@ import numpy as np
 
 from jllama import storage
 from jllama.adapt import lora
+from jllama.adapt.mixture import choose, join
 from jllama.config import ComputeConfig, MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.generate import engine
@@ -46,7 +47,7 @@ class Llama:
       tokenizer: text to ids and back; None where the folder has none, and then texts are an error.
       compute: dtypes and blocking of the computation.
       adapters: names of what was loaded over it, for `adapter`.
-      overlays: what they are, from `jllama.adapt.lora.join`; None of none.
+      overlays: what they are, from `jllama.adapt.mixture.join`; None of none.
       whole: names of parameters of `params` that are the adapter's and not the base's.
 
     Where a method takes an `adapter`, it is the name of one, or weights by name, 0 for those that
@@ -67,7 +68,7 @@ class Llama:
         if self.overlays is None:
             self._mixture(adapter)
             return None
-        return lora.choose(self.overlays, np.array([self._mixture(adapter)], np.float32))
+        return choose(self.overlays, np.array([self._mixture(adapter)], np.float32))
 
     def logits(self, tokens: Any, length: int | None = None, adapter: Mixture = None) -> jax.Array:
         """tokens [B,T] of ids, each row one text from position 0 -> logits [B,T,V] float32.
@@ -321,7 +322,7 @@ def load(
         read = [a.read(config, placement, params) for a in adapters.values()]
         params = quantized(params, config, next(a.quantize for a in adapters.values()))
         whole = tuple(".".join(path) for _, o in read for path, _ in lora.whole_leaves(o))
-        params, overlays = lora.join(params, read)
+        params, overlays = join(params, read)
     return Llama(config, params, stored.tokenizer, compute, tuple(adapters), overlays, whole)
 
 

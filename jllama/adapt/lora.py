@@ -2,11 +2,11 @@
 
 An overlay has the paths of the parameters. Where a matrix is adapted it holds the factors `a`
 [L,inputs...,R] and `b` [L,R,outputs...], and for DoRA (arXiv:2402.09353) the norms `m`
-[L,outputs...]; where a parameter is trained whole, its leaf. The base never changes: `attach` and
-`choose` make of an overlay what replaces leaves, and the collection `lora` of the model, which goes
-beside its matrices.
+[L,outputs...]; where a parameter is trained whole, its leaf. The base never changes: `attach`
+makes of an overlay what replaces leaves, and the collection `lora` of the model, which goes beside
+its matrices. Several overlays at once are `jllama.adapt.mixture`.
 
-L layers, R rank, B rows, E overlays.
+L layers, R rank.
 """
 
 import fnmatch
@@ -60,9 +60,9 @@ def overlay_specs(config: ModelConfig, compute: ComputeConfig, lora: LoraConfig)
     for path, spec in owners.items():
         where = tuple(path.split("."))
         if path in targets:
-            _put(tree, where, _factors(path, spec, lora))
+            put(tree, where, _factors(path, spec, lora))
         elif path in whole:
-            _put(tree, where, _at(specs, where))
+            put(tree, where, at(specs, where))
     return tree
 
 
@@ -179,7 +179,7 @@ def init_overlay(
     specs = overlay_specs(config, compute, lora)
     overlay: Overlay = {}
     for path, spec in whole_leaves(specs):
-        _put(overlay, path, dense(_at(base, path), spec.dtype))
+        put(overlay, path, dense(at(base, path), spec.dtype))
     for path, spec in matrices(specs):
         a, b = spec["a"], spec["b"]
         L, R = a.shape[0], a.shape[-1]
@@ -189,10 +189,10 @@ def init_overlay(
         used = (np.arange(R) < ranks[:, None]).reshape(L, *(1,) * a.inputs, R)
         factors = {"a": (drawn * used).astype(a.dtype), "b": jnp.zeros(b.shape, b.dtype)}
         if lora.dora:
-            kernel = _at(base, path)["kernel"]
-            norms = _column_norms(kernel, _scaled(path, lora, factors), a.inputs)
+            kernel = at(base, path)["kernel"]
+            norms = norms_of_layers(kernel, scaled(path, lora, factors), a.inputs)
             factors["m"] = norms.astype(spec["m"].dtype)
-        _put(overlay, path, factors)
+        put(overlay, path, factors)
     return overlay
 
 
@@ -217,13 +217,13 @@ def attach(
     """
     collection: Overlay = {}
     for path, factors in matrices(overlay):
-        leaf = _scaled(path, lora, factors)
+        leaf = scaled(path, lora, factors)
         if key is not None and lora.dropout:
             L = factors["a"].shape[0]
             leaf["key"] = jax.random.split(_key(key, path), L)
             leaf["keep"] = jnp.full((L,), 1 - lora.dropout, jnp.float32)
-        _put(collection, path, leaf)
-    return _with_whole(base, overlay), collection
+        put(collection, path, leaf)
+    return with_whole(base, overlay), collection
 
 
 class Rounding(NamedTuple):
@@ -251,10 +251,10 @@ def merge(
 
     Raises UserError for a value that is not finite.
     """
-    params, total = _with_whole(base, overlay), np.zeros(3)
+    params, total = with_whole(base, overlay), np.zeros(3)
     for path, factors in matrices(overlay):
-        kernel = _at(base, path)["kernel"]
-        exact = _merged(kernel, _scaled(path, lora, factors))
+        kernel = at(base, path)["kernel"]
+        exact = _merged(kernel, scaled(path, lora, factors))
         rounded = quant.rounded(exact, factors["a"].ndim - 2, kind)
         here = np.asarray(quant.squares(exact, rounded, kernel), np.float64)
         if not np.isfinite(here[1:]).all():
@@ -262,94 +262,19 @@ def merge(
         if not np.isfinite(here[0]):
             raise UserError(f"{'.'.join(path)}: merged, it does not fit {kind}; use float32")
         total += here
-        _put(params, (*path, "kernel"), rounded)
+        put(params, (*path, "kernel"), rounded)
     error, change = np.sqrt(total[:2] / total[2]) if total[2] else (0.0, 0.0)
     return params, Rounding(float(error), float(change))
 
 
-def join(
-    base: llama.Params, overlays: Sequence[tuple[LoraConfig, Overlay]]
-) -> tuple[llama.Params, Overlay]:
-    """What `llama.apply` takes for the base with any mixture of several overlays, by `choose`.
-
-    The ranks of all stand side by side in `a` and `b`, beside `scale` [L,R], `owner` [R], which
-    overlay each is of, and for DoRA `gains` [L,E,outputs...], by how much each changes x W.
-
-    Raises UserError for several overlays of which one has a parameter whole: it would be the base's
-    for all of them.
-    """
-    whole = [list(whole_leaves(overlay)) for _, overlay in overlays]
-    if len(overlays) > 1 and any(whole):
-        n, (path, _) = next((n, w[0]) for n, w in enumerate(whole) if w)
-        raise UserError(
-            f"adapter {n}: holds {'.'.join(path)} whole, which one request cannot have and another"
-            " not; load it alone"
-        )
-    found: dict[Path, list[tuple[int, Overlay]]] = {}
-    for n, (lora, overlay) in enumerate(overlays):
-        for path, factors in matrices(overlay):
-            found.setdefault(path, []).append((n, _scaled(path, lora, factors)))
-    joined: Overlay = {}
-    for path, parts in found.items():
-        _put(joined, path, _joined(_at(base, path)["kernel"], parts, len(overlays)))
-    params = base
-    for _, overlay in overlays:
-        for path, value in whole_leaves(overlay):  # in the dtype of what they replace
-            dtype = _at(base, path).dtype
-            _put(overlay, path, value.astype(dtype))
-        params = _with_whole(params, overlay)
-    return params, joined
-
-
-def choose(joined: Overlay, weights: jax.Array) -> Overlay:
-    """The collection `lora` for rows that weigh the overlays each by its own.
-
-    Args:
-      joined: from `join`.
-      weights: [B,E] float32, or [1,E] for all rows alike; 0 is without that overlay.
-    """
-    collection: Overlay = {}
-    for path, leaf in matrices(joined):
-        scale = leaf["scale"][:, None] * weights[:, leaf["owner"]]
-        chosen = {"a": leaf["a"], "b": leaf["b"], "scale": scale}
-        if "gains" in leaf:
-            chosen["gain"] = 1.0 + jnp.einsum("BE,LE...->LB...", weights, leaf["gains"])
-        _put(collection, path, chosen)
-    return collection
-
-
-def _joined(kernel: Any, parts: list[tuple[int, Overlay]], count: int) -> Overlay:
-    owner = np.concatenate([np.full(f["a"].shape[-1], n) for n, f in parts])
-    scales, bs, gains = [], [], {}
-    for n, factors in parts:
-        L, R = factors["a"].shape[0], factors["a"].shape[-1]
-        scales.append(jnp.broadcast_to(factors["scale"][:, 0], (L, R)))
-        b = factors["b"]
-        if "m" in factors:
-            here = gain(factors["m"], _column_norms(kernel, factors, factors["a"].ndim - 2))
-            gains[n] = here - 1.0
-            b = b * here[:, None]
-        bs.append(b)
-    leaf = {
-        "a": jnp.concatenate([f["a"] for _, f in parts], -1),
-        "b": jnp.concatenate(bs, 1),
-        "scale": jnp.concatenate(scales, -1),
-        "owner": jnp.asarray(owner, jnp.int32),
-    }
-    if gains:
-        none = jnp.zeros_like(next(iter(gains.values())))
-        leaf["gains"] = jnp.stack([gains.get(n, none) for n in range(count)], 1)
-    return leaf
-
-
-def _scaled(path: Path, lora: LoraConfig, factors: Overlay) -> Overlay:
+def scaled(path: Path, lora: LoraConfig, factors: Overlay) -> Overlay:
     """The factors with `scale` [L,1,1] beside them."""
     L = factors["a"].shape[0]
     scales = [scale for _, scale in ranks_and_scales(".".join(path), lora, L)]
     return {**factors, "scale": jnp.asarray(scales, jnp.float32)[:, None, None]}
 
 
-def _column_norms(kernel: Any, factors: Overlay, inputs: int) -> jax.Array:
+def norms_of_layers(kernel: Any, factors: Overlay, inputs: int) -> jax.Array:
     """Of all layers, one after another: [L,outputs...] float32."""
     return jax.lax.map(lambda of: column_norms(*of, inputs), (kernel, factors))
 
@@ -366,11 +291,11 @@ def _merged(kernel: Any, factors: Overlay) -> jax.Array:
     return jax.lax.map(one, (kernel, factors))
 
 
-def _with_whole(params: llama.Params, overlay: Overlay) -> llama.Params:
+def with_whole(params: llama.Params, overlay: Overlay) -> llama.Params:
     """A tree of its own, with the overlay's whole parameters in the place of others'."""
     tree = jax.tree.map(lambda x: x, params, is_leaf=lambda x: not isinstance(x, dict))
     for path, value in whole_leaves(overlay):
-        _put(tree, path, value)
+        put(tree, path, value)
     return tree
 
 
@@ -379,13 +304,15 @@ def _key(key: jax.Array, path: Path) -> jax.Array:
     return jax.random.fold_in(key, np.uint32(zlib.crc32(".".join(path).encode())))
 
 
-def _at(tree: Any, path: Path) -> Any:
+def at(tree: Any, path: Path) -> Any:
+    """What stands at a path of nested dicts."""
     for key in path:
         tree = tree[key]
     return tree
 
 
-def _put(tree: Any, path: Path, value: Any) -> None:
+def put(tree: Any, path: Path, value: Any) -> None:
+    """Puts it there, making the dicts on the way."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jllama.adapt.lora import Overlay, choose
+from jllama.adapt.lora import Overlay
+from jllama.adapt.mixture import choose
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.generate.sampling import Sampling, Settings, sample, stack
@@ -51,7 +52,7 @@ class Request:
 
 
 class _Model(NamedTuple):
-    """Arrays that all requests share: parameters, and overlays from `jllama.adapt.lora.join`."""
+    """Arrays that all requests share: parameters, and overlays from `jllama.adapt.mixture.join`."""
 
     params: Params
     overlays: Overlay | None
@@ -179,7 +180,7 @@ def stream(
 
     Args:
       vocab_size: only ids below it are drawn or accepted in prompts; default the model's.
-      overlays: from `jllama.adapt.lora.join`; each request weighs them by its `mixture`.
+      overlays: from `jllama.adapt.mixture.join`; each request weighs them by its `mixture`.
 
     Raises:
       UserError: before the first token, if a prompt is empty, holds an id that is not in the

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from jllama import outputs, storage
-from jllama.adapt.lora import Overlay, matrices, overlay_specs, ranks_and_alphas, whole_leaves
+from jllama.adapt.lora import (
+    Overlay,
+    matrices,
+    overlay_specs,
+    put,
+    ranks_and_alphas,
+    whole_leaves,
+)
 from jllama.config import ComputeConfig, LoraConfig, LoraOverride, ModelConfig
 from jllama.errors import UserError
 from jllama.interop.hf_tokenizer import tokenizer_files
@@ -87,9 +94,9 @@ def read_adapter(
     with Progress(f"read {folder.name}", sum(map(nbytes, tensors.values()))) as progress:
         source = _Source(config, found, tensors, base, folder, progress)
         for path, spec in matrices(specs):
-            _put(overlay, path, source.factors(spec, low[".".join(path)]))
+            put(overlay, path, source.factors(spec, low[".".join(path)]))
         for path, spec in whole_leaves(specs):
-            _put(overlay, path, source.whole(spec, whole[".".join(path[:-1])]))
+            put(overlay, path, source.whole(spec, whole[".".join(path[:-1])]))
     if source.worked_out:
         say(f"note: {folder}: worked out with the base: {', '.join(source.worked_out)}")
     return lora, overlay
@@ -381,9 +388,3 @@ class _Held:
 def _word(owner: str) -> str:
     """The name by which a config knows a matrix, or what is trained whole."""
     return owner.rpartition(".")[2]
-
-
-def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value

@@ -9,7 +9,7 @@ import pytest
 import reference
 import tiny
 
-from jllama.adapt import lora
+from jllama.adapt import lora, mixture
 from jllama.config import LoraConfig, LoraOverride
 from jllama.errors import UserError
 from jllama.model import llama
@@ -153,7 +153,7 @@ def test_merging_says_what_rounding_did(kind, most):
 def test_several_overlays_are_switched_and_mixed_by_weight_row_by_row():
     plain, dora = config(), config(rank=3, dora=True, targets=("q", "down", "o"))
     overlays = [(plain, random(plain, BASE)), (dora, random(dora, BASE, seed=2))]
-    params, joined = lora.join(BASE, overlays)
+    params, joined = mixture.join(BASE, overlays)
     tokens = np.repeat(tiny.tokens(1, 24), 3, 0)
     traced = []
 
@@ -162,7 +162,7 @@ def test_several_overlays_are_switched_and_mixed_by_weight_row_by_row():
         traced.append(1)
         positions = np.broadcast_to(np.arange(24), tokens.shape)
         hidden, _ = llama.apply(
-            params, MODEL, tiny.compute(), tokens, positions, lora=lora.choose(joined, weights)
+            params, MODEL, tiny.compute(), tokens, positions, lora=mixture.choose(joined, weights)
         )
         return llama.logits(params, MODEL, hidden)
 
@@ -182,10 +182,10 @@ def test_several_overlays_are_switched_and_mixed_by_weight_row_by_row():
 def test_two_plain_overlays_add_up():
     cfg, other = config(), config(rank=2, alpha=3.0)
     overlays = [(cfg, random(cfg, BASE)), (other, random(other, BASE, seed=2))]
-    params, joined = lora.join(BASE, overlays)
+    params, joined = mixture.join(BASE, overlays)
     tokens = tiny.tokens(1, 24)
     both = by_hand(other, by_hand(cfg, BASE, overlays[0][1]), overlays[1][1])
-    got = logits(params, lora.choose(joined, jnp.ones((1, 2))), tokens)
+    got = logits(params, mixture.choose(joined, jnp.ones((1, 2))), tokens)
     assert tiny.relative_error(got, reference.logits(both, MODEL, tokens)) < 1e-5
 
 
@@ -193,7 +193,7 @@ def test_several_overlays_of_which_one_has_a_whole_parameter_are_refused():
     whole = config(full=("head",))
     overlays = [(config(), random(config(), BASE)), (whole, random(whole, BASE))]
     with pytest.raises(UserError, match=r"adapter 1: holds head\.weight whole"):
-        lora.join(BASE, overlays)
+        mixture.join(BASE, overlays)
 
 
 @pytest.mark.parametrize(
@@ -240,8 +240,8 @@ def test_a_column_of_zeros_stays_one_under_dora():
     wanted = tiny.logits(base, MODEL, tokens)
     assert tiny.relative_error(logits(*lora.attach(cfg, base, fresh), tokens), wanted) < 1e-6
     merged, _ = lora.merge(cfg, base, fresh)
-    params, joined = lora.join(base, [(cfg, fresh)])
-    both = (merged, None), (params, lora.choose(joined, jnp.ones((1, 1))))
+    params, joined = mixture.join(base, [(cfg, fresh)])
+    both = (merged, None), (params, mixture.choose(joined, jnp.ones((1, 1))))
     for params, collection in both:
         assert tiny.relative_error(logits(params, collection, tokens), wanted) < 1e-6
 

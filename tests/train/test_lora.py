@@ -70,16 +70,16 @@ def test_gradients_are_those_through_the_merged_matrices(more):
     batch, adapt = recipes.batch(run.config), run.config.adapt
     full = dataclasses.replace(run.config, adapt=recipes.in_memory().adapt)
     norms = {
-        path: lora._column_norms(
+        path: lora.norms_of_layers(
             run.frozen[path[0]][path[1]][path[2]]["kernel"],
-            lora._scaled(path, adapt, factors),
+            lora.scaled(path, adapt, factors),
             factors["a"].ndim - 2,
         )
         for path, factors in lora.matrices(overlay)
     }  # constants, as DoRA has them
 
     def through_merged(overlay):
-        params = lora._with_whole(run.frozen, overlay)
+        params = lora.with_whole(run.frozen, overlay)
         for path, factors in lora.matrices(overlay):
             w = run.frozen[path[0]][path[1]][path[2]]["kernel"]
             change = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(factors["a"], factors["b"])
@@ -87,7 +87,7 @@ def test_gradients_are_those_through_the_merged_matrices(more):
             if "m" in factors:
                 gain = factors["m"] / norms[path]
                 w = w * gain.reshape(gain.shape[0], *(1,) * (w.ndim - gain.ndim), *gain.shape[1:])
-            lora._put(params, (*path, "kernel"), w)
+            lora.put(params, (*path, "kernel"), w)
         return causal_lm_loss(full, params, (), batch, jax.random.key(0))[0]
 
     wanted = jax.jit(jax.grad(through_merged))(overlay)
