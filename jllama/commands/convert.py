@@ -1,6 +1,7 @@
 """`jllama convert`: a model from one format to another."""
 
 import argparse
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -131,18 +132,19 @@ def _convert_adapter(args: argparse.Namespace, adapter: Adapter, target: Path) -
         raise UserError(f"{target}: adapters are not written as GGUF; work it into its base")
     outputs.check_absent(target)
     where = base_path(adapter, args.base)
-    base, _ = open_adapted(where, {"adapter": adapter.path}, model=args.model)
-    if to == "peft" and base.config.rope != open_model(where, model=args.model).config.rope:
+    base = open_model(where, model=args.model)
+    config = adapter.over(base.config)
+    if to == "peft" and config.rope != base.config.rope:
         say("note: it was trained with another model.rope than its base has; PEFT cannot say so")
+    tokenizer = adapter.tokenizer or base.tokenizer
+    base = dataclasses.replace(base, config=config, tokenizer=tokenizer)
     params = read_on_host(base, base.dtype, base.scale_dtype)
-    config, overlay = adapter.read(base.config, _host(), params)
+    adapt, overlay = adapter.read(config, _host(), params)
     with outputs.stoppable(target):
         if to == "peft":
-            peft.write_adapter(
-                target, base.config, config, overlay, str(base.place), base.tokenizer
-            )
+            peft.write_adapter(target, config, adapt, overlay, str(base.place), tokenizer)
         else:
-            write_adapter(target, base, params, config, overlay)
+            write_adapter(target, base, params, adapt, overlay)
     count = sum(x.size for x in jax.tree.leaves(overlay))
     print(f"{target}: {to}, an adapter of {count:,} parameters over {where}")
 
