@@ -15,8 +15,7 @@ import qwix
 
 from jllama.model import llama
 from jllama.model.linear import dense
-from jllama.model.llama import ParamSpec
-from jllama.model.param import dotted
+from jllama.model.param import EachLeaf, dotted
 from jllama.parallel.sharding import coarser
 
 Kind = Literal["int8", "int4", "nf4"]
@@ -25,22 +24,28 @@ Kind = Literal["int8", "int4", "nf4"]
 BLOCK = 64
 
 
-def quantize(params: llama.Params, specs: Any, kind: Kind, whole: Any = ()) -> llama.Params:
-    """The tree with a `qwix.QArray` for each matrix of a block, quantised where it lies.
+def quantizer(specs: Any, kind: Kind | Literal["none"], whole: Any = ()) -> EachLeaf:
+    """What makes a `qwix.QArray` of each matrix of a block, where it lies, and deletes the matrix.
 
-    Not those whose dotted paths are in `whole`: they are trained, and begin as they were.
-
-    One matrix at a time, each deleted once it is quantised.
+    Not of those whose dotted paths are in `whole`: they are trained, and begin as they were.
+    Placed shapes give placed shapes.
 
     Args:
-      params: arrays, or placed shapes for placed shapes; `specs` is the tree of `ParamSpec`.
+      specs: the tree of `ParamSpec`.
     """
+    inputs = {dotted(path): spec.inputs for path, spec in jax.tree.leaves_with_path(specs)}
 
-    def leaf(path: Any, x: Any, spec: ParamSpec) -> Any:
-        kept = not spec.inputs or dotted(path) in whole
-        return x if kept else _replaced(x, spec.inputs, kind)
+    def leaf(path: str, x: Any) -> Any:
+        kept = kind == "none" or not inputs[path] or path in whole
+        return x if kept else _replaced(x, inputs[path], kind)
 
-    return jax.tree_util.tree_map_with_path(leaf, params, specs)
+    return leaf
+
+
+def quantize(params: llama.Params, specs: Any, kind: Kind, whole: Any = ()) -> llama.Params:
+    """The tree with `quantizer`'s leaves."""
+    leaf = quantizer(specs, kind, whole)
+    return jax.tree_util.tree_map_with_path(lambda path, x: leaf(dotted(path), x), params)
 
 
 def _replaced(x: Any, inputs: int, kind: Kind) -> Any:

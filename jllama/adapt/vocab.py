@@ -46,20 +46,14 @@ def resized(tree: Params, rows: int) -> Params:
     return _tables(tree, lambda table: table if len(table) == rows else _resize(table, rows))
 
 
-def repadded(params: Params, placed: Params) -> Params:
-    """Parameters whose tables have as many rows as those of `placed`, and lie where they do.
+def repadded(x: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """A parameter with as many rows as its placed shape has, and where that lies.
 
     Rows beyond are zeros, and rows too many are dropped: both are padding. All else is unchanged.
     """
-    wanted = iter([placed[name]["weight"] for name in TABLES if name in params])
-
-    def change(table: jax.Array) -> jax.Array:
-        leaf = next(wanted)
-        if table.shape == leaf.shape:
-            return table
-        return jax.jit(_resize, static_argnums=1, out_shardings=leaf.sharding)(table, leaf.shape[0])
-
-    return _tables(params, change)
+    if x.shape == leaf.shape:
+        return x
+    return jax.jit(_resize, static_argnums=1, out_shardings=leaf.sharding)(x, leaf.shape[0])
 
 
 def _resize(table: jax.Array, rows: int) -> jax.Array:

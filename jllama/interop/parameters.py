@@ -22,7 +22,7 @@ from jllama.errors import UserError
 from jllama.interop.names import NAMES, Format, file_shape, from_file, name_of
 from jllama.interop.tensors import DTYPES, ParamTensor, Tensor, cast, nbytes, same_bits
 from jllama.model.llama import Params, ParamSpec, param_specs
-from jllama.model.param import dotted
+from jllama.model.param import EachLeaf, dotted
 from jllama.parallel.sharding import of_a_layer
 from jllama.progress import Progress
 
@@ -149,6 +149,7 @@ def read_params(
     *,
     interleaved: bool,
     title: str,
+    each: EachLeaf | None = None,
 ) -> Params:
     """The parameters, in the dtypes and on the devices of `placed`; shows progress in bytes.
 
@@ -158,6 +159,7 @@ def read_params(
       placed: tree of `jax.ShapeDtypeStruct` with shardings, as `llama.placed_shapes` makes it; rows
         that a table has beyond `specs` are zeros.
       interleaved: the RoPE pairs of queries and keys lie side by side in the files.
+      each: what is kept of an array, before the next is read.
 
     Every process that holds a part of them calls it, and reads every tensor. Raises UserError for a
     value that becomes infinite in the dtype it is placed in.
@@ -167,6 +169,7 @@ def read_params(
     leaves, tree = jax.tree.flatten(placed)
     paths = list(_flat(specs).items())
     order = [tensor for path, _ in paths for tensor in found[path]]
+    keep = each or (lambda path, x: x)
     out = []
     with Progress(title, size, quiet) as progress, ThreadPoolExecutor(1) as reader:
         arrays = _ahead(reader, order)
@@ -182,7 +185,7 @@ def read_params(
                 return _put(layout(array, shape), placed, sharding, dtype, path)
 
             if not name.stacked:
-                out.append(part(leaf.sharding, spec.shape, leaf.shape))
+                out.append(keep(path, part(leaf.sharding, spec.shape, leaf.shape)))
                 continue
             stacked = _zeros(leaf.shape, leaf.dtype, leaf.sharding)
             where = of_a_layer(leaf.sharding)
@@ -190,7 +193,8 @@ def read_params(
             for layer in range(spec.shape[0]):
                 stacked = write(stacked, part(where, spec.shape[1:], leaf.shape[1:]), layer)
                 stacked.block_until_ready()  # so that no layer waits on the host beside the next
-            out.append(stacked)
+            out.append(keep(path, stacked))
+            del stacked
     return tree.unflatten(out)
 
 

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from jllama.config import FanInInit, Init, TruncatedNormalInit
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+# What is kept of a parameter that was read, given its dotted path: so the whole model need not lie
+# in memory as it is stored.
+EachLeaf = Callable[[str, jax.Array], Any]
 
 
 @flax.struct.dataclass

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jllama import storage
 from jllama.errors import StorageError, UserError
 from jllama.model import llama
-from jllama.model.param import dotted
+from jllama.model.param import EachLeaf, dotted
 from jllama.parallel.distributed import is_loss
 from jllama.train import staging
 from jllama.train.staging import Staging
@@ -156,8 +156,8 @@ def _restore_state(
 
 
 def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: Any) -> Any:
-    """Items of a checkpoint by name, each given as a tree of placed shapes."""
-    args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+    """Items of a checkpoint by name, each given as a tree of placed shapes, or of parts of one."""
+    args = {name: _restore_args(item) for name, item in items.items()}
     try:
         restored = manager.restore(step, args=ocp.args.Composite(**args))
     except Exception as e:  # Orbax raises what its storage raises
@@ -171,6 +171,8 @@ def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: An
             jax.tree.leaves(restored[name]),
             strict=True,
         ):
+            if want is ocp.PLACEHOLDER:
+                continue
             if (want.shape, want.dtype) != (got.shape, got.dtype):
                 raise UserError(
                     f"{where}: {dotted(path)} is {got.shape} {got.dtype}, and the config"
@@ -179,22 +181,51 @@ def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: An
     return restored
 
 
+def _restore_args(item: Any) -> ocp.args.CheckpointArgs:
+    if len(_present(item)) == len(jax.tree.leaves(item)):
+        return ocp.args.StandardRestore(item)
+    places = ocp.checkpoint_utils.construct_restore_args(item)
+    return ocp.args.PyTreeRestore(item, restore_args=places)
+
+
+def _present(part: Any) -> list[Any]:
+    """The leaves of a part of a tree."""
+    return [x for x in jax.tree.leaves(part) if x is not ocp.PLACEHOLDER]
+
+
 def latest_step(run: Path) -> int | None:
     """The newest complete checkpoint of a run folder; None if there is none."""
     return max(_steps(run / "checkpoints"), default=None)
 
 
-def load_params(run: Path, step: int, placed: llama.Params) -> llama.Params:
+def load_params(
+    run: Path, step: int, placed: llama.Params, each: EachLeaf | None = None
+) -> llama.Params:
     """The parameters of a step in the dtypes and on the devices of `llama.placed_shapes`.
 
     By the processes whose devices those are. Raises `UserError` when there is no such step, it is
     incomplete, or it is another model's.
+
+    Args:
+      each: what is kept of an array; they are read one by one then.
     """
     # Orbax would hold all of it on the host as well.
-    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=room_for(placed) / 1e9)
-    sharding = jax.tree.leaves(placed)[0].sharding
+    room = room_for(placed) / 1e9
+    # The one for parts of a tree takes more time over the whole of it.
+    kind = ocp.PyTreeCheckpointHandler if each else ocp.StandardCheckpointHandler
+    leaves, tree = jax.tree_util.tree_flatten_with_path(placed)
+    sharding = leaves[0][1].sharding
+    handler = kind(restore_concurrent_gb=room)
     with _open_step(run, step, sharding, trainable=handler) as (manager, where):
-        return _restore(manager, where, step, trainable=placed)["trainable"]
+        if each is None:
+            return _restore(manager, where, step, trainable=placed)["trainable"]
+        kept = []
+        for path, leaf in leaves:
+            alone = [leaf if at == path else ocp.PLACEHOLDER for at, _ in leaves]
+            part = _restore(manager, where, step, trainable=tree.unflatten(alone))["trainable"]
+            kept.append(each(dotted(path), *_present(part)))
+            del part
+        return tree.unflatten(kept)
 
 
 def load_state(run: Path, step: int, definition: StateDef) -> TrainState:

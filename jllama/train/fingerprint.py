@@ -4,6 +4,7 @@ Each leaf gives two sums, modulo 2**32, of an integer mix of (global index, bits
 The sums are order-free, so each device adds up its own part under jit and no host gathers a leaf.
 """
 
+import functools
 import hashlib
 from typing import Any
 
@@ -34,8 +35,10 @@ def _bits(x: jax.Array) -> list[jax.Array]:
     return [halves[..., 0], halves[..., 1]]
 
 
-def _leaf_sums(x: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1)
+def _leaf_sums(x: jax.Array, dtype: Any) -> jax.Array:
     """[2] uint32."""
+    x = x.astype(dtype)
     sums = []
     for salt in _SALTS:
         h = jnp.full(x.shape, salt, jnp.uint32)
@@ -48,18 +51,31 @@ def _leaf_sums(x: jax.Array) -> jax.Array:
     return jnp.stack(sums)
 
 
+class Fingerprint:
+    """`fingerprint` of a tree that is given leaf by leaf, in any order."""
+
+    def __init__(self, dtype: Any = None):
+        self._dtype, self._leaves = dtype, []
+
+    def add(self, path: str, x: jax.Array) -> None:
+        """A leaf at its dotted path; its sums alone are kept."""
+        dtype = self._dtype or x.dtype
+        self._leaves.append((f"{path} {tuple(x.shape)} {dtype}", _leaf_sums(x, dtype)))
+
+    def __str__(self) -> str:
+        """The digest."""
+        sums = jax.device_get([s for _, s in self._leaves])
+        lines = [f"{said} {s.tolist()}" for (said, _), s in zip(self._leaves, sums, strict=True)]
+        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
 def fingerprint(tree: Any, dtype: Any = None) -> str:
     """SHA-256, in hex, over the sorted leaves' paths, shapes, dtypes and sums.
 
     With a `dtype`, of what the leaves are in that: bfloat16 is the same for whatever a model's
     parameters are read as.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.jit(lambda xs: [_leaf_sums(x.astype(dtype or x.dtype)) for x in xs])(
-        [x for _, x in leaves]
-    )
-    lines = [
-        f"{dotted(path)} {tuple(x.shape)} {dtype or x.dtype} {s.tolist()}"
-        for (path, x), s in zip(leaves, jax.device_get(sums), strict=True)
-    ]
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    digest = Fingerprint(dtype)
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        digest.add(dotted(path), x)
+    return str(digest)

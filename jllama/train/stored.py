@@ -34,6 +34,7 @@ from jllama.interop.names import Format
 from jllama.interop.parameters import file_specs, match, read_params, widest_dtype
 from jllama.interop.tensors import Tensor
 from jllama.model import llama
+from jllama.model.param import EachLeaf, dotted
 from jllama.parallel import distributed
 from jllama.progress import say
 from jllama.text.tokenizer import Tokenizer, find_tokenizer
@@ -65,7 +66,8 @@ class StoredModel:
       tokenizer: None where the folder has none.
       compilation_cache: folder of what is compiled for it; empty is none.
       read: the parameters, in the dtypes and on the devices of `llama.placed_shapes`, whose
-        tables may have another padding.
+        tables may have another padding. Given an `EachLeaf` too, what that keeps of them, each
+        before the next is read.
     """
 
     format: StoredFormat
@@ -76,7 +78,7 @@ class StoredModel:
     scale_dtype: str
     tokenizer: Tokenizer | None
     compilation_cache: str
-    read: Callable[[llama.Params], llama.Params]
+    read: Callable[..., llama.Params]
 
 
 def open_model(
@@ -168,8 +170,14 @@ def _own(path: Path) -> StoredModel:
     )
 
 
-def _read_own(folder: Path, step: int, rows: int, placed: llama.Params) -> llama.Params:
-    return repadded(load_params(folder, step, with_rows(placed, rows)), placed)
+def _read_own(
+    folder: Path, step: int, rows: int, placed: llama.Params, each: EachLeaf | None = None
+) -> llama.Params:
+    there = with_rows(placed, rows)
+    if each is None:
+        return jax.tree.map(repadded, load_params(folder, step, there), placed)
+    wanted = {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(placed)}
+    return load_params(folder, step, there, lambda path, x: each(path, repadded(x, wanted[path])))
 
 
 def _foreign(
