@@ -332,6 +332,54 @@ def test_an_adapter_is_evaluated_with_its_base(base, one, tmp_path, capsys):
     assert tables[0] != tables[1]
 
 
+def test_perplexity_takes_adapters_of_the_model_before_them(base, one, other, tmp_path, capsys):
+    words = ("--data", str(base), "--lengths", "8,16", "--stride", "4", "--join")
+
+    def run(*args):
+        given = ["evaluate", "perplexity", *map(str, args), *words, "--out", str(tmp_path / "out")]
+        status = cli.main(given)
+        out, err = capsys.readouterr()
+        return status, [line.split() for line in out.splitlines()], err
+
+    status, rows, err = run(
+        "--model", f"base={base}", "--model", f"with={base}", "--adapter", one,
+        "--model", f"off={base}", "--adapter", f"{one}=0", "--adapter", f"{other}=0",
+        "--model", f"both={base}", "--adapter", f"{one}=0.5", "--adapter", other,
+        "--model", f"alone={one}",
+    )  # fmt: skip
+    assert status == 0, err
+    found = {name: figures for name, *figures in rows[1:-2]}
+    assert found["with"] == found["alone"] != found["base"] == found["off"]
+    assert found["both"] not in (found["base"], found["alone"])
+    for args, said in (
+        (("--adapter", one, "--model", base), "comes after the --model that it is for"),
+        (("--model", base, "--adapter", f"{one}=much"), "'much' is no weight"),
+        (("--model", base, "--adapter", one, "--adapter", f"{one}=0"), "is given twice"),
+        (("--model", base, "--adapter", base), "a model and no adapter"),
+    ):
+        status, _, error = run(*args)
+        assert status == 2 and said in error.splitlines()[-1]
+
+
+def test_infilling_takes_adapters(base, one, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n".join(recipes.texts(3, 5)))
+    words = ("--data", str(tmp_path / "*.txt"), "--ways=prefix", "--count=6", "--json",
+             "--max-new-tokens=8", "--length=40")  # fmt: skip
+
+    def run(*args):
+        out = tmp_path / "out.jsonl"
+        out.unlink(missing_ok=True)
+        assert cli.main(["evaluate", "infill", *map(str, args), *words, "--out", str(out)]) == 0
+        said = json.loads(capsys.readouterr().out)
+        return said["adapters"], [json.loads(x)["prefix"] for x in out.read_text().splitlines()]
+
+    with_one = run("--model", base, "--adapter", one)
+    assert with_one == ({str(one): 1.0}, run("--model", one)[1])
+    without = run("--model", base)
+    assert without[0] == {} and without[1] != with_one[1]
+    assert run("--model", base, "--adapter", f"{one}=0")[1] == without[1]
+
+
 def test_a_folder_named_by_a_number_is_one_like_any_other(base, tmp_path):
     folder = tmp_path / "13"
     assert cli.main(["convert", str(base), str(folder)]) == 0

@@ -41,7 +41,7 @@ from jllama.evaluate.perplexity import perplexity, scaled, windows
 from jllama.pretrained import Llama
 from jllama.progress import Progress
 from jllama.text.tokenizer import Tokenizer
-from jllama.train.adapters import open_adapted
+from jllama.train.adapters import from_arguments, open_adapted
 
 matplotlib.use("Agg")  # a file is all that is wanted; no display is needed
 
@@ -49,7 +49,7 @@ from matplotlib import pyplot
 
 
 class _Given(argparse.Action):
-    """--model and --rope, in their order: scalings are those of the models before them."""
+    """--model, --adapter and --rope, in their order: the latter are of the models before them."""
 
     def __call__(self, parser, namespace, value, option=None):
         getattr(namespace, self.dest).append((option, value))
@@ -65,6 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="[NAME=]PATH",
         help="a run, a step of it, or a model's folder; several may be given, with names",
+    )
+    add(
+        "--adapter",
+        action=_Given,
+        dest="given",
+        default=argparse.SUPPRESS,
+        metavar="PATH[=WEIGHT]",
+        help="over the --model before it: a LoRA run or a folder of PEFT's; several add up",
     )
     add(
         "--rope",
@@ -110,14 +118,16 @@ def run(args: argparse.Namespace) -> None:
     models, out = _models(args.given), storage.path(args.out)
     storage.make_folder(out)  # or say that it cannot be
     trained = {}
-    for name, path, ropes in models:  # what is wrong with one, before minutes of work on another
-        config = open_adapted(storage.path(path))[0].config
+    for name, path, ropes, adapters in models:  # what is wrong, before minutes of work on another
+        given = {adapter: storage.path(adapter) for adapter in adapters} or None
+        config = open_adapted(storage.path(path), given)[0].config
         trained[name] = config.max_length
         for rope in ropes:
             scaled(config, rope, lengths[-1])
     points, ids = [], None
-    for name, path, ropes in models:
-        model = jllama.load(path, dtype=args.dtype)
+    for name, path, ropes, adapters in models:
+        given = {adapter: adapter for adapter in adapters} or None
+        model = jllama.load(path, dtype=args.dtype, adapter=given)
         texts = _encoded(model, path, _read(args.data))
         found = windows(texts, lengths[-1], stride, args.windows, args.join)
         if ids is not None and not np.array_equal(ids, found):
@@ -126,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
                 " token of several are not to be compared; evaluate it on its own"
             )
         ids = found
-        points += _measure(name, model, ids, lengths, stride, ropes)
+        points += _measure(name, model, ids, lengths, stride, ropes, adapters)
     _print(points, lengths)
     _write(out, points, trained)
 
@@ -141,15 +151,22 @@ def _lengths(text: str) -> list[int]:
     return lengths
 
 
-def _models(given: list[tuple[str, str]]) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(name, path, scalings) of each --model."""
+def _models(
+    given: list[tuple[str, str]],
+) -> list[tuple[str, str, tuple[str, ...], dict[str, float]]]:
+    """(name, path, scalings, weights of adapters) of each --model."""
     models: list[list] = []
     for option, value in given:
         if option == "--model":
             name, equals, path = value.partition("=")
             if not equals or "/" in name:
                 name, path = storage.path(value).name, value
-            models.append([name, path, None])
+            models.append([name, path, None, []])
+            continue
+        if option == "--adapter":
+            if not models:
+                raise UserError(f"--adapter {value}: comes after the --model that it is for")
+            models[-1][3].append(value)
             continue
         without = [model for model in models if model[2] is None]
         if not without:
@@ -158,11 +175,14 @@ def _models(given: list[tuple[str, str]]) -> list[tuple[str, str, tuple[str, ...
             model[2] = tuple(value.split(","))
     if not models:
         raise UserError("--model PATH: which model? a run, a step of it, or a model's folder")
-    names = [name for name, _, _ in models]
+    names = [name for name, *_ in models]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--model: two are called {name!r}; name them: --model NAME=PATH")
-    return [(name, path, ropes or ("model",)) for name, path, ropes in models]
+    return [
+        (name, path, ropes or ("model",), from_arguments(adapters))
+        for name, path, ropes, adapters in models
+    ]
 
 
 def _read(data: str) -> Iterator[str]:
@@ -203,13 +223,15 @@ def _encoded(model: Llama, path: str, documents: Iterable[str]) -> Iterator[np.n
         yield np.array(ids, np.int32)
 
 
-def _measure(name, model, ids, lengths, stride, ropes) -> list[Point]:
+def _measure(name, model, ids, lengths, stride, ropes, adapters) -> list[Point]:
     points = []
     total = len(ids) * sum(lengths) * len(ropes)
     with Progress(f"perplexity of {name}", total, unit=" tokens") as progress:
         for rope in ropes:
             for length in lengths:
-                found = perplexity(model, ids, length, stride, rope, progress.advance)
+                found = perplexity(
+                    model, ids, length, stride, rope, progress.advance, adapters or None
+                )
                 points.append(Point(name, rope, length, stride, len(ids), found))
     return points
 

@@ -30,7 +30,7 @@ from jllama.config import (
 from jllama.errors import UserError
 from jllama.model import llama
 from jllama.model.rope import Turns, turns
-from jllama.pretrained import Llama
+from jllama.pretrained import Llama, Mixture
 from jllama.train.cross_entropy import cross_entropy
 
 # Tokens of a batch of windows, where a single one is not longer.
@@ -84,6 +84,7 @@ def perplexity(
     stride: int,
     rope: str = "model",
     advance: Callable[[int], None] = lambda tokens: None,
+    adapter: Mixture = None,
 ) -> float:
     """Mean perplexity of the last `stride` tokens of windows, each behind the `length` before it.
 
@@ -95,6 +96,7 @@ def perplexity(
         length may be above the model's `max_length`.
       rope: a scaling in place of the model's own; see `scaled`.
       advance: is told how many more tokens were read.
+      adapter: which of those loaded over the model; see `Llama`.
 
     Returns:
       exp of the mean negative log-likelihood per token.
@@ -112,7 +114,7 @@ def perplexity(
     plain = dataclasses.replace(model.config, rope=NoRopeScaling(kind="none"), rope_theta=1e4)
     rows = windows[:, -length - 1 :]
     batch = max(1, min(len(rows), BATCH_TOKENS // length))
-    total, overlay = 0.0, model.overlay()
+    total, overlay = 0.0, model.overlay(adapter)
     for start in range(0, len(rows), batch):
         some = rows[start : start + batch]
         weights = (np.arange(batch) < len(some)).astype(np.float32)

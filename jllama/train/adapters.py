@@ -5,7 +5,7 @@ base.json, which says what it is an overlay of; PEFT's have adapter_config.json.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -101,6 +101,24 @@ class Adapter:
                 f"{self.path}: was trained over other parameters than these, of the same shapes:"
                 f" over {self.base} as it was then; give that as the base"
             )
+
+
+def from_arguments(given: Sequence[str]) -> dict[str, float]:
+    """The weight of each path of `--adapter PATH[=WEIGHT]`, 1 unless said.
+
+    Raises UserError for what is no weight, and a path that is given twice.
+    """
+    weights: dict[str, float] = {}
+    for text in given:
+        path, equals, weight = text.rpartition("=")
+        try:
+            path, number = (path, float(weight)) if equals else (text, 1.0)
+        except ValueError:
+            raise UserError(f"--adapter {text}: {weight!r} is no weight") from None
+        if path in weights:
+            raise UserError(f"--adapter {path}: is given twice; weigh it once")
+        weights[path] = number
+    return weights
 
 
 def is_adapter(path: Path) -> bool:
