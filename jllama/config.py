@@ -627,6 +627,11 @@ class LoraConfig:
         " compute.dtype",
         "none",
     )
+    base: str = _default(
+        "where training.init_from is an adapter, which is trained on: its base; empty is where the"
+        " adapter says",
+        "",
+    )
 
 
 Adapt = Annotated[NoAdapter | LoraConfig, Field(discriminator="kind")]
@@ -709,7 +714,7 @@ class TrainingConfig:
     accumulate: PositiveInt = _default("microbatches a step is split into", 1)
     init_from: str = _default(
         "begin from these parameters: a run, one of its steps, or a model's folder in any format;"
-        " empty is from fresh ones",
+        " or with adapt.kind=lora from this adapter; empty is from fresh ones",
         "",
     )
     z_loss: Nonnegative = _default("weight of log(Z)^2 in the loss", 0.0)

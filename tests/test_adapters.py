@@ -28,6 +28,7 @@ from jllama.train.stored import open_model
 
 TOKENS = tiny.tokens(2, 20, vocab_size=300)
 FASTER = "training.schedule.peak=0.03"
+STILL = "training.schedule.peak=1e-30"  # a run that changes nothing shows what it began from
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,13 @@ def logits(*args, **kwargs):
     return np.asarray(jllama.load(*args, **kwargs).logits(TOKENS))
 
 
+def digest(folder):
+    """Of the state at the end."""
+    config = configs.load(folder / "config.yaml")
+    placement = Placement(make_mesh(config.mesh), config.sharding)
+    return fingerprint(load_state(folder, 10, define_state(config, placement)))
+
+
 def size(folder):
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
@@ -104,11 +112,6 @@ def test_a_checkpoint_holds_the_overlay_and_its_optimizer_alone(one):
 
 
 def test_it_resumes_bit_for_bit(base, one):
-    def digest(folder):
-        config = configs.load(folder / "config.yaml")
-        placement = Placement(make_mesh(config.mesh), config.sharding)
-        return fingerprint(load_state(folder, 10, define_state(config, placement)))
-
     stopped = train(recipe(base, "run.name=again", "run.stop_after=6"))
     assert stopped.steps == 6
     again = train(recipe(base, "run.name=again"))
@@ -390,3 +393,84 @@ def test_an_adapter_is_no_gguf_and_an_empty_name_no_adapter(base, one, tmp_path,
     assert cli.main(["convert", str(one), str(tmp_path / "x.gguf")]) == 2
     assert cli.main(["convert", str(base), str(tmp_path / "x"), "--adapter", ""]) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_is_trained_on_and_the_run_resumes_without_it(base, adapted, one, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(one, moved)
+    further = adapted("further", f"training.init_from={moved}")
+    assert (further / "base.json").read_text() == (one / "base.json").read_text()
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").open() if '"loss"' in line]
+        for run in (one, further)
+    ]
+    assert losses[1][0] < losses[0][0] - 0.05
+    assert tiny.relative_error(logits(further), logits(one)) > 1e-3
+    adapted("again-further", f"training.init_from={moved}", "run.stop_after=6")
+    shutil.rmtree(moved)  # the checkpoint has what was taken from it
+    with pytest.raises(UserError, match="moved: no such folder"):
+        adapted("again-further", f"training.init_from={moved}")
+    assert digest(adapted("again-further", f"training.init_from={base}")) == digest(further)
+
+
+def test_every_kind_of_adapter_is_trained_on(adapted):
+    kind = (
+        "adapt.dora=true", "adapt.full=[head,'*norm']", "adapt.targets=[q,up]",
+        "adapt.overrides=[{match: q, rank: 2, layers: [1]}]", "adapt.quantize=nf4",
+        "compute.param_dtype=bfloat16", "training.steps=2",
+    )  # fmt: skip
+    first = adapted("kind", *kind)
+    again = adapted("kind-still", *kind, f"training.init_from={first}", STILL)
+    np.testing.assert_array_equal(logits(again), logits(first))
+
+
+def test_pefts_adapters_are_trained_on(base, adapted, other, tmp_path):
+    peft = tmp_path / "peft"
+    assert cli.main(["convert", str(other), str(peft)]) == 0
+    said = json.loads((peft / "adapter_config.json").read_text())
+    text = json.dumps(said | {"base_model_name_or_path": "somebody/else"})
+    (peft / "adapter_config.json").write_text(text)
+    alike = (
+        "adapt.dora=true", "adapt.targets=[q,v,down]", "adapt.rank=2", STILL, "training.steps=2",
+    )  # fmt: skip
+    on = f"training.init_from={peft}"
+    with pytest.raises(UserError, match=r"adapter of somebody/else.* adapt\.base of a recipe"):
+        adapted("of-peft", *alike, on)
+    run = adapted("of-peft", *alike, on, f"adapt.base={base}")
+    np.testing.assert_array_equal(logits(run), logits(other))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("adapt.rank=8",), r"k has rank 4, scale 2 there, has rank 8, scale 1 here; say the same"),
+        (("adapt.alpha=4",), r"k has rank 4, scale 2 there, has rank 4, scale 1 here"),
+        (("adapt.targets=[q]",), r"k has rank 4, scale 2 there, is frozen here"),
+        (("adapt.full=[head]",), r"head\.weight is frozen there, is trained whole here"),
+        (("adapt.dora=true",), r"scale 2 there, has rank 4, scale 2, norms \(dora\) here"),
+        (("adapt.kind=none",), r"adapt\.kind=lora trains it on; to train all parameters, begin"),
+        (("model.num_layers=1",), r"its parameters are not the recipe's model: model\.num_layers"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, tuple) else "",
+)
+def test_an_adapter_that_is_another_than_the_recipe_says_is_one_line(base, one, more, said):
+    wanted = configs.load(
+        base.parent.parent / "recipe.yaml",
+        [f"training.init_from={one}", "run.name=refused", *more]
+        if more == ("adapt.kind=none",)
+        else ["adapt={kind: lora, rank: 4, alpha: 8}", f"training.init_from={one}",
+              "run.name=refused", *more],
+    )  # fmt: skip
+    with pytest.raises(UserError, match=said):
+        train(wanted)
+    assert not (base.parent / "refused" / "checkpoints").exists()
+
+
+def test_an_adapter_is_trained_on_over_its_own_base_alone(base, one):
+    on = ("run.name=refused2", f"training.init_from={one}")
+    with pytest.raises(UserError, match="was trained over other parameters than these"):
+        train(recipe(base, *on, f"adapt.base={base / 'checkpoints' / '8'}"))
+    with pytest.raises(UserError, match=r"is no adapter, and adapt\.base is for one"):
+        train(recipe(base, f"adapt.base={base}"))
+    with pytest.raises(UserError, match=r"model\.vocab_multiple is 64, there 1"):
+        train(recipe(base, *on, "model.vocab_multiple=64"))

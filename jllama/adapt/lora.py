@@ -146,6 +146,24 @@ def whole_leaves(overlay: Overlay, path: Path = ()) -> Iterator[tuple[Path, Any]
             yield from whole_leaves(below, (*path, key))
 
 
+def layout(config: ModelConfig, lora: LoraConfig) -> dict[str, str]:
+    """What an overlay has of each parameter, in words, by path: two are alike where all of it is.
+
+    Ranks and scales are of the layers in their order, once where they are the same in all.
+    """
+    specs = overlay_specs(config, ComputeConfig(dtype="float32"), lora)
+    found = {".".join(path): "is trained whole" for path, _ in whole_leaves(specs)}
+    for keys, factors in matrices(specs):
+        path = ".".join(keys)
+        settings = ranks_and_scales(path, lora, config.num_layers)
+        ranks, scales = (
+            ", ".join(f"{n:g}" for n in (some[:1] if len(set(some)) == 1 else some))
+            for some in zip(*settings, strict=True)
+        )
+        found[path] = f"has rank {ranks}, scale {scales}{', norms (dora)' * ('m' in factors)}"
+    return found
+
+
 def train_flops_per_token(config: ModelConfig, adapt: Adapt, length: int) -> float:
     """`jllama.flops.train_flops_per_token` of what a recipe trains."""
     if not isinstance(adapt, LoraConfig):

@@ -63,6 +63,12 @@ class Adapter:
         trained = self._stored is not None and self._stored.run is not None
         return self._stored.compute.dtype if trained else None
 
+    def lora(self, config: ModelConfig) -> LoraConfig:
+        """What it trains of the model. Raises UserError where it is another model's."""
+        if self._stored is not None:
+            return self._stored.adapt
+        return peft.read_lora(self.path, config.unpadded)
+
     def over(self, base: ModelConfig) -> ModelConfig:
         """The base as it was computed, and its tables padded, while the adapter was trained."""
         if self._stored is None:
@@ -170,7 +176,7 @@ def base_path(adapter: Adapter, given: str | None = None) -> Path:
     raise UserError(
         f"{adapter.path}: is an adapter of {adapter.base or 'a model that it does not name'}, which"
         " is not a folder here; say where that is (load(BASE, adapter=...), --model BASE"
-        " --adapter ..., convert --base BASE)"
+        " --adapter ..., convert --base BASE, adapt.base of a recipe)"
     )
 
 

@@ -27,6 +27,7 @@ from jllama.progress import say
 from jllama.train import folder as run_folder
 from jllama.train.checkpoint import Checkpoints, latest_step
 from jllama.train.fingerprint import fingerprint
+from jllama.train.initial import open_initial
 from jllama.train.loss import causal_lm_loss
 from jllama.train.metrics import Metrics, NoMetrics
 from jllama.train.metrics import read as metrics_of
@@ -41,7 +42,6 @@ from jllama.train.state import (
     start_from,
 )
 from jllama.train.step import make_eval_step, make_train_step
-from jllama.train.stored import initial_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +96,8 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     definition = together(lambda: define_state(config, placement))
     adapts = isinstance(config.adapt, LoraConfig)  # its base is no part of a checkpoint
     begins = together(lambda: adapts or not latest_step(folder))
-    initial = together(lambda: initial_model(config) if begins else None)
-    known = initial.tokenizer if initial else None
+    initial = together(lambda: open_initial(config) if begins else None)
+    known = initial.model.tokenizer if initial else None
     # The leader makes what is missing while the others wait; they find it, or make their own
     # where prepared data is not on shared storage.
     data = together(lambda: run_folder.begin(config, folder, stack, known) if leader else None)
@@ -110,20 +110,25 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     if leader:
         say(_opening(config, placement, definition, folder, start))
     base = frozen = ()
+    given = None  # what the training goes on from
     if adapts:
-        base = initial.read(base_shapes(config, placement))
+        base = initial.model.read(base_shapes(config, placement))
         digest = fingerprint(base, "bfloat16")
-        where = str(storage.absolute(initial.place))
+        where = str(storage.absolute(initial.model.place))
         together(lambda: run_folder.note_base(folder, where, digest) if leader else None)
+        if initial.adapter and not start:
+            _, given = initial.adapter.read(config.model, placement, base)
         base = freeze(config, base)
         frozen = without_whole(base, definition.shapes.trainable)
+    elif initial and not start:
+        given = initial.model.read(definition.placed.trainable)
     if start:
         state = checkpoints.restore(start, definition)
-    elif initial and not adapts:
-        state = start_from(definition, initial.read(definition.placed.trainable))
+    elif given is not None:
+        state = start_from(definition, given)
     else:
         state = init_state(definition, config.run.seed, base)
-    del base
+    del base, given
     steps, every = config.training.steps, config.run.log_every
     metrics = Metrics(folder, start, steps, every) if leader else NoMetrics()
     stack.callback(metrics.close)

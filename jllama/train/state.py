@@ -180,7 +180,11 @@ def init_state(definition: StateDef, seed: int, base: Any = ()) -> TrainState:
     return init(base, jax.random.key(seed))
 
 
-def start_from(definition: StateDef, params: llama.Params) -> TrainState:
-    """The state at step 0 with these parameters, which are donated."""
-    start = jax.jit(definition.start, donate_argnums=0, out_shardings=definition.shardings)
-    return start(params)
+def start_from(definition: StateDef, params: Any) -> TrainState:
+    """The state at step 0 with these parameters, or this overlay, which are donated."""
+
+    def start(params: Any) -> TrainState:
+        wanted = definition.shapes.trainable
+        return definition.start(jax.tree.map(lambda x, s: x.astype(s.dtype), params, wanted))
+
+    return jax.jit(start, donate_argnums=0, out_shardings=definition.shardings)(params)

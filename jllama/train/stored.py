@@ -22,7 +22,6 @@ from jllama.adapt.vocab import repadded, with_rows
 from jllama.config import (
     AutoAttention,
     ComputeConfig,
-    Config,
     LoraConfig,
     ModelConfig,
     RunConfig,
@@ -34,7 +33,6 @@ from jllama.interop.names import Format
 from jllama.interop.parameters import file_specs, match, read_params, widest_dtype
 from jllama.interop.tensors import Tensor
 from jllama.model import llama
-from jllama.parallel import distributed
 from jllama.progress import say
 from jllama.text.tokenizer import Tokenizer, find_tokenizer
 from jllama.train.checkpoint import Checkpoints, latest_step, load_params, room_for
@@ -232,32 +230,6 @@ def own_folder(folder: Path) -> contextlib.AbstractContextManager[Path]:
     outputs.check_absent(folder)
     remote = storage.is_remote(folder)
     return contextlib.nullcontext(folder) if remote else outputs.new_folder(folder, RECIPE)
-
-
-def initial_model(config: Config) -> StoredModel | None:
-    """The model that the recipe's parameters begin from; says on stderr where it is another.
-
-    Raises UserError when it has other shapes than the recipe's.
-    """
-    if not config.training.init_from:
-        return None
-    where = config.training.init_from
-    try:
-        stored = open_model(storage.path(where), model=config.model)
-    except UserError as e:
-        raise type(e)(f"training.init_from: {e}") from None
-    # Padding of the tables is added or dropped where they are read.
-    padded = dataclasses.replace(stored.config, vocab_multiple=config.model.vocab_multiple)
-    fatal, said = differences(padded, config.model)
-    if fatal:
-        raise UserError(
-            f"training.init_from={where}: its parameters are not the recipe's model: "
-            + "; ".join(said)
-        )
-    if distributed.leader():
-        for line in said:
-            say(f"note: training.init_from={where}: {line}")
-    return stored
 
 
 def differences(there: ModelConfig, here: ModelConfig) -> tuple[bool, list[str]]:

@@ -21,8 +21,9 @@ from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train import checkpoint
+from jllama.train.initial import open_initial
 from jllama.train.loop import train
-from jllama.train.stored import initial_model, open_model, write_model
+from jllama.train.stored import open_model, write_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 MODEL = tiny.config(vocab_size=320, num_layers=2, num_kv_heads=2, max_length=48)
@@ -131,7 +132,7 @@ def test_meta_folders_may_have_another_rope_and_epsilon_too(tmp_path, text, caps
     config = recipes.load(text, [f"training.init_from={tmp_path / 'meta'}", *file])
     there = open_model(FIXTURES / "hf-llama3").config
     wanted = dataclasses.replace(there, rope_theta=1e6, rms_norm_eps=1e-4)
-    stored = initial_model(dataclasses.replace(config, model=wanted))
+    stored = open_initial(dataclasses.replace(config, model=wanted)).model
     assert stored.config.rope_theta == params["rope_theta"]
     assert stored.config.rms_norm_eps == params["norm_eps"]
     said = capsys.readouterr().err
@@ -139,7 +140,7 @@ def test_meta_folders_may_have_another_rope_and_epsilon_too(tmp_path, text, caps
     assert f"model.rms_norm_eps is 0.0001, there {params['norm_eps']}" in said
     with pytest.raises(UserError, match="ffn_dim is"):
         wider = dataclasses.replace(wanted, ffn_dim=2 * wanted.ffn_dim)
-        initial_model(dataclasses.replace(config, model=wider))
+        open_initial(dataclasses.replace(config, model=wider))
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 1}, {"fsdp": 4, "tensor": 2}], ids=str)
