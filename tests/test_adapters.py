@@ -16,6 +16,7 @@ import tiny
 import jllama
 from jllama import cli
 from jllama import recipe as configs
+from jllama.adapt import lora
 from jllama.config import MeshConfig
 from jllama.errors import UserError
 from jllama.parallel.mesh import make_mesh
@@ -434,7 +435,7 @@ def test_pefts_adapters_are_trained_on(base, adapted, other, tmp_path):
         "adapt.dora=true", "adapt.targets=[q,v,down]", "adapt.rank=2", STILL, "training.steps=2",
     )  # fmt: skip
     on = f"training.init_from={peft}"
-    with pytest.raises(UserError, match=r"adapter of somebody/else.* adapt\.base of a recipe"):
+    with pytest.raises(UserError, match=r"adapter of somebody/else.* adapt\.base in a recipe"):
         adapted("of-peft", *alike, on)
     run = adapted("of-peft", *alike, on, f"adapt.base={base}")
     np.testing.assert_array_equal(logits(run), logits(other))
@@ -443,11 +444,11 @@ def test_pefts_adapters_are_trained_on(base, adapted, other, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("adapt.rank=8",), r"k has rank 4, scale 2 there, has rank 8, scale 1 here; say the same"),
-        (("adapt.alpha=4",), r"k has rank 4, scale 2 there, has rank 4, scale 1 here"),
-        (("adapt.targets=[q]",), r"k has rank 4, scale 2 there, is frozen here"),
+        (("adapt.rank=8",), r"k has rank 4, alpha 8 there, has rank 8, alpha 8 here; say the same"),
+        (("adapt.alpha=4",), r"k has rank 4, alpha 8 there, has rank 4, alpha 4 here"),
+        (("adapt.targets=[q]",), r"k has rank 4, alpha 8 there, is frozen here"),
         (("adapt.full=[head]",), r"head\.weight is frozen there, is trained whole here"),
-        (("adapt.dora=true",), r"scale 2 there, has rank 4, scale 2, norms \(dora\) here"),
+        (("adapt.dora=true",), r"alpha 8 there, has rank 4, alpha 8, dora here"),
         (("adapt.kind=none",), r"adapt\.kind=lora trains it on; to train all parameters, begin"),
         (("model.num_layers=1",), r"its parameters are not the recipe's model: model\.num_layers"),
     ],
@@ -474,3 +475,38 @@ def test_an_adapter_is_trained_on_over_its_own_base_alone(base, one):
         train(recipe(base, f"adapt.base={base}"))
     with pytest.raises(UserError, match=r"model\.vocab_multiple is 64, there 1"):
         train(recipe(base, *on, "model.vocab_multiple=64"))
+
+
+def test_info_counts_the_overlay_and_not_full_training(base, adapted, one, other, tmp_path, capsys):
+    def info(*args):
+        status = cli.main(["info", *map(str, args)])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    model = configs.load(base / "config.yaml").model
+    overlay = configs.load(one / "config.yaml").adapt
+    status, out, err = info(one)
+    assert status == 0, err
+    assert f"adapter over                        {base / 'checkpoints' / '10'}\n" in out
+    assert "trained over them                   6,144 (8.48%)\n" in out
+    assert "rank 4, alpha 8 " in out and "layers.attention.k, layers.attention.o" in out
+    figures = json.loads(info(one, "--json")[1])
+    assert figures["parameters"] == json.loads(info(base, "--json")[1])["parameters"]
+    assert figures["train_flops_per_token"] == lora.train_flops_per_token(model, overlay, 24)
+    assert figures["adapt"]["rank"] == 4 and figures["length"] == 24
+    # As exported, to PEFT's format and ours; which has no rows of its own.
+    there, ours = tmp_path / "peft", tmp_path / "ours"
+    for target, more in ((there, ()), (ours, ("--to", "jllama"))):
+        assert cli.main(["convert", str(other), str(target), *more]) == 0
+        capsys.readouterr()
+    wanted = json.loads(info(other, "--json", "--length", "48")[1])
+    for folder in (there, ours, other / "checkpoints" / "10"):
+        figures = json.loads(info(folder, "--json")[1])
+        same = ("parameters", "trained_parameters", "train_flops_per_token", "adapted", "base")
+        assert {key: figures[key] for key in same} == {key: wanted[key] for key in same}
+    said = json.loads((there / "adapter_config.json").read_text())
+    text = json.dumps(said | {"base_model_name_or_path": "somebody/else"})
+    (there / "adapter_config.json").write_text(text)
+    assert info(there)[0] == 2 and info(there, "--base", base)[0] == 0
+    status, _, err = info(one, "--base", base)
+    assert status == 2 and "--base is for an adapter of PEFT's" in err

@@ -149,19 +149,26 @@ def whole_leaves(overlay: Overlay, path: Path = ()) -> Iterator[tuple[Path, Any]
 def layout(config: ModelConfig, lora: LoraConfig) -> dict[str, str]:
     """What an overlay has of each parameter, in words, by path: two are alike where all of it is.
 
-    Ranks and scales are of the layers in their order, once where they are the same in all.
+    Ranks and alphas are of the layers in their order, once where they are the same in all.
     """
     specs = overlay_specs(config, ComputeConfig(dtype="float32"), lora)
     found = {".".join(path): "is trained whole" for path, _ in whole_leaves(specs)}
-    for keys, factors in matrices(specs):
+    for keys, _ in matrices(specs):
         path = ".".join(keys)
-        settings = ranks_and_scales(path, lora, config.num_layers)
-        ranks, scales = (
+        settings = ranks_and_alphas(path, lora, config.num_layers)
+        ranks, alphas = (
             ", ".join(f"{n:g}" for n in (some[:1] if len(set(some)) == 1 else some))
             for some in zip(*settings, strict=True)
         )
-        found[path] = f"has rank {ranks}, scale {scales}{', norms (dora)' * ('m' in factors)}"
+        more = [f", {key}" for key in ("rslora", "dora") if getattr(lora, key)]
+        found[path] = f"has rank {ranks}, alpha {alphas}{''.join(more)}"
     return found
+
+
+def parameter_count(config: ModelConfig, lora: LoraConfig) -> int:
+    """What is trained, without padding of the vocabulary."""
+    specs = overlay_specs(config.unpadded, ComputeConfig(dtype="float32"), lora)
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs))
 
 
 def train_flops_per_token(config: ModelConfig, adapt: Adapt, length: int) -> float:

@@ -176,7 +176,7 @@ def base_path(adapter: Adapter, given: str | None = None) -> Path:
     raise UserError(
         f"{adapter.path}: is an adapter of {adapter.base or 'a model that it does not name'}, which"
         " is not a folder here; say where that is (load(BASE, adapter=...), --model BASE"
-        " --adapter ..., convert --base BASE, adapt.base of a recipe)"
+        " --adapter ..., convert or info --base BASE, adapt.base in a recipe)"
     )
 
 
