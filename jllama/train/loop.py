@@ -15,7 +15,7 @@ import jax
 
 from jllama import storage
 from jllama.adapt.lora import train_flops_per_token, without_whole
-from jllama.config import Config, LoraConfig
+from jllama.config import Config, LoraConfig, ReplyObjective
 from jllama.data.dataset import eval_batches
 from jllama.data.pack import CutRows
 from jllama.flops import parameter_count
@@ -54,7 +54,8 @@ class Result:
       stopped: whether a signal ended it early, in this process or in another.
       tokens, seconds: predicted tokens and training time of all steps, the first one's compilation
         included; tokens_per_second is the median step's.
-      eval: held-out loss (nats per token) and bits_per_byte; None unless done and held out.
+      eval: held-out loss (nats per token) and, but of replies, bits_per_byte; None unless done and
+        held out.
     """
 
     folder: Path
@@ -299,7 +300,10 @@ class _Run:
         )
 
     def evaluate(self, state: Any, max_rows: int, stride: int = 0) -> dict[str, float] | None:
-        """Loss over all held-out sources, in nats per token, and their bits per byte of text."""
+        """Loss over all held-out sources, in nats per token, and their bits per byte of text.
+
+        No bits per byte where prompts are not predicted: bytes are counted of whole texts.
+        """
         nll = weight = bits = size = 0.0
         for name, prepared in self.data.held_out.items():
             rows = self.data.held_out_rows[name]
@@ -318,7 +322,10 @@ class _Run:
             predicted = prepared.tokens - prepared.documents
             bits += here[0] / here[1] / math.log(2) * predicted
             size += prepared.bytes
-        return {"loss": nll / weight, "bits_per_byte": bits / size} if weight else None
+        if not weight:
+            return None
+        replies = isinstance(self.config.data.objective, ReplyObjective)
+        return {"loss": nll / weight} | ({} if replies else {"bits_per_byte": bits / size})
 
 
 @contextlib.contextmanager
