@@ -10,7 +10,9 @@ import jllama
 from jllama import recipe as configs
 from jllama.train import loop
 
-PROMPTS = [(f"say {n} again:", f" {n} and {n}, as one more of {99 * n} words") for n in range(10, 40)]
+PROMPTS = [
+    (f"say {n} again:", f" {n} and {n}, as one more of {99 * n} words") for n in range(10, 40)
+]
 
 
 @pytest.fixture(scope="module")
