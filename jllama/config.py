@@ -587,7 +587,7 @@ class LoraOverride:
 
     match: str = _doc("a target by name or path, with * and ?: down, layers.attention.*")
     layers: tuple[Count, ...] | None = _default("in these layers, from 0; null is all", None)
-    rank: PositiveInt | None = _default("rank there; null leaves it", None)
+    rank: Count | None = _default("rank there, 0 for no overlay; null leaves it", None)
     alpha: PositiveFloat | None = _default("alpha there; null leaves it", None)
 
     def __post_init__(self):
@@ -626,6 +626,9 @@ class LoraConfig:
         "the frozen matrices of the blocks are kept in this (QLoRA, arXiv:2305.14314); none is"
         " compute.dtype",
         "none",
+    )
+    learning_rate_ratio: PositiveFloat = _default(
+        "the learning rate of every b over that of all else (LoRA+, arXiv:2402.12354)", 1.0
     )
     base: str = _default(
         "where training.init_from is an adapter, which is trained on: its base; empty is where the"

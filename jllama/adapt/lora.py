@@ -83,7 +83,11 @@ def _matches(path: str, pattern: str) -> bool:
 
 def _factors(path: str, spec: ParamSpec, lora: LoraConfig) -> dict[str, ParamSpec]:
     (L, *shape), (stack, *axes), cut = spec.shape, spec.axes, spec.inputs
-    R = max(rank for rank, _ in ranks_and_scales(path, lora, L))
+    ranks = [rank for rank, _ in ranks_and_scales(path, lora, L)]
+    R = max(ranks)
+    if not R or (lora.dora and not min(ranks)):
+        why = "with dora, whose norms are trained in all" if R else "in every layer"
+        raise UserError(f"adapt.overrides: {path} has rank 0 {why}; take it out of adapt.targets")
     most = int(min(np.prod(shape[:cut]), np.prod(shape[cut:])))
     if most < R:
         raise UserError(
@@ -109,7 +113,7 @@ def ranks_and_scales(path: str, lora: LoraConfig, layers: int) -> list[tuple[int
     Where a layer's rank is below the matrix's R, the rest of its factors is zero and stays so.
     """
     return [
-        (rank, alpha / (rank**0.5 if lora.rslora else rank))
+        (rank, alpha / (rank**0.5 if lora.rslora else rank) if rank else 0.0)
         for rank, alpha in ranks_and_alphas(path, lora, layers)
     ]
 
@@ -121,7 +125,8 @@ def ranks_and_alphas(path: str, lora: LoraConfig, layers: int) -> list[tuple[int
         rank, alpha = lora.rank, lora.alpha
         for o in lora.overrides:
             if _matches(path, o.match) and (o.layers is None or layer in o.layers):
-                rank, alpha = o.rank or rank, o.alpha or alpha
+                rank = rank if o.rank is None else o.rank
+                alpha = o.alpha or alpha
         return rank, alpha
 
     return [one(layer) for layer in range(layers)]
@@ -166,9 +171,15 @@ def layout(config: ModelConfig, lora: LoraConfig) -> dict[str, str]:
 
 
 def parameter_count(config: ModelConfig, lora: LoraConfig) -> int:
-    """What is trained, without padding of the vocabulary."""
+    """What is trained, without padding of the vocabulary and of lower ranks."""
     specs = overlay_specs(config.unpadded, ComputeConfig(dtype="float32"), lora)
-    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs))
+    unused = 0
+    for path, f in matrices(specs):
+        L, R = f["a"].shape[0], f["a"].shape[-1]
+        ranks = [rank for rank, _ in ranks_and_scales(".".join(path), lora, L)]
+        one = sum(math.prod(f[name].shape) for name in ("a", "b")) // (L * R)
+        unused += one * (L * R - sum(ranks))
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs)) - unused
 
 
 def train_flops_per_token(config: ModelConfig, adapt: Adapt, length: int) -> float:

@@ -202,8 +202,9 @@ def _overrides(
     low: Mapping[str, Sequence[Module]], found: Plan, config: PeftConfig, layers: int
 ) -> Iterator[LoraOverride]:
     for owner, some in low.items():
-        # Where there is nothing, rank and alpha are those of the first layer that has some.
-        settings = dict.fromkeys(range(layers), found.low[some[0]])
+        rank, alpha = found.low[some[0]]
+        # Where there is nothing the rank is 0; with norms, which all layers have, that of others.
+        settings = dict.fromkeys(range(layers), (rank if config.use_dora else 0, alpha))
         settings |= {module.layer: found.low[module] for module in some}
         for rank, alpha in dict.fromkeys(settings.values()):
             if (rank, alpha) == (config.r, config.lora_alpha):

@@ -80,6 +80,9 @@ def define_state(config: Config, placement: Placement) -> StateDef:
             return llama.init_params(config.model, config.compute, key)
 
     optimizer = make_optimizer(config.training.optimizer, specs)
+    ratio = getattr(config.adapt, "learning_rate_ratio", 1.0)
+    if ratio != 1.0:
+        optimizer = optax.chain(optimizer, _faster_b(ratio))
 
     def start(trainable: Any) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
@@ -93,6 +96,15 @@ def define_state(config: Config, placement: Placement) -> StateDef:
     opt_shardings = _like_parameters(shapes.opt_state, specs, shardings, placement)
     placed = TrainState(placement.replicated(), shardings, opt_shardings)
     return StateDef(init, start, optimizer, shapes, placed, frozen)
+
+
+def _faster_b(ratio: float) -> optax.GradientTransformation:
+    """Directions of an overlay, those of each `b` times the ratio (arXiv:2402.12354)."""
+
+    def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x * ratio if path[-1].key == "b" else x
+
+    return optax.stateless(lambda xs, _: jax.tree_util.tree_map_with_path(one, xs))
 
 
 def base_shapes(config: Config, placement: Placement) -> llama.Params:
