@@ -325,6 +325,14 @@ def test_a_model_may_be_another_with_changes(recipe, tmp_path):
             ["model.rope={kind: yarn, factor: 64, original_length: 16, beta_fast: 1}"],
             r"beta_fast must be above beta_slow",
         ),
+        (
+            ["model.rope.kind=linear", "model.rope.factor=1e9"],
+            r"factor: .*than or equal to 1000000",
+        ),
+        (
+            ["model.rope={kind: yarn, factor: 64, original_length: 16}", "model.rope_theta=1"],
+            r"rope\.kind=yarn needs a rope_theta above 1, not 1",
+        ),
         (["model.rope.kind=linear"], r"^--model\.rope\.factor: is required and missing$"),
         (
             ["training.optimizer.kind=muon", "training.optimizer.eps=1e-8"],

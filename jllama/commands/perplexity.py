@@ -5,16 +5,17 @@ behind as many tokens as each of the lengths says. So every length and every mod
 targets, and two windows share none. A window lies within one document unless --join cuts across
 them. Lengths may be above what the models were trained for.
 
---rope names scalings of the rotary frequencies to try in place of the model's own. Its max_length,
-L0, is taken for the length that it was trained for. Where no factor is given, it is the least that
-reaches the length L at hand.
+--rope names scalings of the rotary frequencies to try in place of the model's own. They begin at
+L0, the length that it was trained for before its own scaling: original_length, with linear scaling
+max_length over its factor, else max_length. Where no factor is given, it is the least that reaches
+the length L at hand, and no less than the model's own.
 
   model         the model's own
   none          none
   pi[:F]        position interpolation: positions divided by F
   ntk:A         NTK-aware: theta times A^(N/(N-2)), N the width of a head
   dynamic[:F]   dynamic NTK: A = F L/L0 - (F-1) above L0 [F is 2]
-  adaptive[:C]  Chinese-LLaMA's: A = C (2 L/L0 - 1) above L0 [C is 1]
+  adaptive[:C]  Chinese-LLaMA's: A = C (2 L/L0 - 1) above L0, interpolation included [C is 1]
   yarn[:F]      YaRN with factor F
 
 ntk and adaptive come on top of the position interpolation of a model that has one; the others

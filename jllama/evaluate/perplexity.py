@@ -17,10 +17,12 @@ import numpy as np
 
 from jllama.adapt.lora import Overlay
 from jllama.config import (
+    LARGEST_FACTOR,
     AdaptiveRopeScaling,
     ComputeConfig,
     DynamicRopeScaling,
     LinearRopeScaling,
+    Llama3RopeScaling,
     ModelConfig,
     NoRopeScaling,
     NtkRopeScaling,
@@ -29,7 +31,7 @@ from jllama.config import (
 )
 from jllama.errors import UserError
 from jllama.model import llama
-from jllama.model.rope import Turns, turns
+from jllama.model.rope import Turns, effective_theta, original_length, turns
 from jllama.pretrained import Llama
 from jllama.train.cross_entropy import cross_entropy
 
@@ -151,15 +153,15 @@ def scaled(config: ModelConfig, rope: str, length: int) -> ModelConfig:
     """The model under a scaling by its short name, for texts of `length` tokens.
 
     `model` is its own; `none`; `pi` and `pi:FACTOR`; `ntk:ALPHA`; `dynamic` and `dynamic:FACTOR`;
-    `adaptive` and `adaptive:COEFFICIENT`; `yarn` and `yarn:FACTOR`. The model's `max_length` counts
-    as the length it was trained for. A factor that is not given is the least that reaches `length`;
-    of `dynamic` it is 2. `ntk` and `adaptive` come on top of the position interpolation of a model
-    that has one; the others take the place of what it has.
+    `adaptive` and `adaptive:COEFFICIENT`; `yarn` and `yarn:FACTOR`. They begin at the length that
+    was trained for before the model's own scaling, its `original_length`. A factor that is not
+    given is the least that reaches `length` from there, and no less than that of the scaling that
+    it replaces; of `dynamic` it is 2. `ntk` and `adaptive` come on top of the position
+    interpolation of a model that has one; the others take the place of what it has.
 
-    Raises UserError for another name or a bad number.
+    Raises UserError for another name, a bad number, or heads too narrow for the kind.
     """
     kind, colon, text = rope.partition(":")
-    own, trained = config.rope, config.max_length
     if kind not in ROPES:
         raise UserError(f"rope {rope!r}: no such scaling; choose of {', '.join(ROPES)}")
     number = _number(rope, text) if colon else None
@@ -167,32 +169,47 @@ def scaled(config: ModelConfig, rope: str, length: int) -> ModelConfig:
         raise UserError(f"rope {rope!r}: takes no number; write {kind}")
     if kind == "ntk" and number is None:
         raise UserError("rope 'ntk': takes its alpha; write ntk:4")
-    reach = max(1.0, length / trained) if number is None else number
-    inside = own.factor if isinstance(own, LinearRopeScaling) else 1.0
+    if kind in ("ntk", "dynamic", "adaptive") and config.head_dim < 4:
+        raise UserError(
+            f"rope {rope!r}: needs heads of width 4 at least; the model's are {config.head_dim}"
+        )
+    if kind == "model":
+        return config
+    original = original_length(config)
+    inside, extended = 1.0, original  # position interpolation, and the length that it makes
+    least = length / original
+    match config.rope:
+        case LinearRopeScaling(factor=inside):
+            extended = config.max_length
+        case AdaptiveRopeScaling(factor=inside, original_length=extended):
+            pass
+        case YarnRopeScaling(factor=factor) | Llama3RopeScaling(factor=factor):
+            least = max(least, factor)
+    reach = max(inside, least) if number is None else number
     scaling: RopeScaling
     match kind:
-        case "model":
-            return config
         case "none":
             scaling = NoRopeScaling(kind="none")
         case "pi":
             scaling = LinearRopeScaling(kind="linear", factor=reach)
-        case "ntk" if inside > 1:  # is another theta, under whatever interpolation there is
-            theta = config.rope_theta * number ** (config.head_dim / (config.head_dim - 2))
-            return dataclasses.replace(config, rope_theta=theta)
         case "ntk":
             scaling = NtkRopeScaling(kind="ntk", alpha=number)
         case "dynamic":
             scaling = DynamicRopeScaling(
-                kind="dynamic", factor=number or 2.0, original_length=trained
+                kind="dynamic", factor=number or 2.0, original_length=original
             )
         case "adaptive":
             scaling = AdaptiveRopeScaling(
-                kind="adaptive", original_length=trained, coefficient=number or 1.0, factor=inside
+                kind="adaptive", original_length=extended, coefficient=number or 1.0, factor=inside
             )
         case "yarn":
-            scaling = YarnRopeScaling(kind="yarn", factor=reach, original_length=trained)
-    return dataclasses.replace(config, rope=scaling)
+            scaling = YarnRopeScaling(kind="yarn", factor=reach, original_length=original)
+    max_length = getattr(scaling, "original_length", original)
+    changed = dataclasses.replace(config, rope=scaling, max_length=max_length)
+    if kind == "ntk" and inside > 1:  # is another theta, under whatever interpolation there is
+        under = LinearRopeScaling(kind="linear", factor=inside)
+        return dataclasses.replace(changed, rope=under, rope_theta=effective_theta(changed))
+    return changed
 
 
 def _number(rope: str, text: str) -> float:
@@ -200,6 +217,6 @@ def _number(rope: str, text: str) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 1 <= number < math.inf:
-        raise UserError(f"rope {rope!r}: {text!r} is no number of 1 or above")
+    if not 1 <= number <= LARGEST_FACTOR:
+        raise UserError(f"rope {rope!r}: {text!r} is no number from 1 to {LARGEST_FACTOR:,.0f}")
     return number

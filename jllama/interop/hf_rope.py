@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from jllama.config import (
+    LARGEST_FACTOR,
     DynamicRopeScaling,
     LinearRopeScaling,
     Llama3RopeScaling,
@@ -53,16 +54,20 @@ def read_rope(read: Reader, head_dim: int) -> tuple[float, RopeScaling, int]:
     theta, rope = found
     if isinstance(rope, DynamicRopeScaling):
         length = min(LARGEST, int(length * rope.factor))
-    _check_reach(read, rope, length, head_dim)
+    _check_reach(read, rope, length, head_dim, theta)
     return theta, rope, length
 
 
-def _check_reach(read: Reader, rope: RopeScaling, max_length: int, head_dim: int) -> None:
+def _check_reach(
+    read: Reader, rope: RopeScaling, max_length: int, head_dim: int, theta: float
+) -> None:
     """What `ModelConfig` asks of a scaling, in the words of the file."""
     if isinstance(rope, DynamicRopeScaling) and head_dim < 4:
         raise read.error("head_dim", f"is {head_dim}; dynamic scaling needs 4 at least")
     if not isinstance(rope, YarnRopeScaling):
         return
+    if theta <= 1:
+        raise read.error("rope_theta", f"is {theta:g}; yarn needs one above 1")
     original, factor = rope.original_length, rope.factor
     if original > max_length:
         raise read.error(_ORIGINAL, f"is {original}, above max_position_embeddings={max_length}")
@@ -130,8 +135,9 @@ def _schema(
 
 def _factor(inside: Reader, key: str) -> float:
     factor = inside.number(f"{key}.factor")
-    if factor < 1:
-        raise inside.error(f"{key}.factor", f"is {factor:g}; a scaling's factor is 1 or above")
+    if not 1 <= factor <= LARGEST_FACTOR:
+        limits = f"a scaling's factor is from 1 to {LARGEST_FACTOR:,.0f}"
+        raise inside.error(f"{key}.factor", f"is {factor:g}; {limits}")
     return factor
 
 

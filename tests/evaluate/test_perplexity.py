@@ -174,7 +174,34 @@ def test_ntk_and_adaptive_come_on_top_of_position_interpolation():
     np.testing.assert_allclose(inverse_frequencies(scaled(LINEAR, "ntk:4", 48)), plain / 4)
     plain = inverse_frequencies(scaled(MODEL, "adaptive", 48), 48)
     np.testing.assert_allclose(inverse_frequencies(scaled(LINEAR, "adaptive", 48), 48), plain / 4)
-    assert scaled(LINEAR, "none", 48) == MODEL
+    assert scaled(LINEAR, "none", 48).rope == MODEL.rope
+    # As it does where the interpolation is inside Chinese-LLaMA's rule.
+    adaptive = dataclasses.replace(MODEL, rope=tiny.ADAPTIVE2)
+    for rope in ("ntk:4", "adaptive"):
+        own, other = (scaled(m, rope, 48) for m in (adaptive, LINEAR))
+        np.testing.assert_allclose(inverse_frequencies(own, 48), inverse_frequencies(other, 48))
+
+
+DYNAMIC = DynamicRopeScaling(kind="dynamic", factor=2.0, original_length=16)
+YARN = YarnRopeScaling(kind="yarn", factor=4.0, original_length=16)
+LLAMA3 = dataclasses.replace(tiny.LLAMA3, factor=4.0, original_length=16)
+
+
+@pytest.mark.parametrize("own", [LINEAR.rope, DYNAMIC, YARN, LLAMA3, tiny.ADAPTIVE2])
+@pytest.mark.parametrize(("length", "reach"), [(16, 1.0), (64, 4.0), (256, 16.0)])
+def test_scalings_begin_at_the_length_before_the_models_own(own, length, reach):
+    """All were trained at 16 (adaptive at 4 and interpolated to 16) and reach 64."""
+    before = 4 if own == tiny.ADAPTIVE2 else 16
+    config = dataclasses.replace(MODEL, rope=own, max_length=64)
+    # What was fine-tuned with a factor is never read with a smaller one.
+    reach = max(reach * 16 / before, 1.0 if own == DYNAMIC else own.factor)
+    assert scaled(config, "pi", length).rope == LinearRopeScaling(kind="linear", factor=reach)
+    yarn = YarnRopeScaling(kind="yarn", factor=reach, original_length=before)
+    assert scaled(config, "yarn", length).rope == yarn
+    assert scaled(config, "dynamic", length).rope.original_length == before
+    if own == LINEAR.rope and length <= 64:
+        assert scaled(config, "pi", length).rope == own
+    assert scaled(config, "yarn:2", length).rope.factor == 2
 
 
 @pytest.mark.parametrize(
@@ -184,11 +211,18 @@ def test_ntk_and_adaptive_come_on_top_of_position_interpolation():
         ("", "no such scaling"),
         ("ntk", "write ntk:4"),
         ("none:2", "takes no number; write none"),
-        ("pi:0.5", "'0.5' is no number of 1 or above"),
+        ("pi:0.5", "'0.5' is no number from 1 to 1,000,000"),
         ("yarn:", "'' is no number"),
         ("ntk:nan", "'nan' is no number"),
+        ("ntk:1e308", "'1e308' is no number"),
     ],
 )
 def test_wrong_names_are_one_line(rope, said):
     with pytest.raises(UserError, match=said):
         scaled(MODEL, rope, 48)
+
+
+@pytest.mark.parametrize("rope", ["ntk:4", "dynamic", "adaptive"])
+def test_heads_too_narrow_for_a_scaling_are_one_line(rope):
+    with pytest.raises(UserError, match=f"'{rope}': needs heads of width 4 .* are 2$"):
+        scaled(tiny.config(head_dim=2), rope, 48)

@@ -204,6 +204,8 @@ def drop(key):
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "rope_scaling has rope_type"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor is 0.5"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e9}}, "rope_scaling.factor is 1e+09"),
+        ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta is 1; yarn"),
         ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling.factor is missing"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "head_dim is 2"),
         (
