@@ -116,20 +116,25 @@ def run(args: argparse.Namespace) -> None:
         trained[name] = config.max_length
         for rope in ropes:
             scaled(config, rope, lengths[-1])
-    points, ids = [], None
+    points, first = [], None
     for name, path, ropes in models:
-        model = jllama.load(path, dtype=args.dtype)
-        texts = _encoded(model, path, _read(args.data))
-        found = windows(texts, lengths[-1], stride, args.windows, args.join)
-        if ids is not None and not np.array_equal(ids, found):
-            raise UserError(
-                f"{path}: its tokenizer is not that of the models before it, and perplexities per"
-                " token of several are not to be compared; evaluate it on its own"
-            )
-        ids = found
-        points += _measure(name, model, ids, lengths, stride, ropes)
+        found, ids = _evaluate(args, name, path, ropes, lengths, stride, first)
+        points, first = points + found, ids
     _print(points, lengths)
     _write(out, points, trained)
+
+
+def _evaluate(args, name, path, ropes, lengths, stride, first):
+    """A model's points and windows, which must be `first`; when it returns, the model is gone."""
+    model = jllama.load(path, dtype=args.dtype)
+    texts = _encoded(model, path, _read(args.data))
+    ids = windows(texts, lengths[-1], stride, args.windows, args.join)
+    if first and not (len(first) == len(ids) and all(map(np.array_equal, first, ids))):
+        raise UserError(
+            f"{path}: its tokenizer is not that of the models before it, and perplexities per"
+            " token of several are not to be compared; evaluate it on its own"
+        )
+    return _measure(name, model, ids, lengths, stride, ropes), ids
 
 
 def _lengths(text: str) -> list[int]:
@@ -148,15 +153,18 @@ def _models(given: list[tuple[str, str]]) -> list[tuple[str, str, tuple[str, ...
     for option, value in given:
         if option == "--model":
             name, equals, path = value.partition("=")
-            if not equals or "/" in name:
-                name, path = storage.path(value).name, value
+            if not equals or not name or "/" in name:
+                name, path = storage.absolute(storage.path(value)).name, value
             models.append([name, path, None])
             continue
         without = [model for model in models if model[2] is None]
         if not without:
-            raise UserError(f"--rope {value}: comes after the --model that it is for")
+            raise UserError(
+                f"--rope {value}: comes after the --model that it is for, once, with commas between"
+                " several"
+            )
         for model in without:
-            model[2] = tuple(value.split(","))
+            model[2] = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
     if not models:
         raise UserError("--model PATH: which model? a run, a step of it, or a model's folder")
     names = [name for name, _, _ in models]
@@ -224,7 +232,8 @@ def _labels(points: list[Point]) -> dict[tuple[str, str], str]:
 
 
 def _print(points: list[Point], lengths: list[int]) -> None:
-    rows = [["perplexity", *(f"{length:,}" for length in lengths)]]
+    scored = f"perplexity of {points[0].windows} x {points[0].stride} tokens"
+    rows = [[scored, *(f"{length:,}" for length in lengths)]]
     for curve, label in _labels(points).items():
         own = [p.perplexity for p in points if (p.model, p.rope) == curve]
         rows.append([label, *(f"{value:.4g}" for value in own)])
@@ -235,22 +244,24 @@ def _print(points: list[Point], lengths: list[int]) -> None:
 
 
 def _write(out: Path, points: list[Point], trained: dict[str, int]) -> None:
-    table, picture = io.StringIO(), io.BytesIO()
+    table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow([field.name for field in dataclasses.fields(Point)])
     writer.writerows(dataclasses.astuple(point) for point in points)
-    _draw(points, trained).savefig(picture, dpi=120, format="png")
     storage.write_text(out / "perplexity.csv", table.getvalue())
-    storage.write_bytes(out / "perplexity.png", picture.getvalue())
     print(out / "perplexity.csv")
+    picture = io.BytesIO()
+    _draw(points, trained).savefig(picture, dpi=120, format="png")
+    storage.write_bytes(out / "perplexity.png", picture.getvalue())
     print(out / "perplexity.png")
 
 
 def _draw(points: list[Point], trained: dict[str, int]) -> pyplot.Figure:
     figure, axis = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
-    for curve, label in _labels(points).items():
+    lines, labels = [], _labels(points)
+    for curve in labels:
         own = [p for p in points if (p.model, p.rope) == curve]
-        axis.plot([p.length for p in own], [p.perplexity for p in own], "o-", label=label)
+        lines += axis.plot([p.length for p in own], [p.perplexity for p in own], "o-")
     lengths = sorted({p.length for p in points})
     for length in sorted(set(trained.values())):
         if lengths[0] <= length <= lengths[-1]:
@@ -261,5 +272,8 @@ def _draw(points: list[Point], trained: dict[str, int]) -> pyplot.Figure:
     axis.set_xlabel("context length (dotted: a model's max_length)")
     axis.set_ylabel(f"perplexity of a window's last {points[0].stride} tokens")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize="small")
+    legend = axis.legend(lines, ["" for _ in lines], fontsize="small")
+    for text, label in zip(legend.get_texts(), labels.values(), strict=True):
+        text.set_parse_math(False)  # a name with $ is no formula
+        text.set_text(label)
     return figure

@@ -9,7 +9,7 @@ B windows, T their length, S scored targets.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +44,12 @@ ROPES = ("model", "none", "pi", "ntk", "dynamic", "adaptive", "yarn")
 
 def windows(
     documents: Iterable[np.ndarray], length: int, stride: int, count: int, join: bool = False
-) -> np.ndarray:
-    """Windows of `length` + 1 tokens, whose last `stride` are the targets: [count or fewer, T+1].
+) -> list[np.ndarray]:
+    """Windows of `length` + 1 tokens, whose last `stride` are the targets; at most `count`.
 
     A window lies within one document, or anywhere in all of them put together with `join`; two have
-    no target in common. Of more windows than `count` (0 is all), every so many-th is taken.
+    no target in common. Of more windows than `count` (0 is all), every so many-th is taken. They
+    are views of the documents: what they overlap in is in memory once.
 
     Raises:
       UserError: no document is as long, or all of them together with `join`.
@@ -76,12 +77,12 @@ def windows(
     ends = [(text, end) for text in texts for end in range(length, len(text), stride)]
     if count and len(ends) > count:
         ends = [ends[i * len(ends) // count] for i in range(count)]
-    return np.stack([text[end - length : end + 1] for text, end in ends]).astype(np.int32)
+    return [text[end - length : end + 1] for text, end in ends]
 
 
 def perplexity(
     model: Llama,
-    windows: np.ndarray,
+    windows: Sequence[np.ndarray],
     length: int,
     stride: int,
     rope: str = "model",
@@ -93,8 +94,8 @@ def perplexity(
     made for the scored tokens alone.
 
     Args:
-      windows: [B, T+1] ids, as `windows` makes them, of which the last `length` + 1 are read; the
-        length may be above the model's `max_length`.
+      windows: B arrays of T+1 ids, as `windows` makes them, of which the last `length` + 1 are
+        read; the length may be above the model's `max_length`.
       rope: a scaling in place of the model's own; see `scaled`.
       advance: is told how many more tokens were read.
 
@@ -104,26 +105,25 @@ def perplexity(
     Raises:
       UserError: a length or a stride that the windows do not hold, or no such scaling.
     """
-    if not 1 <= stride <= length < windows.shape[1]:
+    if not 1 <= stride <= length < len(windows[0]):
         raise UserError(
             f"length={length}, stride={stride}: the stride is from 1 to the length, and the length"
-            f" below the windows' {windows.shape[1]} tokens"
+            f" below the windows' {len(windows[0])} tokens"
         )
     angles = turns(scaled(model.config, rope, length), length)
     # Data decide how RoPE turns: one program serves all scalings of a length.
     plain = dataclasses.replace(model.config, rope=NoRopeScaling(kind="none"), rope_theta=1e4)
-    rows = windows[:, -length - 1 :]
-    batch = max(1, min(len(rows), BATCH_TOKENS // length))
+    batch = max(1, min(len(windows), BATCH_TOKENS // length))
     total, overlay = 0.0, model.overlay()
-    for start in range(0, len(rows), batch):
-        some = rows[start : start + batch]
+    for start in range(0, len(windows), batch):
+        some = np.stack([row[-length - 1 :] for row in windows[start : start + batch]])
         weights = (np.arange(batch) < len(some)).astype(np.float32)
         some = np.pad(some, ((0, batch - len(some)), (0, 0)), mode="edge")
         total += float(
             _nll(model.params, plain, model.compute, some, weights, angles, overlay, stride)
         )
         advance(int(weights.sum()) * length)
-    return math.exp(min(total / (len(rows) * stride), 700.0))
+    return math.exp(min(total / (len(windows) * stride), 700.0))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "stride"))

@@ -1,6 +1,7 @@
 """Perplexity against the length: windows, scalings, and figures against the float64 reference."""
 
 import dataclasses
+import tracemalloc
 
 import jax
 import numpy as np
@@ -39,8 +40,8 @@ def model(config=MODEL):
 
 
 def test_windows_lie_within_a_document_and_share_no_target():
-    found = windows(documents(9, 5, 13, 8), 8, 3, 0)
-    assert found.shape == (3, 9) and found.dtype == np.int32
+    found = np.stack(windows(documents(9, 5, 13, 8), 8, 3, 0))
+    assert found.shape == (3, 9)
     assert found[:, 0].tolist() == [0, 2000, 2003]
     assert (np.diff(found) == 1).all()
     targets = found[:, -3:].ravel()
@@ -63,8 +64,19 @@ def test_of_many_windows_some_are_taken_evenly_and_reading_stops(monkeypatch):
             yield document
 
     found = windows(several(), 9, 10, 4)
-    assert found[:, -1].tolist() == [9, 5019, 11009, 16019]
+    assert [row[-1] for row in found] == [9, 5019, 11009, 16019]
     assert len(read) == 22  # 3 windows each, until 16 times as many as wanted
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_windows_that_overlap_take_no_memory_of_their_own(join):
+    document = np.zeros(40_000, np.int32)
+    tracemalloc.start()
+    found = windows([document], 20_000, 4, 0, join)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found) == 5000
+    assert size < 20 * document.nbytes  # a copy of each would be 2,500 times as much
 
 
 def test_too_short_a_text_is_said_with_the_remedy():
