@@ -12,6 +12,7 @@ from jllama.config import (
     LinearRopeScaling,
     Llama3RopeScaling,
     NoRopeScaling,
+    NtkRopeScaling,
     RopeScaling,
     YarnRopeScaling,
 )
@@ -27,6 +28,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": "original_length",
 }
 _ORIGINAL = "original_max_position_embeddings"
+AFTER = "max_sequence_length"  # no key of transformers, but one of Vicuna's files
 _YARN = ("factor", "beta_fast", "beta_slow", "attention_factor", "truncate", _ORIGINAL)
 _MSCALES = ("mscale", "mscale_all_dim")
 _READ = ("linear", "dynamic", "yarn", "llama3")
@@ -36,6 +38,7 @@ def read_rope(read: Reader, head_dim: int) -> tuple[float, RopeScaling, int]:
     """theta, the scaling and `max_length`; UserError for what `ModelConfig` cannot express.
 
     Of dynamic scaling max_position_embeddings is the length before it; ours is `factor` times that.
+    Vicuna's files do so with linear scaling, and name the length after it.
     """
     config, length = read.config, read.integer("max_position_embeddings", 2048)
     scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
@@ -54,6 +57,8 @@ def read_rope(read: Reader, head_dim: int) -> tuple[float, RopeScaling, int]:
     theta, rope = found
     if isinstance(rope, DynamicRopeScaling):
         length = min(LARGEST, int(length * rope.factor))
+    if isinstance(rope, LinearRopeScaling | DynamicRopeScaling):
+        length = max(length, read.integer(AFTER, length, null=True))
     _check_reach(read, rope, length, head_dim, theta)
     return theta, rope, length
 
@@ -94,7 +99,7 @@ def _schema(
         "default": (),
         "linear": ("factor", _ORIGINAL),  # the latter has no effect
         "dynamic": ("factor", _ORIGINAL),
-        "yarn": (*_YARN, *_MSCALES),
+        "yarn": (*_YARN, *_MSCALES, "finetuned"),  # the last has no effect, and is in old files
         "llama3": tuple(_LLAMA3),
     }.get(kind)
     if known is None:
@@ -173,9 +178,9 @@ def _yarn(read: Reader, inside: Reader, key: str, max_length: int) -> YarnRopeSc
 
 
 def write_rope(rope: RopeScaling) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """rope_scaling, and rope_parameters without rope_theta."""
+    """rope_scaling, and rope_parameters without rope_theta, in which `ntk` is."""
     match rope:
-        case NoRopeScaling():
+        case NoRopeScaling() | NtkRopeScaling():
             return None, {"rope_type": "default"}
         case LinearRopeScaling():
             # transformers before 4.43 wants these two keys and no others.
@@ -205,5 +210,5 @@ def write_rope(rope: RopeScaling) -> tuple[dict[str, Any] | None, dict[str, Any]
             return {"rope_type": "llama3", **numbers}, {"rope_type": "llama3", **numbers}
     raise UserError(
         f"model.rope.kind={rope.kind}: Hugging Face's config.json has no name for it; choose"
-        f" {', '.join(_READ)}"
+        f" {', '.join(_READ)} or ntk"
     )

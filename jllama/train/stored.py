@@ -20,11 +20,15 @@ from jllama import outputs, storage
 from jllama import recipe as recipes
 from jllama.adapt.vocab import repadded, with_rows
 from jllama.config import (
+    AdaptiveRopeScaling,
     AutoAttention,
     ComputeConfig,
     Config,
+    LinearRopeScaling,
     LoraConfig,
     ModelConfig,
+    NoRopeScaling,
+    NtkRopeScaling,
     RunConfig,
     StoredConfig,
 )
@@ -34,6 +38,7 @@ from jllama.interop.names import Format
 from jllama.interop.parameters import file_specs, match, read_params, widest_dtype
 from jllama.interop.tensors import Tensor
 from jllama.model import llama
+from jllama.model.rope import original_length
 from jllama.parallel import distributed
 from jllama.progress import say
 from jllama.text.tokenizer import Tokenizer, find_tokenizer
@@ -255,9 +260,31 @@ def initial_model(config: Config) -> StoredModel | None:
             + "; ".join(said)
         )
     if distributed.leader():
-        for line in said:
+        for line in said + _lengths(stored.config, config.model):
             say(f"note: training.init_from={where}: {line}")
     return stored
+
+
+def _lengths(there: ModelConfig, here: ModelConfig) -> list[str]:
+    """What a model of another length, or a scaling made for one, should know."""
+    said = []
+    if here.max_length != there.max_length:
+        said.append(f"model.max_length is {here.max_length}, there {there.max_length}")
+    trained, wanted, rope = original_length(there), original_length(here), here.rope
+    if isinstance(rope, LinearRopeScaling):
+        if wanted > trained:
+            said.append(
+                f"model.rope.factor={rope.factor:g} takes model.max_length={here.max_length} to"
+                f" {wanted} positions, and it was trained for {trained}: raise the factor to"
+                f" {here.max_length / trained:g}"
+            )
+    elif wanted != trained and not isinstance(rope, NoRopeScaling | NtkRopeScaling):
+        inside = rope.factor if isinstance(rope, AdaptiveRopeScaling) else 1.0
+        said.append(
+            f"model.rope.original_length={rope.original_length} is not what it was trained for;"
+            f" that would be {round(trained * inside)}"
+        )
+    return said
 
 
 def differences(there: ModelConfig, here: ModelConfig) -> tuple[bool, list[str]]:
