@@ -271,14 +271,15 @@ def _lengths(there: ModelConfig, here: ModelConfig) -> list[str]:
     if here.max_length != there.max_length:
         said.append(f"model.max_length is {here.max_length}, there {there.max_length}")
     trained, wanted, rope = original_length(there), original_length(here), here.rope
+    if wanted == trained or isinstance(rope, NoRopeScaling | NtkRopeScaling):
+        return said
     if isinstance(rope, LinearRopeScaling):
-        if wanted > trained:
-            said.append(
-                f"model.rope.factor={rope.factor:g} takes model.max_length={here.max_length} to"
-                f" {wanted} positions, and it was trained for {trained}: raise the factor to"
-                f" {here.max_length / trained:g}"
-            )
-    elif wanted != trained and not isinstance(rope, NoRopeScaling | NtkRopeScaling):
+        said.append(
+            f"model.rope.factor={rope.factor:g} takes model.max_length={here.max_length} to"
+            f" {wanted} positions, and it was trained for {trained}; the factor that fits is"
+            f" {max(1, here.max_length / trained):g}"
+        )
+    else:
         inside = rope.factor if isinstance(rope, AdaptiveRopeScaling) else 1.0
         said.append(
             f"model.rope.original_length={rope.original_length} is not what it was trained for;"

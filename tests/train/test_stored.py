@@ -139,11 +139,15 @@ def test_another_rope_is_another_function_of_the_same_shapes_and_is_said(
     [
         (
             LinearRopeScaling(kind="linear", factor=2.0),
-            "factor=2 takes model.max_length=192 to 96 positions, and it was trained for 48: raise"
-            " the factor to 4",
+            "factor=2 takes model.max_length=192 to 96 positions, and it was trained for 48; the"
+            " factor that fits is 4",
+        ),
+        (
+            LinearRopeScaling(kind="linear", factor=8.0),
+            "factor=8 takes model.max_length=192 to 24 positions, and it was trained for 48; the"
+            " factor that fits is 4",
         ),
         (LinearRopeScaling(kind="linear", factor=4.0), ""),
-        (LinearRopeScaling(kind="linear", factor=8.0), ""),
         (
             YarnRopeScaling(kind="yarn", factor=8.0, original_length=24),
             "original_length=24 is not what it was trained for; that would be 48",
