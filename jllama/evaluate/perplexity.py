@@ -111,8 +111,11 @@ def perplexity(
             f" below the windows' {len(windows[0])} tokens"
         )
     angles = turns(scaled(model.config, rope, length), length)
-    # Data decide how RoPE turns: one program serves all scalings of a length.
-    plain = dataclasses.replace(model.config, rope=NoRopeScaling(kind="none"), rope_theta=1e4)
+    # Data decide how RoPE turns: one program serves all scalings of a length, and all models of
+    # one shape.
+    plain = dataclasses.replace(
+        model.config, rope=NoRopeScaling(kind="none"), rope_theta=1e4, max_length=length
+    )
     batch = max(1, min(len(windows), BATCH_TOKENS // length))
     total, overlay = 0.0, model.overlay()
     for start in range(0, len(windows), batch):

@@ -125,6 +125,8 @@ def test_one_program_serves_all_scalings_of_a_length():
     module._nll.clear_cache()
     for rope in ("none", "pi", "ntk:4", "dynamic", "adaptive", "yarn"):
         perplexity(own, some, 29, 3, rope)
+    longer = dataclasses.replace(own.config, max_length=64, rope_theta=1e6)
+    perplexity(dataclasses.replace(own, config=longer), some, 29, 3)
     assert module._nll._cache_size() == 1
 
 
