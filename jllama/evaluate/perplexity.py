@@ -32,6 +32,8 @@ from jllama.config import (
 from jllama.errors import UserError
 from jllama.model import llama
 from jllama.model.rope import Turns, effective_theta, original_length, turns
+from jllama.parallel.context import over_positions
+from jllama.parallel.sharding import Placement, activated
 from jllama.pretrained import Llama
 from jllama.train.cross_entropy import cross_entropy
 
@@ -117,19 +119,29 @@ def perplexity(
         model.config, rope=NoRopeScaling(kind="none"), rope_theta=1e4, max_length=length
     )
     batch = max(1, min(len(windows), BATCH_TOKENS // length))
-    total, overlay = 0.0, model.overlay()
+    total, overlay, placement = 0.0, model.overlay(), over_positions(model.params)
     for start in range(0, len(windows), batch):
         some = np.stack([row[-length - 1 :] for row in windows[start : start + batch]])
         weights = (np.arange(batch) < len(some)).astype(np.float32)
         some = np.pad(some, ((0, batch - len(some)), (0, 0)), mode="edge")
         total += float(
-            _nll(model.params, plain, model.compute, some, weights, angles, overlay, stride)
+            _nll(
+                model.params,
+                plain,
+                model.compute,
+                some,
+                weights,
+                angles,
+                overlay,
+                stride,
+                placement,
+            )
         )
         advance(int(weights.sum()) * length)
     return math.exp(min(total / (len(windows) * stride), 700.0))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute", "stride"))
+@functools.partial(jax.jit, static_argnames=("config", "compute", "stride", "placement"))
 def _nll(
     params: llama.Params,
     config: ModelConfig,
@@ -139,16 +151,20 @@ def _nll(
     turns: Turns,
     overlay: Overlay | None,
     stride: int,
+    placement: Placement | None,
 ) -> jax.Array:
     """Sum over the last `stride` tokens of rows [B,T+1], in nats, each row times its weight [B]."""
     tokens, targets = rows[:, :-1], rows[:, -stride:]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = llama.apply(params, config, compute, tokens, positions, turns=turns, lora=overlay)
     weights = jnp.broadcast_to(weights[:, None], targets.shape)
     head = llama.head_weight(params, config)
-    _, nll = cross_entropy(
-        hidden[:, -stride:], head, targets, weights, 0.0, compute.loss_block, config.vocab_size
-    )
+    with activated(placement):
+        hidden, _ = llama.apply(
+            params, config, compute, tokens, positions, turns=turns, lora=overlay
+        )
+        _, nll = cross_entropy(
+            hidden[:, -stride:], head, targets, weights, 0.0, compute.loss_block, config.vocab_size
+        )
     return nll
 
 

@@ -8,19 +8,26 @@ import numpy as np
 import pytest
 import reference
 import tiny
+import tpu as aot
 
 from jllama.config import (
     AdaptiveRopeScaling,
     DynamicRopeScaling,
     LinearRopeScaling,
+    MeshConfig,
     NoRopeScaling,
     NtkRopeScaling,
+    ShardingConfig,
     YarnRopeScaling,
 )
 from jllama.errors import UserError
 from jllama.evaluate import perplexity as module
 from jllama.evaluate.perplexity import ROPES, perplexity, scaled, windows
+from jllama.model import llama
 from jllama.model.rope import inverse_frequencies, turns
+from jllama.parallel.context import over_positions
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
 from jllama.pretrained import Llama
 
 MODEL = tiny.config(max_length=16, num_layers=2)
@@ -138,13 +145,46 @@ def test_memory_is_linear_in_the_length():
     def temporary(length):
         rows = jax.ShapeDtypeStruct((1, length + 1), np.int32)
         weights = jax.ShapeDtypeStruct((1,), np.float32)
-        args = (shapes, own.config, own.compute, rows, weights, angles, None, 64)
+        args = (shapes, own.config, own.compute, rows, weights, angles, None, 64, None)
         return module._nll.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
     short, long = temporary(8192), temporary(32768)
     assert long < 4.2 * short
     # One score of every pair would take more.
     assert long < 32768**2 * 4 / 16
+
+
+def spread(config, devices, params=None):
+    """Placed parameters as `jllama.load` places them; shapes, unless values are given."""
+    placement = Placement(make_mesh(MeshConfig(), devices), ShardingConfig())
+    placed = llama.placed_shapes(config, placement, "float32", "float32")
+    if params is None:
+        return placed
+    return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), params, placed)
+
+
+@pytest.mark.parametrize("length", [64, 60])  # 60 positions do not divide over 8 devices
+def test_several_devices_share_the_positions_of_a_row(length):
+    own, some = model(), tiny.tokens(2, length + 1)
+    eight = dataclasses.replace(own, params=spread(MODEL, jax.devices(), own.params))
+    wanted = perplexity(own, some, length, 5)
+    assert perplexity(eight, some, length, 5) == pytest.approx(wanted, rel=1e-5)
+    tokens = some[:, :-1]
+    assert tiny.relative_error(eight.logits(tokens), own.logits(tokens)) < 1e-5
+    parts = {shard.data.shape[1] for shard in eight.logits(tokens).addressable_shards}
+    assert parts == ({8} if length == 64 else {60})
+
+
+def test_it_compiles_for_several_tpu_chips_with_their_own_kernel(no_cache):
+    config = tiny.config(hidden_dim=128, num_layers=1, max_length=16)
+    params = spread(config, aot.devices("v5e:2x4"))
+    rows, weights = (
+        jax.ShapeDtypeStruct((1, 1025), np.int32),
+        jax.ShapeDtypeStruct((1,), np.float32),
+    )
+    args = (params, config, tiny.compute(), rows, weights, turns(config), None, 64)
+    program = module._nll.lower(*args, over_positions(params)).compile().as_text()
+    assert "splash" in program
 
 
 @pytest.mark.parametrize(("length", "stride"), [(30, 3), (10, 11), (10, 0)])
