@@ -205,6 +205,8 @@ def scaled(config: ModelConfig, rope: str, length: int) -> ModelConfig:
         case YarnRopeScaling(factor=factor) | Llama3RopeScaling(factor=factor):
             least = max(least, factor)
     reach = max(inside, least) if number is None else number
+    if reach > LARGEST_FACTOR:
+        raise UserError(f"rope {rope!r}: no scaling takes {original:,} positions to {length:,}")
     scaling: RopeScaling
     match kind:
         case "none":

@@ -276,6 +276,11 @@ def test_wrong_names_are_one_line(rope, said):
         scaled(MODEL, rope, 48)
 
 
+def test_a_length_that_no_factor_reaches_is_one_line():
+    with pytest.raises(UserError, match=r"'pi': no scaling takes 16 positions to 2,000,000,000"):
+        scaled(MODEL, "pi", 2_000_000_000)
+
+
 @pytest.mark.parametrize("rope", ["ntk:4", "dynamic", "adaptive"])
 def test_heads_too_narrow_for_a_scaling_are_one_line(rope):
     with pytest.raises(UserError, match=f"'{rope}': needs heads of width 4 .* are 2$"):
