@@ -22,7 +22,9 @@ from jllama.text.interface import TextStream, Tokenizer
 Format = Literal["psm", "spm"]
 FILL_ME = "<FILL_ME>"
 _FORMATS = ("psm", "spm")
-_ANCHOR = "☺"  # Code Llama's: no piece of a vocabulary joins it with what follows
+# Put before a text that goes on: Code Llama's, and others where a vocabulary has pieces that join it
+# with what follows.
+_ANCHORS = ("☺", "\n", "\ue000")
 
 
 class InfillTokens(NamedTuple):
@@ -62,7 +64,11 @@ def encode_continued(tokenizer: Tokenizer, text: str) -> list[int]:
     """enc*: the ids of a text that goes on from another, without a space that is not in it."""
     if not tokenizer.adds_space:
         return tokenizer.encode(text)
-    return tokenizer.encode(_ANCHOR + text)[len(tokenizer.encode(_ANCHOR)) :]
+    for anchor in _ANCHORS:
+        before, ids = tokenizer.encode(anchor), tokenizer.encode(anchor + text)
+        if ids[: len(before)] == before:
+            break
+    return ids[len(before) :]
 
 
 def prompt_ids(tokenizer: Tokenizer, infill: Infill) -> list[int]:
@@ -81,7 +87,7 @@ def middle_stream(tokenizer: Tokenizer, infill: Infill) -> TextStream:
     """Turns the ids that a model writes after `prompt_ids` into the middle, exactly."""
     # Where the middle begins a text of its own, its first space is the tokenizer's.
     begins = infill.format == "spm" and not infill.prefix
-    return tokenizer.stream(after=() if begins else tokenizer.encode(_ANCHOR))
+    return tokenizer.stream(after=() if begins else tokenizer.encode(_ANCHORS[0]))
 
 
 def document_ids(
