@@ -22,8 +22,8 @@ from jllama.text.interface import TextStream, Tokenizer
 Format = Literal["psm", "spm"]
 FILL_ME = "<FILL_ME>"
 _FORMATS = ("psm", "spm")
-# Put before a text that goes on: Code Llama's, and others where a vocabulary has pieces that join it
-# with what follows.
+# Put before a text that goes on from another: Code Llama's, and others where a vocabulary has
+# pieces that join it with what follows.
 _ANCHORS = ("☺", "\n", "\ue000")
 
 

@@ -159,6 +159,7 @@ def test_bad_input_is_one_line_and_makes_nothing(here, tmp_path, capsys):
     for said, *words in (
         ("--size 20: at least 300", "train", text, "--size", 20, "--out", out),
         ("--max-bytes 0: at least 1", "train", text, "--size", 300, "--max-bytes", 0, "--out", out),
+        ("as int", "train", text, "--size", 10**10, "--out", out),
         ("gives only", "train", text, "--size", 3000, "--out", out),
         ("no file matches", "train", tmp_path / "no.txt", "--size", 300, "--out", out),
         ("latin.txt: not UTF-8", "train", tmp_path / "latin.txt", "--size", 300, "--out", out),
@@ -168,6 +169,8 @@ def test_bad_input_is_one_line_and_makes_nothing(here, tmp_path, capsys):
         ("has no piece that", "merge", base, base, "--out", out),
         ("a piece already", "merge", base, new, "--pad", "<s>", "--out", out),
         ("no such tokenizer", "merge", base, tmp_path / "no", "--out", out),
+        ("no such tokenizer", "merge", base, "", "--out", out),
+        ("is not printable", "merge", base, "--special", "\udcff", "--out", out),
         ("empty.txt: is empty", "compare", base, "--text", tmp_path / "empty.txt"),
         ("required: --text", "compare", base),
         ("required: ACTION",),
