@@ -72,7 +72,7 @@ def merge(
             " new pieces would go; give the tokenizer.model alone, and such tokens by --special"
         )
     known = {piece.text for piece in old.pieces}
-    left_out = known if new is None else known | new.special_tokens.keys()
+    left_out = known | (new or base).special_tokens.keys()
     more = [
         Piece(piece.text, 0.0, PieceType.NORMAL)
         for piece in other.pieces
