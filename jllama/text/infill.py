@@ -55,7 +55,8 @@ def infill_tokens(tokenizer: Tokenizer) -> InfillTokens:
     if missing := [piece for piece in PIECES if piece not in known]:
         raise UserError(
             f"infilling: the tokenizer has no {', '.join(missing)}; take one of a model made for"
-            " infilling, as Code Llama's 7B and 13B, or train it with tokenizer.infill=true"
+            " infilling, as Code Llama's 7B and 13B, add them (jllama vocabulary merge --infill,"
+            " then grow), or train it with tokenizer.infill=true"
         )
     return InfillTokens(*(known[piece] for piece in PIECES))
 
@@ -118,7 +119,9 @@ def from_arguments(
     """
     if prefix_file is not None or suffix_file is not None:
         if prompt:
-            raise UserError("--prompt: the files say it already; leave it or them out")
+            raise UserError(
+                "--prompt: stands beside --prefix-file or --suffix-file; give it or them, not both"
+            )
         prefix, suffix = ("" if f is None else _read(f) for f in (prefix_file, suffix_file))
         return Infill(prefix, suffix, format or "psm")
     prefix, *rest = prompt.split(FILL_ME)

@@ -250,6 +250,8 @@ def initial_model(config: Config) -> StoredModel | None:
     padded = dataclasses.replace(stored.config, vocab_multiple=config.model.vocab_multiple)
     fatal, said = differences(padded, config.model)
     if fatal:
+        if config.model.vocab_size > stored.config.vocab_size:
+            said.append("more rows are given by jllama vocabulary grow")
         raise UserError(
             f"training.init_from={where}: its parameters are not the recipe's model: "
             + "; ".join(said)

@@ -182,7 +182,9 @@ def added(spm_model):
 
 
 def test_a_tokenizer_without_the_pieces_is_one_line(spm_model):
-    with pytest.raises(UserError, match=r"no ▁<PRE>, ▁<SUF>, ▁<MID>, ▁<EOT>; .*infill=true"):
+    with pytest.raises(
+        UserError, match=r"no ▁<PRE>, ▁<SUF>, ▁<MID>, ▁<EOT>; .*--infill, then grow.*infill=true"
+    ):
         infill_tokens(SentencePieceTokenizer(spm_model))
     with pytest.raises(UserError, match="has no ▁<EOT>;"):
         infill_tokens(SentencePieceTokenizer(spm_model, special=PIECES[:3], added=added(spm_model)))
@@ -214,7 +216,12 @@ def test_a_command_line_says_what_to_fill(tmp_path):
     ("prompt", "prefix", "format", "said"),
     [
         ("<FILL_ME> and <FILL_ME>", None, None, "--prompt: <FILL_ME> stands in it 2 times; .*one"),
-        ("text", "file", None, "--prompt: the files say it already"),
+        (
+            "text",
+            "file",
+            None,
+            "--prompt: stands beside --prefix-file or --suffix-file; .* not both",
+        ),
         ("text", None, "spm", "--infill-format spm: there is nothing to fill; write <FILL_ME>"),
         ("", "nowhere/file", None, "nowhere/file: no such file"),
     ],
