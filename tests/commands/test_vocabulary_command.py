@@ -1,6 +1,7 @@
 """`jllama vocabulary`: train, merge, compare, grow; and what they refuse."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -143,6 +144,15 @@ def test_a_model_without_a_tokenizer_grows_by_what_needs_none(here, tmp_path, ca
     )
     assert vocabulary(*grow, "--rows", "random", "--seed", 3) == 0
     assert "cannot be checked" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_not_the_models_own(here, tmp_path, capsys):
+    """As after putting the merged one into the folder: its new ids would get rows of zeros."""
+    shutil.copytree(here / "model", tmp_path / "mixed")
+    jllama.load_tokenizer(here / "merged").save(tmp_path / "mixed")
+    said = refused(capsys, "grow", tmp_path / "mixed", here / "merged", tmp_path / "out")
+    assert "the embedding 320 rows: it is another model's" in said
+    assert not (tmp_path / "out").exists()
 
 
 def _small(folder):
