@@ -98,6 +98,9 @@ def test_another_model_is_refused_by_key_before_anything_is_made(text, source, t
     config = recipe(text, tmp_path / "runs", source, "model.ffn_dim=96")
     with pytest.raises(UserError, match=r"init_from=.*: model\.ffn_dim is 96, there 80$"):
         train(config)
+    config = recipe(text, tmp_path / "runs", source, "model.vocab_size=336")
+    with pytest.raises(UserError, match=r"is 336, there 320; more rows .*vocabulary grow$"):
+        train(config)
     config = recipe(text, tmp_path / "runs", tmp_path / "absent")
     with pytest.raises(UserError, match=r"^training\.init_from: .*absent: no such folder"):
         train(config)
