@@ -22,7 +22,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Nonnegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Stretch = Annotated[float, Field(ge=1)]
+LARGEST_FACTOR = 1e6  # of a scaling of RoPE: far above it frequencies are no numbers
+Stretch = Annotated[float, Field(ge=1, le=LARGEST_FACTOR)]
 
 
 def _doc(text: str, **kwargs: Any) -> Any:
@@ -161,7 +162,7 @@ class FanInInit:
 Init = Annotated[TruncatedNormalInit | FanInInit, Field(discriminator="kind")]
 
 
-def _check_rope(rope: RopeScaling, max_length: int, head_dim: int) -> None:
+def _check_rope(rope: RopeScaling, max_length: int, head_dim: int, theta: float) -> None:
     if isinstance(rope, NtkRopeScaling | DynamicRopeScaling | AdaptiveRopeScaling) and head_dim < 4:
         raise ValueError(f"rope.kind={rope.kind} needs head_dim of 4 at least, not {head_dim}")
     original = getattr(rope, "original_length", 0)
@@ -170,6 +171,8 @@ def _check_rope(rope: RopeScaling, max_length: int, head_dim: int) -> None:
             f"rope.original_length={original} is above max_length={max_length}: it is the length of"
             " the training before scaling, max_length the one after it"
         )
+    if isinstance(rope, YarnRopeScaling) and theta <= 1:
+        raise ValueError(f"rope.kind=yarn needs a rope_theta above 1, not {theta:g}")
     if isinstance(rope, YarnRopeScaling) and rope.factor * original < max_length:
         raise ValueError(
             f"rope.factor={rope.factor:g} times rope.original_length={original} does not reach"
@@ -214,7 +217,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
-        _check_rope(self.rope, self.max_length, self.head_dim)
+        _check_rope(self.rope, self.max_length, self.head_dim, self.rope_theta)
 
     @property
     def vocab_rows(self) -> int:

@@ -24,8 +24,9 @@ from jllama.generate.sampling import Sampling
 from jllama.hardware import use_compilation_cache
 from jllama.model import llama
 from jllama.model.rope import Turns, turns
+from jllama.parallel.context import over_positions
 from jllama.parallel.mesh import make_mesh
-from jllama.parallel.sharding import Placement
+from jllama.parallel.sharding import Placement, activated
 from jllama.text.infill import Infill, infill_tokens, middle_stream, prompt_ids
 from jllama.text.tokenizer import TextStream, Tokenizer
 from jllama.train.adapters import open_adapted, quantized
@@ -94,7 +95,8 @@ class Llama:
         angles = turns(self.config, tokens.shape[1] if length is None else length)
         overlay = self.overlay(adapter)
         tokens = tokens.astype(np.int32)
-        return _logits(self.params, self.config, self.compute, tokens, angles, overlay)
+        placement = over_positions(self.params)
+        return _logits(self.params, self.config, self.compute, tokens, angles, overlay, placement)
 
     def generate(
         self,
@@ -266,7 +268,7 @@ class Llama:
         return mixture
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
+@functools.partial(jax.jit, static_argnames=("config", "compute", "placement"))
 def _logits(
     params: llama.Params,
     config: ModelConfig,
@@ -274,10 +276,14 @@ def _logits(
     tokens: jax.Array,
     turns: Turns,
     overlay: lora.Overlay | None,
+    placement: Placement | None,
 ) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = llama.apply(params, config, compute, tokens, positions, turns=turns, lora=overlay)
-    return llama.logits(params, config, hidden)
+    with activated(placement):
+        hidden, _ = llama.apply(
+            params, config, compute, tokens, positions, turns=turns, lora=overlay
+        )
+        return llama.logits(params, config, hidden)
 
 
 def load(

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     model = jllama.load(args.model, dtype=args.dtype, adapter=given)
     if model.tokenizer is None:
         raise UserError(f"{args.model}: has no tokenizer; put its files there")
-    length = args.length or model.config.max_length
+    length = model.config.max_length if args.length is None else args.length
     scores = {}
     for way in ways:
         say(f"{way}: {len(problems)} lines")

@@ -5,16 +5,17 @@ behind as many tokens as each of the lengths says. So every length and every mod
 targets, and two windows share none. A window lies within one document unless --join cuts across
 them. Lengths may be above what the models were trained for.
 
---rope names scalings of the rotary frequencies to try in place of the model's own. Its max_length,
-L0, is taken for the length that it was trained for. Where no factor is given, it is the least that
-reaches the length L at hand.
+--rope names scalings of the rotary frequencies to try in place of the model's own. They begin at
+L0, the length that it was trained for before its own scaling: original_length, with linear scaling
+max_length over its factor, else max_length. Where no factor is given, it is the least that reaches
+the length L at hand, and no less than the model's own.
 
   model         the model's own
   none          none
   pi[:F]        position interpolation: positions divided by F
   ntk:A         NTK-aware: theta times A^(N/(N-2)), N the width of a head
   dynamic[:F]   dynamic NTK: A = F L/L0 - (F-1) above L0 [F is 2]
-  adaptive[:C]  Chinese-LLaMA's: A = C (2 L/L0 - 1) above L0 [C is 1]
+  adaptive[:C]  Chinese-LLaMA's: A = C (2 L/L0 - 1) above L0, interpolation included [C is 1]
   yarn[:F]      YaRN with factor F
 
 ntk and adaptive come on top of the position interpolation of a model that has one; the others
@@ -124,21 +125,26 @@ def run(args: argparse.Namespace) -> None:
         trained[name] = config.max_length
         for rope in ropes:
             scaled(config, rope, lengths[-1])
-    points, ids = [], None
+    points, first = [], None
     for name, path, ropes, adapters in models:
-        given = {adapter: adapter for adapter in adapters} or None
-        model = jllama.load(path, dtype=args.dtype, adapter=given)
-        texts = _encoded(model, path, _read(args.data))
-        found = windows(texts, lengths[-1], stride, args.windows, args.join)
-        if ids is not None and not np.array_equal(ids, found):
-            raise UserError(
-                f"{path}: its tokenizer is not that of the models before it, and perplexities per"
-                " token of several are not to be compared; evaluate it on its own"
-            )
-        ids = found
-        points += _measure(name, model, ids, lengths, stride, ropes, adapters)
+        found, ids = _evaluate(args, name, path, ropes, adapters, lengths, stride, first)
+        points, first = points + found, ids
     _print(points, lengths)
     _write(out, points, trained)
+
+
+def _evaluate(args, name, path, ropes, adapters, lengths, stride, first):
+    """A model's points and windows, which must be `first`; when it returns, the model is gone."""
+    given = {adapter: adapter for adapter in adapters} or None
+    model = jllama.load(path, dtype=args.dtype, adapter=given)
+    texts = _encoded(model, path, _read(args.data))
+    ids = windows(texts, lengths[-1], stride, args.windows, args.join)
+    if first and not (len(first) == len(ids) and all(map(np.array_equal, first, ids))):
+        raise UserError(
+            f"{path}: its tokenizer is not that of the models before it, and perplexities per"
+            " token of several are not to be compared; evaluate it on its own"
+        )
+    return _measure(name, model, ids, lengths, stride, ropes, adapters), ids
 
 
 def _lengths(text: str) -> list[int]:
@@ -159,8 +165,8 @@ def _models(
     for option, value in given:
         if option == "--model":
             name, equals, path = value.partition("=")
-            if not equals or "/" in name:
-                name, path = storage.path(value).name, value
+            if not equals or not name or "/" in name:
+                name, path = storage.absolute(storage.path(value)).name, value
             models.append([name, path, None, []])
             continue
         if option == "--adapter":
@@ -170,9 +176,12 @@ def _models(
             continue
         without = [model for model in models if model[2] is None]
         if not without:
-            raise UserError(f"--rope {value}: comes after the --model that it is for")
+            raise UserError(
+                f"--rope {value}: comes after the --model that it is for, once, with commas between"
+                " several"
+            )
         for model in without:
-            model[2] = tuple(value.split(","))
+            model[2] = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
     if not models:
         raise UserError("--model PATH: which model? a run, a step of it, or a model's folder")
     names = [name for name, *_ in models]
@@ -245,7 +254,8 @@ def _labels(points: list[Point]) -> dict[tuple[str, str], str]:
 
 
 def _print(points: list[Point], lengths: list[int]) -> None:
-    rows = [["perplexity", *(f"{length:,}" for length in lengths)]]
+    scored = f"perplexity of {points[0].windows} x {points[0].stride} tokens"
+    rows = [[scored, *(f"{length:,}" for length in lengths)]]
     for curve, label in _labels(points).items():
         own = [p.perplexity for p in points if (p.model, p.rope) == curve]
         rows.append([label, *(f"{value:.4g}" for value in own)])
@@ -256,22 +266,24 @@ def _print(points: list[Point], lengths: list[int]) -> None:
 
 
 def _write(out: Path, points: list[Point], trained: dict[str, int]) -> None:
-    table, picture = io.StringIO(), io.BytesIO()
+    table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow([field.name for field in dataclasses.fields(Point)])
     writer.writerows(dataclasses.astuple(point) for point in points)
-    _draw(points, trained).savefig(picture, dpi=120, format="png")
     storage.write_text(out / "perplexity.csv", table.getvalue())
-    storage.write_bytes(out / "perplexity.png", picture.getvalue())
     print(out / "perplexity.csv")
+    picture = io.BytesIO()
+    _draw(points, trained).savefig(picture, dpi=120, format="png")
+    storage.write_bytes(out / "perplexity.png", picture.getvalue())
     print(out / "perplexity.png")
 
 
 def _draw(points: list[Point], trained: dict[str, int]) -> pyplot.Figure:
     figure, axis = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
-    for curve, label in _labels(points).items():
+    lines, labels = [], _labels(points)
+    for curve in labels:
         own = [p for p in points if (p.model, p.rope) == curve]
-        axis.plot([p.length for p in own], [p.perplexity for p in own], "o-", label=label)
+        lines += axis.plot([p.length for p in own], [p.perplexity for p in own], "o-")
     lengths = sorted({p.length for p in points})
     for length in sorted(set(trained.values())):
         if lengths[0] <= length <= lengths[-1]:
@@ -282,5 +294,8 @@ def _draw(points: list[Point], trained: dict[str, int]) -> pyplot.Figure:
     axis.set_xlabel("context length (dotted: a model's max_length)")
     axis.set_ylabel(f"perplexity of a window's last {points[0].stride} tokens")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize="small")
+    legend = axis.legend(lines, ["" for _ in lines], fontsize="small")
+    for text, label in zip(legend.get_texts(), labels.values(), strict=True):
+        text.set_parse_math(False)  # a name with $ is no formula
+        text.set_text(label)
     return figure

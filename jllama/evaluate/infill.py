@@ -118,6 +118,8 @@ def _ready_made(path: str) -> Iterator[Problem]:
             record = json.loads(data)
             prefix, middle = record["prompt"], record["canonical_solution"]
             line = middle.strip()
+            if not line:
+                raise ValueError("canonical_solution is empty")
             at = middle.index(line)
             suffix = middle[at + len(line) :] + record["suffix"]
         except (ValueError, KeyError, TypeError, AttributeError) as e:

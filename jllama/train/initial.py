@@ -6,8 +6,17 @@ from typing import NamedTuple
 
 from jllama import storage
 from jllama.adapt.lora import layout
-from jllama.config import Config, LoraConfig
+from jllama.config import (
+    AdaptiveRopeScaling,
+    Config,
+    LinearRopeScaling,
+    LoraConfig,
+    ModelConfig,
+    NoRopeScaling,
+    NtkRopeScaling,
+)
 from jllama.errors import UserError
+from jllama.model.rope import original_length
 from jllama.parallel import distributed
 from jllama.progress import say
 from jllama.train.adapters import Adapter, base_path, is_adapter, open_adapted, open_adapter
@@ -40,6 +49,8 @@ def open_initial(config: Config) -> Initial | None:
         there = dataclasses.replace(there, vocab_multiple=config.model.vocab_multiple)
     fatal, said = differences(there, config.model)
     if fatal:
+        if config.model.vocab_size > stored.config.vocab_size:
+            said.append("more rows are given by jllama vocabulary grow")
         raise UserError(
             f"training.init_from={where}: its parameters are not the recipe's model: "
             + "; ".join(said)
@@ -49,7 +60,7 @@ def open_initial(config: Config) -> Initial | None:
         if adapter.format == "jllama" and adapter.quantize != config.adapt.quantize:
             said.append(f"adapt.quantize is {config.adapt.quantize}, there {adapter.quantize}")
     if distributed.leader():
-        for line in said:
+        for line in said + _lengths(stored.config, config.model):
             say(f"note: training.init_from={where}: {line}")
     return found
 
@@ -81,3 +92,26 @@ def _check_overlay(config: Config, adapter: Adapter) -> None:
                 f" {path} {there.get(path, 'is frozen')} there, {here.get(path, 'is frozen')} here;"
                 f" say the same (jllama info {adapter.path})"
             )
+
+
+def _lengths(there: ModelConfig, here: ModelConfig) -> list[str]:
+    """What a model of another length, or a scaling made for one, should know."""
+    said = []
+    if here.max_length != there.max_length:
+        said.append(f"model.max_length is {here.max_length}, there {there.max_length}")
+    trained, wanted, rope = original_length(there), original_length(here), here.rope
+    if wanted == trained or isinstance(rope, NoRopeScaling | NtkRopeScaling):
+        return said
+    if isinstance(rope, LinearRopeScaling):
+        said.append(
+            f"model.rope.factor={rope.factor:g} takes model.max_length={here.max_length} to"
+            f" {wanted} positions, and it was trained for {trained}; the factor that fits is"
+            f" {max(1, here.max_length / trained):g}"
+        )
+    else:
+        inside = rope.factor if isinstance(rope, AdaptiveRopeScaling) else 1.0
+        said.append(
+            f"model.rope.original_length={rope.original_length} is not what it was trained for;"
+            f" that would be {round(trained * inside)}"
+        )
+    return said

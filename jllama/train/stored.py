@@ -155,7 +155,7 @@ def _own(path: Path) -> StoredModel:
             f" and `jllama convert BASE DST --adapter {path}` makes a model of the two"
         )
     compute = dataclasses.replace(stored.compute, attention=AutoAttention(kind="auto"))
-    tokenizer = find_tokenizer(folder)
+    tokenizer = _tokenizer(folder, stored.model.vocab_size)
     read = functools.partial(_read_own, folder, step, stored.model.vocab_rows)
     dtype = compute.param_dtype
     scales = stored.scale_dtype or dtype
@@ -170,20 +170,26 @@ def _read_own(folder: Path, step: int, rows: int, placed: llama.Params) -> llama
     return repadded(load_params(folder, step, with_rows(placed, rows)), placed)
 
 
+def _tokenizer(folder: Path, rows: int) -> Tokenizer | None:
+    """That of a model's folder. Raises UserError if it has more ids than the embedding rows."""
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        added = [text for text, id in tokenizer.special_tokens.items() if id >= rows]
+        beyond = f" ({', '.join(added[:3])})" if added else ""
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids and the embedding"
+            f" {rows:,} rows: it is another model's, or its files add tokens{beyond}"
+            " that the model was not made for; put the right files there, or take those tokens out"
+        )
+    return tokenizer
+
+
 def _foreign(
     path: Path, format: Format, config: ModelConfig, tensors: dict[str, Tensor]
 ) -> StoredModel:
     specs = file_specs(config)
     found = match(tensors, specs, format, path)
-    tokenizer = find_tokenizer(path)
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        added = [text for text, id in tokenizer.special_tokens.items() if id >= config.vocab_size]
-        beyond = f" ({', '.join(added[:3])})" if added else ""
-        raise UserError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size:,} ids and the embedding"
-            f" {config.vocab_size:,} rows: it is another model's, or its files add tokens{beyond}"
-            " that the model was not made for; put the right files there, or take those tokens out"
-        )
+    tokenizer = _tokenizer(path, config.vocab_size)
     read = functools.partial(
         read_params, found, specs, interleaved=format == "meta", title=f"read {path.name}"
     )
