@@ -762,7 +762,7 @@ class CheckpointConfig:
 class SampleConfig:
     """The sample that ends a run; `max_new_tokens: 0` is none."""
 
-    prompt: str = _default("text to continue", "")
+    prompt: str = _default("text to continue, or with <FILL_ME> in it to fill", "")
     max_new_tokens: Count = _default("tokens to generate", 0)
     temperature: Nonnegative = _default("0 is greedy", 0.8)
     top_k: Count = _default("keep the K likeliest; 0 is off", 0)

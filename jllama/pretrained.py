@@ -27,7 +27,7 @@ from jllama.model.rope import Turns, turns
 from jllama.parallel.context import over_positions
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement, activated
-from jllama.text.infill import Infill, infill_tokens, middle_stream, prompt_ids
+from jllama.text.infill import EOT, Infill, infill_tokens, middle_stream, prompt_ids
 from jllama.text.tokenizer import TextStream, Tokenizer
 from jllama.train.adapters import open_adapted, quantized
 
@@ -217,6 +217,8 @@ class Llama:
             stop |= {infill_tokens(tokenizer).end}
         elif isinstance(prompt, str):
             ids = tuple(tokenizer.encode(prompt, bos=True))
+            # What a model learnt to infill ends so, if it was cut in three.
+            stop |= {i for piece, i in tokenizer.special_tokens.items() if piece == EOT}
         else:
             ids = tuple(int(i) for i in prompt) or (tokenizer.bos_id,)
         if max_new_tokens is None:

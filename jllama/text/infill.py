@@ -37,7 +37,8 @@ class InfillTokens(NamedTuple):
 
 
 # As Code Llama's tokenizer.model spells them: 32007 to 32010 there.
-PIECES = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
+EOT = "▁<EOT>"
+PIECES = ("▁<PRE>", "▁<SUF>", "▁<MID>", EOT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,17 +125,24 @@ def from_arguments(
             )
         prefix, suffix = ("" if f is None else _read(f) for f in (prefix_file, suffix_file))
         return Infill(prefix, suffix, format or "psm")
-    prefix, *rest = prompt.split(FILL_ME)
+    asked = from_text("--prompt", prompt, format or "psm")
+    if format is not None and asked == prompt:
+        raise UserError(f"--infill-format {format}: there is nothing to fill; write {FILL_ME}")
+    return asked
+
+
+def from_text(key: str, text: str, format: Format = "psm") -> str | Infill:
+    """What a prompt asks for: its continuation, or the place of its `<FILL_ME>`.
+
+    Raises UserError, naming the key that it is the value of, for `<FILL_ME>` twice.
+    """
+    prefix, *rest = text.split(FILL_ME)
     if len(rest) > 1:
         raise UserError(
-            f"--prompt: {FILL_ME} stands in it {len(rest)} times; one place is filled at a time,"
+            f"{key}: {FILL_ME} stands in it {len(rest)} times; one place is filled at a time,"
             " leave one"
         )
-    if rest:
-        return Infill(prefix, *rest, format or "psm")
-    if format is not None:
-        raise UserError(f"--infill-format {format}: there is nothing to fill; write {FILL_ME}")
-    return prompt
+    return Infill(prefix, *rest, format) if rest else text
 
 
 def _read(file: str) -> str:
