@@ -12,6 +12,7 @@ import jllama
 from jllama.cli import Parser, exit_status
 from jllama.config import SampleConfig
 from jllama.text import infill
+from jllama.train.adapters import from_arguments
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -59,10 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         raise jllama.UserError(f"num_samples={count}: must be at least 1")
     names = ("prompt", "prefix_file", "suffix_file", "infill_format")
     prompt = infill.from_arguments(*(args.pop(name) for name in names))
-    given = list(map(weighted, args.pop("adapter")))
-    adapters = dict(given)
-    if len(adapters) < len(given):
-        raise jllama.UserError("--adapter: one is given twice; weigh it once")
+    adapters = from_arguments(args.pop("adapter"))
     model = jllama.load(
         args.pop("model"),
         dtype=args.pop("dtype"),
@@ -76,14 +74,6 @@ def main(argv: list[str] | None = None) -> None:
             print(piece, end="", flush=True)
         if count > 1 or sys.stdout.isatty():
             print(flush=True)
-
-
-def weighted(text: str) -> tuple[str, float]:
-    path, equals, weight = text.rpartition("=")
-    try:
-        return (path, float(weight)) if equals else (text, 1.0)
-    except ValueError:
-        raise jllama.UserError(f"--adapter {text}: {weight!r} is no weight") from None
 
 
 def interrupted(*_) -> None:

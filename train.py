@@ -14,6 +14,7 @@ from jllama.cli import exit_status
 from jllama.config import Config
 from jllama.evaluate.compress import xz_bits_per_byte
 from jllama.parallel import distributed
+from jllama.text.infill import FILL_ME, Infill, from_text
 from jllama.train.loop import Result, train
 
 
@@ -21,13 +22,15 @@ def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(f"{__doc__}\n{recipe.help_text()}")
         return os.EX_OK
-    result = train(config := recipe.from_arguments(argv))
+    config = recipe.from_arguments(argv)
+    prompt = from_text("sample.prompt", config.sample.prompt)
+    result = train(config)
     if result.done and distributed.leader():
-        report(config, result)
+        report(config, result, prompt)
     return os.EX_TEMPFAIL if result.stopped else os.EX_OK
 
 
-def report(config: Config, result: Result) -> None:
+def report(config: Config, result: Result, prompt: str | Infill) -> None:
     """Writes summary.json, and prints the figures and the sample."""
     summary = {
         "steps": result.steps,
@@ -49,13 +52,14 @@ def report(config: Config, result: Result) -> None:
         print(f"{key:30} {value:.4f}")
     if config.sample.max_new_tokens:
         wanted = recipe.to_dict(config.sample)
-        prompt = summary["sample"] = wanted.pop("prompt")
-        print(f"--- a sample, after {prompt!r}")
-        model = jllama.load(result.folder)
+        before, _, after = wanted.pop("prompt").partition(FILL_ME)
+        print(f"--- a sample, after {before!r}" + (f" and before {after!r}" if after else ""))
+        model, pieces = jllama.load(result.folder), []
         for piece in model.stream(prompt, seed=config.run.seed, **wanted):
-            summary["sample"] += piece
+            pieces.append(piece)
             print(piece, end="", flush=True)
         print()
+        summary["sample"] = before + "".join(pieces) + after
         save()
 
 

@@ -21,10 +21,11 @@ from jllama.config import Config, LoraConfig
 from jllama.errors import UserError
 from jllama.hardware import measured_matmul_flops
 from jllama.model.llama import init_params
+from jllama.model.param import kept
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import causal_lm_loss
-from jllama.train.state import TrainState, base_shapes, define_state, freeze, init_state
+from jllama.train.state import TrainState, base_shapes, define_state, freezer, init_state
 from jllama.train.step import make_train_step
 
 
@@ -76,7 +77,7 @@ def ready(config: Config) -> tuple[Any, TrainState, Any, dict[str, jax.Array]]:
             ),
             out_shardings=jax.tree.map(lambda s: s.sharding, shapes),
         )
-        base = freeze(config, draw(jax.random.key(1)))
+        base = kept(draw(jax.random.key(1)), freezer(config))
         frozen = without_whole(base, definition.shapes.trainable)
     state = init_state(definition, 0, base)
     step = make_train_step(config, lambda *a: causal_lm_loss(config, *a), definition, placement)

@@ -22,7 +22,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Nonnegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Stretch = Annotated[float, Field(ge=1)]
+LARGEST_FACTOR = 1e6  # of a scaling of RoPE: far above it frequencies are no numbers
+Stretch = Annotated[float, Field(ge=1, le=LARGEST_FACTOR)]
 
 
 def _doc(text: str, **kwargs: Any) -> Any:
@@ -161,7 +162,7 @@ class FanInInit:
 Init = Annotated[TruncatedNormalInit | FanInInit, Field(discriminator="kind")]
 
 
-def _check_rope(rope: RopeScaling, max_length: int, head_dim: int) -> None:
+def _check_rope(rope: RopeScaling, max_length: int, head_dim: int, theta: float) -> None:
     if isinstance(rope, NtkRopeScaling | DynamicRopeScaling | AdaptiveRopeScaling) and head_dim < 4:
         raise ValueError(f"rope.kind={rope.kind} needs head_dim of 4 at least, not {head_dim}")
     original = getattr(rope, "original_length", 0)
@@ -170,6 +171,8 @@ def _check_rope(rope: RopeScaling, max_length: int, head_dim: int) -> None:
             f"rope.original_length={original} is above max_length={max_length}: it is the length of"
             " the training before scaling, max_length the one after it"
         )
+    if isinstance(rope, YarnRopeScaling) and theta <= 1:
+        raise ValueError(f"rope.kind=yarn needs a rope_theta above 1, not {theta:g}")
     if isinstance(rope, YarnRopeScaling) and rope.factor * original < max_length:
         raise ValueError(
             f"rope.factor={rope.factor:g} times rope.original_length={original} does not reach"
@@ -214,7 +217,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
-        _check_rope(self.rope, self.max_length, self.head_dim)
+        _check_rope(self.rope, self.max_length, self.head_dim, self.rope_theta)
 
     @property
     def vocab_rows(self) -> int:
@@ -587,7 +590,7 @@ class LoraOverride:
 
     match: str = _doc("a target by name or path, with * and ?: down, layers.attention.*")
     layers: tuple[Count, ...] | None = _default("in these layers, from 0; null is all", None)
-    rank: PositiveInt | None = _default("rank there; null leaves it", None)
+    rank: Count | None = _default("rank there, 0 for no overlay; null leaves it", None)
     alpha: PositiveFloat | None = _default("alpha there; null leaves it", None)
 
     def __post_init__(self):
@@ -626,6 +629,14 @@ class LoraConfig:
         "the frozen matrices of the blocks are kept in this (QLoRA, arXiv:2305.14314); none is"
         " compute.dtype",
         "none",
+    )
+    learning_rate_ratio: PositiveFloat = _default(
+        "the learning rate of every b over that of all else (LoRA+, arXiv:2402.12354)", 1.0
+    )
+    base: str = _default(
+        "where training.init_from is an adapter, which is trained on: its base; empty is where the"
+        " adapter says",
+        "",
     )
 
 
@@ -709,7 +720,7 @@ class TrainingConfig:
     accumulate: PositiveInt = _default("microbatches a step is split into", 1)
     init_from: str = _default(
         "begin from these parameters: a run, one of its steps, or a model's folder in any format;"
-        " empty is from fresh ones",
+        " or with adapt.kind=lora from this adapter; empty is from fresh ones",
         "",
     )
     z_loss: Nonnegative = _default("weight of log(Z)^2 in the loss", 0.0)
@@ -751,7 +762,7 @@ class CheckpointConfig:
 class SampleConfig:
     """The sample that ends a run; `max_new_tokens: 0` is none."""
 
-    prompt: str = _default("text to continue", "")
+    prompt: str = _default("text to continue, or with <FILL_ME> in it to fill", "")
     max_new_tokens: Count = _default("tokens to generate", 0)
     temperature: Nonnegative = _default("0 is greedy", 0.8)
     top_k: Count = _default("keep the K likeliest; 0 is off", 0)

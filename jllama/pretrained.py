@@ -24,11 +24,12 @@ from jllama.generate.sampling import Sampling
 from jllama.hardware import use_compilation_cache
 from jllama.model import llama
 from jllama.model.rope import Turns, turns
+from jllama.parallel.context import over_positions
 from jllama.parallel.mesh import make_mesh
-from jllama.parallel.sharding import Placement
-from jllama.text.infill import Infill, infill_tokens, middle_stream, prompt_ids
+from jllama.parallel.sharding import Placement, activated
+from jllama.text.infill import EOT, Infill, infill_tokens, middle_stream, prompt_ids
 from jllama.text.tokenizer import TextStream, Tokenizer
-from jllama.train.adapters import open_adapted, quantized
+from jllama.train.adapters import open_adapted, quantizer, read_base
 
 # Which adapters apply; see `Llama`.
 Mixture = str | Mapping[str, float] | None
@@ -94,7 +95,8 @@ class Llama:
         angles = turns(self.config, tokens.shape[1] if length is None else length)
         overlay = self.overlay(adapter)
         tokens = tokens.astype(np.int32)
-        return _logits(self.params, self.config, self.compute, tokens, angles, overlay)
+        placement = over_positions(self.params)
+        return _logits(self.params, self.config, self.compute, tokens, angles, overlay, placement)
 
     def generate(
         self,
@@ -215,6 +217,8 @@ class Llama:
             stop |= {infill_tokens(tokenizer).end}
         elif isinstance(prompt, str):
             ids = tuple(tokenizer.encode(prompt, bos=True))
+            # What a model learnt to infill ends so, if it was cut in three.
+            stop |= {i for piece, i in tokenizer.special_tokens.items() if piece == EOT}
         else:
             ids = tuple(int(i) for i in prompt) or (tokenizer.bos_id,)
         if max_new_tokens is None:
@@ -266,7 +270,7 @@ class Llama:
         return mixture
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
+@functools.partial(jax.jit, static_argnames=("config", "compute", "placement"))
 def _logits(
     params: llama.Params,
     config: ModelConfig,
@@ -274,10 +278,14 @@ def _logits(
     tokens: jax.Array,
     turns: Turns,
     overlay: lora.Overlay | None,
+    placement: Placement | None,
 ) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = llama.apply(params, config, compute, tokens, positions, turns=turns, lora=overlay)
-    return llama.logits(params, config, hidden)
+    with activated(placement):
+        hidden, _ = llama.apply(
+            params, config, compute, tokens, positions, turns=turns, lora=overlay
+        )
+        return llama.logits(params, config, hidden)
 
 
 def load(
@@ -317,10 +325,13 @@ def load(
     use_compilation_cache(stored.compilation_cache)
     compute = stored.compute if dtype is None else dataclasses.replace(stored.compute, dtype=dtype)
     placement, placed = _placed(config, compute.dtype)
-    params, overlays, whole = stored.read(placed), None, ()
-    if adapters:
-        read = [a.read(config, placement, params) for a in adapters.values()]
-        params = quantized(params, config, next(a.quantize for a in adapters.values()))
+    overlays, whole = None, ()
+    if not adapters:
+        params = stored.read(placed)
+    else:
+        kind = next(a.quantize for a in adapters.values())
+        params, digest = read_base(stored, placed, quantizer(config, kind))
+        read = [a.read(config, placement, params, digest) for a in adapters.values()]
         whole = tuple(".".join(path) for _, o in read for path, _ in lora.whole_leaves(o))
         params, overlays = join(params, read)
     return Llama(config, params, stored.tokenizer, compute, tuple(adapters), overlays, whole)

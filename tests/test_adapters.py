@@ -16,18 +16,23 @@ import tiny
 import jllama
 from jllama import cli
 from jllama import recipe as configs
+from jllama.adapt import lora
 from jllama.config import MeshConfig
 from jllama.errors import UserError
+from jllama.interop import hf
+from jllama.model.param import kept
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
+from jllama.train.adapters import read_base
 from jllama.train.checkpoint import load_state
 from jllama.train.fingerprint import fingerprint
 from jllama.train.loop import train
-from jllama.train.state import base_shapes, define_state, freeze, init_state
+from jllama.train.state import base_shapes, define_state, freezer, init_state
 from jllama.train.stored import open_model
 
 TOKENS = tiny.tokens(2, 20, vocab_size=300)
 FASTER = "training.schedule.peak=0.03"
+STILL = "training.schedule.peak=1e-30"  # a run that changes nothing shows what it began from
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +75,13 @@ def logits(*args, **kwargs):
     return np.asarray(jllama.load(*args, **kwargs).logits(TOKENS))
 
 
+def digest(folder):
+    """Of the state at the end."""
+    config = configs.load(folder / "config.yaml")
+    placement = Placement(make_mesh(config.mesh), config.sharding)
+    return fingerprint(load_state(folder, 10, define_state(config, placement)))
+
+
 def size(folder):
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
@@ -104,11 +116,6 @@ def test_a_checkpoint_holds_the_overlay_and_its_optimizer_alone(one):
 
 
 def test_it_resumes_bit_for_bit(base, one):
-    def digest(folder):
-        config = configs.load(folder / "config.yaml")
-        placement = Placement(make_mesh(config.mesh), config.sharding)
-        return fingerprint(load_state(folder, 10, define_state(config, placement)))
-
     stopped = train(recipe(base, "run.name=again", "run.stop_after=6"))
     assert stopped.steps == 6
     again = train(recipe(base, "run.name=again"))
@@ -301,7 +308,7 @@ def test_a_base_is_quantised_alike_whatever_it_is_read_in(base, adapted, dtype):
     config = configs.load(run / "config.yaml")
     stored = open_model(base)
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
-    trained = freeze(config, stored.read(base_shapes(config, placement)))
+    trained = kept(stored.read(base_shapes(config, placement)), freezer(config))
     for wanted in (None, "float32", "bfloat16"):
         model = jllama.load(run, dtype=wanted)
         assert model.compute.dtype == (wanted or dtype)
@@ -317,8 +324,34 @@ def test_a_whole_matrix_begins_as_the_base_over_a_quantised_one_too(base):
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
     params = open_model(base).read(base_shapes(config, placement))
     down = np.asarray(params["layers"]["mlp"]["down"]["kernel"])
-    state = init_state(define_state(config, placement), 0, freeze(config, params))
+    state = init_state(define_state(config, placement), 0, kept(params, freezer(config)))
     np.testing.assert_array_equal(state.trainable["layers"]["mlp"]["down"]["kernel"], down)
+
+
+@pytest.mark.parametrize("format", ["jllama", "hf"])
+def test_one_matrix_at_a_time_is_read_and_quantised(base, tmp_path, format):
+    config = recipe(base, "adapt.quantize=int8")
+    placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
+    places = base_shapes(config, placement)
+    stored = open_model(base)
+    if format == "hf":
+        params = stored.read(places)
+        hf.write_folder(tmp_path / "hf", stored.config, params, stored.tokenizer)
+        stored = open_model(tmp_path / "hf")
+        del params
+    there = {id(x) for x in jax.live_arrays()}
+    least = min(x.nbytes for x in jax.tree.leaves(stored.read(places)["layers"]["mlp"]))
+    most, freeze = [], freezer(config)
+
+    def keep(path, x):
+        whole = [y for y in jax.live_arrays() if id(y) not in there and y.ndim > 2]
+        most.append(sum(y.nbytes >= least for y in whole))
+        return freeze(path, x)
+
+    params, digest = read_base(stored, places, keep)
+    assert max(most) == 1
+    assert digest == fingerprint(stored.read(places), "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, params, kept(stored.read(places), freeze))
 
 
 def test_an_adapter_is_evaluated_with_its_base(base, one, tmp_path, capsys):
@@ -332,6 +365,54 @@ def test_an_adapter_is_evaluated_with_its_base(base, one, tmp_path, capsys):
     assert tables[0] != tables[1]
 
 
+def test_perplexity_takes_adapters_of_the_model_before_them(base, one, other, tmp_path, capsys):
+    words = ("--data", str(base), "--lengths", "8,16", "--stride", "4", "--join")
+
+    def run(*args):
+        given = ["evaluate", "perplexity", *map(str, args), *words, "--out", str(tmp_path / "out")]
+        status = cli.main(given)
+        out, err = capsys.readouterr()
+        return status, [line.split() for line in out.splitlines()], err
+
+    status, rows, err = run(
+        "--model", f"base={base}", "--model", f"with={base}", "--adapter", one,
+        "--model", f"off={base}", "--adapter", f"{one}=0", "--adapter", f"{other}=0",
+        "--model", f"both={base}", "--adapter", f"{one}=0.5", "--adapter", other,
+        "--model", f"alone={one}",
+    )  # fmt: skip
+    assert status == 0, err
+    found = {name: figures for name, *figures in rows[1:-2]}
+    assert found["with"] == found["alone"] != found["base"] == found["off"]
+    assert found["both"] not in (found["base"], found["alone"])
+    for args, said in (
+        (("--adapter", one, "--model", base), "comes after the --model that it is for"),
+        (("--model", base, "--adapter", f"{one}=much"), "'much' is no weight"),
+        (("--model", base, "--adapter", one, "--adapter", f"{one}=0"), "is given twice"),
+        (("--model", base, "--adapter", base), "a model and no adapter"),
+    ):
+        status, _, error = run(*args)
+        assert status == 2 and said in error.splitlines()[-1]
+
+
+def test_infilling_takes_adapters(base, one, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n".join(recipes.texts(3, 5)))
+    words = ("--data", str(tmp_path / "*.txt"), "--ways=prefix", "--count=6", "--json",
+             "--max-new-tokens=8", "--length=40")  # fmt: skip
+
+    def run(*args):
+        out = tmp_path / "out.jsonl"
+        out.unlink(missing_ok=True)
+        assert cli.main(["evaluate", "infill", *map(str, args), *words, "--out", str(out)]) == 0
+        said = json.loads(capsys.readouterr().out)
+        return said["adapters"], [json.loads(x)["prefix"] for x in out.read_text().splitlines()]
+
+    with_one = run("--model", base, "--adapter", one)
+    assert with_one == ({str(one): 1.0}, run("--model", one)[1])
+    without = run("--model", base)
+    assert without[0] == {} and without[1] != with_one[1]
+    assert run("--model", base, "--adapter", f"{one}=0")[1] == without[1]
+
+
 def test_a_folder_named_by_a_number_is_one_like_any_other(base, tmp_path):
     folder = tmp_path / "13"
     assert cli.main(["convert", str(base), str(folder)]) == 0
@@ -342,3 +423,119 @@ def test_an_adapter_is_no_gguf_and_an_empty_name_no_adapter(base, one, tmp_path,
     assert cli.main(["convert", str(one), str(tmp_path / "x.gguf")]) == 2
     assert cli.main(["convert", str(base), str(tmp_path / "x"), "--adapter", ""]) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_is_trained_on_and_the_run_resumes_without_it(base, adapted, one, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(one, moved)
+    further = adapted("further", f"training.init_from={moved}")
+    assert (further / "base.json").read_text() == (one / "base.json").read_text()
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").open() if '"loss"' in line]
+        for run in (one, further)
+    ]
+    assert losses[1][0] < losses[0][0] - 0.05
+    assert tiny.relative_error(logits(further), logits(one)) > 1e-3
+    adapted("again-further", f"training.init_from={moved}", "run.stop_after=6")
+    shutil.rmtree(moved)  # the checkpoint has what was taken from it
+    with pytest.raises(UserError, match="moved: no such folder"):
+        adapted("again-further", f"training.init_from={moved}")
+    assert digest(adapted("again-further", f"training.init_from={base}")) == digest(further)
+
+
+def test_every_kind_of_adapter_is_trained_on(adapted):
+    kind = (
+        "adapt.dora=true", "adapt.full=[head,'*norm']", "adapt.targets=[q,up]",
+        "adapt.overrides=[{match: q, rank: 2, layers: [1]}]", "adapt.quantize=nf4",
+        "compute.param_dtype=bfloat16", "training.steps=2",
+    )  # fmt: skip
+    first = adapted("kind", *kind)
+    again = adapted("kind-still", *kind, f"training.init_from={first}", STILL)
+    np.testing.assert_array_equal(logits(again), logits(first))
+
+
+def test_pefts_adapters_are_trained_on(base, adapted, other, tmp_path):
+    peft = tmp_path / "peft"
+    assert cli.main(["convert", str(other), str(peft)]) == 0
+    said = json.loads((peft / "adapter_config.json").read_text())
+    text = json.dumps(said | {"base_model_name_or_path": "somebody/else"})
+    (peft / "adapter_config.json").write_text(text)
+    alike = (
+        "adapt.dora=true", "adapt.targets=[q,v,down]", "adapt.rank=2", STILL, "training.steps=2",
+    )  # fmt: skip
+    on = f"training.init_from={peft}"
+    with pytest.raises(UserError, match=r"adapter of somebody/else.* adapt\.base in a recipe"):
+        adapted("of-peft", *alike, on)
+    run = adapted("of-peft", *alike, on, f"adapt.base={base}")
+    np.testing.assert_array_equal(logits(run), logits(other))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("adapt.rank=8",), r"k has rank 4, alpha 8 there, has rank 8, alpha 8 here; say the same"),
+        (("adapt.alpha=4",), r"k has rank 4, alpha 8 there, has rank 4, alpha 4 here"),
+        (("adapt.targets=[q]",), r"k has rank 4, alpha 8 there, is frozen here"),
+        (("adapt.full=[head]",), r"head\.weight is frozen there, is trained whole here"),
+        (("adapt.dora=true",), r"alpha 8 there, has rank 4, alpha 8, dora here"),
+        (("adapt.kind=none",), r"adapt\.kind=lora trains it on; to train all parameters, begin"),
+        (("model.num_layers=1",), r"its parameters are not the recipe's model: model\.num_layers"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, tuple) else "",
+)
+def test_an_adapter_that_is_another_than_the_recipe_says_is_one_line(base, one, more, said):
+    wanted = configs.load(
+        base.parent.parent / "recipe.yaml",
+        [f"training.init_from={one}", "run.name=refused", *more]
+        if more == ("adapt.kind=none",)
+        else ["adapt={kind: lora, rank: 4, alpha: 8}", f"training.init_from={one}",
+              "run.name=refused", *more],
+    )  # fmt: skip
+    with pytest.raises(UserError, match=said):
+        train(wanted)
+    assert not (base.parent / "refused" / "checkpoints").exists()
+
+
+def test_an_adapter_is_trained_on_over_its_own_base_alone(base, one):
+    on = ("run.name=refused2", f"training.init_from={one}")
+    with pytest.raises(UserError, match="was trained over other parameters than these"):
+        train(recipe(base, *on, f"adapt.base={base / 'checkpoints' / '8'}"))
+    with pytest.raises(UserError, match=r"is no adapter, and adapt\.base is for one"):
+        train(recipe(base, f"adapt.base={base}"))
+    with pytest.raises(UserError, match=r"model\.vocab_multiple is 64, there 1"):
+        train(recipe(base, *on, "model.vocab_multiple=64"))
+
+
+def test_info_counts_the_overlay_and_not_full_training(base, adapted, one, other, tmp_path, capsys):
+    def info(*args):
+        status = cli.main(["info", *map(str, args)])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    model = configs.load(base / "config.yaml").model
+    overlay = configs.load(one / "config.yaml").adapt
+    status, out, err = info(one)
+    assert status == 0, err
+    assert f"adapter over                        {base / 'checkpoints' / '10'}\n" in out
+    assert "trained over them                   6,144 (8.48%)\n" in out
+    assert "rank 4, alpha 8 " in out and "layers.attention.k, layers.attention.o" in out
+    figures = json.loads(info(one, "--json")[1])
+    assert figures["parameters"] == json.loads(info(base, "--json")[1])["parameters"]
+    assert figures["train_flops_per_token"] == lora.train_flops_per_token(model, overlay, 24)
+    assert figures["adapt"]["rank"] == 4 and figures["length"] == 24
+    # As exported, to PEFT's format and ours; which has no rows of its own.
+    there, ours = tmp_path / "peft", tmp_path / "ours"
+    for target, more in ((there, ()), (ours, ("--to", "jllama"))):
+        assert cli.main(["convert", str(other), str(target), *more]) == 0
+        capsys.readouterr()
+    wanted = json.loads(info(other, "--json", "--length", "48")[1])
+    for folder in (there, ours, other / "checkpoints" / "10"):
+        figures = json.loads(info(folder, "--json")[1])
+        same = ("parameters", "trained_parameters", "train_flops_per_token", "adapted", "base")
+        assert {key: figures[key] for key in same} == {key: wanted[key] for key in same}
+    said = json.loads((there / "adapter_config.json").read_text())
+    text = json.dumps(said | {"base_model_name_or_path": "somebody/else"})
+    (there / "adapter_config.json").write_text(text)
+    assert info(there)[0] == 2 and info(there, "--base", base)[0] == 0
+    status, _, err = info(one, "--base", base)
+    assert status == 2 and "--base is for an adapter of PEFT's" in err

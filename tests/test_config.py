@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import types
 import typing
 from typing import Annotated, Any, Literal
@@ -325,6 +326,14 @@ def test_a_model_may_be_another_with_changes(recipe, tmp_path):
             ["model.rope={kind: yarn, factor: 64, original_length: 16, beta_fast: 1}"],
             r"beta_fast must be above beta_slow",
         ),
+        (
+            ["model.rope.kind=linear", "model.rope.factor=1e9"],
+            r"factor: .*than or equal to 1000000",
+        ),
+        (
+            ["model.rope={kind: yarn, factor: 64, original_length: 16}", "model.rope_theta=1"],
+            r"rope\.kind=yarn needs a rope_theta above 1, not 1",
+        ),
         (["model.rope.kind=linear"], r"^--model\.rope\.factor: is required and missing$"),
         (
             ["training.optimizer.kind=muon", "training.optimizer.eps=1e-8"],
@@ -429,6 +438,28 @@ def test_the_recipe_for_own_text_in_the_docs_is_one(tmp_path):
     (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", page.read_text(), re.S)[1])
     loaded = recipes.load(tmp_path / "mine.yaml")
     assert loaded.data.train[0].source == TextSource(kind="text", files=("text/**/*.txt",))
+
+
+def test_the_docs_extend_a_large_model_with_the_papers_training(tmp_path):
+    page = (recipes.configs_folder().parent / "docs" / "long-context.md").read_text()
+    command = re.search(r"```\npython train\.py (.*?--run\.name=longer.*?)```", page, re.S)[1]
+    model = recipes.configs_folder() / "model" / "llama2-7b.yaml"
+    words = shlex.split(
+        command.replace("\\\n", " ").replace("base=models/llama2-7b", f"base={model}")
+    )
+    words[1] = str(recipes.configs_folder().parent / words[1])
+    loaded = recipes.from_arguments(words)
+    assert loaded.model == dataclasses.replace(
+        recipes.load_model("llama2-7b"),
+        max_length=16384,
+        rope=LinearRopeScaling(kind="linear", factor=4.0),
+    )
+    training = loaded.training
+    assert (training.optimizer.kind, training.schedule.peak, training.steps) == (
+        "adamw",
+        2e-5,
+        1000,
+    )
 
 
 def test_configs_are_frozen_and_serve_as_keys():

@@ -182,13 +182,13 @@ def test_code_llamas_recipes_follow_the_paper(recipe):
     assert tuple(source.weight for source in loaded.data.train) == weights
 
 
-@pytest.mark.parametrize("size", ["7b", "13b"])
-def test_the_long_context_stage_is_in_the_recipe(size):
+@pytest.mark.parametrize(("size", "steps"), [("7b", 3000), ("13b", 10_000)])
+def test_the_long_context_stage_is_in_the_recipe(size, steps):
     path = recipes.configs_folder() / "train" / f"codellama-{size}.yaml"
     overrides = re.findall(r"--(\S+=\S+)", path.read_text())
     loaded = recipes.load(path, overrides)
     assert loaded.model == recipes.load_model(f"codellama-{size}")
     assert loaded.model.rope_theta == 1e6 and loaded.data.length == 16384
     assert loaded.training.batch_size * loaded.data.length == 2 * 2**20
-    assert (loaded.training.steps, loaded.training.schedule.peak) == (10_000, 2e-5)
+    assert (loaded.training.steps, loaded.training.schedule.peak) == (steps, 2e-5)
     assert loaded.training.init_from == f"runs/codellama-{size}"

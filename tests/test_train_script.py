@@ -164,6 +164,7 @@ def script(capsys):
         (["--training.batch_size=20"], "(mesh.replica x mesh.fsdp); nearest: 16 or 24"),
         (["--eval.batch_size=3"], "eval.batch_size=3: must be a multiple of 8, the 8 devices"),
         (["--model.vocab_size=100"], "tokenizer.vocab_size=320 does not fit"),
+        (["--sample.prompt=<FILL_ME>, <FILL_ME>"], "sample.prompt: <FILL_ME> stands in it 2 times"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else None,
 )
@@ -181,6 +182,16 @@ def test_another_config_in_the_folder_is_status_2(recipe, script, whole):
     assert (status, out) == (2, "")
     assert "run.seed: 0 there, 5 now" in err
     assert err.count("\n") == 1
+
+
+def test_a_run_that_infills_ends_with_what_it_fills(recipe, script):
+    infill = ["--tokenizer.infill=true", "--data.objective.kind=infill", "--training.steps=2"]
+    prompt = "--sample.prompt=f(<FILL_ME>) pass"
+    status, out, err = script("--config", str(recipe), "--run.name=fills", *infill, prompt)
+    assert status == 0, err
+    filled = out.split("--- a sample, after 'f(' and before ') pass'\n")[1].removesuffix("\n")
+    summary = json.loads((recipe.parent / "runs" / "fills" / "summary.json").read_text())
+    assert summary["sample"] == f"f({filled}) pass"
 
 
 def test_help_lists_every_key(script):

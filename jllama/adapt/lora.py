@@ -83,7 +83,11 @@ def _matches(path: str, pattern: str) -> bool:
 
 def _factors(path: str, spec: ParamSpec, lora: LoraConfig) -> dict[str, ParamSpec]:
     (L, *shape), (stack, *axes), cut = spec.shape, spec.axes, spec.inputs
-    R = max(rank for rank, _ in ranks_and_scales(path, lora, L))
+    ranks = [rank for rank, _ in ranks_and_scales(path, lora, L)]
+    R = max(ranks)
+    if not R or (lora.dora and not min(ranks)):
+        why = "with dora, whose norms are trained in all" if R else "in every layer"
+        raise UserError(f"adapt.overrides: {path} has rank 0 {why}; take it out of adapt.targets")
     most = int(min(np.prod(shape[:cut]), np.prod(shape[cut:])))
     if most < R:
         raise UserError(
@@ -109,7 +113,7 @@ def ranks_and_scales(path: str, lora: LoraConfig, layers: int) -> list[tuple[int
     Where a layer's rank is below the matrix's R, the rest of its factors is zero and stays so.
     """
     return [
-        (rank, alpha / (rank**0.5 if lora.rslora else rank))
+        (rank, alpha / (rank**0.5 if lora.rslora else rank) if rank else 0.0)
         for rank, alpha in ranks_and_alphas(path, lora, layers)
     ]
 
@@ -121,7 +125,8 @@ def ranks_and_alphas(path: str, lora: LoraConfig, layers: int) -> list[tuple[int
         rank, alpha = lora.rank, lora.alpha
         for o in lora.overrides:
             if _matches(path, o.match) and (o.layers is None or layer in o.layers):
-                rank, alpha = o.rank or rank, o.alpha or alpha
+                rank = rank if o.rank is None else o.rank
+                alpha = o.alpha or alpha
         return rank, alpha
 
     return [one(layer) for layer in range(layers)]
@@ -144,6 +149,37 @@ def whole_leaves(overlay: Overlay, path: Path = ()) -> Iterator[tuple[Path, Any]
             yield (*path, key), below
         elif "a" not in below:
             yield from whole_leaves(below, (*path, key))
+
+
+def layout(config: ModelConfig, lora: LoraConfig) -> dict[str, str]:
+    """What an overlay has of each parameter, in words, by path: two are alike where all of it is.
+
+    Ranks and alphas are of the layers in their order, once where they are the same in all.
+    """
+    specs = overlay_specs(config, ComputeConfig(dtype="float32"), lora)
+    found = {".".join(path): "is trained whole" for path, _ in whole_leaves(specs)}
+    for keys, _ in matrices(specs):
+        path = ".".join(keys)
+        settings = ranks_and_alphas(path, lora, config.num_layers)
+        ranks, alphas = (
+            ", ".join(f"{n:g}" for n in (some[:1] if len(set(some)) == 1 else some))
+            for some in zip(*settings, strict=True)
+        )
+        more = [f", {key}" for key in ("rslora", "dora") if getattr(lora, key)]
+        found[path] = f"has rank {ranks}, alpha {alphas}{''.join(more)}"
+    return found
+
+
+def parameter_count(config: ModelConfig, lora: LoraConfig) -> int:
+    """What is trained, without padding of the vocabulary and of lower ranks."""
+    specs = overlay_specs(config.unpadded, ComputeConfig(dtype="float32"), lora)
+    unused = 0
+    for path, f in matrices(specs):
+        L, R = f["a"].shape[0], f["a"].shape[-1]
+        ranks = [rank for rank, _ in ranks_and_scales(".".join(path), lora, L)]
+        one = sum(math.prod(f[name].shape) for name in ("a", "b")) // (L * R)
+        unused += one * (L * R - sum(ranks))
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs)) - unused
 
 
 def train_flops_per_token(config: ModelConfig, adapt: Adapt, length: int) -> float:

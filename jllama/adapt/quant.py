@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import qwix
 
-from jllama.model import llama
 from jllama.model.linear import dense
 from jllama.model.param import EachLeaf, dotted
 from jllama.parallel.sharding import coarser
@@ -42,23 +41,24 @@ def quantizer(specs: Any, kind: Kind | Literal["none"], whole: Any = ()) -> Each
     return leaf
 
 
-def quantize(params: llama.Params, specs: Any, kind: Kind, whole: Any = ()) -> llama.Params:
-    """The tree with `quantizer`'s leaves."""
-    leaf = quantizer(specs, kind, whole)
-    return jax.tree_util.tree_map_with_path(lambda path, x: leaf(dotted(path), x), params)
-
-
 def _replaced(x: Any, inputs: int, kind: Kind) -> Any:
+    program, placed = quantizing(x, inputs, kind)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return placed
+    quantized = jax.block_until_ready(program(x))
+    x.delete()
+    return quantized
+
+
+def quantizing(x: Any, inputs: int, kind: Kind) -> tuple[Any, Any]:
+    """The program that quantises a matrix, an array or a placed shape, and its placed result."""
     run = functools.partial(rounded, inputs=inputs, kind=kind)
     shapes = jax.eval_shape(run, x)
     places = jax.tree.map(lambda s: coarser(x.sharding, s.shape, x.shape), shapes)
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.tree.map(
-            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
-        )
-    quantized = jax.block_until_ready(jax.jit(run, out_shardings=places)(x))
-    x.delete()
-    return quantized
+    placed = jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
+    )
+    return jax.jit(run, out_shardings=places), placed
 
 
 def rounded(x: jax.Array, inputs: int, kind: str) -> Any:

@@ -16,6 +16,7 @@ from jllama.interop import gguf, hf, peft
 from jllama.interop.gguf import KINDS, kind_of, write_gguf
 from jllama.interop.parameters import cast_params
 from jllama.model import llama
+from jllama.model.param import kept
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.progress import say
@@ -25,7 +26,7 @@ from jllama.train.adapters import (
     is_adapter,
     open_adapted,
     open_adapter,
-    quantized,
+    quantizer,
     write_adapter,
 )
 from jllama.train.stored import StoredModel, open_model, write_model
@@ -112,7 +113,7 @@ def _merged(stored: StoredModel, adapter: Adapter, dtype: str, scale_dtype: str)
     """The model with the adapter worked in; says what rounding to the dtype did."""
     base = read_on_host(stored, stored.dtype, stored.scale_dtype)
     config, overlay = adapter.read(stored.config, _host(), base)
-    base = quantized(base, stored.config, adapter.quantize)
+    base = kept(base, quantizer(stored.config, adapter.quantize))
     params, rounding = lora.merge(config, base, overlay, dtype)
     say(
         f"merged {adapter.path.name}: its matrices changed by {rounding.change:.2g} of themselves;"

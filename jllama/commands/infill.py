@@ -8,6 +8,7 @@ from jllama import outputs, storage
 from jllama.errors import UserError
 from jllama.evaluate.infill import WAYS, evaluate, open_problems
 from jllama.progress import say
+from jllama.train.adapters import from_arguments
 
 _MEANING = {
     "psm": "infilled, prefix first",
@@ -20,6 +21,13 @@ _MEANING = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="a run or a model's folder")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PATH[=WEIGHT]",
+        help="over the model: a LoRA run or a folder of PEFT's; several add up, each by its weight",
+    )
     add(
         "--data",
         required=True,
@@ -45,11 +53,13 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--count and --batch-size: at least 1")
     if args.out:
         outputs.check_absent(storage.path(args.out))
+    adapters = from_arguments(args.adapter)
     problems = open_problems(args.data, args.count, args.spans)
-    model = jllama.load(args.model, dtype=args.dtype)
+    given = {path: path for path in adapters} or None
+    model = jllama.load(args.model, dtype=args.dtype, adapter=given)
     if model.tokenizer is None:
         raise UserError(f"{args.model}: has no tokenizer; put its files there")
-    length = args.length or model.config.max_length
+    length = model.config.max_length if args.length is None else args.length
     scores = {}
     for way in ways:
         say(f"{way}: {len(problems)} lines")
@@ -61,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
             max_new_tokens=args.max_new_tokens,
             batch_size=args.batch_size,
             spans=args.spans,
+            adapter=adapters or None,
         )
     if args.out:
         lines = [
@@ -71,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
         storage.write_text(storage.path(args.out), text)
     if args.json:
         figures = {w: {"exact": s.exact, "similarity": s.similarity} for w, s in scores.items()}
-        print(json.dumps({"model": args.model, "lines": len(problems), "length": length} | figures))
+        asked = {"model": args.model, "adapters": adapters, "lines": len(problems)}
+        print(json.dumps(asked | {"length": length} | figures))
         return
     wanted = "spans" if args.spans else "lines"
     print(f"{'answer':32}  exact match  edit similarity   ({len(problems)} {wanted})")

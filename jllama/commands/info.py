@@ -1,12 +1,12 @@
-"""`jllama info`: what a model costs, from its config alone."""
+"""`jllama info`: what a model costs, or an adapter over one, from its config alone."""
 
 import argparse
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from jllama import flops, storage
 from jllama import recipe as recipes
-from jllama.config import ModelConfig
+from jllama.config import LoraConfig, ModelConfig
 from jllama.errors import UserError
 
 
@@ -15,7 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a name in configs/model, a YAML file, a model's folder; all shipped if left out",
+        help="a name in configs/model, a YAML file, the folder of a model or an adapter; all"
+        " shipped if left out",
+    )
+    parser.add_argument(
+        "--base", metavar="PATH", help="where MODEL is PEFT's adapter: its model [where it says]"
     )
     parser.add_argument("--all", action="store_true", help="a table of every shipped model")
     parser.add_argument(
@@ -32,37 +36,76 @@ def run(args: argparse.Namespace) -> None:
     if args.length is not None and args.length < 1:
         raise UserError(f"--length={args.length}: at least 1")
     if args.model:
-        figures = describe(args.model, *_load(args.model), length=args.length)
+        found = _load(args.model, args.base)
+        length = args.length or found.row_length
+        figures = describe(args.model, found.model, length)
+        if found.lora is not None:
+            figures |= _overlay(found, length)
         print(json.dumps(figures, indent=2) if args.json else _page(figures))
         return
-    shipped = [describe(name, *_load(name), length=args.length) for name in recipes.model_names()]
+    if args.base:
+        raise UserError("--base is for an adapter: name it")
+    models = {name: recipes.load_model(name) for name in recipes.model_names()}
+    shipped = [describe(name, m, args.length or m.max_length) for name, m in models.items()]
     shipped.sort(key=lambda figures: figures["parameters"])
     print(json.dumps(shipped, indent=2) if args.json else _table(shipped))
 
 
-def _load(model: str) -> tuple[ModelConfig, int]:
-    """The model, and the length of the rows it is trained on."""
+class _Found(NamedTuple):
+    """A model and the length of the rows it is trained on; of an adapter, what it is over which."""
+
+    model: ModelConfig
+    row_length: int
+    lora: LoraConfig | None = None
+    base: str = ""
+
+
+def _load(model: str, base: str | None) -> _Found:
     folder = storage.path(model)
     if model in recipes.model_names() or not storage.is_folder(folder):
         found = recipes.load_model(model)
-    elif not storage.exists(folder / "config.yaml"):
+        return _Found(found, found.max_length)
+    if storage.exists(folder / "config.yaml"):  # of a run, which may have no checkpoint yet
+        own = recipes.load_stored(folder / "config.yaml")
+        recipe = None if own.run is None else recipes.load(folder / "config.yaml")
+        found = _Found(own.model, own.model.max_length if recipe is None else recipe.data.length)
+        if isinstance(own.adapt, LoraConfig):
+            from jllama.train.folder import base_of  # noqa: PLC0415
+
+            said = base_of(folder)  # which a run has once it has begun
+            where = said["model"] if said else recipe and recipe.training.init_from
+            found = found._replace(lora=own.adapt, base=where or "a model that it does not name")
+    else:
         # Importing jax takes seconds, which no other model needs.
-        from jllama.train.stored import architecture  # noqa: PLC0415
+        from jllama.train import adapters, stored  # noqa: PLC0415
 
-        found = architecture(folder)
-    elif (stored := recipes.load_stored(folder / "config.yaml")).run is None:
-        found = stored.model
-    else:  # a run, which may have no checkpoint yet
-        recipe = recipes.load(folder / "config.yaml")
-        return recipe.model, recipe.data.length
-    return found, found.max_length
+        if adapters.is_adapter(folder):
+            adapter = adapters.open_adapter(folder)
+            where = adapters.base_path(adapter, base)
+            config = adapter.over(stored.architecture(where))
+            return _Found(config, config.max_length, adapter.lora(config), str(where))
+        config = stored.architecture(folder)
+        found = _Found(config, config.max_length)
+    if base:
+        raise UserError(f"--base is for an adapter of PEFT's, which {folder} is not: leave it out")
+    return found
 
 
-def describe(
-    name: str, model: ModelConfig, row_length: int, length: int | None = None
-) -> dict[str, Any]:
+def _overlay(found: _Found, length: int) -> dict[str, Any]:
+    """Figures of an adapter, beside those of its base and in the place of some."""
+    from jllama.adapt import lora  # noqa: PLC0415
+
+    return {
+        "base": found.base,
+        "adapt": recipes.to_dict(found.lora),
+        "adapted": lora.layout(found.model, found.lora),
+        "trained_parameters": lora.parameter_count(found.model, found.lora),
+        "train_flops_per_token": lora.train_flops_per_token(found.model, found.lora, length),
+    }
+
+
+def describe(name: str, model: ModelConfig, length: int) -> dict[str, Any]:
     """The figures of `--json`."""
-    length = row_length if length is None else length
     parameters, padding = flops.parameter_count(model), flops.padding_count(model)
     return {
         "model": name,
@@ -82,6 +125,7 @@ def _page(figures: dict[str, Any]) -> str:
     size, cache = figures["bytes"], figures["kv_cache_bytes_per_token"]
     rows = [
         ("parameters", f"{figures['parameters']:,}"),
+        *_adapter_rows(figures),
         *(
             [("padding of the vocabulary", f"{padding:,}")]
             if (padding := figures["padding"])
@@ -98,6 +142,20 @@ def _page(figures: dict[str, Any]) -> str:
     ]
     width = max(len(label) for label, _ in rows)
     return "\n".join([figures["model"], *(f"  {label:<{width}}  {text}" for label, text in rows)])
+
+
+def _adapter_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    if "adapted" not in figures:
+        return []
+    trained, alike = figures["trained_parameters"], {}
+    for path, how in figures["adapted"].items():
+        alike.setdefault(how.partition(" ")[2], []).append(path)
+    share = trained / figures["parameters"]
+    return [
+        ("adapter over", figures["base"]),
+        ("trained over them", f"{trained:,} ({share:.2%})"),
+        *((how, ", ".join(paths)) for how, paths in alike.items()),
+    ]
 
 
 def _table(models: list[dict[str, Any]]) -> str:

@@ -5,16 +5,17 @@ behind as many tokens as each of the lengths says. So every length and every mod
 targets, and two windows share none. A window lies within one document unless --join cuts across
 them. Lengths may be above what the models were trained for.
 
---rope names scalings of the rotary frequencies to try in place of the model's own. Its max_length,
-L0, is taken for the length that it was trained for. Where no factor is given, it is the least that
-reaches the length L at hand.
+--rope names scalings of the rotary frequencies to try in place of the model's own. They begin at
+L0, the length that it was trained for before its own scaling: original_length, with linear scaling
+max_length over its factor, else max_length. Where no factor is given, it is the least that reaches
+the length L at hand, and no less than the model's own.
 
   model         the model's own
   none          none
   pi[:F]        position interpolation: positions divided by F
   ntk:A         NTK-aware: theta times A^(N/(N-2)), N the width of a head
   dynamic[:F]   dynamic NTK: A = F L/L0 - (F-1) above L0 [F is 2]
-  adaptive[:C]  Chinese-LLaMA's: A = C (2 L/L0 - 1) above L0 [C is 1]
+  adaptive[:C]  Chinese-LLaMA's: A = C (2 L/L0 - 1) above L0, interpolation included [C is 1]
   yarn[:F]      YaRN with factor F
 
 ntk and adaptive come on top of the position interpolation of a model that has one; the others
@@ -41,7 +42,7 @@ from jllama.evaluate.perplexity import perplexity, scaled, windows
 from jllama.pretrained import Llama
 from jllama.progress import Progress
 from jllama.text.tokenizer import Tokenizer
-from jllama.train.adapters import open_adapted
+from jllama.train.adapters import from_arguments, open_adapted
 
 matplotlib.use("Agg")  # a file is all that is wanted; no display is needed
 
@@ -49,7 +50,7 @@ from matplotlib import pyplot
 
 
 class _Given(argparse.Action):
-    """--model and --rope, in their order: scalings are those of the models before them."""
+    """--model, --adapter and --rope, in their order: the latter are of the models before them."""
 
     def __call__(self, parser, namespace, value, option=None):
         getattr(namespace, self.dest).append((option, value))
@@ -65,6 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="[NAME=]PATH",
         help="a run, a step of it, or a model's folder; several may be given, with names",
+    )
+    add(
+        "--adapter",
+        action=_Given,
+        dest="given",
+        default=argparse.SUPPRESS,
+        metavar="PATH[=WEIGHT]",
+        help="over the --model before it: a LoRA run or a folder of PEFT's; several add up",
     )
     add(
         "--rope",
@@ -110,25 +119,32 @@ def run(args: argparse.Namespace) -> None:
     models, out = _models(args.given), storage.path(args.out)
     storage.make_folder(out)  # or say that it cannot be
     trained = {}
-    for name, path, ropes in models:  # what is wrong with one, before minutes of work on another
-        config = open_adapted(storage.path(path))[0].config
+    for name, path, ropes, adapters in models:  # what is wrong, before minutes of work on another
+        given = {adapter: storage.path(adapter) for adapter in adapters} or None
+        config = open_adapted(storage.path(path), given)[0].config
         trained[name] = config.max_length
         for rope in ropes:
             scaled(config, rope, lengths[-1])
-    points, ids = [], None
-    for name, path, ropes in models:
-        model = jllama.load(path, dtype=args.dtype)
-        texts = _encoded(model, path, _read(args.data))
-        found = windows(texts, lengths[-1], stride, args.windows, args.join)
-        if ids is not None and not np.array_equal(ids, found):
-            raise UserError(
-                f"{path}: its tokenizer is not that of the models before it, and perplexities per"
-                " token of several are not to be compared; evaluate it on its own"
-            )
-        ids = found
-        points += _measure(name, model, ids, lengths, stride, ropes)
+    points, first = [], None
+    for name, path, ropes, adapters in models:
+        found, ids = _evaluate(args, name, path, ropes, adapters, lengths, stride, first)
+        points, first = points + found, ids
     _print(points, lengths)
     _write(out, points, trained)
+
+
+def _evaluate(args, name, path, ropes, adapters, lengths, stride, first):
+    """A model's points and windows, which must be `first`; when it returns, the model is gone."""
+    given = {adapter: adapter for adapter in adapters} or None
+    model = jllama.load(path, dtype=args.dtype, adapter=given)
+    texts = _encoded(model, path, _read(args.data))
+    ids = windows(texts, lengths[-1], stride, args.windows, args.join)
+    if first and not (len(first) == len(ids) and all(map(np.array_equal, first, ids))):
+        raise UserError(
+            f"{path}: its tokenizer is not that of the models before it, and perplexities per"
+            " token of several are not to be compared; evaluate it on its own"
+        )
+    return _measure(name, model, ids, lengths, stride, ropes, adapters), ids
 
 
 def _lengths(text: str) -> list[int]:
@@ -141,28 +157,41 @@ def _lengths(text: str) -> list[int]:
     return lengths
 
 
-def _models(given: list[tuple[str, str]]) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(name, path, scalings) of each --model."""
+def _models(
+    given: list[tuple[str, str]],
+) -> list[tuple[str, str, tuple[str, ...], dict[str, float]]]:
+    """(name, path, scalings, weights of adapters) of each --model."""
     models: list[list] = []
     for option, value in given:
         if option == "--model":
             name, equals, path = value.partition("=")
-            if not equals or "/" in name:
-                name, path = storage.path(value).name, value
-            models.append([name, path, None])
+            if not equals or not name or "/" in name:
+                name, path = storage.absolute(storage.path(value)).name, value
+            models.append([name, path, None, []])
+            continue
+        if option == "--adapter":
+            if not models:
+                raise UserError(f"--adapter {value}: comes after the --model that it is for")
+            models[-1][3].append(value)
             continue
         without = [model for model in models if model[2] is None]
         if not without:
-            raise UserError(f"--rope {value}: comes after the --model that it is for")
+            raise UserError(
+                f"--rope {value}: comes after the --model that it is for, once, with commas between"
+                " several"
+            )
         for model in without:
-            model[2] = tuple(value.split(","))
+            model[2] = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
     if not models:
         raise UserError("--model PATH: which model? a run, a step of it, or a model's folder")
-    names = [name for name, _, _ in models]
+    names = [name for name, *_ in models]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--model: two are called {name!r}; name them: --model NAME=PATH")
-    return [(name, path, ropes or ("model",)) for name, path, ropes in models]
+    return [
+        (name, path, ropes or ("model",), from_arguments(adapters))
+        for name, path, ropes, adapters in models
+    ]
 
 
 def _read(data: str) -> Iterator[str]:
@@ -203,13 +232,15 @@ def _encoded(model: Llama, path: str, documents: Iterable[str]) -> Iterator[np.n
         yield np.array(ids, np.int32)
 
 
-def _measure(name, model, ids, lengths, stride, ropes) -> list[Point]:
+def _measure(name, model, ids, lengths, stride, ropes, adapters) -> list[Point]:
     points = []
     total = len(ids) * sum(lengths) * len(ropes)
     with Progress(f"perplexity of {name}", total, unit=" tokens") as progress:
         for rope in ropes:
             for length in lengths:
-                found = perplexity(model, ids, length, stride, rope, progress.advance)
+                found = perplexity(
+                    model, ids, length, stride, rope, progress.advance, adapters or None
+                )
                 points.append(Point(name, rope, length, stride, len(ids), found))
     return points
 
@@ -223,7 +254,8 @@ def _labels(points: list[Point]) -> dict[tuple[str, str], str]:
 
 
 def _print(points: list[Point], lengths: list[int]) -> None:
-    rows = [["perplexity", *(f"{length:,}" for length in lengths)]]
+    scored = f"perplexity of {points[0].windows} x {points[0].stride} tokens"
+    rows = [[scored, *(f"{length:,}" for length in lengths)]]
     for curve, label in _labels(points).items():
         own = [p.perplexity for p in points if (p.model, p.rope) == curve]
         rows.append([label, *(f"{value:.4g}" for value in own)])
@@ -234,22 +266,24 @@ def _print(points: list[Point], lengths: list[int]) -> None:
 
 
 def _write(out: Path, points: list[Point], trained: dict[str, int]) -> None:
-    table, picture = io.StringIO(), io.BytesIO()
+    table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow([field.name for field in dataclasses.fields(Point)])
     writer.writerows(dataclasses.astuple(point) for point in points)
-    _draw(points, trained).savefig(picture, dpi=120, format="png")
     storage.write_text(out / "perplexity.csv", table.getvalue())
-    storage.write_bytes(out / "perplexity.png", picture.getvalue())
     print(out / "perplexity.csv")
+    picture = io.BytesIO()
+    _draw(points, trained).savefig(picture, dpi=120, format="png")
+    storage.write_bytes(out / "perplexity.png", picture.getvalue())
     print(out / "perplexity.png")
 
 
 def _draw(points: list[Point], trained: dict[str, int]) -> pyplot.Figure:
     figure, axis = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
-    for curve, label in _labels(points).items():
+    lines, labels = [], _labels(points)
+    for curve in labels:
         own = [p for p in points if (p.model, p.rope) == curve]
-        axis.plot([p.length for p in own], [p.perplexity for p in own], "o-", label=label)
+        lines += axis.plot([p.length for p in own], [p.perplexity for p in own], "o-")
     lengths = sorted({p.length for p in points})
     for length in sorted(set(trained.values())):
         if lengths[0] <= length <= lengths[-1]:
@@ -260,5 +294,8 @@ def _draw(points: list[Point], trained: dict[str, int]) -> pyplot.Figure:
     axis.set_xlabel("context length (dotted: a model's max_length)")
     axis.set_ylabel(f"perplexity of a window's last {points[0].stride} tokens")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize="small")
+    legend = axis.legend(lines, ["" for _ in lines], fontsize="small")
+    for text, label in zip(legend.get_texts(), labels.values(), strict=True):
+        text.set_parse_math(False)  # a name with $ is no formula
+        text.set_text(label)
     return figure

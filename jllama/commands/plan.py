@@ -89,7 +89,7 @@ def _page(figures: dict[str, Any], tried: list[Tried], fewer_rows: int | None) -
     mesh = ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1)
     need, have = figures["hbm_bytes_per_device"], figures["hbm_capacity_bytes"]
     times = figures["step_seconds_at_least"]
-    reading = figures.get("base_as_read_bytes_per_device", 0)
+    reading = figures.get("reading_bytes_per_device", 0)
     slices = f"{figures['slices']} x " if figures["slices"] > 1 else ""
     rows = [
         ("devices", f"{figures['devices']} ({slices}{figures['topology']})"),
@@ -99,7 +99,7 @@ def _page(figures: dict[str, Any], tried: list[Tried], fewer_rows: int | None) -
         ("total per device", f"{_gib(need)} of {_gib(have)}"),
         ("evaluation per device", _gib(figures["eval_hbm_bytes_per_device"] or 0)),
         ("host memory per device", _gib(figures["host_bytes_per_device"] or 0)),
-        *((("base per device, as read", _gib(reading)),) if reading else ()),
+        *((("while the base is read", _gib(reading)),) if reading else ()),
         ("fits", "yes" if figures["fits"] else "no"),
         ("model FLOPs per step", f"{figures['model_flops_per_step']:.4g}"),
         ("compile seconds", f"{figures['compile_seconds']:g}"),
@@ -133,11 +133,9 @@ def _verdicts(figures: dict[str, Any], fewer_rows: int | None) -> list[str]:
             hint = f"; lower eval.batch_size, down to {fewer_rows}" if fewer_rows else ""
         need = figures["eval_hbm_bytes_per_device"]
         lines.append(f"the evaluation {word}: {_gib(need)} of {_gib(have)}{hint}")
-    reading = figures.get("base_as_read_bytes_per_device", 0)
+    reading = figures.get("reading_bytes_per_device", 0)
     if reading > have:
-        lines.append(
-            f"the base does not fit as it is read, before it is quantised: {_gib(reading)}"
-        )
+        lines.append(f"the base does not fit while it is read and quantised: {_gib(reading)}")
     if refused := figures.get("eval_compiler_message"):
         beside = _gib(figures["hbm_bytes_by_kind"]["optimizer"])
         lines.append(

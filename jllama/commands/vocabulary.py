@@ -140,7 +140,8 @@ def _train(args: argparse.Namespace) -> None:
 
 def _merge(args: argparse.Namespace) -> None:
     outputs.check_absent(storage.path(args.out))
-    base, new = load_tokenizer(args.base), args.new and load_tokenizer(args.new)
+    base = load_tokenizer(args.base)
+    new = None if args.new is None else load_tokenizer(args.new)
     specials = [*(PIECES if args.infill else ()), *args.special]
     made = merge(base, new, specials=specials, pad=args.pad, names=(args.base, args.new))
     if not made.appended + made.specials:

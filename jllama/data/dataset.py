@@ -124,6 +124,24 @@ def eval_batches(
         yield stack([rows[i] if i < count else empty_row(rows.length) for i in wanted])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rewritten:
+    """Rows as an objective makes them; always those of its first epoch."""
+
+    rows: Rows
+    objective: Rewriting
+
+    @property
+    def length(self) -> int:
+        return self.rows.length
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Row:
+        return self.objective(self.rows[row], 0)
+
+
 def cut(prepared: Prepared, data: DataConfig, spare: int = 0) -> Rows:
     """Rows of a source as `data` packs them; `spare` as `WholeRows` has it."""
     if isinstance(data.packing, WholePacking):
@@ -139,7 +157,12 @@ def cut(prepared: Prepared, data: DataConfig, spare: int = 0) -> Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What `open_data` gives: training batches, and the prepared sources by name."""
+    """What `open_data` gives: training batches, and the prepared sources by name.
+
+    Attributes:
+      held_out_rows: under the objective `reply` replies alone weigh in them; else they are ordinary
+        text, whatever is trained on.
+    """
 
     train: Dataset
     sources: dict[str, Prepared]
@@ -164,9 +187,14 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     train = _each(data, "train", lambda s: prepare(s, tokenizer, data.prepare))
     held_out = _each(data, "held_out", lambda s: prepare(s, tokenizer, data.prepare))
     rows = {name: cut(p, data, objective.gain if objective else 0) for name, p in train.items()}
+    spare = objective.gain if isinstance(objective, Replies) else 0
+    held_out_rows = {name: cut(p, data, spare) for name, p in held_out.items()}
     if isinstance(objective, Replies):
         for name, some in rows.items():
             objective.check(name, some)
+        # Another one: what it counts is no part of the training's report.
+        other = rewriting(data.objective, tokenizer, config.run.seed)
+        held_out_rows = {name: _Rewritten(some, other) for name, some in held_out_rows.items()}
     return Data(
         train=Dataset(
             rows,
@@ -177,7 +205,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         ),
         sources=train,
         held_out=held_out,
-        held_out_rows={name: cut(p, data) for name, p in held_out.items()},
+        held_out_rows=held_out_rows,
     )
 
 

@@ -21,7 +21,7 @@ from jllama.config import Source, StdlibSource, TextSource
 from jllama.data import files
 from jllama.data.source import Document, documents
 from jllama.errors import UserError
-from jllama.pretrained import Llama
+from jllama.pretrained import Llama, Mixture
 from jllama.text.infill import Infill, encode_continued, infill_tokens
 from jllama.text.tokenizer import Tokenizer
 
@@ -118,6 +118,8 @@ def _ready_made(path: str) -> Iterator[Problem]:
             record = json.loads(data)
             prefix, middle = record["prompt"], record["canonical_solution"]
             line = middle.strip()
+            if not line:
+                raise ValueError("canonical_solution is empty")
             at = middle.index(line)
             suffix = middle[at + len(line) :] + record["suffix"]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -166,11 +168,13 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int = 16,
     spans: bool = False,
+    adapter: Mixture = None,
 ) -> Score:
     """Greedy answers of one of `WAYS`, scored; of lines without white space at their ends.
 
     Contexts are the same for every way: what `length` tokens hold beside `max_new_tokens`. Raises
     UserError for a model without infill tokens (psm, spm) or a length that leaves no room.
+    `adapter` is that of `Llama.generate`.
     """
     room = length - max_new_tokens - _MARKS
     if max_new_tokens < 1 or room < 2 or length > model.config.max_length:
@@ -186,7 +190,11 @@ def evaluate(
             infill_tokens(model.tokenizer)
         prompts = [p.prefix if way == "prefix" else Infill(p.prefix, p.suffix, way) for p in shown]
         answers = model.generate(
-            prompts, temperature=0.0, max_new_tokens=max_new_tokens, batch_size=batch_size
+            prompts,
+            temperature=0.0,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            adapter=adapter,
         )
     wanted = [p.middle for p in problems]
     if way == "prefix":

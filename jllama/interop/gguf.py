@@ -18,7 +18,6 @@ from jllama.config import (
     LinearRopeScaling,
     Llama3RopeScaling,
     ModelConfig,
-    NtkRopeScaling,
     YarnRopeScaling,
 )
 from jllama.errors import UserError
@@ -27,7 +26,7 @@ from jllama.interop.gguf_vocabulary import vocabulary_of
 from jllama.interop.names import name_of
 from jllama.interop.parameters import check_named, file_specs, file_tensors
 from jllama.model.llama import Params
-from jllama.model.rope import depends_on_length, inverse_frequencies
+from jllama.model.rope import depends_on_length, effective_theta, inverse_frequencies
 from jllama.progress import Progress, say
 from jllama.text.tokenizer import Tokenizer
 
@@ -178,7 +177,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, kind: str, name:
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(_theta(config))
+    writer.add_rope_freq_base(effective_theta(config))
     match config.rope:
         case LinearRopeScaling(factor=factor):
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -207,12 +206,6 @@ def _check_rope(config: ModelConfig) -> None:
                 raise UserError(
                     f"model.rope.{key}={value}: llama.cpp's YaRN has {fixed} and nothing else"
                 )
-
-
-def _theta(config: ModelConfig) -> float:
-    if isinstance(config.rope, NtkRopeScaling):  # is another theta
-        return float(inverse_frequencies(config)[1] ** (-config.head_dim / 2))
-    return config.rope_theta
 
 
 def _rope_factors(config: ModelConfig) -> np.ndarray | None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from jllama.config import DynamicRopeScaling, ModelConfig, TruncatedNormalInit
 from jllama.errors import UserError
-from jllama.interop.hf_rope import read_rope, write_rope
+from jllama.interop.hf_rope import AFTER, read_rope, write_rope
 from jllama.interop.hf_values import Reader, short
+from jllama.model.rope import effective_theta
 from jllama.text.tokenizer import Tokenizer
 
 # Keys that change the forward pass, with the values at which they do not.
@@ -86,8 +87,9 @@ def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -
     """config.json for transformers from 4.31 on; `dtype` is the tensors', such as bfloat16.
 
     RoPE stands in it as transformers 4 reads it (rope_theta, rope_scaling) and as 5 writes it
-    (rope_parameters). Of dynamic scaling, max_position_embeddings is the length before it. Raises
-    UserError for a model that is no LLaMA of Hugging Face's.
+    (rope_parameters); static NTK is a larger rope_theta. Of dynamic scaling,
+    max_position_embeddings is the length before it. Raises UserError for a model that is no LLaMA
+    of Hugging Face's.
     """
     if config.qk_norm:
         raise UserError("qk_norm: Hugging Face's LLaMA has none; this model cannot be written")
@@ -99,6 +101,8 @@ def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -
     init = config.init
     std = init.std if isinstance(init, TruncatedNormalInit) else init.embedding_std
     scaling, parameters = write_rope(config.rope)
+    theta = effective_theta(config)
+    dynamic = isinstance(config.rope, DynamicRopeScaling)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -110,15 +114,12 @@ def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": (
-            config.rope.original_length
-            if isinstance(config.rope, DynamicRopeScaling)
-            else config.max_length
-        ),
+        "max_position_embeddings": config.rope.original_length if dynamic else config.max_length,
+        **({AFTER: config.max_length} if dynamic else {}),
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
+        "rope_theta": theta,
         "rope_scaling": scaling,
-        "rope_parameters": {**parameters, "rope_theta": config.rope_theta},
+        "rope_parameters": {**parameters, "rope_theta": theta},
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,

@@ -7,10 +7,12 @@ import math
 from typing import Any
 
 from jllama.config import (
+    LARGEST_FACTOR,
     DynamicRopeScaling,
     LinearRopeScaling,
     Llama3RopeScaling,
     NoRopeScaling,
+    NtkRopeScaling,
     RopeScaling,
     YarnRopeScaling,
 )
@@ -26,6 +28,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": "original_length",
 }
 _ORIGINAL = "original_max_position_embeddings"
+AFTER = "max_sequence_length"  # no key of transformers, but one of Vicuna's files
 _YARN = ("factor", "beta_fast", "beta_slow", "attention_factor", "truncate", _ORIGINAL)
 _MSCALES = ("mscale", "mscale_all_dim")
 _READ = ("linear", "dynamic", "yarn", "llama3")
@@ -35,6 +38,7 @@ def read_rope(read: Reader, head_dim: int) -> tuple[float, RopeScaling, int]:
     """theta, the scaling and `max_length`; UserError for what `ModelConfig` cannot express.
 
     Of dynamic scaling max_position_embeddings is the length before it; ours is `factor` times that.
+    Vicuna's files do so with linear scaling, and name the length after it.
     """
     config, length = read.config, read.integer("max_position_embeddings", 2048)
     scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
@@ -53,16 +57,22 @@ def read_rope(read: Reader, head_dim: int) -> tuple[float, RopeScaling, int]:
     theta, rope = found
     if isinstance(rope, DynamicRopeScaling):
         length = min(LARGEST, int(length * rope.factor))
-    _check_reach(read, rope, length, head_dim)
+    if isinstance(rope, LinearRopeScaling | DynamicRopeScaling):
+        length = max(length, read.integer(AFTER, length, null=True))
+    _check_reach(read, rope, length, head_dim, theta)
     return theta, rope, length
 
 
-def _check_reach(read: Reader, rope: RopeScaling, max_length: int, head_dim: int) -> None:
+def _check_reach(
+    read: Reader, rope: RopeScaling, max_length: int, head_dim: int, theta: float
+) -> None:
     """What `ModelConfig` asks of a scaling, in the words of the file."""
     if isinstance(rope, DynamicRopeScaling) and head_dim < 4:
         raise read.error("head_dim", f"is {head_dim}; dynamic scaling needs 4 at least")
     if not isinstance(rope, YarnRopeScaling):
         return
+    if theta <= 1:
+        raise read.error("rope_theta", f"is {theta:g}; yarn needs one above 1")
     original, factor = rope.original_length, rope.factor
     if original > max_length:
         raise read.error(_ORIGINAL, f"is {original}, above max_position_embeddings={max_length}")
@@ -89,7 +99,7 @@ def _schema(
         "default": (),
         "linear": ("factor", _ORIGINAL),  # the latter has no effect
         "dynamic": ("factor", _ORIGINAL),
-        "yarn": (*_YARN, *_MSCALES),
+        "yarn": (*_YARN, *_MSCALES, "finetuned"),  # the last has no effect, and is in old files
         "llama3": tuple(_LLAMA3),
     }.get(kind)
     if known is None:
@@ -130,8 +140,9 @@ def _schema(
 
 def _factor(inside: Reader, key: str) -> float:
     factor = inside.number(f"{key}.factor")
-    if factor < 1:
-        raise inside.error(f"{key}.factor", f"is {factor:g}; a scaling's factor is 1 or above")
+    if not 1 <= factor <= LARGEST_FACTOR:
+        limits = f"a scaling's factor is from 1 to {LARGEST_FACTOR:,.0f}"
+        raise inside.error(f"{key}.factor", f"is {factor:g}; {limits}")
     return factor
 
 
@@ -167,9 +178,9 @@ def _yarn(read: Reader, inside: Reader, key: str, max_length: int) -> YarnRopeSc
 
 
 def write_rope(rope: RopeScaling) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """rope_scaling, and rope_parameters without rope_theta."""
+    """rope_scaling, and rope_parameters without rope_theta, in which `ntk` is."""
     match rope:
-        case NoRopeScaling():
+        case NoRopeScaling() | NtkRopeScaling():
             return None, {"rope_type": "default"}
         case LinearRopeScaling():
             # transformers before 4.43 wants these two keys and no others.
@@ -199,5 +210,5 @@ def write_rope(rope: RopeScaling) -> tuple[dict[str, Any] | None, dict[str, Any]
             return {"rope_type": "llama3", **numbers}, {"rope_type": "llama3", **numbers}
     raise UserError(
         f"model.rope.kind={rope.kind}: Hugging Face's config.json has no name for it; choose"
-        f" {', '.join(_READ)}"
+        f" {', '.join(_READ)} or ntk"
     )

@@ -146,10 +146,10 @@ def read_params(
     found: Mapping[str, Sequence[Tensor]],
     specs: Params,
     placed: Params,
+    each: EachLeaf | None = None,
     *,
     interleaved: bool,
     title: str,
-    each: EachLeaf | None = None,
 ) -> Params:
     """The parameters, in the dtypes and on the devices of `placed`; shows progress in bytes.
 
@@ -158,8 +158,8 @@ def read_params(
       specs: tree of `ParamSpec`.
       placed: tree of `jax.ShapeDtypeStruct` with shardings, as `llama.placed_shapes` makes it; rows
         that a table has beyond `specs` are zeros.
-      interleaved: the RoPE pairs of queries and keys lie side by side in the files.
       each: what is kept of an array, before the next is read.
+      interleaved: the RoPE pairs of queries and keys lie side by side in the files.
 
     Every process that holds a part of them calls it, and reads every tensor. Raises UserError for a
     value that becomes infinite in the dtype it is placed in.

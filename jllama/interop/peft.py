@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,6 +66,37 @@ def read_adapter(
     Raises UserError for what is missing, broken or not expressible here; every missing, extra and
     misshapen tensor is listed, by its name there and here.
     """
+    here = _open(folder, model)
+    specs = overlay_specs(model, _EXACT, here.lora)
+    overlay: Overlay = {}
+    with Progress(f"read {folder.name}", sum(map(nbytes, here.tensors.values()))) as progress:
+        source = _Source(here.config, here.plan, here.tensors, base, folder, progress)
+        for path, spec in matrices(specs):
+            put(overlay, path, source.factors(spec, here.low[".".join(path)]))
+        for path, spec in whole_leaves(specs):
+            put(overlay, path, source.whole(spec, here.whole[".".join(path[:-1])]))
+    if source.worked_out:
+        say(f"note: {folder}: worked out with the base: {', '.join(source.worked_out)}")
+    return here.lora, overlay
+
+
+def read_lora(folder: Path, model: ModelConfig) -> LoraConfig:
+    """What an adapter trains of the model, without its values. Raises as `read_adapter` does."""
+    return _open(folder, model).lora
+
+
+class _Opened(NamedTuple):
+    """An adapter that was checked; `low` and `whole` are its modules by what they are here."""
+
+    config: PeftConfig
+    plan: Plan
+    tensors: Mapping[str, Tensor]
+    lora: LoraConfig
+    low: dict[str, list[Module]]
+    whole: dict[str, list[Module]]
+
+
+def _open(folder: Path, model: ModelConfig) -> _Opened:
     config = read_config(folder)
     tensors = _tensors(folder)
     there = modules(model)
@@ -89,17 +120,7 @@ def read_adapter(
         full=tuple(map(_word, whole)),
         overrides=tuple(_overrides(low, found, config, model.num_layers)),
     )
-    specs = overlay_specs(model, _EXACT, lora)
-    overlay: Overlay = {}
-    with Progress(f"read {folder.name}", sum(map(nbytes, tensors.values()))) as progress:
-        source = _Source(config, found, tensors, base, folder, progress)
-        for path, spec in matrices(specs):
-            put(overlay, path, source.factors(spec, low[".".join(path)]))
-        for path, spec in whole_leaves(specs):
-            put(overlay, path, source.whole(spec, whole[".".join(path[:-1])]))
-    if source.worked_out:
-        say(f"note: {folder}: worked out with the base: {', '.join(source.worked_out)}")
-    return lora, overlay
+    return _Opened(config, found, tensors, lora, low, whole)
 
 
 def _tensors(folder: Path) -> Mapping[str, Tensor]:
@@ -181,8 +202,9 @@ def _overrides(
     low: Mapping[str, Sequence[Module]], found: Plan, config: PeftConfig, layers: int
 ) -> Iterator[LoraOverride]:
     for owner, some in low.items():
-        # Where there is nothing, rank and alpha are those of the first layer that has some.
-        settings = dict.fromkeys(range(layers), found.low[some[0]])
+        rank, alpha = found.low[some[0]]
+        # Where there is nothing the rank is 0; with norms, which all layers have, that of others.
+        settings = dict.fromkeys(range(layers), (rank if config.use_dora else 0, alpha))
         settings |= {module.layer: found.low[module] for module in some}
         for rank, alpha in dict.fromkeys(settings.values()):
             if (rank, alpha) == (config.r, config.lora_alpha):

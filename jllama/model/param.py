@@ -13,7 +13,7 @@ from jllama.config import FanInInit, Init, TruncatedNormalInit
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 # What is kept of a parameter that was read, given its dotted path: so the whole model need not lie
 # in memory as it is stored.
-EachLeaf = Callable[[str, jax.Array], Any]
+EachLeaf = Callable[[str, Any], Any]
 
 
 @flax.struct.dataclass
@@ -92,3 +92,8 @@ def _truncated_normal(std: float) -> Initializer:
 def dotted(path: tuple[Any, ...]) -> str:
     """A pytree path as `a.b.c`."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def kept(tree: Any, each: EachLeaf) -> Any:
+    """The tree of what is kept of its leaves."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: each(dotted(path), x), tree)

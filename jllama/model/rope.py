@@ -35,6 +35,26 @@ def grows(config: ModelConfig) -> bool:
     return isinstance(config.rope, AdaptiveRopeScaling) and config.rope.growing
 
 
+def original_length(config: ModelConfig) -> int:
+    """Positions that the model was trained for before it was scaled; unscaled, all that it has."""
+    match config.rope:
+        case NoRopeScaling() | NtkRopeScaling():
+            return config.max_length
+        case LinearRopeScaling(factor=factor):
+            return max(1, round(config.max_length / factor))
+        case AdaptiveRopeScaling(original_length=extended, factor=factor):
+            return max(1, round(extended / factor))
+    return config.rope.original_length
+
+
+def effective_theta(config: ModelConfig) -> float:
+    """rope_theta with static NTK applied, which is nothing but another theta."""
+    match config.rope:
+        case NtkRopeScaling(alpha=alpha):
+            return config.rope_theta * _ntk(alpha, config)
+    return config.rope_theta
+
+
 def inverse_frequencies(config: ModelConfig, lengths: Lengths = None) -> np.ndarray:
     """Radians per position of each pair, [N/2] float64, scaling applied.
 
@@ -45,10 +65,8 @@ def inverse_frequencies(config: ModelConfig, lengths: Lengths = None) -> np.ndar
     Raises:
       ValueError: the kind depends on the length, and there is none.
     """
-    theta, rope = config.rope_theta, config.rope
+    theta, rope = effective_theta(config), config.rope
     match rope:
-        case NtkRopeScaling():
-            return _powers(config, theta * _ntk(rope.alpha, config))
         case DynamicRopeScaling():
             ratio = np.maximum(_given(lengths, config) / rope.original_length, 1.0)
             alpha = rope.factor * ratio - (rope.factor - 1)
@@ -59,7 +77,7 @@ def inverse_frequencies(config: ModelConfig, lengths: Lengths = None) -> np.ndar
             return _powers(config, theta * _ntk(alpha, config)) / rope.factor
     frequencies = _powers(config, theta)
     match rope:
-        case NoRopeScaling():
+        case NoRopeScaling() | NtkRopeScaling():
             return frequencies
         case LinearRopeScaling(factor=factor):
             return frequencies / factor

@@ -24,6 +24,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jllama.config import ShardingConfig
+from jllama.parallel.mesh import context_mesh
 from jllama.parallel.sharding import Placement, active_placement
 
 # (q [B,T,H,N], k and v [B,S,K,N], index of each query among the keys [T], segments [B,S] or None,
@@ -45,6 +47,18 @@ def sequence_ways(rows: int, length: int) -> int:
     """Over how many devices the positions of [rows, length] are spread by the active placement."""
     placement = active_placement()
     return 1 if placement is None else _ways(placement, _spec(placement, (rows, length))[1])
+
+
+def over_positions(params: Any) -> Placement | None:
+    """Spreads positions, and nothing else, over the devices that parameters lie on, as they lie.
+
+    For whole rows outside of training: one row, however long, is the work of all devices. None
+    where the parameters are on no mesh.
+    """
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return None
+    return Placement(context_mesh(sharding.mesh), ShardingConfig())
 
 
 def balanced_order(length: int, ways: int) -> np.ndarray | None:

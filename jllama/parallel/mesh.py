@@ -45,6 +45,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(ordered, AXES, axis_types=_TYPES)
 
 
+def context_mesh(mesh: Mesh) -> Mesh:
+    """The devices of a mesh in their order, all of them along `context`."""
+    sizes = [mesh.size if axis == "context" else 1 for axis in AXES]
+    return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=_TYPES)
+
+
 def parse_mesh(text: str) -> MeshConfig:
     """The mesh of an argument `--mesh AXIS=SIZE,...`, 1 along the axes left out."""
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)

@@ -176,6 +176,11 @@ def active_placement() -> Placement | None:
     return _active.get()
 
 
+def activated(placement: Placement | None) -> contextlib.AbstractContextManager[None]:
+    """`Placement.active`; of None, nothing."""
+    return placement.active() if placement else contextlib.nullcontext()
+
+
 def mesh_axes(shape: Sequence[int], axes: Sequence[str | None], name: str) -> Parts:
     """`Placement.mesh_axes` of the active placement; when none is active, everything is whole."""
     placement = _active.get()

@@ -22,8 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from jllama import recipe as recipes
+from jllama.adapt.quant import quantizing
 from jllama.config import Config
 from jllama.errors import UserError
+from jllama.model.llama import param_specs
 from jllama.model.param import dotted
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
@@ -74,9 +76,7 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
     capacity = memory.pop("hbm_capacity_bytes", capacity)
     step_fits = memory["hbm_bytes_per_device"] <= capacity and "compiler_message" not in memory
     evaluation = _evaluation(config, placement, definition, known, capacity)
-    reading = 0
-    if getattr(config.adapt, "quantize", "none") != "none":
-        reading = bytes_per_device(base_shapes(config, placement))
+    reading = _reading(config, placement, known.get("frozen", 0))
     return {
         "topology": topology.name,
         "slices": topology.slices,
@@ -89,7 +89,7 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
         "tokens_per_step": config.training.batch_size * config.data.length,
         "fits": step_fits and evaluation["eval_fits"] is not False and reading <= capacity,
         "hbm_capacity_bytes": round(capacity),
-        "base_as_read_bytes_per_device": reading,
+        "reading_bytes_per_device": reading,
         **memory,
         **evaluation,
         "model_flops_per_step": round(bounds.model_flops(config)),
@@ -172,6 +172,26 @@ def _evaluation(
     refused = memory.get("compiler_message")
     found = {"eval_hbm_bytes_per_device": need, "eval_fits": need <= capacity and not refused}
     return found | ({"eval_compiler_message": refused} if refused else {})
+
+
+def _reading(config: Config, placement: Placement, frozen: int) -> int:
+    """The most bytes while a base is read that is quantised, a matrix at a time; 0 for another."""
+    kind = getattr(config.adapt, "quantize", "none")
+    if kind == "none":
+        return 0
+    specs = jax.tree.leaves(param_specs(config.model, config.compute))
+    matrices = [
+        (leaf, spec.inputs)
+        for leaf, spec in zip(jax.tree.leaves(base_shapes(config, placement)), specs, strict=True)
+        if spec.inputs
+    ]
+    largest, inputs = max(matrices, key=lambda matrix: bytes_per_device(matrix[0]))
+    program, kept = quantizing(largest, inputs, kind)
+    stats = program.lower(largest).compile().memory_analysis()
+    beside = frozen - bytes_per_device(kept)
+    return beside + sum(
+        (stats.argument_size_in_bytes, stats.output_size_in_bytes, stats.temp_size_in_bytes)
+    )
 
 
 def _memory(step: Any, given: tuple[Any, ...], known: dict[str, int]) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from jllama.text.interface import TextStream, Tokenizer
 Format = Literal["psm", "spm"]
 FILL_ME = "<FILL_ME>"
 _FORMATS = ("psm", "spm")
-_ANCHOR = "☺"  # Code Llama's: no piece of a vocabulary joins it with what follows
+# Put before a text that goes on from another: Code Llama's, and others where a vocabulary has
+# pieces that join it with what follows.
+_ANCHORS = ("☺", "\n", "\ue000")
 
 
 class InfillTokens(NamedTuple):
@@ -35,7 +37,8 @@ class InfillTokens(NamedTuple):
 
 
 # As Code Llama's tokenizer.model spells them: 32007 to 32010 there.
-PIECES = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
+EOT = "▁<EOT>"
+PIECES = ("▁<PRE>", "▁<SUF>", "▁<MID>", EOT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,8 @@ def infill_tokens(tokenizer: Tokenizer) -> InfillTokens:
     if missing := [piece for piece in PIECES if piece not in known]:
         raise UserError(
             f"infilling: the tokenizer has no {', '.join(missing)}; take one of a model made for"
-            " infilling, as Code Llama's 7B and 13B, or train it with tokenizer.infill=true"
+            " infilling, as Code Llama's 7B and 13B, add them (jllama vocabulary merge --infill,"
+            " then grow), or train it with tokenizer.infill=true"
         )
     return InfillTokens(*(known[piece] for piece in PIECES))
 
@@ -62,7 +66,11 @@ def encode_continued(tokenizer: Tokenizer, text: str) -> list[int]:
     """enc*: the ids of a text that goes on from another, without a space that is not in it."""
     if not tokenizer.adds_space:
         return tokenizer.encode(text)
-    return tokenizer.encode(_ANCHOR + text)[len(tokenizer.encode(_ANCHOR)) :]
+    for anchor in _ANCHORS:
+        before, ids = tokenizer.encode(anchor), tokenizer.encode(anchor + text)
+        if ids[: len(before)] == before:
+            break
+    return ids[len(before) :]
 
 
 def prompt_ids(tokenizer: Tokenizer, infill: Infill) -> list[int]:
@@ -81,7 +89,7 @@ def middle_stream(tokenizer: Tokenizer, infill: Infill) -> TextStream:
     """Turns the ids that a model writes after `prompt_ids` into the middle, exactly."""
     # Where the middle begins a text of its own, its first space is the tokenizer's.
     begins = infill.format == "spm" and not infill.prefix
-    return tokenizer.stream(after=() if begins else tokenizer.encode(_ANCHOR))
+    return tokenizer.stream(after=() if begins else tokenizer.encode(_ANCHORS[0]))
 
 
 def document_ids(
@@ -112,20 +120,29 @@ def from_arguments(
     """
     if prefix_file is not None or suffix_file is not None:
         if prompt:
-            raise UserError("--prompt: the files say it already; leave it or them out")
+            raise UserError(
+                "--prompt: stands beside --prefix-file or --suffix-file; give it or them, not both"
+            )
         prefix, suffix = ("" if f is None else _read(f) for f in (prefix_file, suffix_file))
         return Infill(prefix, suffix, format or "psm")
-    prefix, *rest = prompt.split(FILL_ME)
+    asked = from_text("--prompt", prompt, format or "psm")
+    if format is not None and asked == prompt:
+        raise UserError(f"--infill-format {format}: there is nothing to fill; write {FILL_ME}")
+    return asked
+
+
+def from_text(key: str, text: str, format: Format = "psm") -> str | Infill:
+    """What a prompt asks for: its continuation, or the place of its `<FILL_ME>`.
+
+    Raises UserError, naming the key that it is the value of, for `<FILL_ME>` twice.
+    """
+    prefix, *rest = text.split(FILL_ME)
     if len(rest) > 1:
         raise UserError(
-            f"--prompt: {FILL_ME} stands in it {len(rest)} times; one place is filled at a time,"
+            f"{key}: {FILL_ME} stands in it {len(rest)} times; one place is filled at a time,"
             " leave one"
         )
-    if rest:
-        return Infill(prefix, *rest, format or "psm")
-    if format is not None:
-        raise UserError(f"--infill-format {format}: there is nothing to fill; write {FILL_ME}")
-    return prompt
+    return Infill(prefix, *rest, format) if rest else text
 
 
 def _read(file: str) -> str:

@@ -50,8 +50,9 @@ def merge(
 ) -> Merged:
     """Appends the ordinary pieces of `new`, if any, that `base` lacks; `specials`; and `pad`.
 
-    Pieces of `new` that stand for one byte, or are cut out of a text before it is encoded
-    (user-defined), are no words, and are left out.
+    Pieces of `new` that stand for one byte, are cut out of a text before it is encoded
+    (user-defined), or are special by name, as Code Llama's for infilling, are no words, and are
+    left out.
 
     Args:
       specials: texts of control tokens, which are never made from text.
@@ -71,17 +72,19 @@ def merge(
             " new pieces would go; give the tokenizer.model alone, and such tokens by --special"
         )
     known = {piece.text for piece in old.pieces}
+    left_out = known | (new or base).special_tokens.keys()
     more = [
         Piece(piece.text, 0.0, PieceType.NORMAL)
         for piece in other.pieces
-        if piece.type == PieceType.NORMAL and piece.text not in known
+        if piece.type == PieceType.NORMAL and piece.text not in left_out
     ]
     known |= {piece.text for piece in more}
     control = [*specials, *([pad] if pad else [])]
     for text in control:
-        if not text or text in known:
+        if text in known or not text or not text.isprintable():
+            why = "is a piece already, or given twice" if text in known else "is not printable"
             raise UserError(
-                f"special token {text!r}: {'is a piece already' if text else 'has no text'};"
+                f"special token {text!r}: {why if text else 'has no text'};"
                 " choose another, or leave it out"
             )
         known.add(text)

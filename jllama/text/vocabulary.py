@@ -68,7 +68,7 @@ def train_sentencepiece(texts: Iterable[str], config: TrainedTokenizer) -> Sente
             num_threads=1,
             minloglevel=3,
         )
-    except RuntimeError as e:
+    except (RuntimeError, ValueError) as e:
         limit = re.search(r"value <= (\d+)", str(e))
         if limit is None:
             reason = " ".join(str(e).split())

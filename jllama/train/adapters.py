@@ -5,9 +5,9 @@ base.json, which says what it is an overlay of; PEFT's have adapter_config.json.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -20,10 +20,11 @@ from jllama.config import ComputeConfig, LoraConfig, ModelConfig, StoredConfig
 from jllama.errors import UserError
 from jllama.interop import peft, peft_config
 from jllama.model import llama
+from jllama.model.param import EachLeaf
 from jllama.parallel.sharding import Placement
 from jllama.text.tokenizer import Tokenizer, find_tokenizer
 from jllama.train.checkpoint import Checkpoints, load_params, room_for
-from jllama.train.fingerprint import fingerprint
+from jllama.train.fingerprint import Fingerprint, fingerprint
 from jllama.train.folder import base_of, note_base
 from jllama.train.stored import (
     FREE,
@@ -63,6 +64,12 @@ class Adapter:
         trained = self._stored is not None and self._stored.run is not None
         return self._stored.compute.dtype if trained else None
 
+    def lora(self, config: ModelConfig) -> LoraConfig:
+        """What it trains of the model. Raises UserError where it is another model's."""
+        if self._stored is not None:
+            return self._stored.adapt
+        return peft.read_lora(self.path, config.unpadded)
+
     def over(self, base: ModelConfig) -> ModelConfig:
         """The base as it was computed, and its tables padded, while the adapter was trained."""
         if self._stored is None:
@@ -71,9 +78,15 @@ class Adapter:
         return dataclasses.replace(base, **{k: getattr(self._stored.model, k) for k in keys})
 
     def read(
-        self, config: ModelConfig, placement: Placement, base: llama.Params
+        self,
+        config: ModelConfig,
+        placement: Placement,
+        base: llama.Params,
+        digest: str | None = None,
     ) -> tuple[LoraConfig, Overlay]:
-        """Its config and its overlay, float32, over the base's parameters (not quantised).
+        """Its config and its overlay, float32, over the base's parameters.
+
+        Without a `digest`, which `read_base` gives, they are not quantised yet.
 
         Raises UserError where it was made for another base: of other shapes, or of other values.
         """
@@ -83,24 +96,42 @@ class Adapter:
             host = resized(host, config.vocab_rows)
         else:
             lora = self._stored.adapt
-            self._check(config, base)
+            self._check(config, digest or fingerprint(base, "bfloat16"))
         placed = llama.place(overlay_specs(config, _FACTORS, lora), placement, "float32", "float32")
         if self._stored is None:
             return lora, jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), host, placed)
         folder, step = run_and_step(self.path)
         return lora, load_params(folder, step, placed)
 
-    def _check(self, config: ModelConfig, base: llama.Params) -> None:
+    def _check(self, config: ModelConfig, digest: str) -> None:
         changed, said = differences(self._stored.model, config)
         if changed:
             raise UserError(
                 f"{self.path}: is an adapter of another model, {self.base}: {'; '.join(said)}"
             )
-        if fingerprint(base, "bfloat16") != self._fingerprint:
+        if digest != self._fingerprint:
             raise UserError(
                 f"{self.path}: was trained over other parameters than these, of the same shapes:"
                 f" over {self.base} as it was then; give that as the base"
             )
+
+
+def from_arguments(given: Sequence[str]) -> dict[str, float]:
+    """The weight of each path of `--adapter PATH[=WEIGHT]`, 1 unless said.
+
+    Raises UserError for what is no weight, and a path that is given twice.
+    """
+    weights: dict[str, float] = {}
+    for text in given:
+        path, equals, weight = text.rpartition("=")
+        try:
+            path, number = (path, float(weight)) if equals else (text, 1.0)
+        except ValueError:
+            raise UserError(f"--adapter {text}: {weight!r} is no weight") from None
+        if path in weights:
+            raise UserError(f"--adapter {path}: is given twice; weigh it once")
+        weights[path] = number
+    return weights
 
 
 def is_adapter(path: Path) -> bool:
@@ -152,7 +183,7 @@ def base_path(adapter: Adapter, given: str | None = None) -> Path:
     raise UserError(
         f"{adapter.path}: is an adapter of {adapter.base or 'a model that it does not name'}, which"
         " is not a folder here; say where that is (load(BASE, adapter=...), --model BASE"
-        " --adapter ..., convert --base BASE)"
+        " --adapter ..., convert or info --base BASE, adapt.base in a recipe)"
     )
 
 
@@ -216,8 +247,22 @@ def write_adapter(
         storage.write_text(new / RECIPE, recipes.to_yaml(stored))
 
 
-def quantized(params: llama.Params, config: ModelConfig, kind: str) -> llama.Params:
-    """The base as an adapter was trained over it; the given arrays are used up."""
-    if kind == "none":
-        return params
-    return quant.quantize(params, llama.param_specs(config, _FACTORS), kind)
+def quantizer(config: ModelConfig, kind: str) -> EachLeaf:
+    """How the base is kept that an adapter was trained over; what it is given is used up."""
+    return quant.quantizer(llama.param_specs(config, _FACTORS), kind)
+
+
+def read_base(base: StoredModel, placed: llama.Params, keep: EachLeaf) -> tuple[llama.Params, str]:
+    """What is kept of the base's parameters, each before the next is read; and the fingerprint
+    that an adapter knows them by.
+
+    Args:
+      placed: `llama.placed_shapes`.
+    """
+    digest = Fingerprint("bfloat16")
+
+    def each(path: str, x: jax.Array) -> Any:
+        digest.add(path, x)
+        return keep(path, x)
+
+    return base.read(placed, each), str(digest)

@@ -11,6 +11,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jllama.model.llama import TABLE_AXES
+from jllama.parallel.context import platform
 from jllama.parallel.product import all_gather, reduce
 from jllama.parallel.sharding import active_placement
 
@@ -113,6 +114,9 @@ def _one_device(
         d_h = jnp.einsum("BTV,VD->BTD", d_logits, head)
         if not of_weight:
             return (*sums, None), d_h
+        if platform() == "cpu":
+            # XLA's CPU backend has no bfloat16 product with a float32 result that is transposed.
+            h, d_logits = h.astype(jnp.float32), d_logits.astype(jnp.float32)
         d_weight = jnp.einsum("BTD,BTV->DV", h, d_logits, preferred_element_type=jnp.float32)
         return (*sums, carry[2] + d_weight), d_h
 

@@ -152,7 +152,8 @@ def _check_same_config(folder: Path, config: Config) -> None:
     old = recipes.load(folder / "config.yaml")
     before, after = flatten(recipes.to_dict(old)), flatten(recipes.to_dict(config))
     # A base may lie elsewhere by now: `note_base` compares its parameters.
-    free = (*_FREE, "training.init_from") if isinstance(config.adapt, LoraConfig) else _FREE
+    adapts = isinstance(config.adapt, LoraConfig)
+    free = (*_FREE, "training.init_from", "adapt.base") if adapts else _FREE
     changed = [
         f"{key}: {before.get(key, 'absent')} there, {after.get(key, 'absent')} now"
         for key in sorted(before.keys() | after.keys())

@@ -15,7 +15,7 @@ import jax
 
 from jllama import storage
 from jllama.adapt.lora import train_flops_per_token, without_whole
-from jllama.config import Config, LoraConfig
+from jllama.config import Config, LoraConfig, ReplyObjective
 from jllama.data.dataset import eval_batches
 from jllama.data.pack import CutRows
 from jllama.flops import parameter_count
@@ -25,8 +25,9 @@ from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.progress import say
 from jllama.train import folder as run_folder
+from jllama.train.adapters import read_base
 from jllama.train.checkpoint import Checkpoints, latest_step
-from jllama.train.fingerprint import fingerprint
+from jllama.train.initial import open_initial
 from jllama.train.loss import causal_lm_loss
 from jllama.train.metrics import Metrics, NoMetrics
 from jllama.train.metrics import read as metrics_of
@@ -36,12 +37,11 @@ from jllama.train.state import (
     base_shapes,
     check_batches,
     define_state,
-    freeze,
+    freezer,
     init_state,
     start_from,
 )
 from jllama.train.step import make_eval_step, make_train_step
-from jllama.train.stored import initial_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Result:
       stopped: whether a signal ended it early, in this process or in another.
       tokens, seconds: predicted tokens and training time of all steps, the first one's compilation
         included; tokens_per_second is the median step's.
-      eval: held-out loss (nats per token) and bits_per_byte; None unless done and held out.
+      eval: held-out loss (nats per token) and, but of replies, bits_per_byte; None unless done and
+        held out.
     """
 
     folder: Path
@@ -96,8 +97,8 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     definition = together(lambda: define_state(config, placement))
     adapts = isinstance(config.adapt, LoraConfig)  # its base is no part of a checkpoint
     begins = together(lambda: adapts or not latest_step(folder))
-    initial = together(lambda: initial_model(config) if begins else None)
-    known = initial.tokenizer if initial else None
+    initial = together(lambda: open_initial(config) if begins else None)
+    known = initial.model.tokenizer if initial else None
     # The leader makes what is missing while the others wait; they find it, or make their own
     # where prepared data is not on shared storage.
     data = together(lambda: run_folder.begin(config, folder, stack, known) if leader else None)
@@ -110,20 +111,24 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     if leader:
         say(_opening(config, placement, definition, folder, start))
     base = frozen = ()
+    given = None  # what the training goes on from
     if adapts:
-        base = initial.read(base_shapes(config, placement))
-        digest = fingerprint(base, "bfloat16")
-        where = str(storage.absolute(initial.place))
+        places = base_shapes(config, placement)
+        base, digest = read_base(initial.model, places, freezer(config))
+        where = str(storage.absolute(initial.model.place))
         together(lambda: run_folder.note_base(folder, where, digest) if leader else None)
-        base = freeze(config, base)
+        if initial.adapter and not start:
+            _, given = initial.adapter.read(config.model, placement, base, digest)
         frozen = without_whole(base, definition.shapes.trainable)
+    elif initial and not start:
+        given = initial.model.read(definition.placed.trainable)
     if start:
         state = checkpoints.restore(start, definition)
-    elif initial and not adapts:
-        state = start_from(definition, initial.read(definition.placed.trainable))
+    elif given is not None:
+        state = start_from(definition, given)
     else:
         state = init_state(definition, config.run.seed, base)
-    del base
+    del base, given
     steps, every = config.training.steps, config.run.log_every
     metrics = Metrics(folder, start, steps, every) if leader else NoMetrics()
     stack.callback(metrics.close)
@@ -294,7 +299,10 @@ class _Run:
         )
 
     def evaluate(self, state: Any, max_rows: int, stride: int = 0) -> dict[str, float] | None:
-        """Loss over all held-out sources, in nats per token, and their bits per byte of text."""
+        """Loss over all held-out sources, in nats per token, and their bits per byte of text.
+
+        No bits per byte where prompts are not predicted: bytes are counted of whole texts.
+        """
         nll = weight = bits = size = 0.0
         for name, prepared in self.data.held_out.items():
             rows = self.data.held_out_rows[name]
@@ -313,7 +321,10 @@ class _Run:
             predicted = prepared.tokens - prepared.documents
             bits += here[0] / here[1] / math.log(2) * predicted
             size += prepared.bytes
-        return {"loss": nll / weight, "bits_per_byte": bits / size} if weight else None
+        if not weight:
+            return None
+        replies = isinstance(self.config.data.objective, ReplyObjective)
+        return {"loss": nll / weight} | ({} if replies else {"bits_per_byte": bits / size})
 
 
 @contextlib.contextmanager

@@ -69,10 +69,10 @@ class Metrics:
     def write_eval(self, step: int, values: dict[str, float]) -> None:
         """The metrics of an evaluation."""
         self._record(step, {f"eval_{k}": v for k, v in values.items()})
-        self.say(
-            f"step {step}  held-out loss {values['loss']:.4f}"
-            f"  bits per byte {values['bits_per_byte']:.4f}"
-        )
+        brief = f"step {step}  held-out loss {values['loss']:.4f}"
+        if "bits_per_byte" in values:
+            brief += f"  bits per byte {values['bits_per_byte']:.4f}"
+        self.say(brief)
 
     def say(self, line: str) -> None:
         """A line on stderr that leaves the progress bar whole."""

@@ -22,7 +22,6 @@ from jllama.adapt.vocab import repadded, with_rows
 from jllama.config import (
     AutoAttention,
     ComputeConfig,
-    Config,
     LoraConfig,
     ModelConfig,
     RunConfig,
@@ -35,7 +34,6 @@ from jllama.interop.parameters import file_specs, match, read_params, widest_dty
 from jllama.interop.tensors import Tensor
 from jllama.model import llama
 from jllama.model.param import EachLeaf, dotted
-from jllama.parallel import distributed
 from jllama.progress import say
 from jllama.text.tokenizer import Tokenizer, find_tokenizer
 from jllama.train.checkpoint import Checkpoints, latest_step, load_params, room_for
@@ -159,7 +157,7 @@ def _own(path: Path) -> StoredModel:
             f" and `jllama convert BASE DST --adapter {path}` makes a model of the two"
         )
     compute = dataclasses.replace(stored.compute, attention=AutoAttention(kind="auto"))
-    tokenizer = find_tokenizer(folder)
+    tokenizer = _tokenizer(folder, stored.model.vocab_size)
     read = functools.partial(_read_own, folder, step, stored.model.vocab_rows)
     dtype = compute.param_dtype
     scales = stored.scale_dtype or dtype
@@ -180,20 +178,26 @@ def _read_own(
     return load_params(folder, step, there, lambda path, x: each(path, repadded(x, wanted[path])))
 
 
+def _tokenizer(folder: Path, rows: int) -> Tokenizer | None:
+    """That of a model's folder. Raises UserError if it has more ids than the embedding rows."""
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        added = [text for text, id in tokenizer.special_tokens.items() if id >= rows]
+        beyond = f" ({', '.join(added[:3])})" if added else ""
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids and the embedding"
+            f" {rows:,} rows: it is another model's, or its files add tokens{beyond}"
+            " that the model was not made for; put the right files there, or take those tokens out"
+        )
+    return tokenizer
+
+
 def _foreign(
     path: Path, format: Format, config: ModelConfig, tensors: dict[str, Tensor]
 ) -> StoredModel:
     specs = file_specs(config)
     found = match(tensors, specs, format, path)
-    tokenizer = find_tokenizer(path)
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        added = [text for text, id in tokenizer.special_tokens.items() if id >= config.vocab_size]
-        beyond = f" ({', '.join(added[:3])})" if added else ""
-        raise UserError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size:,} ids and the embedding"
-            f" {config.vocab_size:,} rows: it is another model's, or its files add tokens{beyond}"
-            " that the model was not made for; put the right files there, or take those tokens out"
-        )
+    tokenizer = _tokenizer(path, config.vocab_size)
     read = functools.partial(
         read_params, found, specs, interleaved=format == "meta", title=f"read {path.name}"
     )
@@ -240,32 +244,6 @@ def own_folder(folder: Path) -> contextlib.AbstractContextManager[Path]:
     outputs.check_absent(folder)
     remote = storage.is_remote(folder)
     return contextlib.nullcontext(folder) if remote else outputs.new_folder(folder, RECIPE)
-
-
-def initial_model(config: Config) -> StoredModel | None:
-    """The model that the recipe's parameters begin from; says on stderr where it is another.
-
-    Raises UserError when it has other shapes than the recipe's.
-    """
-    if not config.training.init_from:
-        return None
-    where = config.training.init_from
-    try:
-        stored = open_model(storage.path(where), model=config.model)
-    except UserError as e:
-        raise type(e)(f"training.init_from: {e}") from None
-    # Padding of the tables is added or dropped where they are read.
-    padded = dataclasses.replace(stored.config, vocab_multiple=config.model.vocab_multiple)
-    fatal, said = differences(padded, config.model)
-    if fatal:
-        raise UserError(
-            f"training.init_from={where}: its parameters are not the recipe's model: "
-            + "; ".join(said)
-        )
-    if distributed.leader():
-        for line in said:
-            say(f"note: training.init_from={where}: {line}")
-    return stored
 
 
 def differences(there: ModelConfig, here: ModelConfig) -> tuple[bool, list[str]]:

@@ -16,7 +16,7 @@ import jllama
 from jllama import flops
 from jllama import recipe as recipe_files
 from jllama.cli import main
-from jllama.config import MeshConfig, ShardingConfig, TrainedTokenizer
+from jllama.config import AdamWConfig, MeshConfig, MuonConfig, ShardingConfig, TrainedTokenizer
 from jllama.generate import engine
 from jllama.generate.engine import Request
 from jllama.generate.sampling import Sampling
@@ -28,6 +28,7 @@ from jllama.parallel.sharding import Placement
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train.loop import train
 from jllama.train.loss import causal_lm_loss
+from jllama.train.optimizer import make_optimizer
 from jllama.train.stored import write_model
 
 PLAIN = tiny.config(vocab_size=91, num_layers=2, num_kv_heads=2, max_length=64)
@@ -35,6 +36,12 @@ PADDED = dataclasses.replace(PLAIN, vocab_multiple=32)
 ROWS = 96
 # A tied head is the embedding: its gradient is that of both.
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+
+_ADAM = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0}
+OPTIMIZERS = [
+    AdamWConfig(kind="adamw", **_ADAM),
+    MuonConfig(kind="muon", momentum=0.95, **_ADAM),
+]
 
 
 def models(tied):
@@ -97,6 +104,29 @@ def test_loss_and_gradients_are_the_plain_models(tied, mesh):
         assert tiny.relative_error(got, want) < 1e-5
     for name in grads.keys() & {"embedding", "head"}:
         assert not np.asarray(grads[name]["weight"])[91:].any()
+
+
+@TIED
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: optimizer.kind)
+def test_padding_stays_zero_through_the_optimizer(tied, optimizer):
+    plain, padded = models(tied)
+    direction = make_optimizer(optimizer, llama.param_specs(padded, tiny.compute()))
+    random = np.random.default_rng(0)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = direction.update(pad(grads), state, params)
+        return jax.tree.map(lambda p, u: p - 0.1 * u, params, updates), state
+
+    fresh = tiny.params(plain)
+    params = pad(fresh)
+    state = jax.jit(direction.init)(params)
+    for _ in range(3):
+        grads = jax.tree.map(lambda p: random.standard_normal(p.shape, np.float32), fresh)
+        params, state = step(params, state, grads)
+    for name in params.keys() & {"embedding", "head"}:
+        table = np.asarray(params[name]["weight"])
+        assert not table[91:].any() and table[:91].all()
 
 
 @TIED

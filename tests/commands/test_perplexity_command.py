@@ -2,12 +2,15 @@
 
 import csv
 import re
+import weakref
 
 import matplotlib.image
 import pytest
 
+import jllama
 from jllama import cli
 from jllama import recipe as recipes
+from jllama.commands import perplexity
 from jllama.train.loop import train
 from tests.recipes import on_disk
 
@@ -43,7 +46,7 @@ def test_models_and_scalings_in_one_table_csv_and_png(evaluate, tmp_path):
     )  # fmt: skip
     assert status == 0, err
     lines = out.splitlines()
-    assert lines[0].split() == ["perplexity", "8", "32", "64"]
+    assert lines[0].split() == ["perplexity", "of", "5", "x", "4", "tokens", "8", "32", "64"]
     assert [line.split("  ")[0] for line in lines[1:4]] == ["a, none", "a, ntk:4", "long"]
     assert lines[4:] == [str(tmp_path / "out" / f"perplexity.{kind}") for kind in ("csv", "png")]
     rows = list(csv.DictReader((tmp_path / "out" / "perplexity.csv").open()))
@@ -54,6 +57,41 @@ def test_models_and_scalings_in_one_table_csv_and_png(evaluate, tmp_path):
     assert 5 < float(rows[0]["perplexity"]) < 400
     assert matplotlib.image.imread(tmp_path / "out" / "perplexity.png").std() > 0.01
     assert "perplexity of a" in err and "tokens" in err
+
+
+def test_names_are_drawn_as_they_are_and_scalings_once(evaluate, tmp_path, monkeypatch):
+    drawn, draw = [], perplexity._draw
+    monkeypatch.setattr(perplexity, "_draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    given = ("--model", "$a_{$=runs/a", "--rope", "none, pi,none", "--model", "_b=runs/b")
+    status, out, err = evaluate(*given, "--lengths", "8", "--windows", "2", "--join")
+    assert status == 0, err
+    (figure,) = drawn
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend == ["$a_{$, none", "$a_{$, pi", "_b"]
+    assert [line.split("  ")[0] for line in out.splitlines()[1:4]] == legend
+    assert len((tmp_path / "out" / "perplexity.csv").read_text().splitlines()) == 4
+
+
+def test_what_was_computed_is_kept_when_it_cannot_be_drawn(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(perplexity, "_draw", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate("--model", "runs/a", "--lengths", "8", "--windows", "2", "--join")
+    assert (tmp_path / "out" / "perplexity.csv").exists()
+
+
+def test_one_model_is_in_memory_at_a_time(evaluate, monkeypatch):
+    loaded, load = [], jllama.load
+
+    def watched(*args, **kwargs):
+        assert all(model() is None for model in loaded)
+        model = load(*args, **kwargs)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(jllama, "load", watched)
+    args = ("--model", "runs/a", "--model", "runs/b", "--lengths", "8", "--windows", "2", "--join")
+    assert evaluate(*args)[0] == 0
+    assert len(loaded) == 2
 
 
 def test_data_may_be_a_run_or_text(evaluate, folder):
@@ -72,6 +110,11 @@ def test_data_may_be_a_run_or_text(evaluate, folder):
         ([], "--model PATH: which model"),
         (["--model", "runs/a", "--rope", "ntk"], "write ntk:4"),
         (["--rope", "none", "--model", "runs/a"], "comes after the --model"),
+        (
+            ["--model", "runs/a", "--rope", "none", "--rope", "pi"],
+            "--rope pi: .* once, with commas",
+        ),
+        (["--model", "=runs/a"], "=runs/a: no such folder"),
         (["--model", "runs/a", "--model", "runs/a"], "two are called 'a'"),
         (["--model", "runs/none"], "runs/none"),
         (["--model", "runs/a", "--lengths", "0,5"], "--lengths=0,5: "),

@@ -1,6 +1,7 @@
 """`jllama vocabulary`: train, merge, compare, grow; and what they refuse."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -145,6 +146,15 @@ def test_a_model_without_a_tokenizer_grows_by_what_needs_none(here, tmp_path, ca
     assert "cannot be checked" in capsys.readouterr().err
 
 
+def test_a_tokenizer_with_more_ids_than_rows_is_not_the_models_own(here, tmp_path, capsys):
+    """As after putting the merged one into the folder: its new ids would get rows of zeros."""
+    shutil.copytree(here / "model", tmp_path / "mixed")
+    jllama.load_tokenizer(here / "merged").save(tmp_path / "mixed")
+    said = refused(capsys, "grow", tmp_path / "mixed", here / "merged", tmp_path / "out")
+    assert "the embedding 320 rows: it is another model's" in said
+    assert not (tmp_path / "out").exists()
+
+
 def _small(folder):
     (folder / "s.txt").write_text(ENGLISH)
     assert vocabulary("train", folder / "s.txt", "--size", 300, "--out", folder / "s.model") == 0
@@ -159,6 +169,7 @@ def test_bad_input_is_one_line_and_makes_nothing(here, tmp_path, capsys):
     for said, *words in (
         ("--size 20: at least 300", "train", text, "--size", 20, "--out", out),
         ("--max-bytes 0: at least 1", "train", text, "--size", 300, "--max-bytes", 0, "--out", out),
+        ("as int", "train", text, "--size", 10**10, "--out", out),
         ("gives only", "train", text, "--size", 3000, "--out", out),
         ("no file matches", "train", tmp_path / "no.txt", "--size", 300, "--out", out),
         ("latin.txt: not UTF-8", "train", tmp_path / "latin.txt", "--size", 300, "--out", out),
@@ -168,6 +179,8 @@ def test_bad_input_is_one_line_and_makes_nothing(here, tmp_path, capsys):
         ("has no piece that", "merge", base, base, "--out", out),
         ("a piece already", "merge", base, new, "--pad", "<s>", "--out", out),
         ("no such tokenizer", "merge", base, tmp_path / "no", "--out", out),
+        ("no such tokenizer", "merge", base, "", "--out", out),
+        ("is not printable", "merge", base, "--special", "\udcff", "--out", out),
         ("empty.txt: is empty", "compare", base, "--text", tmp_path / "empty.txt"),
         ("required: --text", "compare", base),
         ("required: ACTION",),

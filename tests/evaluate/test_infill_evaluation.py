@@ -133,9 +133,13 @@ def test_human_evals_lines_are_read(tmp_path):
     path.write_bytes(gzip.compress(json.dumps(record).encode()))
     found = open_problems(str(path), 10)
     assert found == [Problem("def f():\n    ", "return 1", "\n\nx\n", f"{path}:1")]
-    path.write_bytes(gzip.compress(b'{"prompt": "a"}\n'))
-    with pytest.raises(UserError, match=r"gz:1: no infilling problem .*canonical_solution"):
-        open_problems(str(path), 10)
+    for wrong, said in (
+        ({"prompt": "a"}, "no infilling problem .*KeyError: 'canonical_solution'"),
+        (record | {"canonical_solution": " \n"}, "no infilling problem .*is empty"),
+    ):
+        path.write_bytes(gzip.compress(json.dumps(wrong).encode() + b"\n"))
+        with pytest.raises(UserError, match=f"gz:1: {said}"):
+            open_problems(str(path), 10, spans=True)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +147,7 @@ def test_human_evals_lines_are_read(tmp_path):
     [
         (["--ways=psm,pms"], "--ways: 'pms' is unknown; of psm, spm, prefix, line"),
         (["--count=0"], "--count and --batch-size: at least 1"),
+        (["--length=0"], "length=0, max_new_tokens=48: leave room"),
         (["--length=40"], "length=40, max_new_tokens=48: leave room"),
         (["--length=1000"], "within the model's max_length=128"),
         (["--data=nowhere.py"], "nowhere.py: no file matches"),

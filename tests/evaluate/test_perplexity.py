@@ -1,25 +1,33 @@
 """Perplexity against the length: windows, scalings, and figures against the float64 reference."""
 
 import dataclasses
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
 import reference
 import tiny
+import tpu as aot
 
 from jllama.config import (
     AdaptiveRopeScaling,
     DynamicRopeScaling,
     LinearRopeScaling,
+    MeshConfig,
     NoRopeScaling,
     NtkRopeScaling,
+    ShardingConfig,
     YarnRopeScaling,
 )
 from jllama.errors import UserError
 from jllama.evaluate import perplexity as module
 from jllama.evaluate.perplexity import ROPES, perplexity, scaled, windows
+from jllama.model import llama
 from jllama.model.rope import inverse_frequencies, turns
+from jllama.parallel.context import over_positions
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
 from jllama.pretrained import Llama
 
 MODEL = tiny.config(max_length=16, num_layers=2)
@@ -39,8 +47,8 @@ def model(config=MODEL):
 
 
 def test_windows_lie_within_a_document_and_share_no_target():
-    found = windows(documents(9, 5, 13, 8), 8, 3, 0)
-    assert found.shape == (3, 9) and found.dtype == np.int32
+    found = np.stack(windows(documents(9, 5, 13, 8), 8, 3, 0))
+    assert found.shape == (3, 9)
     assert found[:, 0].tolist() == [0, 2000, 2003]
     assert (np.diff(found) == 1).all()
     targets = found[:, -3:].ravel()
@@ -63,8 +71,19 @@ def test_of_many_windows_some_are_taken_evenly_and_reading_stops(monkeypatch):
             yield document
 
     found = windows(several(), 9, 10, 4)
-    assert found[:, -1].tolist() == [9, 5019, 11009, 16019]
+    assert [row[-1] for row in found] == [9, 5019, 11009, 16019]
     assert len(read) == 22  # 3 windows each, until 16 times as many as wanted
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_windows_that_overlap_take_no_memory_of_their_own(join):
+    document = np.zeros(40_000, np.int32)
+    tracemalloc.start()
+    found = windows([document], 20_000, 4, 0, join)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found) == 5000
+    assert size < 20 * document.nbytes  # a copy of each would be 2,500 times as much
 
 
 def test_too_short_a_text_is_said_with_the_remedy():
@@ -113,6 +132,8 @@ def test_one_program_serves_all_scalings_of_a_length():
     module._nll.clear_cache()
     for rope in ("none", "pi", "ntk:4", "dynamic", "adaptive", "yarn"):
         perplexity(own, some, 29, 3, rope)
+    longer = dataclasses.replace(own.config, max_length=64, rope_theta=1e6)
+    perplexity(dataclasses.replace(own, config=longer), some, 29, 3)
     assert module._nll._cache_size() == 1
 
 
@@ -124,13 +145,46 @@ def test_memory_is_linear_in_the_length():
     def temporary(length):
         rows = jax.ShapeDtypeStruct((1, length + 1), np.int32)
         weights = jax.ShapeDtypeStruct((1,), np.float32)
-        args = (shapes, own.config, own.compute, rows, weights, angles, None, 64)
+        args = (shapes, own.config, own.compute, rows, weights, angles, None, 64, None)
         return module._nll.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
     short, long = temporary(8192), temporary(32768)
     assert long < 4.2 * short
     # One score of every pair would take more.
     assert long < 32768**2 * 4 / 16
+
+
+def spread(config, devices, params=None):
+    """Placed parameters as `jllama.load` places them; shapes, unless values are given."""
+    placement = Placement(make_mesh(MeshConfig(), devices), ShardingConfig())
+    placed = llama.placed_shapes(config, placement, "float32", "float32")
+    if params is None:
+        return placed
+    return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), params, placed)
+
+
+@pytest.mark.parametrize("length", [64, 60])  # 60 positions do not divide over 8 devices
+def test_several_devices_share_the_positions_of_a_row(length):
+    own, some = model(), tiny.tokens(2, length + 1)
+    eight = dataclasses.replace(own, params=spread(MODEL, jax.devices(), own.params))
+    wanted = perplexity(own, some, length, 5)
+    assert perplexity(eight, some, length, 5) == pytest.approx(wanted, rel=1e-5)
+    tokens = some[:, :-1]
+    assert tiny.relative_error(eight.logits(tokens), own.logits(tokens)) < 1e-5
+    parts = {shard.data.shape[1] for shard in eight.logits(tokens).addressable_shards}
+    assert parts == ({8} if length == 64 else {60})
+
+
+def test_it_compiles_for_several_tpu_chips_with_their_own_kernel(no_cache):
+    config = tiny.config(hidden_dim=128, num_layers=1, max_length=16)
+    params = spread(config, aot.devices("v5e:2x4"))
+    rows, weights = (
+        jax.ShapeDtypeStruct((1, 1025), np.int32),
+        jax.ShapeDtypeStruct((1,), np.float32),
+    )
+    args = (params, config, tiny.compute(), rows, weights, turns(config), None, 64)
+    program = module._nll.lower(*args, over_positions(params)).compile().as_text()
+    assert "splash" in program
 
 
 @pytest.mark.parametrize(("length", "stride"), [(30, 3), (10, 11), (10, 0)])
@@ -174,7 +228,34 @@ def test_ntk_and_adaptive_come_on_top_of_position_interpolation():
     np.testing.assert_allclose(inverse_frequencies(scaled(LINEAR, "ntk:4", 48)), plain / 4)
     plain = inverse_frequencies(scaled(MODEL, "adaptive", 48), 48)
     np.testing.assert_allclose(inverse_frequencies(scaled(LINEAR, "adaptive", 48), 48), plain / 4)
-    assert scaled(LINEAR, "none", 48) == MODEL
+    assert scaled(LINEAR, "none", 48).rope == MODEL.rope
+    # As it does where the interpolation is inside Chinese-LLaMA's rule.
+    adaptive = dataclasses.replace(MODEL, rope=tiny.ADAPTIVE2)
+    for rope in ("ntk:4", "adaptive"):
+        own, other = (scaled(m, rope, 48) for m in (adaptive, LINEAR))
+        np.testing.assert_allclose(inverse_frequencies(own, 48), inverse_frequencies(other, 48))
+
+
+DYNAMIC = DynamicRopeScaling(kind="dynamic", factor=2.0, original_length=16)
+YARN = YarnRopeScaling(kind="yarn", factor=4.0, original_length=16)
+LLAMA3 = dataclasses.replace(tiny.LLAMA3, factor=4.0, original_length=16)
+
+
+@pytest.mark.parametrize("own", [LINEAR.rope, DYNAMIC, YARN, LLAMA3, tiny.ADAPTIVE2])
+@pytest.mark.parametrize(("length", "reach"), [(16, 1.0), (64, 4.0), (256, 16.0)])
+def test_scalings_begin_at_the_length_before_the_models_own(own, length, reach):
+    """All were trained at 16 (adaptive at 4 and interpolated to 16) and reach 64."""
+    before = 4 if own == tiny.ADAPTIVE2 else 16
+    config = dataclasses.replace(MODEL, rope=own, max_length=64)
+    # What was fine-tuned with a factor is never read with a smaller one.
+    reach = max(reach * 16 / before, 1.0 if own == DYNAMIC else own.factor)
+    assert scaled(config, "pi", length).rope == LinearRopeScaling(kind="linear", factor=reach)
+    yarn = YarnRopeScaling(kind="yarn", factor=reach, original_length=before)
+    assert scaled(config, "yarn", length).rope == yarn
+    assert scaled(config, "dynamic", length).rope.original_length == before
+    if own == LINEAR.rope and length <= 64:
+        assert scaled(config, "pi", length).rope == own
+    assert scaled(config, "yarn:2", length).rope.factor == 2
 
 
 @pytest.mark.parametrize(
@@ -184,11 +265,23 @@ def test_ntk_and_adaptive_come_on_top_of_position_interpolation():
         ("", "no such scaling"),
         ("ntk", "write ntk:4"),
         ("none:2", "takes no number; write none"),
-        ("pi:0.5", "'0.5' is no number of 1 or above"),
+        ("pi:0.5", "'0.5' is no number from 1 to 1,000,000"),
         ("yarn:", "'' is no number"),
         ("ntk:nan", "'nan' is no number"),
+        ("ntk:1e308", "'1e308' is no number"),
     ],
 )
 def test_wrong_names_are_one_line(rope, said):
     with pytest.raises(UserError, match=said):
         scaled(MODEL, rope, 48)
+
+
+def test_a_length_that_no_factor_reaches_is_one_line():
+    with pytest.raises(UserError, match=r"'pi': no scaling takes 16 positions to 2,000,000,000"):
+        scaled(MODEL, "pi", 2_000_000_000)
+
+
+@pytest.mark.parametrize("rope", ["ntk:4", "dynamic", "adaptive"])
+def test_heads_too_narrow_for_a_scaling_are_one_line(rope):
+    with pytest.raises(UserError, match=f"'{rope}': needs heads of width 4 .* are 2$"):
+        scaled(tiny.config(head_dim=2), rope, 48)

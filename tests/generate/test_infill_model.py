@@ -49,7 +49,7 @@ def saying(model, at, id):
 
 
 @pytest.mark.parametrize("format", ["psm", "spm"])
-def test_a_middle_ends_at_eot_and_other_texts_do_not(model, tokenizer, format):
+def test_a_middle_ends_at_eot_and_so_does_a_text(model, tokenizer, format):
     infill = Infill("def f(x):\n    ", "\n    return y\n", format)
     prompt = prompt_ids(tokenizer, infill)
     first = drawn(model, prompt, 20)
@@ -61,9 +61,15 @@ def test_a_middle_ends_at_eot_and_other_texts_do_not(model, tokenizer, format):
     wanted = "".join(stream.feed(i) for i in first[:last]) + stream.end()
     assert middle == [wanted]
     assert "".join(ending.stream(infill, temperature=0.0)) == wanted
-    # The same ids as a plain prompt: EOT is one token among others.
+    # After a text too, of a model that was taught to infill; ids stop where their caller says.
     longer = ending.generate([prompt], temperature=0.0, max_new_tokens=40)[0]
     assert longer.startswith(wanted) and len(longer) > len(wanted)
+    plain = drawn(model, text := [tokenizer.bos_id, *tokenizer.encode("def f")], 20)
+    last = next(i for i in range(1, 20) if plain[i] not in plain[:i])
+    ending = saying(model, plain[last], infill_tokens(tokenizer).end)
+    assert ending.generate("def f", temperature=0.0, max_new_tokens=40) == [
+        tokenizer.decode([*text, *plain[:last]]).removeprefix("def f")
+    ]
 
 
 def test_several_prompts_and_samples_keep_their_order(model):

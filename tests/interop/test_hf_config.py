@@ -5,6 +5,7 @@ import json
 import math
 import types
 
+import numpy as np
 import pytest
 
 from jllama import recipe
@@ -17,6 +18,7 @@ from jllama.config import (
 )
 from jllama.errors import UserError
 from jllama.interop.hf_config import generation_config, read_config, write_config
+from jllama.model.rope import inverse_frequencies
 from tests import tiny
 
 LLAMA1 = {
@@ -39,8 +41,6 @@ SCALED = Llama3RopeScaling(
 )
 MODELS = {name: recipe.load_model(name) for name in recipe.model_names()}
 MODELS |= {f"tiny {name}": tiny.config(**changes) for name, changes in tiny.VARIANTS.items()}
-# There max_position_embeddings is the length before dynamic scaling; ours comes from the factor.
-MODELS["tiny dynamic"] = dataclasses.replace(MODELS["tiny dynamic"], max_length=48)
 ORIGINAL = "original_max_position_embeddings"
 UNNAMED = ("ntk", "adaptive")
 YARN = {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 512}
@@ -69,11 +69,18 @@ def test_what_is_written_is_read_back(name):
         assert read_config(part, "config.json").rope_theta == MODELS[name].rope_theta
 
 
-@pytest.mark.parametrize("kind", UNNAMED)
-def test_a_scaling_without_a_name_there_is_refused_with_the_ones_that_have(kind):
-    rope = {"ntk": tiny.NTK, "adaptive": tiny.ADAPTIVE1}[kind]
-    with pytest.raises(UserError, match=rf"rope\.kind={kind}: .*choose linear, dynamic, yarn"):
-        write_config(tiny.config(rope=rope), "float32", None)
+def test_a_scaling_without_a_name_there_is_refused_with_the_ones_that_have():
+    with pytest.raises(UserError, match=r"rope\.kind=adaptive: .*choose linear, dynamic, yarn"):
+        write_config(tiny.config(rope=tiny.ADAPTIVE1), "float32", None)
+
+
+def test_static_ntk_is_written_as_the_theta_that_it_is():
+    model = tiny.config(rope=tiny.NTK)
+    again = read_config(write_config(model, "float32", None), "config.json")
+    assert again.rope == NoRopeScaling(kind="none")
+    assert again.rope_theta == pytest.approx(1e4 * 4 ** (16 / 14), rel=1e-14)
+    wanted = inverse_frequencies(model)
+    np.testing.assert_allclose(inverse_frequencies(again), wanted, rtol=1e-14)
 
 
 def test_what_yarn_says_is_written_and_read():
@@ -144,6 +151,7 @@ def yarn(**changes):
         ),
         (YARN | {"mscale": 0.5}, yarn()),
         (YARN | {"truncate": False}, yarn(truncate=False)),
+        (YARN | {"finetuned": True}, yarn()),
     ],
 )
 def test_yarn_is_read_as_transformers_reads_it(scaling, rope):
@@ -158,6 +166,17 @@ def test_dynamic_scaling_begins_at_the_length_of_the_file():
     written = write_config(model, "bfloat16", None)
     assert written["max_position_embeddings"] == 2048
     assert read_config(written, "config.json").max_length == 8192
+
+
+def test_vicunas_files_name_the_length_after_linear_scaling():
+    linear = {"rope_scaling": {"type": "linear", "factor": 4.0}, "max_position_embeddings": 4096}
+    shipped = recipe.load_model("vicuna-7b-16k")
+    model = read(**linear, max_sequence_length=16384, rms_norm_eps=1e-5)
+    assert model == dataclasses.replace(shipped, init=model.init)
+    # Others have one length, which is after it; and a key that transformers ignores lowers none.
+    assert read(**linear | {"max_position_embeddings": 16384}).max_length == 16384
+    assert read(**linear, max_sequence_length=2048).max_length == 4096
+    assert read(max_position_embeddings=4096, max_sequence_length=16384).max_length == 4096
 
 
 def drop(key):
@@ -204,6 +223,8 @@ def drop(key):
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "rope_scaling has rope_type"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor is 0.5"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e9}}, "rope_scaling.factor is 1e+09"),
+        ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta is 1; yarn"),
         ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling.factor is missing"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "head_dim is 2"),
         (

@@ -169,8 +169,13 @@ def test_a_layer_without_an_overlay_is_left_out(tmp_path):
     targets = json.loads((tmp_path / "out" / CONFIG).read_text())["target_modules"]
     layers = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 2)]
     assert targets == [*layers, "v_proj"]
-    _, same = read_adapter(tmp_path / "out", MODEL)
+    again, same = read_adapter(tmp_path / "out", MODEL)
     jax.tree.map(np.testing.assert_array_equal, same, overlay)
+    ranks = [rank for rank, _ in ranks_and_alphas("layers.attention.q", again, 3)]
+    assert ranks == [lora.rank, 0, lora.rank]
+    write_adapter(tmp_path / "back", MODEL, again, same, "base")
+    kept = load_file(tmp_path / "out" / WEIGHTS)
+    jax.tree.map(np.testing.assert_array_equal, load_file(tmp_path / "back" / WEIGHTS), kept)
 
 
 def test_what_cannot_be_written(tmp_path):

@@ -93,6 +93,19 @@ def test_a_continued_text_is_the_models_without_its_prefix(code_llama, text):
     assert sp.decode([*sp.encode("☺"), *encode_continued(code_llama, text)]) == "☺" + text
 
 
+def test_a_vocabulary_may_join_the_smiling_face_with_what_follows(spm_model):
+    known = SentencePieceTokenizer(spm_model).pieces
+    joined = ["☺▁", "☺☺", "☺\ufe0f", "☺)", *(["☺"] if "☺" not in known else [])]
+    joining = SentencePieceTokenizer(with_pieces(spm_model, joined))
+    plain = SentencePieceTokenizer(spm_model)
+    assert len(joining.encode("☺☺")) < len(plain.encode("☺☺"))
+    for text in (" x", "☺ x", "\ufe0f y", ") z", "x"):
+        ids = encode_continued(joining, text)
+        assert decoded(joining.stream(after=joining.encode("☺")), ids) == text
+        if "☺" not in text:
+            assert ids == encode_continued(plain, text)
+
+
 def test_pieces_are_not_made_from_text_though_the_model_would(code_llama, own):
     sp = sentencepiece.SentencePieceProcessor(model_proto=code_llama.model)
     text = "a <PRE> b <EOT>"
@@ -169,7 +182,9 @@ def added(spm_model):
 
 
 def test_a_tokenizer_without_the_pieces_is_one_line(spm_model):
-    with pytest.raises(UserError, match=r"no ▁<PRE>, ▁<SUF>, ▁<MID>, ▁<EOT>; .*infill=true"):
+    with pytest.raises(
+        UserError, match=r"no ▁<PRE>, ▁<SUF>, ▁<MID>, ▁<EOT>; .*--infill, then grow.*infill=true"
+    ):
         infill_tokens(SentencePieceTokenizer(spm_model))
     with pytest.raises(UserError, match="has no ▁<EOT>;"):
         infill_tokens(SentencePieceTokenizer(spm_model, special=PIECES[:3], added=added(spm_model)))
@@ -201,7 +216,12 @@ def test_a_command_line_says_what_to_fill(tmp_path):
     ("prompt", "prefix", "format", "said"),
     [
         ("<FILL_ME> and <FILL_ME>", None, None, "--prompt: <FILL_ME> stands in it 2 times; .*one"),
-        ("text", "file", None, "--prompt: the files say it already"),
+        (
+            "text",
+            "file",
+            None,
+            "--prompt: stands beside --prefix-file or --suffix-file; .* not both",
+        ),
         ("text", None, "spm", "--infill-format spm: there is nothing to fill; write <FILL_ME>"),
         ("", "nowhere/file", None, "nowhere/file: no such file"),
     ],

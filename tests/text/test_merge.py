@@ -12,6 +12,7 @@ from text_samples import CHINESE, NASTY
 from jllama.config import TrainedTokenizer
 from jllama.errors import UserError
 from jllama.interop.hf_tokenizer import tokenizer_files
+from jllama.text.infill import PIECES, infill_tokens
 from jllama.text.merge import made_of, merge
 from jllama.text.sentencepiece_model import Piece, PieceType, append_pieces, parse_sentencepiece
 from jllama.text.spm import SentencePieceTokenizer
@@ -88,6 +89,19 @@ def test_it_is_saved_with_its_pad_token(merged, tmp_path):
         assert config["pad_token"] == "[PAD]"
 
 
+def test_what_is_special_in_new_is_no_piece_of_the_text(base, tmp_path):
+    """Code Llama's model has its tokens of infilling as normal pieces."""
+    more = [Piece(text, -1.0, PieceType.NORMAL) for text in ("☃☄", *PIECES)]
+    (tmp_path / "new.model").write_bytes(append_pieces(base.model, more))
+    made = merge(base, load_tokenizer(tmp_path / "new.model"), specials=PIECES)
+    assert (made.appended, made.specials) == (1, 4)
+    made.tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.digest == made.tokenizer.digest
+    assert infill_tokens(again) == infill_tokens(made.tokenizer) == (401, 402, 403, 404)
+    assert not {401, 402, 403, 404} & {*made.tokenizer.encode("☃☄ <PRE>")}
+
+
 def test_pieces_that_no_merge_makes_are_counted(base):
     more = [Piece(text, -1.0, PieceType.NORMAL) for text in ("☃☄", "☃☄★", "♠♣♥")]
     made = merge(base, SentencePieceTokenizer(append_pieces(base.model, more)))
@@ -143,13 +157,17 @@ def test_types_that_do_not_mix_are_one_line(base, llama3_model, merged):
         with pytest.raises(UserError, match=said) as e:
             merge(ours, theirs)
         assert "\n" not in str(e.value)
-    for token in ("<s>", "文", ""):
-        with pytest.raises(
-            UserError, match=r"special token '.*': (is a piece already|has no text)"
-        ):
-            merge(base, chinese, specials=[token])
-    with pytest.raises(UserError, match="special token 'x': is a piece already"):
-        merge(base, chinese, specials=["[X]", "x"])
+    for tokens, why in (
+        (["<s>"], "'<s>': is a piece already"),
+        (["文"], "'文': is a piece already"),
+        (["[X]", "x"], "'x': is a piece already"),
+        (["[X]", "[X]"], r"'\[X\]': .*, or given twice"),
+        ([""], "'': has no text"),
+        (["a\0"], r"'a\\x00': is not printable"),
+        (["\udcff"], r"'\\udcff': is not printable"),
+    ):
+        with pytest.raises(UserError, match=f"^special token {why}"):
+            merge(base, chinese, specials=tokens)
 
 
 def test_added_tokens_of_the_base_are_in_the_way(base, tmp_path):

@@ -222,3 +222,15 @@ def test_the_head_moves_once_and_not_once_a_block(sizes, vocab):
         assert all(math.prod(c.shape) == 8 // sizes["fsdp"] * 2 for c in blocks)
     else:
         assert all(c.times == 1 for c in moved)
+
+
+@pytest.mark.parametrize("block", [12, 64])  # several blocks, and one, whose loop XLA unrolls
+def test_bfloat16_is_within_its_rounding_on_a_cpu_too(block):
+    hidden, weight, targets, weights = case()
+    hidden = jnp.asarray(hidden, jnp.bfloat16)
+    rounded = np.asarray(jnp.asarray(weight, jnp.bfloat16), np.float32)  # as it is cast for use
+    wanted = reference.cross_entropy(np.asarray(hidden, np.float32), rounded, targets, weights, 0.0)
+    got = value_and_grads(hidden, weight, targets, weights, 0.0, block)
+    assert got[3].dtype == jnp.float32
+    for found, want in zip(got, wanted, strict=True):
+        assert tiny.relative_error(np.asarray(found, np.float32), want) < 1e-2

@@ -13,11 +13,13 @@ import tiny
 
 from jllama.adapt import lora
 from jllama.config import MeshConfig
+from jllama.errors import UserError
 from jllama.model.linear import _dropped
+from jllama.model.param import kept
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import causal_lm_loss
-from jllama.train.state import base_shapes, define_state, freeze, init_state
+from jllama.train.state import base_shapes, define_state, freezer, init_state
 from jllama.train.step import make_eval_step, make_train_step
 
 LORA = (
@@ -38,7 +40,7 @@ class Run:
         base = jax.tree.map(
             lambda x, s: jax.device_put(x.astype(s.dtype), s.sharding), params, shapes
         )
-        base = freeze(config, base)
+        base = kept(base, freezer(config))
         self.state = init_state(self.definition, 0, base)
         self.frozen = lora.without_whole(base, self.state.trainable)
         self.loss = functools.partial(causal_lm_loss, config)
@@ -179,6 +181,45 @@ def test_a_quantised_base_trains_as_its_rounded_values_do(kind):
     assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-6)
     assert max(jax.tree.leaves(jax.tree.map(tiny.relative_error, got, wanted))) < 1e-5
     assert run.go(1)[0] > 0
+
+
+def test_b_may_learn_faster_than_all_else():
+    full = "adapt.full=[head]"
+    one, four = (
+        Run(recipes.in_memory(*LORA, full, *more))
+        for more in ((), ("adapt.learning_rate_ratio=4",))
+    )
+    one.state, four.state = (
+        r.state._replace(trainable=moved(r.state.trainable)) for r in (one, four)
+    )
+    before = jax.tree.map(np.asarray, one.state.trainable)
+    one.go(1), four.go(1)
+    steps = [
+        jax.tree.map(lambda new, old: np.asarray(new) - old, run.state.trainable, before)
+        for run in (one, four)
+    ]
+    for (path, factors), (_, other) in zip(*map(lora.matrices, steps), strict=True):
+        np.testing.assert_allclose(other["b"], 4 * factors["b"], rtol=1e-3, atol=1e-7, err_msg=path)
+        np.testing.assert_array_equal(other["a"], factors["a"])
+    np.testing.assert_array_equal(steps[0]["head"]["weight"], steps[1]["head"]["weight"])
+
+
+def test_rank_0_is_no_overlay_in_that_layer():
+    none = "adapt.overrides=[{match: '*', layers: [0], rank: 0}]"
+    run = Run(recipes.in_memory(*LORA, none, "training.schedule.peak=0.03"))
+    run.go(3)
+    for _, factors in lora.matrices(run.state.trainable):
+        for leaf in factors.values():
+            assert not np.any(leaf[0]) and np.any(leaf[1])
+    config, adapt = run.config.model, run.config.adapt
+    everywhere = dataclasses.replace(adapt, overrides=())
+    assert 2 * lora.parameter_count(config, adapt) == lora.parameter_count(config, everywhere)
+    for more, said in (
+        (("adapt.overrides=[{match: q, rank: 0}]",), r"attention\.q has rank 0 in every layer"),
+        ((none, "adapt.dora=true"), "has rank 0 with dora"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Run(recipes.in_memory(*LORA, *more))
 
 
 def test_dropout_drops_in_training_alone_another_part_at_each_step():

@@ -13,7 +13,15 @@ import tiny
 
 import jllama
 from jllama import recipe as recipes
-from jllama.config import MeshConfig, ShardingConfig, TrainedTokenizer
+from jllama.config import (
+    AdaptiveRopeScaling,
+    LinearRopeScaling,
+    MeshConfig,
+    NoRopeScaling,
+    ShardingConfig,
+    TrainedTokenizer,
+    YarnRopeScaling,
+)
 from jllama.errors import UserError
 from jllama.interop import hf
 from jllama.model import llama
@@ -21,8 +29,9 @@ from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train import checkpoint
+from jllama.train.initial import open_initial
 from jllama.train.loop import train
-from jllama.train.stored import initial_model, open_model, write_model
+from jllama.train.stored import open_model, write_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 MODEL = tiny.config(vocab_size=320, num_layers=2, num_kv_heads=2, max_length=48)
@@ -90,6 +99,9 @@ def test_another_model_is_refused_by_key_before_anything_is_made(text, source, t
     config = recipe(text, tmp_path / "runs", source, "model.ffn_dim=96")
     with pytest.raises(UserError, match=r"init_from=.*: model\.ffn_dim is 96, there 80$"):
         train(config)
+    config = recipe(text, tmp_path / "runs", source, "model.vocab_size=336")
+    with pytest.raises(UserError, match=r"is 336, there 320; more rows .*vocabulary grow$"):
+        train(config)
     config = recipe(text, tmp_path / "runs", tmp_path / "absent")
     with pytest.raises(UserError, match=r"^training\.init_from: .*absent: no such folder"):
         train(config)
@@ -121,7 +133,43 @@ def test_another_rope_is_another_function_of_the_same_shapes_and_is_said(
     text, source, tmp_path, capsys
 ):
     train(recipe(text, tmp_path / "runs", source, "model.rope_theta=1e6", "model.max_length=64"))
-    assert "model.rope_theta is 1000000.0, there 10000.0" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "model.rope_theta is 1000000.0, there 10000.0" in said
+    assert "model.max_length is 64, there 48" in said
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        (
+            LinearRopeScaling(kind="linear", factor=2.0),
+            "factor=2 takes model.max_length=192 to 96 positions, and it was trained for 48; the"
+            " factor that fits is 4",
+        ),
+        (
+            LinearRopeScaling(kind="linear", factor=8.0),
+            "factor=8 takes model.max_length=192 to 24 positions, and it was trained for 48; the"
+            " factor that fits is 4",
+        ),
+        (LinearRopeScaling(kind="linear", factor=4.0), ""),
+        (
+            YarnRopeScaling(kind="yarn", factor=8.0, original_length=24),
+            "original_length=24 is not what it was trained for; that would be 48",
+        ),
+        (YarnRopeScaling(kind="yarn", factor=4.0, original_length=48), ""),
+        (
+            AdaptiveRopeScaling(kind="adaptive", factor=2.0, original_length=48),
+            "original_length=48 is not what it was trained for; that would be 96",
+        ),
+        (NoRopeScaling(kind="none"), ""),
+    ],
+)
+def test_a_scaling_made_for_a_model_of_another_length_is_said(rope, said, source, text, capsys):
+    config = recipe(text, "unused", source)
+    model = dataclasses.replace(MODEL, max_length=192, rope=rope)
+    open_initial(dataclasses.replace(config, model=model))
+    found = capsys.readouterr().err
+    assert f"model.rope.{said}\n" in found if said else "trained for" not in found
 
 
 def test_meta_folders_may_have_another_rope_and_epsilon_too(tmp_path, text, capsys):
@@ -131,7 +179,7 @@ def test_meta_folders_may_have_another_rope_and_epsilon_too(tmp_path, text, caps
     config = recipes.load(text, [f"training.init_from={tmp_path / 'meta'}", *file])
     there = open_model(FIXTURES / "hf-llama3").config
     wanted = dataclasses.replace(there, rope_theta=1e6, rms_norm_eps=1e-4)
-    stored = initial_model(dataclasses.replace(config, model=wanted))
+    stored = open_initial(dataclasses.replace(config, model=wanted)).model
     assert stored.config.rope_theta == params["rope_theta"]
     assert stored.config.rms_norm_eps == params["norm_eps"]
     said = capsys.readouterr().err
@@ -139,7 +187,7 @@ def test_meta_folders_may_have_another_rope_and_epsilon_too(tmp_path, text, caps
     assert f"model.rms_norm_eps is 0.0001, there {params['norm_eps']}" in said
     with pytest.raises(UserError, match="ffn_dim is"):
         wider = dataclasses.replace(wanted, ffn_dim=2 * wanted.ffn_dim)
-        initial_model(dataclasses.replace(config, model=wider))
+        open_initial(dataclasses.replace(config, model=wider))
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 1}, {"fsdp": 4, "tensor": 2}], ids=str)
