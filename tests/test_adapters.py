@@ -202,6 +202,13 @@ def test_worked_in_it_gives_the_same_logits(base, adapted, tmp_path, capsys, mor
         cli.main(["convert", str(base), str(hf), "--adapter", str(run), "--dtype", "bfloat16"]) == 0
     )
     assert "rounded to bfloat16, they are off by 0.001" in capsys.readouterr().err
+    for kind, rounding in (
+        ("BF16", "rounded to bfloat16, they are off by 0.001"),
+        ("Q8_0", "rounded to float32, they are off by 0, before it is written as Q8_0"),
+    ):
+        command = ["convert", str(base), str(tmp_path / f"{kind}.gguf"), "--dtype", kind]
+        assert cli.main([*command, "--adapter", str(run)]) == 0
+        assert rounding in capsys.readouterr().err
     assert tiny.relative_error(logits(hf, dtype="float32"), logits(run)) < 0.1
 
 
@@ -422,6 +429,10 @@ def test_a_folder_named_by_a_number_is_one_like_any_other(base, tmp_path):
 def test_an_adapter_is_no_gguf_and_an_empty_name_no_adapter(base, one, tmp_path, capsys):
     assert cli.main(["convert", str(one), str(tmp_path / "x.gguf")]) == 2
     assert cli.main(["convert", str(base), str(tmp_path / "x"), "--adapter", ""]) == 2
+    capsys.readouterr()
+    for more in ([f"{one}=0.5"], [str(one), "--adapter", str(base)]):
+        assert cli.main(["convert", str(base), str(tmp_path / "x"), "--adapter", *more]) == 2
+        assert "--adapter: one is worked in, with weight 1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -23,6 +23,7 @@ from jllama.progress import say
 from jllama.train.adapters import (
     Adapter,
     base_path,
+    from_arguments,
     is_adapter,
     open_adapted,
     open_adapter,
@@ -43,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run, a step or a model's folder; Hugging Face's, Meta's; or an adapter",
     )
     add("target", metavar="DST", help="a folder that is not there yet, or a file FILE.gguf")
-    add("--adapter", metavar="PATH", help="worked into SRC: a LoRA run, or a folder of PEFT's")
+    add(
+        "--adapter",
+        metavar="PATH",
+        action="append",
+        help="worked into SRC: a LoRA run, or a folder of PEFT's",
+    )
     add("--base", metavar="PATH", help="where SRC is an adapter: its model [where it says]")
     add("--from", dest="source_format", choices=("jllama", "hf", "meta"), help="[found by looking]")
     add(
@@ -72,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         return _convert_adapter(args, open_adapter(source), target)
     if to == "peft" or args.base:
         raise UserError(f"--to peft and --base are for an adapter; {source} is a model")
-    given = None if args.adapter is None else {"adapter": storage.path(args.adapter)}
+    given = None if args.adapter is None else {"adapter": storage.path(_one(args.adapter))}
     stored, adapters = open_adapted(source, given, args.source_format, args.model)
     if to is None:
         own = "hf" if stored.format == "jllama" else "jllama"
@@ -94,9 +100,7 @@ def run(args: argparse.Namespace) -> None:
         say("note: the model has no tokenizer, and so no ids of BOS and EOS")
     with outputs.stoppable(target):
         if adapters:
-            kind = dtype if to != "gguf" else "float32"
-            scales = _scale_dtype(args.dtype, to, stored)
-            params = _merged(stored, adapters["adapter"], kind, scales)
+            params = _merged(stored, adapters["adapter"], to, dtype, args.dtype)
         elif to == "gguf":
             params = read_on_host(stored, stored.dtype, stored.scale_dtype)
         else:
@@ -109,15 +113,33 @@ def run(args: argparse.Namespace) -> None:
     print(f"{target}: {to}, {dtype}, {count:,} parameters")
 
 
-def _merged(stored: StoredModel, adapter: Adapter, dtype: str, scale_dtype: str) -> llama.Params:
+def _one(given: list[str]) -> str:
+    """The path of the one adapter that is worked in."""
+    (path, weight), *more = from_arguments(given).items()
+    if more or weight != 1.0:
+        raise UserError(
+            "--adapter: one is worked in, with weight 1; for more, work the next into what this"
+            " makes, and for other weights load them unmerged"
+        )
+    return path
+
+
+def _merged(
+    stored: StoredModel, adapter: Adapter, to: str, written: str, asked: str | None
+) -> llama.Params:
     """The model with the adapter worked in; says what rounding to the dtype did."""
+    dtype, scale_dtype, then = written, _scale_dtype(asked, to, stored), ""
+    if to == "gguf":
+        kinds = {kind: dtype for dtype, kind in _GGUF.items()}
+        dtype, scale_dtype = kinds.get(written, "float32"), stored.scale_dtype
+        then = "" if written in kinds else f", before it is written as {written}"
     base = read_on_host(stored, stored.dtype, stored.scale_dtype)
     config, overlay = adapter.read(stored.config, _host(), base)
     base = kept(base, quantizer(stored.config, adapter.quantize))
     params, rounding = lora.merge(config, base, overlay, dtype)
     say(
         f"merged {adapter.path.name}: its matrices changed by {rounding.change:.2g} of themselves;"
-        f" rounded to {dtype}, they are off by {rounding.error:.2g}"
+        f" rounded to {dtype}, they are off by {rounding.error:.2g}{then}"
     )
     return cast_params(params, dtype, scale_dtype)
 

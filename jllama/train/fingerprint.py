@@ -60,7 +60,9 @@ class Fingerprint:
     def add(self, path: str, x: jax.Array) -> None:
         """A leaf at its dotted path; its sums alone are kept."""
         dtype = self._dtype or x.dtype
-        self._leaves.append((f"{path} {tuple(x.shape)} {dtype}", _leaf_sums(x, dtype)))
+        # One at a time: many programs of several devices at once may deadlock on CPUs.
+        sums = jax.block_until_ready(_leaf_sums(x, dtype))
+        self._leaves.append((f"{path} {tuple(x.shape)} {dtype}", sums))
 
     def __str__(self) -> str:
         """The digest."""

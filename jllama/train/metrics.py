@@ -46,7 +46,8 @@ class Metrics:
             self._speed = f"first step {values['seconds']:.1f} s"
         else:
             self._since.append((values["weight"], values["seconds"]))
-        if step % self._every == 0 and self._since:
+        due = step % self._every == 0 or step == self._steps
+        if due and self._since:
             self._speed, self._since = self._mean_speed(step), []
         brief = (
             f"loss {values['loss']:.3f}  grad {values['grad_norm']:.2f}"
@@ -54,7 +55,7 @@ class Metrics:
         )
         self._bar.set_postfix_str(brief, refresh=False)
         self._bar.update(step - self._bar.n)
-        if self._bar.disable and step % self._every == 0:
+        if self._bar.disable and due:
             self.say(f"step {step}  {brief}")
 
     def _mean_speed(self, step: int) -> str:
