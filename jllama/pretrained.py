@@ -316,6 +316,8 @@ def load(
         raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
     path = storage.path(path)
     given = adapter
+    if not isinstance(adapter, str | Path | Mapping | None):
+        raise UserError(f"adapter={adapter!r}: expected a path, or several by name: {{name: path}}")
     if adapter is not None and not isinstance(adapter, Mapping):
         given = {storage.path(adapter).name: adapter}
     if given is not None:
@@ -333,7 +335,7 @@ def load(
         params, digest = read_base(stored, placed, quantizer(config, kind))
         read = [a.read(config, placement, params, digest) for a in adapters.values()]
         whole = tuple(".".join(path) for _, o in read for path, _ in lora.whole_leaves(o))
-        params, overlays = join(params, read)
+        params, overlays = join(params, read, tuple(adapters))
     return Llama(config, params, stored.tokenizer, compute, tuple(adapters), overlays, whole)
 
 

@@ -36,7 +36,7 @@ def blocks(language):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with reviews, and a model that knows code alone as `runs/tiny`."""
+    """A folder with reviews, and a model that knows code alone as `runs/code`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
     monkeypatch.setattr(loop, "peak_flops", lambda dtype: (1e12, "published"))
@@ -49,7 +49,7 @@ def here(tmp_path, monkeypatch):
     code = [Path(__file__).read_text()]
     tokenizer = train_sentencepiece(code, TrainedTokenizer(kind="train", vocab_size=400))
     model = tiny.config(vocab_size=400, num_layers=1, max_length=128, tie_embeddings=True)
-    write_model(Path("runs/tiny"), model, tiny.params(model), tokenizer)
+    write_model(Path("runs/code"), model, tiny.params(model), tokenizer)
     return tmp_path
 
 
@@ -67,14 +67,14 @@ def test_the_page_of_a_new_language(here, capfd):
 
     jllama_("vocabulary", "train", "zh/*.txt", "--size", "340", "--out", "zh.model")
     said = jllama_(
-        "vocabulary", "merge", "runs/tiny", "zh.model", "--out", "merged", "--pad", "[PAD]"
+        "vocabulary", "merge", "runs/code", "zh.model", "--out", "merged", "--pad", "[PAD]"
     )
     ids = int(re.match(r"merged: (\d+) pieces", said)[1])
-    compared = jllama_("vocabulary", "compare", "runs/tiny", "merged", "--text", "held-out.txt")
+    compared = jllama_("vocabulary", "compare", "runs/code", "merged", "--text", "held-out.txt")
     old, new = (float(line.split()[-2]) for line in compared.splitlines()[1:])
     assert new < old / 3
-    said = jllama_("vocabulary", "grow", "runs/tiny", "merged", "grown", "--multiple", "64")
-    assert f"grown: {ids} ids: 400 of runs/tiny and {ids - 400} new (pieces), " in said
+    said = jllama_("vocabulary", "grow", "runs/code", "merged", "grown", "--multiple", "64")
+    assert f"grown: {ids} ids: 400 of runs/code and {ids - 400} new (pieces), " in said
 
     assert "trained over them" in train("zh.yaml")
     said = jllama_("convert", "grown", "zh-llama", "--adapter", "runs/zh", "--to", "jllama")

@@ -28,7 +28,9 @@ from jllama.model.linear import gain
 
 
 def join(
-    base: llama.Params, overlays: Sequence[tuple[LoraConfig, Overlay]]
+    base: llama.Params,
+    overlays: Sequence[tuple[LoraConfig, Overlay]],
+    names: Sequence[str] = (),
 ) -> tuple[llama.Params, Overlay]:
     """What `llama.apply` takes for the base with any mixture of several overlays, by `choose`.
 
@@ -42,8 +44,8 @@ def join(
     if len(overlays) > 1 and any(whole):
         n, (path, _) = next((n, w[0]) for n, w in enumerate(whole) if w)
         raise UserError(
-            f"adapter {n}: holds {'.'.join(path)} whole, which one request cannot have and another"
-            " not; load it alone"
+            f"adapter {names[n] if names else n}: holds {'.'.join(path)} whole, which one request"
+            " cannot have and another not; load it alone"
         )
     found: dict[Path, list[tuple[int, Overlay]]] = {}
     for n, (lora, overlay) in enumerate(overlays):

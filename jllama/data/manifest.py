@@ -44,8 +44,9 @@ def check(prepared: Prepared, source: SourceConfig, max_skipped: int) -> None:
     identity = prepared.identity
     if identity["skipped"] > max_skipped:
         raise UserError(
-            f"{prepared.folder}: {identity['skipped']} bad documents were skipped, above "
-            f"max_skipped={max_skipped}; raise it, or mend the source and delete the folder"
+            f"{prepared.folder}: {identity['skipped']} bad documents were skipped, above"
+            f" data.prepare.max_skipped={max_skipped}; raise it, or mend the source and delete the"
+            " folder"
         )
     was = {f["name"]: f for f in identity["source_files"]}
     try:

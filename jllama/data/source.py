@@ -78,7 +78,9 @@ def skip(where: str, reason: str, skipped: int, max_skipped: int) -> str:
     """The report of a bad document after `skipped` others; UserError if it is one too many."""
     if skipped == max_skipped:
         limit = f"after max_skipped={max_skipped} others" if max_skipped else "max_skipped=0"
-        raise UserError(f"{where}: {reason} ({limit}); mend it or raise max_skipped")
+        raise UserError(
+            f"{where}: {reason} ({limit}); mend it, or raise data.prepare.max_skipped in a recipe"
+        )
     return f"{where}: {reason}; skipped ({skipped + 1} of at most {max_skipped})"
 
 

@@ -153,8 +153,9 @@ def _own(path: Path) -> StoredModel:
     stored = recipes.load_stored(folder / RECIPE)
     if isinstance(stored.adapt, LoraConfig):
         raise UserError(
-            f"{path}: is an adapter and no model; jllama.load and sample.py open it with its base,"
-            f" and `jllama convert BASE DST --adapter {path}` makes a model of the two"
+            f"{path}: is an adapter and no model; alone, jllama.load and sample.py --model open it"
+            " with its base; beside other adapters it is one of --adapter, over its base; and"
+            f" `jllama convert BASE DST --adapter {path}` makes a model of the two"
         )
     compute = dataclasses.replace(stored.compute, attention=AutoAttention(kind="auto"))
     tokenizer = _tokenizer(folder, stored.model.vocab_size)
