@@ -175,7 +175,7 @@ def test_too_many_bad_documents_leave_nothing_to_trust(prepare_texts, tmp_path, 
     prepared = prepare_texts([*texts, "", *texts, ""], max_skipped=2)
     assert (prepared.documents, prepared.identity["skipped"]) == (2 * len(texts), 2)
     assert "texts.jsonl:61: empty document; skipped (1 of at most 2)" in capfd.readouterr().err
-    with pytest.raises(UserError, match="2 bad documents were skipped, above .*max_skipped=1"):
+    with pytest.raises(UserError, match=r"2 bad documents were skipped, above .*max_skipped=1"):
         prepare_texts([*texts, "", *texts, ""], max_skipped=1)
 
 
