@@ -124,6 +124,18 @@ def test_processes_begin_from_another_formats_model_each_with_its_own_parts(reci
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
 
 
+def test_processes_quantise_a_base_and_adapt_it_as_one_does(recipe, whole, tmp_path):
+    adapt = [
+        f"training.init_from={whole[0]}", "run.stop_after=2",
+        "adapt={kind: lora, rank: 4, alpha: 8, quantize: int8}",
+    ]  # fmt: skip
+    with run(recipe, "adapted", 2, *(f"--{key}" for key in adapt)) as processes:
+        assert [process.status() for process in processes] == [0, 0], processes[0].err
+    alone = one_process(recipe, *adapt, f"run.folder={tmp_path}")
+    there = losses(recipe.parent / "runs" / "adapted")
+    np.testing.assert_allclose(there, losses(alone.folder), rtol=1e-4)
+
+
 def test_process_0_writes_and_prints_once_for_all(whole):
     folder, script, _ = whole
     assert [step for step, *_ in losses(folder)] == list(range(1, STEPS + 1))
