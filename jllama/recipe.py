@@ -66,6 +66,8 @@ def _model_dict(name: str) -> dict:
     if path.suffix not in (".yaml", ".yml"):
         path = configs_folder() / "model" / f"{name}.yaml"
         if not path.is_file():
+            if "/" in name:
+                raise UserError(f"model: {name}: no such folder; name a run or a model of jllama")
             raise UserError(f"model: no {name!r}; shipped models: {', '.join(model_names())}")
     data = _read_yaml(path)
     if _is_a(Config, data):

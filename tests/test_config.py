@@ -370,6 +370,7 @@ def test_a_model_may_be_another_with_changes(recipe, tmp_path):
         (["data.length=129"], r"data\.length=129 is above model\.max_length=128"),
         (["tokenizer.vocab_size=513"], r"tokenizer\.vocab_size=513 does not fit"),
         (["model=llama-8b"], r"model: no 'llama-8b'; shipped models: .*llama-7b"),
+        (["model=./gron"], r"model: ./gron: no such folder"),
         (["training.steps"], r"'training\.steps': an override is written key=value"),
         (["training.steps.x=1"], r"training\.steps\.x: training\.steps is a single value"),
         (["training.steps=[1"], r"training\.steps: '\[1' is not a YAML value"),
