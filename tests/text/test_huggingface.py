@@ -124,9 +124,12 @@ def test_many_tokens_and_long_runs_are_searched_in_little_time(extended, made):
 def test_many_added_tokens_take_little_time(spm_json):
     start = 1 + max(spm_json["model"]["vocab"].values())
     many = [added(f"<{i}>", start + i) | {"normalized": True} for i in range(4000)]
-    before = time.perf_counter()
-    HuggingFaceTokenizer(spm_json | {"added_tokens": spm_json["added_tokens"] + many})
-    assert time.perf_counter() - before < 1  # 2.3 s when each was looked for in a list of all
+    seconds = []
+    for _ in range(3):  # the machine may be busy with other things
+        before = time.process_time()
+        HuggingFaceTokenizer(spm_json | {"added_tokens": spm_json["added_tokens"] + many})
+        seconds.append(time.process_time() - before)
+    assert min(seconds) < 1  # 0.04 s, and 2.3 s when each was looked for in a list of all
 
 
 def test_truncation_padding_and_template_have_no_effect(made, byte_json):
