@@ -70,8 +70,14 @@ def rounded(x: jax.Array, inputs: int, kind: str) -> Any:
     """
     if kind not in typing.get_args(Kind):
         return x.astype(kind)
+    # One layer at a time: for nf4 the work on a matrix is sixteen times the matrix.
+    return jax.lax.map(functools.partial(_layer, inputs=inputs, kind=kind), x)
+
+
+def _layer(x: jax.Array, inputs: int, kind: Kind) -> qwix.QArray:
+    """A matrix [inputs...,outputs...] quantised."""
     x = x.astype(jnp.bfloat16).astype(jnp.float32)
-    *outer, last = range(1, 1 + inputs)
+    *outer, last = range(inputs)
     others = [d for d in range(x.ndim) if d not in (*outer, last)]
     if kind == "int8":
         return qwix.quantize(x, kind, channelwise_axes=others)

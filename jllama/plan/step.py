@@ -187,11 +187,9 @@ def _reading(config: Config, placement: Placement, frozen: int) -> int:
     ]
     largest, inputs = max(matrices, key=lambda matrix: bytes_per_device(matrix[0]))
     program, kept = quantizing(largest, inputs, kind)
-    stats = program.lower(largest).compile().memory_analysis()
     beside = frozen - bytes_per_device(kept)
-    return beside + sum(
-        (stats.argument_size_in_bytes, stats.output_size_in_bytes, stats.temp_size_in_bytes)
-    )
+    memory = _memory(program, (largest,), {})
+    return beside + memory["hbm_bytes_per_device"]
 
 
 def _memory(step: Any, given: tuple[Any, ...], known: dict[str, int]) -> dict[str, Any]:
