@@ -6,8 +6,9 @@ a model alone has a step 0 without the rest.
 """
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import orbax.checkpoint as ocp
 from jllama import storage
 from jllama.errors import StorageError, UserError
 from jllama.model import llama
-from jllama.model.param import EachLeaf, dotted
+from jllama.model.param import EachLeaf, dotted, kept
 from jllama.parallel.distributed import is_loss
 from jllama.train import staging
 from jllama.train.staging import Staging
@@ -155,9 +156,15 @@ def _restore_state(
     return TrainState(items["rest"]["step"], items["trainable"], items["rest"]["opt_state"])
 
 
-def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: Any) -> Any:
-    """Items of a checkpoint by name, each given as a tree of placed shapes, or of parts of one."""
-    args = {name: _restore_args(item) for name, item in items.items()}
+def _restore(
+    manager: ocp.CheckpointManager,
+    where: Path,
+    step: int,
+    asked: Callable[[Any], ocp.args.CheckpointArgs] = ocp.args.StandardRestore,
+    **items: Any,
+) -> Any:
+    """Items of a checkpoint by name, each given as a tree of placed shapes."""
+    args = {name: asked(item) for name, item in items.items()}
     try:
         restored = manager.restore(step, args=ocp.args.Composite(**args))
     except Exception as e:  # Orbax raises what its storage raises
@@ -171,8 +178,6 @@ def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: An
             jax.tree.leaves(restored[name]),
             strict=True,
         ):
-            if want is ocp.PLACEHOLDER:
-                continue
             if (want.shape, want.dtype) != (got.shape, got.dtype):
                 raise UserError(
                     f"{where}: {dotted(path)} is {got.shape} {got.dtype}, and the config"
@@ -181,16 +186,10 @@ def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: An
     return restored
 
 
-def _restore_args(item: Any) -> ocp.args.CheckpointArgs:
-    if len(_present(item)) == len(jax.tree.leaves(item)):
-        return ocp.args.StandardRestore(item)
+def _part(item: Any) -> ocp.args.PyTreeRestore:
+    """Of a tree of which more is stored."""
     places = ocp.checkpoint_utils.construct_restore_args(item)
-    return ocp.args.PyTreeRestore(item, restore_args=places)
-
-
-def _present(part: Any) -> list[Any]:
-    """The leaves of a part of a tree."""
-    return [x for x in jax.tree.leaves(part) if x is not ocp.PLACEHOLDER]
+    return ocp.args.PyTreeRestore(item, restore_args=places, partial_restore=True)
 
 
 def latest_step(run: Path) -> int | None:
@@ -209,23 +208,20 @@ def load_params(
     Args:
       each: what is kept of an array; they are read one by one then.
     """
-    # Orbax would hold all of it on the host as well.
-    room = room_for(placed) / 1e9
-    # The one for parts of a tree takes more time over the whole of it.
     kind = ocp.PyTreeCheckpointHandler if each else ocp.StandardCheckpointHandler
-    leaves, tree = jax.tree_util.tree_flatten_with_path(placed)
-    sharding = leaves[0][1].sharding
-    handler = kind(restore_concurrent_gb=room)
+    # Orbax would hold all of it on the host as well.
+    handler = kind(restore_concurrent_gb=room_for(placed) / 1e9)
+    sharding = jax.tree.leaves(placed)[0].sharding
     with _open_step(run, step, sharding, trainable=handler) as (manager, where):
         if each is None:
             return _restore(manager, where, step, trainable=placed)["trainable"]
-        kept = []
-        for path, leaf in leaves:
-            alone = [leaf if at == path else ocp.PLACEHOLDER for at, _ in leaves]
-            part = _restore(manager, where, step, trainable=tree.unflatten(alone))["trainable"]
-            kept.append(each(dotted(path), *_present(part)))
-            del part
-        return tree.unflatten(kept)
+
+        def alone(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
+            part = functools.reduce(lambda tree, key: {key: tree}, path.split(".")[::-1], leaf)
+            restored = _restore(manager, where, step, _part, trainable=part)["trainable"]
+            return each(path, *jax.tree.leaves(restored))
+
+        return kept(placed, alone)
 
 
 def load_state(run: Path, step: int, definition: StateDef) -> TrainState:
