@@ -11,8 +11,8 @@ import sys
 import jllama
 from jllama.cli import Parser, exit_status
 from jllama.config import SampleConfig
+from jllama.store.adapter import adapter_weights
 from jllama.text import infill
-from jllama.train.adapters import from_arguments
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     if count < 1:
         raise jllama.UserError(f"num_samples={count}: must be at least 1")
     names = ("prompt", "prefix_file", "suffix_file", "infill_format")
-    prompt = infill.from_arguments(*(args.pop(name) for name in names))
-    adapters = from_arguments(args.pop("adapter"))
+    prompt = infill.prompt_from_options(*(args.pop(name) for name in names))
+    adapters = adapter_weights(args.pop("adapter"))
     model = jllama.load(
         args.pop("model"),
         dtype=args.pop("dtype"),

@@ -9,10 +9,10 @@ import os
 import sys
 
 import jllama
-from jllama import recipe, storage
 from jllama.cli import exit_status
-from jllama.config import Config
+from jllama.config import Config, recipe
 from jllama.evaluate.compress import xz_bits_per_byte
+from jllama.files import storage
 from jllama.parallel import distributed
 from jllama.text.infill import FILL_ME, Infill, from_text
 from jllama.train.loop import Result, train

@@ -18,9 +18,9 @@ import jax
 
 import jllama
 from jllama import flops
-from jllama import recipe as recipes
 from jllama.cli import main as jllama_command
 from jllama.config import ComputeConfig
+from jllama.config import recipe as recipes
 from jllama.interop.hf import write_folder
 from jllama.model import llama
 

@@ -17,9 +17,9 @@ import time
 import jax
 
 from benchmarks.train_step import ready, recipe
-from jllama import recipe as recipes
 from jllama.adapt.lora import train_flops_per_token
 from jllama.config import Config
+from jllama.config import recipe as recipes
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.progress import say

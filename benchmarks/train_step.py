@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jllama import recipe as recipes
 from jllama.adapt.lora import train_flops_per_token, without_whole
+from jllama.chips import measured_matmul_flops
 from jllama.config import Config, LoraConfig
+from jllama.config import recipe as recipes
 from jllama.errors import UserError
-from jllama.hardware import measured_matmul_flops
 from jllama.model.llama import init_params
 from jllama.model.param import kept
 from jllama.parallel.mesh import make_mesh

@@ -1,7 +1,7 @@
 """The LLaMA family in JAX and Flax.
 
-`jllama.load(path)` opens a trained model; see `jllama.pretrained`. Importing this package imports
-nothing else, so that processes which only tokenise text start without JAX.
+`jllama.load(path)` opens a trained model; see `jllama.generate.llama`. Importing this package
+imports nothing else, so that processes which only tokenise text start without JAX.
 """
 
 import importlib
@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Infill": "jllama.text.infill",
-    "Llama": "jllama.pretrained",
-    "load": "jllama.pretrained",
+    "Llama": "jllama.generate.llama",
+    "load": "jllama.generate.llama",
     "load_tokenizer": "jllama.text.tokenizer",
     "UserError": "jllama.errors",
 }

@@ -1,6 +1,13 @@
-"""Published peaks of accelerators: one table."""
+"""Accelerators: published peaks, measured peaks, and the cache of compiled programs."""
 
 import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+
+from jllama.files import storage
 
 GIB = 2**30
 
@@ -52,3 +59,35 @@ def chip_of(device_kind: str) -> Chip | None:
     # The longest match: "TPU v5 lite" is not a "TPU v5".
     kind = max((k for k in names if device_kind.startswith(k)), key=len, default=None)
     return CHIPS[names[kind]] if kind else None
+
+
+@functools.cache
+def peak_flops(dtype: str) -> tuple[float, str]:
+    """FLOP/s of one device, and whether that is "published" or "measured".
+
+    A published figure exists for bfloat16 on known chips. Otherwise it is the best of several
+    square products in `dtype`, which takes a moment.
+    """
+    chip = chip_of(jax.devices()[0].device_kind)
+    if dtype == "bfloat16" and chip:
+        return chip.flops, "published"
+    return measured_matmul_flops(dtype), "measured"
+
+
+def measured_matmul_flops(dtype: str, size: int = 2048, repeats: int = 10) -> float:
+    """FLOP/s of the best of `repeats` products of two [size, size] matrices on one device."""
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs in `folder`; empty is off, and a cache already set up stays."""
+    if folder and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(storage.path(folder)))

@@ -10,15 +10,14 @@ import numpy as np
 import tensorstore
 from jax.experimental import multihost_utils
 
-from jllama import recipe as recipes
 from jllama.config import DistributedConfig, MeshConfig, ShardingConfig
+from jllama.config import recipe as recipes
 from jllama.data.dataset import Dataset, eval_batches
 from jllama.parallel import distributed
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
-from jllama.train.checkpoint import load_state
-from jllama.train.fingerprint import fingerprint
-from jllama.train.state import define_state
+from jllama.store.fingerprint import fingerprint
+from jllama.train.state import define_state, load_state
 
 MESHES = {
     "fsdp=4": (MeshConfig(fsdp=4), ("replica", "fsdp")),

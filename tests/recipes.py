@@ -8,8 +8,8 @@ import numpy as np
 import tiny
 import yaml
 
-from jllama import recipe as recipes
 from jllama.config import Config
+from jllama.config import recipe as recipes
 
 _OPTIMIZER = {
     "kind": "adamw",

@@ -10,7 +10,7 @@ import jax
 import pytest
 import tiny
 
-from jllama import recipe
+from jllama.config import recipe
 from jllama.flops import train_flops_per_token
 from jllama.parallel.mesh import make_mesh
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from jllama import cli
-from jllama import recipe as recipes
+from jllama.config import recipe as recipes
 from jllama.errors import StorageError, UserError
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from jllama import flops
-from jllama import recipe as recipes
 from jllama.config import BlockwiseAttention, ComputeConfig, ModelConfig, NoRopeScaling
-from jllama.model.cache import init_cache
+from jllama.config import recipe as recipes
+from jllama.model.attention import init_cache
 from jllama.model.llama import apply, init_params, logits
 
 MODEL = ModelConfig(

@@ -17,8 +17,8 @@ import hosts
 import pytest
 import yaml
 
-from jllama import recipe as configs
 from jllama.config import DistributedConfig
+from jllama.config import recipe as configs
 from jllama.errors import StorageError, UserError
 from jllama.parallel import distributed
 

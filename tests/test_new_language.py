@@ -11,13 +11,13 @@ import pytest
 import tiny
 
 import jllama
-from jllama import recipe as recipes
 from jllama.cli import main
 from jllama.config import TrainedTokenizer
+from jllama.config import recipe as recipes
 from jllama.parallel.mesh import make_mesh
+from jllama.store.model import write_model
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train import loop
-from jllama.train.stored import write_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "new-language.md"
 LETTERS = "这本书很好房间干净服务员不错价格便宜喜欢故事一般"

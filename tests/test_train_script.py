@@ -16,8 +16,8 @@ import recipes
 import yaml
 
 from jllama import cli
-from jllama import recipe as configs
-from jllama.train.checkpoint import latest_step
+from jllama.config import recipe as configs
+from jllama.store.checkpoint import latest_step
 from jllama.train.folder import flatten
 from jllama.train.metrics import read
 

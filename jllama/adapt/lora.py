@@ -29,7 +29,7 @@ from jllama.model.llama import ParamSpec
 from jllama.model.param import dotted
 
 Overlay = dict[str, Any]
-Path = tuple[str, ...]
+ParamPath = tuple[str, ...]
 
 
 def overlay_specs(config: ModelConfig, compute: ComputeConfig, lora: LoraConfig) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def ranks_and_alphas(path: str, lora: LoraConfig, layers: int) -> list[tuple[int
     return [one(layer) for layer in range(layers)]
 
 
-def matrices(overlay: Overlay, path: Path = ()) -> Iterator[tuple[Path, Overlay]]:
+def matrices(overlay: Overlay, path: ParamPath = ()) -> Iterator[tuple[ParamPath, Overlay]]:
     """The path of each adapted matrix, and its {"a", "b", ...}."""
     for key, below in overlay.items():
         if isinstance(below, dict):
@@ -142,7 +142,7 @@ def matrices(overlay: Overlay, path: Path = ()) -> Iterator[tuple[Path, Overlay]
                 yield from matrices(below, (*path, key))
 
 
-def whole_leaves(overlay: Overlay, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def whole_leaves(overlay: Overlay, path: ParamPath = ()) -> Iterator[tuple[ParamPath, Any]]:
     """The path and the value of each parameter that the overlay has whole."""
     for key, below in overlay.items():
         if not isinstance(below, dict):
@@ -236,7 +236,7 @@ def without_whole(base: llama.Params, overlay: Overlay) -> llama.Params:
     """The base without what the overlay has whole: what is used of it."""
     whole = {path for path, _ in whole_leaves(overlay)}
 
-    def used(tree: Any, path: Path = ()) -> Any:
+    def used(tree: Any, path: ParamPath = ()) -> Any:
         if not isinstance(tree, dict):
             return tree
         return {k: used(v, (*path, k)) for k, v in tree.items() if (*path, k) not in whole}
@@ -303,7 +303,7 @@ def merge(
     return params, Rounding(float(error), float(change))
 
 
-def scaled(path: Path, lora: LoraConfig, factors: Overlay) -> Overlay:
+def scaled(path: ParamPath, lora: LoraConfig, factors: Overlay) -> Overlay:
     """The factors with `scale` [L,1,1] beside them."""
     L = factors["a"].shape[0]
     scales = [scale for _, scale in ranks_and_scales(".".join(path), lora, L)]
@@ -335,19 +335,19 @@ def with_whole(params: llama.Params, overlay: Overlay) -> llama.Params:
     return tree
 
 
-def _key(key: jax.Array, path: Path) -> jax.Array:
+def _key(key: jax.Array, path: ParamPath) -> jax.Array:
     """A matrix's own; it does not depend on what else is adapted."""
     return jax.random.fold_in(key, np.uint32(zlib.crc32(".".join(path).encode())))
 
 
-def at(tree: Any, path: Path) -> Any:
+def at(tree: Any, path: ParamPath) -> Any:
     """What stands at a path of nested dicts."""
     for key in path:
         tree = tree[key]
     return tree
 
 
-def put(tree: Any, path: Path, value: Any) -> None:
+def put(tree: Any, path: ParamPath, value: Any) -> None:
     """Puts it there, making the dicts on the way."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})

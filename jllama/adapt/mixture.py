@@ -12,7 +12,7 @@ import numpy as np
 
 from jllama.adapt.lora import (
     Overlay,
-    Path,
+    ParamPath,
     at,
     matrices,
     norms_of_layers,
@@ -32,7 +32,7 @@ def join(
     overlays: Sequence[tuple[LoraConfig, Overlay]],
     names: Sequence[str] = (),
 ) -> tuple[llama.Params, Overlay]:
-    """What `llama.apply` takes for the base with any mixture of several overlays, by `choose`.
+    """What `llama.apply` takes for the base with any mixture of several overlays, by `weighted`.
 
     The ranks of all stand side by side in `a` and `b`, beside `scale` [L,R], `owner` [R], which
     overlay each is of, and for DoRA `gains` [L,E,outputs...], by how much each changes x W.
@@ -47,7 +47,7 @@ def join(
             f"adapter {names[n] if names else n}: holds {'.'.join(path)} whole, which one request"
             " cannot have and another not; load it alone"
         )
-    found: dict[Path, list[tuple[int, Overlay]]] = {}
+    found: dict[ParamPath, list[tuple[int, Overlay]]] = {}
     for n, (lora, overlay) in enumerate(overlays):
         for path, factors in matrices(overlay):
             found.setdefault(path, []).append((n, scaled(path, lora, factors)))
@@ -61,7 +61,7 @@ def join(
     return params, joined
 
 
-def choose(joined: Overlay, weights: jax.Array) -> Overlay:
+def weighted(joined: Overlay, weights: jax.Array) -> Overlay:
     """The collection `lora` for rows that weigh the overlays each by its own.
 
     Args:

@@ -17,7 +17,7 @@ from jllama.parallel.sharding import with_whole_rows
 TABLES = ("embedding", "head")
 # How a new row is made: the mean of the rows of the base's pieces that spell it, the mean of all
 # rows, or a draw from the normal distribution with each column's own mean and standard deviation.
-Rows = Literal["pieces", "mean", "random"]
+NewRows = Literal["pieces", "mean", "random"]
 
 
 def _tables(params: Params, change: Callable[[Any], Any]) -> Params:
@@ -66,7 +66,7 @@ def grow(
     placed: Params,
     base: int,
     spelt: Sequence[Sequence[int]],
-    rows: Rows,
+    rows: NewRows,
     seed: int = 0,
 ) -> Params:
     """Parameters of a larger vocabulary: the base's rows, new rows, padding.

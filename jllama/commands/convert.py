@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jllama import flops, outputs, storage
+from jllama import flops
 from jllama.adapt import lora
 from jllama.config import MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
+from jllama.files import outputs, storage
 from jllama.interop import gguf, hf, peft
 from jllama.interop.gguf import KINDS, kind_of, write_gguf
 from jllama.interop.parameters import cast_params
@@ -20,17 +21,17 @@ from jllama.model.param import kept
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.progress import say
-from jllama.train.adapters import (
+from jllama.store.adapter import (
     Adapter,
+    adapter_weights,
     base_path,
-    from_arguments,
     is_adapter,
     open_adapted,
     open_adapter,
     quantizer,
     write_adapter,
 )
-from jllama.train.stored import StoredModel, open_model, write_model
+from jllama.store.model import StoredModel, open_model, write_model
 
 # What GGUF calls the dtypes that a folder may have.
 _GGUF = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _one(given: list[str]) -> str:
     """The path of the one adapter that is worked in."""
-    (path, weight), *more = from_arguments(given).items()
+    (path, weight), *more = adapter_weights(given).items()
     if more or weight != 1.0:
         raise UserError(
             "--adapter: one is worked in, with weight 1; for more, work the next into what this"

@@ -4,15 +4,15 @@ import argparse
 
 import jax
 
-from jllama import recipe as recipes
-from jllama import storage
 from jllama.config import Config, MeshConfig
+from jllama.config import recipe as recipes
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.parallel.mesh import AXES, make_mesh, parse_mesh
 from jllama.parallel.sharding import Placement
-from jllama.train.checkpoint import latest_step, load_state
-from jllama.train.fingerprint import fingerprint
-from jllama.train.state import StateDef, define_state
+from jllama.store.checkpoint import latest_step
+from jllama.store.fingerprint import fingerprint
+from jllama.train.state import StateDef, define_state, load_state
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,14 +6,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jllama import flops, outputs, storage
+from jllama import flops
 from jllama.adapt import vocab
 from jllama.commands.convert import host_places, read_on_host
 from jllama.errors import UserError
+from jllama.files import outputs, storage
 from jllama.progress import say
+from jllama.store.model import open_model, write_model
 from jllama.text.merge import made_of
 from jllama.text.tokenizer import load_tokenizer
-from jllama.train.stored import open_model, write_model
 
 
 def grow(args: argparse.Namespace) -> None:

@@ -4,11 +4,11 @@ import argparse
 import json
 
 import jllama
-from jllama import outputs, storage
 from jllama.errors import UserError
 from jllama.evaluate.infill import WAYS, evaluate, open_problems
+from jllama.files import outputs, storage
 from jllama.progress import say
-from jllama.train.adapters import from_arguments
+from jllama.store.adapter import adapter_weights
 
 _MEANING = {
     "psm": "infilled, prefix first",
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--count and --batch-size: at least 1")
     if args.out:
         outputs.check_absent(storage.path(args.out))
-    adapters = from_arguments(args.adapter)
+    adapters = adapter_weights(args.adapter)
     problems = open_problems(args.data, args.count, args.spans)
     given = {path: path for path in adapters} or None
     model = jllama.load(args.model, dtype=args.dtype, adapter=given)

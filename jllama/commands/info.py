@@ -4,10 +4,11 @@ import argparse
 import json
 from typing import Any, NamedTuple
 
-from jllama import flops, storage
-from jllama import recipe as recipes
+from jllama import flops
 from jllama.config import LoraConfig, ModelConfig
+from jllama.config import recipe as recipes
 from jllama.errors import UserError
+from jllama.files import storage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     if args.model:
         found = _load(args.model, args.base)
         length = args.length or found.row_length
-        figures = describe(args.model, found.model, length)
+        figures = model_figures(args.model, found.model, length)
         if found.lora is not None:
             figures |= _overlay(found, length)
         print(json.dumps(figures, indent=2) if args.json else _page(figures))
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     if args.base:
         raise UserError("--base is for an adapter: name it")
     models = {name: recipes.load_model(name) for name in recipes.model_names()}
-    shipped = [describe(name, m, args.length or m.max_length) for name, m in models.items()]
+    shipped = [model_figures(name, m, args.length or m.max_length) for name, m in models.items()]
     shipped.sort(key=lambda figures: figures["parameters"])
     print(json.dumps(shipped, indent=2) if args.json else _table(shipped))
 
@@ -70,14 +71,15 @@ def _load(model: str, base: str | None) -> _Found:
         recipe = None if own.run is None else recipes.load(folder / "config.yaml")
         found = _Found(own.model, own.model.max_length if recipe is None else recipe.data.length)
         if isinstance(own.adapt, LoraConfig):
-            from jllama.train.folder import base_of  # noqa: PLC0415
+            from jllama.store.adapter import base_of  # noqa: PLC0415
 
             said = base_of(folder)  # which a run has once it has begun
             where = said["model"] if said else recipe and recipe.training.init_from
             found = found._replace(lora=own.adapt, base=where or "a model that it does not name")
     else:
         # Importing jax takes seconds, which no other model needs.
-        from jllama.train import adapters, stored  # noqa: PLC0415
+        from jllama.store import adapter as adapters  # noqa: PLC0415
+        from jllama.store import model as stored  # noqa: PLC0415
 
         if adapters.is_adapter(folder):
             adapter = adapters.open_adapter(folder)
@@ -104,7 +106,7 @@ def _overlay(found: _Found, length: int) -> dict[str, Any]:
     }
 
 
-def describe(name: str, model: ModelConfig, length: int) -> dict[str, Any]:
+def model_figures(name: str, model: ModelConfig, length: int) -> dict[str, Any]:
     """The figures of `--json`."""
     parameters, padding = flops.parameter_count(model), flops.padding_count(model)
     return {

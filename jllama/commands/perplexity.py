@@ -33,16 +33,16 @@ import matplotlib
 import numpy as np
 
 import jllama
-from jllama import recipe as recipes
-from jllama import storage
 from jllama.config import JsonlSource, ParquetSource, Source, TextSource
+from jllama.config import recipe as recipes
 from jllama.data import source as sources
 from jllama.errors import UserError
 from jllama.evaluate.perplexity import perplexity, scaled, windows
-from jllama.pretrained import Llama
+from jllama.files import storage
+from jllama.generate.llama import Llama
 from jllama.progress import Progress
+from jllama.store.adapter import adapter_weights, open_adapted
 from jllama.text.tokenizer import Tokenizer
-from jllama.train.adapters import from_arguments, open_adapted
 
 matplotlib.use("Agg")  # a file is all that is wanted; no display is needed
 
@@ -189,7 +189,7 @@ def _models(
         if names.count(name) > 1:
             raise UserError(f"--model: two are called {name!r}; name them: --model NAME=PATH")
     return [
-        (name, path, ropes or ("model",), from_arguments(adapters))
+        (name, path, ropes or ("model",), adapter_weights(adapters))
         for name, path, ropes, adapters in models
     ]
 

@@ -5,8 +5,8 @@ import json
 import math
 from typing import Any
 
-from jllama import recipe as recipes
 from jllama.config import Config, MeshConfig
+from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.parallel.mesh import abstract_mesh
 from jllama.parallel.sharding import Placement

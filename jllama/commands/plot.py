@@ -6,8 +6,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from jllama import storage
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.train.metrics import read
 
 matplotlib.use("Agg")  # a file is all that is wanted; no display is needed

@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 from collections.abc import Callable
 
-from jllama import recipe as recipes
+from jllama.config import recipe as recipes
 from jllama.data.dataset import open_data, open_tokenizer
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared

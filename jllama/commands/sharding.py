@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jllama import recipe as recipes
 from jllama.config import (
     AdamWConfig,
     ComputeConfig,
@@ -19,6 +18,7 @@ from jllama.config import (
     Optimizer,
     ShardingConfig,
 )
+from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.model import llama
 from jllama.model.param import dotted
@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> None:
         placement = _placement(given, recipe.mesh, recipe.sharding, args.devices)
         micro = recipe.training.batch_size // recipe.training.accumulate
         placement.mesh_axes((micro,), ("batch",), "rows of a microbatch")
-        figures = describe(recipe.model, recipe.compute, recipe.training.optimizer, placement)
+        figures = placement_figures(
+            recipe.model, recipe.compute, recipe.training.optimizer, placement
+        )
     else:
         if args.overrides:
             raise UserError(_no_keys(" ".join(args.overrides)))
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
             )
         model = recipes.load_model(args.model)
         placement = _placement(given, MeshConfig(), ShardingConfig(), args.devices)
-        figures = describe(model, _COMPUTE, _OPTIMIZER, placement)
+        figures = placement_figures(model, _COMPUTE, _OPTIMIZER, placement)
     print(json.dumps(figures, indent=2) if args.json else _page(figures))
 
 
@@ -95,7 +97,7 @@ def _placement(
     return Placement(abstract_mesh(mesh, count), rules)
 
 
-def describe(
+def placement_figures(
     model: ModelConfig, compute: ComputeConfig, optimizer: Optimizer, placement: Placement
 ) -> dict[str, Any]:
     """The figures of `--json`; raises `UserError` for a parameter that fits nowhere."""

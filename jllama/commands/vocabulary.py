@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jllama import outputs, storage
 from jllama.config import TrainedTokenizer
 from jllama.data import files
 from jllama.errors import UserError
+from jllama.files import outputs, storage
 from jllama.progress import say
 from jllama.text.infill import PIECES
 from jllama.text.merge import merge

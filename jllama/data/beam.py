@@ -23,13 +23,13 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from jllama import storage
 from jllama.config import PrepareConfig, Source, SourceConfig
 from jllama.data import source as sources
 from jllama.data import worker
 from jllama.data.prepare import chunks, finish, wipe
 from jllama.data.records import ShardCounts, ShardWriter, ends_file, records_file
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.progress import say
 from jllama.text.tokenizer import Tokenizer
 

@@ -14,7 +14,6 @@ from typing import TypeVar
 import grain
 import numpy as np
 
-from jllama import storage
 from jllama.config import (
     Config,
     DataConfig,
@@ -24,6 +23,7 @@ from jllama.config import (
     TrainedTokenizer,
     WholePacking,
 )
+from jllama.config.recipe import to_dict
 from jllama.data import source as sources
 from jllama.data.files import NoFiles
 from jllama.data.pack import CutRows, Row, Rows, WholeRows, empty_row
@@ -31,9 +31,9 @@ from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
 from jllama.data.rewrite import Replies, Rewriting, rewriting
 from jllama.errors import UserError
-from jllama.locks import locked
+from jllama.files import storage
+from jllama.files.locks import locked
 from jllama.progress import say
-from jllama.recipe import to_dict
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
 

@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 import zstandard
 
-from jllama import storage
 from jllama.errors import UserError
+from jllama.files import storage
 
 _CHUNK = 1 << 18
 

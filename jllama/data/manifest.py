@@ -1,21 +1,21 @@
 """Whether a source is still what was prepared from it: sizes, versions and digests of its files.
 
-A file of the same size and version (`jllama.storage.Stat`) is the same. A local one whose time of
-change differs, as after a copy, is compared by its SHA-256, once: what was found equal is noted in
-`verified.json` beside the dataset, where that can be written. Objects at a URL have no SHA-256
-here, since the store's own checksum or tag is their version and hashing them is reading them again.
+A file of the same size and version (`jllama.files.storage.Stat`) is the same. A local one whose
+time of change differs, as after a copy, is compared by its SHA-256, once: what was found equal is
+noted in `verified.json` beside the dataset, where that can be written. Objects at a URL have no
+SHA-256 here: the store's own checksum or tag is their version, and hashing would read them again.
 """
 
 import contextlib
 import json
 from pathlib import Path
 
-from jllama import storage
 from jllama.config import SourceConfig
 from jllama.data import files
 from jllama.data import source as sources
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.progress import say
 
 VERIFIED = "verified.json"
@@ -26,7 +26,7 @@ def manifest(source: SourceConfig, before: list[sources.SourceFile]) -> list[dic
     """The source's files for `identity.json`; UserError if they are not as `before` the reading."""
     if sources.source_files(source.source) != before:
         raise UserError(
-            f"{sources.describe(source.source)}: its files changed while they were read; run again"
+            f"{sources.summary(source.source)}: its files changed while they were read; run again"
         )
     return [
         {

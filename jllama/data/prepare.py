@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jllama import storage
 from jllama.config import PrepareConfig, SourceConfig
+from jllama.config.recipe import to_dict
 from jllama.data import source as sources
 from jllama.data import worker
 from jllama.data.manifest import VERIFIED, check, manifest
@@ -37,9 +37,9 @@ from jllama.data.records import (
     write_tfds_metadata,
 )
 from jllama.errors import UserError
-from jllama.locks import locked
+from jllama.files import storage
+from jllama.files.locks import locked
 from jllama.progress import Progress, say
-from jllama.recipe import to_dict
 from jllama.text.tokenizer import Tokenizer
 
 _CHUNK_CHARACTERS = 1 << 18  # text that goes to a process at a time

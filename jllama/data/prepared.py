@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from jllama import storage
 from jllama.data.records import decode_record, ends_file, records_file
 from jllama.errors import UserError
-from jllama.locks import locked
+from jllama.files import storage
+from jllama.files.locks import locked
 
 FORMAT = 1
 MARKER = "identity.json"

@@ -18,10 +18,10 @@ import pyarrow
 import pyarrow.parquet
 import tensorflow_datasets as tfds
 
-from jllama import storage
 from jllama.config import JsonlSource, ParquetSource, Source, StdlibSource, TextSource, TfdsSource
 from jllama.data import files
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.progress import say
 
 _EXAMPLES = 10_000  # of a TFDS dataset, in a part
@@ -40,7 +40,7 @@ class Document:
 class SourceFile:
     """One file of a source: `name` is stable (as matched, or relative), `path` opens it.
 
-    `version` is `jllama.storage.Stat`'s: equal sizes and versions are equal content.
+    `version` is `jllama.files.storage.Stat`'s: equal sizes and versions are equal content.
     """
 
     name: str
@@ -86,7 +86,7 @@ def skip(where: str, reason: str, skipped: int, max_skipped: int) -> str:
 
 def no_documents(source: Source) -> UserError:
     """The error of a source without a usable document."""
-    return UserError(f"{describe(source)}: no documents in it; check the source")
+    return UserError(f"{summary(source)}: no documents in it; check the source")
 
 
 def parts(source: Source) -> list["SourceFile | range"]:
@@ -103,7 +103,7 @@ def read(source: Source, part: "SourceFile | range") -> Iterator[tuple[str, str 
         yield where, text or Skipped("empty document")
 
 
-def describe(source: Source) -> str:
+def summary(source: Source) -> str:
     """The source in a few words, for messages."""
     match source:
         case StdlibSource():
@@ -280,7 +280,7 @@ def _arrow_text(value: pyarrow.Scalar, field: str) -> str | Skipped:
 def _builder(source: TfdsSource, fetch: bool = True):
     folder = storage.path(source.name)
     if "s3" in {source.name.partition("://")[0], (source.data_dir or "").partition("://")[0]}:
-        raise UserError(f"{describe(source)}: array_record reads local files and gs:// alone")
+        raise UserError(f"{summary(source)}: array_record reads local files and gs:// alone")
     try:
         if storage.exists(folder / "dataset_info.json"):
             return tfds.builder_from_directory(folder)
@@ -294,7 +294,7 @@ def _builder(source: TfdsSource, fetch: bool = True):
         return builder
     # TFDS and the dataset's own script raise what they like; all of it is about this name.
     except Exception as e:
-        raise UserError(f"{describe(source)}: {_one_line(e)}") from None
+        raise UserError(f"{summary(source)}: {_one_line(e)}") from None
 
 
 def _split(builder, source: TfdsSource):
@@ -302,10 +302,10 @@ def _split(builder, source: TfdsSource):
         split = builder.info.splits[source.split]
     except (KeyError, ValueError, AssertionError) as e:
         names = ", ".join(sorted(builder.info.splits))
-        raise UserError(f"{describe(source)}: {_one_line(e)}; splits: {names}") from None
+        raise UserError(f"{summary(source)}: {_one_line(e)}; splits: {names}") from None
     if source.field not in builder.info.features:
         names = ", ".join(sorted(builder.info.features))
-        raise UserError(f"{describe(source)}: no feature {source.field!r}; features: {names}")
+        raise UserError(f"{summary(source)}: no feature {source.field!r}; features: {names}")
     return split
 
 
@@ -313,10 +313,10 @@ def _read_tfds(source: TfdsSource, examples: range) -> Iterator[tuple[str, str |
     try:
         rows = _builder(source).as_data_source(source.split)
     except Exception as e:  # see _builder
-        raise UserError(f"{describe(source)}: {_one_line(e)}") from None
+        raise UserError(f"{summary(source)}: {_one_line(e)}") from None
     for i in examples:
         value = rows[i][source.field]
-        where = f"{describe(source)}: example {i}"
+        where = f"{summary(source)}: example {i}"
         yield where, _text(value) if isinstance(value, bytes) else _string(value, source.field)
 
 

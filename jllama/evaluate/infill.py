@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from jllama import storage
 from jllama.config import Source, StdlibSource, TextSource
 from jllama.data import files
 from jllama.data.source import Document, documents
 from jllama.errors import UserError
-from jllama.pretrained import Llama, Mixture
+from jllama.files import storage
+from jllama.generate.llama import Llama, Mixture
 from jllama.text.infill import Infill, encode_continued, infill_tokens
 from jllama.text.tokenizer import Tokenizer
 
@@ -66,12 +66,12 @@ def open_problems(data: str, count: int, spans: bool = False) -> list[Problem]:
     Raises UserError if it cannot be read or holds no problem.
     """
     if data.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
-        found = choose(_ready_made(data), count)
+        found = pick_problems(_ready_made(data), count)
     else:
         source: Source = TextSource(kind="text", files=(data,))
         if data == "stdlib":
             source = StdlibSource(kind="stdlib", split="held_out")
-        found = choose(lines(documents(source)), count)
+        found = pick_problems(lines(documents(source)), count)
     if not found:
         raise UserError(f"{data}: no line to fill in it; give files of text")
     return [_span(problem) for problem in found] if spans else found
@@ -87,7 +87,7 @@ def lines(texts: Iterable[Document]) -> Iterator[Problem]:
             yield Problem(text[:start], match[1], text[stop:], where)
 
 
-def choose(problems: Iterable[Problem], count: int) -> list[Problem]:
+def pick_problems(problems: Iterable[Problem], count: int) -> list[Problem]:
     """`count` of them by a hash of place and line: the same ones on every machine."""
 
     return heapq.nsmallest(count, problems, key=_digest)

@@ -30,12 +30,12 @@ from jllama.config import (
     YarnRopeScaling,
 )
 from jllama.errors import UserError
+from jllama.generate.llama import Llama, Mixture
 from jllama.model import llama
+from jllama.model.cross_entropy import cross_entropy
 from jllama.model.rope import Turns, effective_theta, original_length, turns
 from jllama.parallel.context import over_positions
 from jllama.parallel.sharding import Placement, activated
-from jllama.pretrained import Llama, Mixture
-from jllama.train.cross_entropy import cross_entropy
 
 # Tokens of a batch of windows, where a single one is not longer.
 BATCH_TOKENS = 8192

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jllama.adapt.lora import Overlay
-from jllama.adapt.mixture import choose
+from jllama.adapt.mixture import weighted
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.errors import UserError
-from jllama.generate.sampling import Sampling, Settings, sample, stack
-from jllama.model.cache import Cache, init_cache
+from jllama.generate.sampling import Sampling, SamplingArrays, sample, stack
+from jllama.model.attention import Cache, init_cache
 from jllama.model.llama import Params, apply, logits
 from jllama.model.rope import Turns, depends_on_length, grows, turns
 
@@ -67,7 +67,7 @@ class _Own(NamedTuple):
 
 
 def _apply(model, config, compute, tokens, positions, cache, own):
-    overlay = choose(model.overlays, own.mixture) if model.overlays else None
+    overlay = weighted(model.overlays, own.mixture) if model.overlays else None
     return apply(
         model.params, config, compute, tokens, positions, cache=cache, turns=own.turns, lora=overlay
     )
@@ -128,7 +128,7 @@ def _first(
     positions: jax.Array,
     seen: jax.Array,
     keys: jax.Array,
-    settings: Settings,
+    settings: SamplingArrays,
 ) -> tuple[jax.Array, jax.Array]:
     """The first new token [B] and `seen` with it."""
     traces["first"] += 1
@@ -147,7 +147,7 @@ def _decode(
     token: jax.Array,
     positions: jax.Array,
     keys: jax.Array,
-    settings: Settings,
+    settings: SamplingArrays,
     own: _Own,
 ) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
     """Reads `token` [B] at `positions` [B]; returns cache, seen, the next token, its position."""

@@ -45,7 +45,7 @@ class Sampling:
 
 
 @flax.struct.dataclass
-class Settings:
+class SamplingArrays:
     """`Sampling` of each row as arrays [B]."""
 
     temperature: jax.Array
@@ -54,9 +54,9 @@ class Settings:
     repetition_penalty: jax.Array
 
 
-def stack(rows: list[Sampling]) -> Settings:
+def stack(rows: list[Sampling]) -> SamplingArrays:
     """One row per request."""
-    return Settings(
+    return SamplingArrays(
         temperature=jnp.asarray([r.temperature for r in rows], jnp.float32),
         top_k=jnp.asarray([min(r.top_k, 2**31 - 1) for r in rows], jnp.int32),
         top_p=jnp.asarray([r.top_p for r in rows], jnp.float32),
@@ -105,7 +105,9 @@ def keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     return jnp.where((top_p < 1)[:, None], kept, logits)
 
 
-def sample(keys: jax.Array, logits: jax.Array, seen: jax.Array, settings: Settings) -> jax.Array:
+def sample(
+    keys: jax.Array, logits: jax.Array, seen: jax.Array, settings: SamplingArrays
+) -> jax.Array:
     """Draws the next token of each row.
 
     Args:

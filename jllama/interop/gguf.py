@@ -13,7 +13,6 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType as FileType
 
-from jllama import outputs
 from jllama.config import (
     LinearRopeScaling,
     Llama3RopeScaling,
@@ -21,6 +20,7 @@ from jllama.config import (
     YarnRopeScaling,
 )
 from jllama.errors import UserError
+from jllama.files import outputs
 from jllama.flops import parameter_count
 from jllama.interop.gguf_vocabulary import vocabulary_of
 from jllama.interop.names import name_of

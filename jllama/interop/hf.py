@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jllama import outputs, storage
 from jllama.config import ModelConfig
 from jllama.errors import UserError
+from jllama.files import outputs, storage
 from jllama.interop.hf_config import generation_config, read_config, write_config
 from jllama.interop.hf_tokenizer import tie_warning, tokenizer_files
 from jllama.interop.names import name_of

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jllama import recipe as recipes
-from jllama import storage
 from jllama.config import Llama3RopeScaling, ModelConfig
+from jllama.config import recipe as recipes
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.interop.names import NAMES, name_of
 from jllama.interop.parameters import drop_tied_head
 from jllama.interop.pth import read_pth

@@ -15,7 +15,7 @@ import numpy as np
 
 from jllama.errors import UserError
 
-Format = Literal["hf", "meta", "gguf"]
+FileFormat = Literal["hf", "meta", "gguf"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Name:
         """Whether there is one per layer."""
         return "{}" in self.hf
 
-    def of(self, format: Format, layer: int = 0) -> str:
+    def of(self, format: FileFormat, layer: int = 0) -> str:
         """The name of `layer`'s tensor in a file."""
         return getattr(self, format).format(layer)
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.errors import UserError
-from jllama.interop.names import NAMES, Format, file_shape, from_file, name_of
+from jllama.interop.names import NAMES, FileFormat, file_shape, from_file, name_of
 from jllama.interop.tensors import DTYPES, ParamTensor, Tensor, cast, nbytes, same_bits
 from jllama.model.llama import Params, ParamSpec, param_specs
 from jllama.model.param import EachLeaf, dotted
@@ -28,7 +28,7 @@ from jllama.progress import Progress
 
 
 def match(
-    tensors: Mapping[str, Tensor], specs: Params, format: Format, where: Path
+    tensors: Mapping[str, Tensor], specs: Params, format: FileFormat, where: Path
 ) -> dict[str, list[Tensor]]:
     """The tensors of each parameter, by its path: one per layer, or one.
 
@@ -103,7 +103,7 @@ def _ranges(names: Sequence[tuple[str, str]]) -> Iterator[str]:
         yield f"{pattern.replace('{}', span)} ({text})"
 
 
-def drop_tied_head(tensors: dict[str, Tensor], format: Format) -> bool:
+def drop_tied_head(tensors: dict[str, Tensor], format: FileFormat) -> bool:
     """Takes out the head of a model that ties it; False if it is no copy of the embedding."""
     head, table = (name_of(path).of(format) for path in ("head.weight", "embedding.weight"))
     copy = tensors.pop(head, None)
@@ -254,7 +254,7 @@ def file_specs(config: ModelConfig) -> Params:
 
 
 def file_tensors(
-    params: Params, specs: Params, format: Format, *, interleaved: bool
+    params: Params, specs: Params, format: FileFormat, *, interleaved: bool
 ) -> dict[str, ParamTensor]:
     """The tensors that a file of `format` has of these parameters, in the order of `NAMES`.
 

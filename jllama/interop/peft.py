@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jllama import outputs, storage
 from jllama.adapt.lora import (
     Overlay,
     matrices,
@@ -24,6 +23,7 @@ from jllama.adapt.lora import (
 )
 from jllama.config import ComputeConfig, LoraConfig, LoraOverride, ModelConfig
 from jllama.errors import UserError
+from jllama.files import outputs, storage
 from jllama.interop.hf_tokenizer import tokenizer_files
 from jllama.interop.names import from_file, to_file
 from jllama.interop.parameters import check_tensors

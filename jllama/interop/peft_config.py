@@ -8,7 +8,6 @@ from typing import Any
 
 import pydantic
 
-from jllama import storage
 from jllama.config import (
     Beta,
     Count,
@@ -17,6 +16,7 @@ from jllama.config import (
     PositiveInt,
 )
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.progress import say
 
 CONFIG = "adapter_config.json"

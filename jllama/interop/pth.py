@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jllama import storage
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.interop.tensors import FileTensor, check_fetched
 
 _MAX_PICKLE = 4_000_000  # bytes, that become some hundred MB; a model has some hundred thousand

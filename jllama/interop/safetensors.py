@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from jllama import storage
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.interop.tensors import FileTensor, Tensor, check_fetched, nbytes
 from jllama.progress import Progress
 

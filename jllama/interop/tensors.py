@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jllama import storage
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.interop.names import file_shape, to_file
 
 # A model's weights are of these; others are quantised, or no weights.

@@ -1,14 +1,17 @@
-"""The attention layer: grouped queries (arXiv:2305.13245), turned by RoPE.
+"""The attention layer: grouped queries (arXiv:2305.13245), turned by RoPE; and its key/value cache.
 
-B batch, T positions, D model width, H query heads, K key/value heads, N head width.
+The cache is data that goes into the model and comes out of it.
+
+B batch, T positions, S slots of the cache, L layers, D model width, H query heads, K key/value
+heads, N head width.
 """
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from jllama.config import ComputeConfig, ModelConfig
-from jllama.model.cache import Cache
 from jllama.model.kernels import attend, attend_row
 from jllama.model.linear import Matrix, project
 from jllama.model.norm import RMSNorm
@@ -17,6 +20,27 @@ from jllama.model.rope import apply_rope
 from jllama.parallel.sharding import constrain
 
 Tables = tuple[jax.Array, jax.Array]  # cosine and sine
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values, each [L, B, K, S, N]; slot s holds position s.
+
+    Keys are turned by RoPE already, unless it `grows`. The slots of a head lie side by side, as
+    attention reads them.
+
+    Slots that were never written, or written by padding, lie beyond every query's position until
+    they are overwritten, so causality alone hides them.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+
+def init_cache(config: ModelConfig, compute: ComputeConfig, batch: int, length: int) -> Cache:
+    """An empty cache of `length` slots for `batch` rows, in the compute dtype."""
+    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
+    return Cache(jnp.zeros(shape, compute.dtype), jnp.zeros(shape, compute.dtype))
 
 
 class Attention(nn.Module):

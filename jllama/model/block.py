@@ -5,8 +5,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jllama.config import ComputeConfig, ModelConfig
-from jllama.model.attention import Attention, Tables
-from jllama.model.cache import Cache
+from jllama.model.attention import Attention, Cache, Tables
 from jllama.model.linear import Matrix, project
 from jllama.model.norm import RMSNorm
 from jllama.model.param import matrix_init

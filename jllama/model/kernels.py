@@ -1,4 +1,4 @@
-"""Attention over whole rows: which kernel computes it where, and how each is called.
+"""AttentionConfig over whole rows: which kernel computes it where, and how each is called.
 
 B batch, T positions, H query heads, K key/value heads, G = H/K, N head width.
 """
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jllama.config import (
-    Attention,
+    AttentionConfig,
     AutoAttention,
     BlockwiseAttention,
     CudnnAttention,
@@ -41,7 +41,7 @@ def attend_row(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array | None,
-    config: Attention,
+    config: AttentionConfig,
     balanced: bool = False,
     prevent_cse: bool = True,
 ) -> jax.Array:
@@ -51,11 +51,11 @@ def attend_row(
 
     Args:
       q: [B,T,H,N]; k, v: [B,T,K,N]; segments: [B,T] int32, or None for one segment a row.
-      config: the kernel, or `auto`; see `choose`.
+      config: the kernel, or `auto`; see `choose_kernel`.
       balanced, prevent_cse: see `jllama.parallel.context.spread`.
     """
     ways = context.sequence_ways(*q.shape[:2])
-    kind = choose(
+    kind = choose_kernel(
         config, context.platform(), q.dtype, q.shape[1], q.shape[3], ways, segments is not None
     )
     mask = None
@@ -77,15 +77,15 @@ def attend_row(
     return context.spread(by_runs, q, k, v, segments, balanced, mask, prevent_cse)
 
 
-def choose(
-    config: Attention,
+def choose_kernel(
+    config: AttentionConfig,
     platform: str,
     dtype: jnp.dtype,
     length: int,
     head_dim: int,
     ways: int,
     segments: bool,
-) -> Attention:
+) -> AttentionConfig:
     """The kernel for rows of `length` positions over `ways` devices; `auto` picks by the platform.
 
     `segments` says whether rows have them. Raises `UserError` where the kernel that was asked for

@@ -24,7 +24,7 @@ from jllama.parallel.sharding import Parts, mesh_axes, pin
 # [R,outputs...], which are trained, and `scale` [1 or B,R]. Besides, `m` [outputs...] trains DoRA;
 # `gain` [1 or B,outputs...] multiplies x W, as DoRA needs in inference; `key` and `keep`, the
 # probability, drop inputs.
-Overlay = dict[str, jax.Array]
+MatrixOverlay = dict[str, jax.Array]
 
 
 class Matrix(nn.Module):
@@ -42,7 +42,7 @@ class Matrix(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self) -> tuple[jax.Array | qwix.QArray, Overlay | None]:
+    def __call__(self) -> tuple[jax.Array | qwix.QArray, MatrixOverlay | None]:
         overlay = self.variables.get("lora")
         value = self.variables.get("params", {}).get("kernel")
         if isinstance(value, qwix.QArray):  # which Linen takes for a tree of another shape
@@ -60,7 +60,7 @@ def project(x: jax.Array, *matrices: Matrix, dtype: Any) -> tuple[jax.Array, ...
     the products take every position of `seq`. So x is gathered once for all matrices, and a result
     that goes back between blocks is summed over devices and scattered at once. Gradients likewise.
 
-    With an `Overlay`, `x W` becomes `x W + scale (x a) b`: two thin products beside the first
+    With an `MatrixOverlay`, `x W` becomes `x W + scale (x a) b`: two thin products beside the first
     (LoRA, arXiv:2106.09685, equation 3), so that W needs no gradient and is never rewritten.
     """
     x = x.astype(dtype)
@@ -119,7 +119,7 @@ def dense(kernel: jax.Array | qwix.QArray, dtype: Any) -> jax.Array:
     return kernel.astype(dtype)
 
 
-def column_norms(kernel: jax.Array | qwix.QArray, overlay: Overlay, inputs: int) -> jax.Array:
+def column_norms(kernel: jax.Array | qwix.QArray, overlay: MatrixOverlay, inputs: int) -> jax.Array:
     """The norms over all inputs of W + scale a b: [outputs...] float32."""
     change = jnp.tensordot(overlay["a"] * overlay["scale"][0], overlay["b"], 1)
     return jnp.sqrt(

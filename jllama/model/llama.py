@@ -20,13 +20,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jllama.config import ComputeConfig, ModelConfig
+from jllama.model.attention import Cache
 from jllama.model.block import Block
-from jllama.model.cache import Cache
 from jllama.model.norm import RMSNorm
 from jllama.model.param import Declared, Initializer, declare, dotted, embedding_init
 from jllama.model.rope import Turns, grows, rope_tables
 from jllama.model.rope import turns as turns_of
-from jllama.parallel.lookup import take_rows
+from jllama.parallel.product import take_rows
 from jllama.parallel.sharding import Placement, constrain
 
 Params = dict[str, Any]
@@ -91,7 +91,7 @@ def _zeros_beyond(rows: int, init: Initializer) -> Initializer:
     return padded
 
 
-class Llama(nn.Module):
+class Transformer(nn.Module):
     """Tokens to the final, normed hidden state; `logits` turns that into logits."""
 
     config: ModelConfig
@@ -155,7 +155,7 @@ class ParamSpec:
 
 def _init_boxed(config: ModelConfig, compute: ComputeConfig, key: jax.Array) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Llama(config, compute).init(key, tokens, tokens)["params"]
+    return Transformer(config, compute).init(key, tokens, tokens)["params"]
 
 
 def init_params(config: ModelConfig, compute: ComputeConfig, key: jax.Array) -> Params:
@@ -222,7 +222,7 @@ def apply(
     Returns:
       hidden [B,T,D] in the compute dtype, after the final norm, and the updated cache.
     """
-    model = Llama(config, compute, balanced)
+    model = Transformer(config, compute, balanced)
     variables = {"params": params} | ({"lora": lora} if lora else {})
     return model.apply(variables, tokens, positions, segments, cache, turns)
 

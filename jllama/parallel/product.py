@@ -1,4 +1,4 @@
-"""Matrix products of arrays that are spread over devices.
+"""Matrix products, and rows of a table, of arrays that are spread over devices.
 
 Left to the partitioner, a sum over devices of which each keeps a part may be made whole first and
 cut afterwards: twice the traffic. Here the sum lands where it belongs.
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jllama.parallel.sharding import Parts, active_placement, pin
@@ -95,3 +96,33 @@ def _scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     ways = lax.axis_size(axes)
     blocks = x.reshape(ways, x.shape[dimension] // ways, -1)
     return lax.psum_scatter(blocks, axes, scatter_dimension=0).reshape(*before, -1, *after)
+
+
+def take_rows(table: jax.Array, tokens: jax.Array, axes: tuple[str, str], dtype: Any) -> jax.Array:
+    """`table[tokens]` in `dtype`: table [V,D] of logical `axes`, tokens [B,T] -> [B,T,D].
+
+    B rows of tokens, T positions, V vocabulary, D width.
+
+    On a mesh every device reads its own part of the width, for all tokens of the devices that have
+    the other parts. So tokens are gathered (four bytes each), the result goes back to its rows by
+    an all-to-all, and no device ever holds the whole table or its whole gradient: both are read and
+    summed where they are stored.
+    """
+    placement = active_placement()
+    if placement is None:
+        return jnp.take(table, tokens, axis=0).astype(dtype)
+    vocab, width = placement.mesh_axes(table.shape, axes, "embedding")
+    batch, seq = placement.mesh_axes(tokens.shape, ("batch", "seq"), "tokens")
+
+    def without(*taken):
+        return (tuple(a for a in axes if a not in taken) for axes in (batch, seq))
+
+    tokens = placement.pin(tokens, *without(*vocab, *width))
+    x = jnp.take(table, tokens, axis=0).astype(dtype)
+    x = placement.pin(x, *without(*vocab, *width), width)
+    # One mesh axis after the other, the innermost first: at once, the partitioner would gather the
+    # whole result, and in another order it would move blocks between devices first.
+    while width:
+        width = width[:-1]
+        x = placement.pin(x, *without(*vocab, *width), width)
+    return placement.pin(x, batch, seq, ())

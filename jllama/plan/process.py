@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jllama
-from jllama import recipe as recipes
 from jllama.config import Config
+from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.plan.topology import Topology
 

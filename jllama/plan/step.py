@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jllama import recipe as recipes
 from jllama.adapt.quant import quantizing
 from jllama.config import Config
+from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.model.llama import param_specs
 from jllama.model.param import dotted

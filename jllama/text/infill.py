@@ -15,11 +15,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jllama import storage
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.text.interface import TextStream, Tokenizer
 
-Format = Literal["psm", "spm"]
+InfillFormat = Literal["psm", "spm"]
 FILL_ME = "<FILL_ME>"
 _FORMATS = ("psm", "spm")
 # Put before a text that goes on from another: Code Llama's, and others where a vocabulary has
@@ -47,7 +47,7 @@ class Infill:
 
     prefix: str
     suffix: str
-    format: Format = "psm"
+    format: InfillFormat = "psm"
 
 
 def infill_tokens(tokenizer: Tokenizer) -> InfillTokens:
@@ -93,7 +93,7 @@ def middle_stream(tokenizer: Tokenizer, infill: Infill) -> TextStream:
 
 
 def document_ids(
-    tokenizer: Tokenizer, text: str, cuts: tuple[int, int], format: Format
+    tokenizer: Tokenizer, text: str, cuts: tuple[int, int], format: InfillFormat
 ) -> list[int]:
     """A training document: `text` cut at two characters, its middle written last, then EOT."""
     first, second = cuts
@@ -111,8 +111,8 @@ def random_cuts(random: np.random.Generator, text: str) -> tuple[int, int]:
     return first, second
 
 
-def from_arguments(
-    prompt: str, prefix_file: str | None, suffix_file: str | None, format: Format | None
+def prompt_from_options(
+    prompt: str, prefix_file: str | None, suffix_file: str | None, format: InfillFormat | None
 ) -> str | Infill:
     """What a command line asks for: `prompt`, the place of its `<FILL_ME>`, or that between files.
 
@@ -131,7 +131,7 @@ def from_arguments(
     return asked
 
 
-def from_text(key: str, text: str, format: Format = "psm") -> str | Infill:
+def from_text(key: str, text: str, format: InfillFormat = "psm") -> str | Infill:
     """What a prompt asks for: its continuation, or the place of its `<FILL_ME>`.
 
     Raises UserError, naming the key that it is the value of, for `<FILL_ME>` twice.

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from jllama import storage
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.text.added import AddedToken, Splitter
 
 SPACE = "\u2581"  # SentencePiece's mark for a space

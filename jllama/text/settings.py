@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jllama import storage
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.text.added import AddedToken
 
 _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
@@ -17,7 +17,7 @@ _ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class TokenizerSettings:
     """Empty where no file says it.
 
     Attributes:
@@ -38,7 +38,7 @@ class Settings:
     carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def load_settings(folder: Path) -> Settings:
+def load_settings(folder: Path) -> TokenizerSettings:
     """The folder's settings; those of files that are not there are empty. UserError if damaged."""
     names = storage.names(folder)
     files = {
@@ -86,7 +86,7 @@ def load_settings(folder: Path) -> Settings:
         "pad_token": named["pad"],
         "padding_side": config.get("padding_side"),
     }
-    return Settings(
+    return TokenizerSettings(
         bos_token=named["bos"],
         eos_token=named["eos"],
         added=tuple(sorted(added, key=lambda token: token.id)),

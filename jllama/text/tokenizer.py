@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from jllama import storage
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.text.huggingface import HuggingFaceTokenizer
 from jllama.text.infill import PIECES
 from jllama.text.interface import TextStream, Tokenizer
 from jllama.text.llama3 import TiktokenTokenizer, is_tiktoken
-from jllama.text.settings import Settings, load_settings, parse_json
+from jllama.text.settings import TokenizerSettings, load_settings, parse_json
 from jllama.text.spm import SentencePieceTokenizer
 from jllama.text.tokenizer_json import spell, vocabulary
 
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 _MODEL, _JSON = "tokenizer.model", "tokenizer.json"
-_NO_SETTINGS = Settings()
+_NO_SETTINGS = TokenizerSettings()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -67,7 +67,7 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
     return _from_file(folder / _MODEL, settings)
 
 
-def _from_file(path: Path, settings: Settings) -> Tokenizer:
+def _from_file(path: Path, settings: TokenizerSettings) -> Tokenizer:
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError:
@@ -87,23 +87,23 @@ def _from_file(path: Path, settings: Settings) -> Tokenizer:
     return _carrying(tokenizer, settings)
 
 
-def _from_json(file: Any, path: Path, settings: Settings) -> Tokenizer:
+def _from_json(file: Any, path: Path, settings: TokenizerSettings) -> Tokenizer:
     tokenizer = HuggingFaceTokenizer(file, str(path), special=_special(settings), **_said(settings))
     return _carrying(tokenizer, settings)
 
 
-def _special(settings: Settings) -> frozenset[str]:
+def _special(settings: TokenizerSettings) -> frozenset[str]:
     """Special by what the files say; and by name, as Code Llama's model has normal pieces."""
     return settings.special | {*PIECES}
 
 
-def _said(settings: Settings) -> dict[str, Any]:
+def _said(settings: TokenizerSettings) -> dict[str, Any]:
     """What every kind takes of the settings."""
     names = ("added", "bos_token", "eos_token", "stop_ids")
     return {name: getattr(settings, name) for name in names}
 
 
-def _carrying(tokenizer: Tokenizer, settings: Settings) -> Tokenizer:
+def _carrying(tokenizer: Tokenizer, settings: TokenizerSettings) -> Tokenizer:
     # transformers would make a new id for a pad token that the vocabulary has not.
     keep = {
         key: value

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 import tokenizers
 
-from jllama import storage
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.text.added import MOST_IDS, AddedToken
 from jllama.text.interface import SPACE, Prefix
 

@@ -11,18 +11,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jllama import recipe as recipes
-from jllama import storage
 from jllama.config import Config, LoraConfig
+from jllama.config import recipe as recipes
 from jllama.data.dataset import Data, open_data, open_tokenizer
 from jllama.errors import UserError
-from jllama.locks import locked
+from jllama.files import storage
+from jllama.files.locks import locked
 from jllama.progress import say
+from jllama.store.checkpoint import latest_step
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
-from jllama.train.checkpoint import latest_step
 
 _DATA = "data.json"
-BASE = "base.json"
 
 # What may change between two runs in one folder: none of it changes what a step computes, but for
 # the order of sums on another mesh.
@@ -95,32 +94,6 @@ def told_alike(config: Config) -> str:
     own = ("distributed.process_id", "data.prepare.", "run.compilation_cache")
     keys = flatten(recipes.to_dict(config))
     return json.dumps({k: v for k, v in sorted(keys.items()) if not k.startswith(own)})
-
-
-def note_base(folder: Path, model: str, digest: str) -> None:
-    """Writes which parameters the overlay in this folder adapts.
-
-    Raises UserError if it has a checkpoint over others.
-    """
-    before = base_of(folder) if latest_step(folder) is not None else None
-    if before and before["fingerprint"] != digest:
-        raise UserError(
-            f"training.init_from={model}: its parameters are not those that the run in {folder}"
-            f" began with ({before['model']}); bring them back, or choose another run.name"
-        )
-    said = {"model": model, "fingerprint": digest}
-    storage.write_text(folder / BASE, json.dumps(said, indent=1) + "\n")
-
-
-def base_of(folder: Path) -> dict[str, str] | None:
-    """The {"model", "fingerprint"} that `note_base` wrote; None where nothing is written."""
-    if not storage.exists(folder / BASE):
-        return None
-    try:
-        said = json.loads(storage.read_text(folder / BASE))
-        return {key: str(said[key]) for key in ("model", "fingerprint")}
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder / BASE}: not readable, the base is unknown: {e!r}") from None
 
 
 def digests(data: Data) -> str:

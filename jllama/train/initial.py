@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from jllama import storage
 from jllama.adapt.lora import layout
 from jllama.config import (
     AdaptiveRopeScaling,
@@ -16,11 +15,12 @@ from jllama.config import (
     NtkRopeScaling,
 )
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.model.rope import original_length
 from jllama.parallel import distributed
 from jllama.progress import say
-from jllama.train.adapters import Adapter, base_path, is_adapter, open_adapted, open_adapter
-from jllama.train.stored import StoredModel, differences, open_model
+from jllama.store.adapter import Adapter, base_path, is_adapter, open_adapted, open_adapter
+from jllama.store.model import StoredModel, differences, open_model
 
 
 class Initial(NamedTuple):

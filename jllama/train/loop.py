@@ -13,33 +13,35 @@ from typing import Any
 
 import jax
 
-from jllama import storage
 from jllama.adapt.lora import train_flops_per_token, without_whole
+from jllama.chips import peak_flops, use_compilation_cache
 from jllama.config import Config, LoraConfig, ReplyObjective
 from jllama.data.dataset import eval_batches
 from jllama.data.pack import CutRows
+from jllama.files import storage
+from jllama.files.mirror import Mirror
 from jllama.flops import parameter_count
-from jllama.hardware import peak_flops, use_compilation_cache
 from jllama.parallel import distributed
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.progress import say
+from jllama.store.adapter import note_base, read_base
+from jllama.store.checkpoint import Checkpoints, latest_step
 from jllama.train import folder as run_folder
-from jllama.train.adapters import read_base
-from jllama.train.checkpoint import Checkpoints, latest_step
 from jllama.train.initial import open_initial
 from jllama.train.loss import causal_lm_loss
-from jllama.train.metrics import Metrics, NoMetrics
+from jllama.train.metrics import MetricsWriter, NoMetricsWriter
 from jllama.train.metrics import read as metrics_of
-from jllama.train.mirror import Mirror
 from jllama.train.state import (
     StateDef,
     base_shapes,
     check_batches,
     define_state,
     freezer,
+    from_trees,
     init_state,
     start_from,
+    to_trees,
 )
 from jllama.train.step import make_eval_step, make_train_step
 
@@ -116,21 +118,21 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
         places = base_shapes(config, placement)
         base, digest = read_base(initial.model, places, freezer(config))
         where = str(storage.absolute(initial.model.place))
-        together(lambda: run_folder.note_base(folder, where, digest) if leader else None)
+        together(lambda: note_base(folder, where, digest) if leader else None)
         if initial.adapter and not start:
             _, given = initial.adapter.read(config.model, placement, base, digest)
         frozen = without_whole(base, definition.shapes.trainable)
     elif initial and not start:
         given = initial.model.read(definition.placed.trainable)
     if start:
-        state = checkpoints.restore(start, definition)
+        state = from_trees(checkpoints.restore(start, **to_trees(definition.placed)))
     elif given is not None:
         state = start_from(definition, given)
     else:
         state = init_state(definition, config.run.seed, base)
     del base, given
     steps, every = config.training.steps, config.run.log_every
-    metrics = Metrics(folder, start, steps, every) if leader else NoMetrics()
+    metrics = MetricsWriter(folder, start, steps, every) if leader else NoMetricsWriter()
     stack.callback(metrics.close)
     if start:
         metrics.say(f"resumed at step {start} of {steps}")
@@ -223,7 +225,7 @@ class _Run:
             nonlocal saved, saving
             fetch()  # a state that is not finite is not kept
             before = time.perf_counter()
-            self.checkpoints.save(step, state)
+            self.checkpoints.save(step, **to_trees(state))
             self.metrics.sync()  # a resumed run has the lines of every step before it
             saved, saving = step, time.perf_counter() - before
 

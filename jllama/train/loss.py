@@ -12,8 +12,8 @@ from jllama.adapt import lora
 from jllama.config import Config, LoraConfig
 from jllama.model import llama
 from jllama.model.blockwise import segment_starts
+from jllama.model.cross_entropy import cross_entropy
 from jllama.parallel.context import balanced_order, sequence_ways
-from jllama.train.cross_entropy import cross_entropy
 
 Batch = dict[str, jax.Array]
 

@@ -8,15 +8,15 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from jllama import storage
 from jllama.errors import UserError
+from jllama.files import storage
+from jllama.files.mirror import Mirror
 from jllama.progress import say
-from jllama.train.mirror import Mirror
 
 _NAME = "metrics.jsonl"
 
 
-class Metrics:
+class MetricsWriter:
     """Writes a run's metrics from `start` on; what an earlier run wrote beyond it is dropped.
 
     What the local disk does not take is a `UserError`.
@@ -112,8 +112,8 @@ class Metrics:
             self._board.close()
 
 
-class NoMetrics:
-    """`Metrics` of a process that does not lead: another one writes them."""
+class NoMetricsWriter:
+    """`MetricsWriter` of a process that does not lead: another one writes them."""
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jllama.errors import UserError
 from jllama.model import llama
 from jllama.model.param import EachLeaf, dotted, kept
 from jllama.parallel.sharding import Placement
+from jllama.store.checkpoint import load_trees
 from jllama.train.optimizer import make_optimizer
 
 
@@ -58,6 +60,27 @@ class StateDef:
             self.shapes,
             self.shardings,
         )
+
+
+def to_trees(state: TrainState) -> dict[str, Any]:
+    """The state as the named trees of a checkpoint: {"trainable", "rest"}."""
+    return {
+        "trainable": state.trainable,
+        "rest": {"step": state.step, "opt_state": state.opt_state},
+    }
+
+
+def from_trees(trees: dict[str, Any]) -> TrainState:
+    """The inverse of `to_trees`."""
+    return TrainState(trees["rest"]["step"], trees["trainable"], trees["rest"]["opt_state"])
+
+
+def load_state(run: Path, step: int, definition: StateDef) -> TrainState:
+    """The state that a run's checkpoint of `step` holds, in the definition's shardings.
+
+    Raises `UserError` when there is no such checkpoint, or it has other shapes.
+    """
+    return from_trees(load_trees(run, step, **to_trees(definition.placed)))
 
 
 def as_float32(tree: Any) -> Any:

@@ -19,12 +19,12 @@ from jllama.train.state import StateDef, TrainState, as_float32
 LossFn = Callable[
     [Any, Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 ]
-Metrics = dict[str, jax.Array]
+StepMetrics = dict[str, jax.Array]
 
 
 def make_train_step(
     config: Config, loss_fn: LossFn, definition: StateDef, placement: Placement
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, StepMetrics]]:
     """The jitted step; the state is donated, `frozen` is an argument and is not.
 
     Every random number of step t comes from fold_in(key(seed), t). Microbatches carry sums of loss,
@@ -70,7 +70,7 @@ def make_train_step(
         total, _ = jax.lax.scan(add, zeros, (micro, keys))
         return jax.tree.map(lambda x: jnp.sum(x, 0), total) if replicas > 1 else total
 
-    def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
         with placement.active():
             key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
             grads, weight, sums = accumulated(state.trainable, frozen, batch, key)

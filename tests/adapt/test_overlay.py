@@ -162,7 +162,7 @@ def test_several_overlays_are_switched_and_mixed_by_weight_row_by_row():
         traced.append(1)
         positions = np.broadcast_to(np.arange(24), tokens.shape)
         hidden, _ = llama.apply(
-            params, MODEL, tiny.compute(), tokens, positions, lora=mixture.choose(joined, weights)
+            params, MODEL, tiny.compute(), tokens, positions, lora=mixture.weighted(joined, weights)
         )
         return llama.logits(params, MODEL, hidden)
 
@@ -185,7 +185,7 @@ def test_two_plain_overlays_add_up():
     params, joined = mixture.join(BASE, overlays)
     tokens = tiny.tokens(1, 24)
     both = by_hand(other, by_hand(cfg, BASE, overlays[0][1]), overlays[1][1])
-    got = logits(params, mixture.choose(joined, jnp.ones((1, 2))), tokens)
+    got = logits(params, mixture.weighted(joined, jnp.ones((1, 2))), tokens)
     assert tiny.relative_error(got, reference.logits(both, MODEL, tokens)) < 1e-5
 
 
@@ -241,7 +241,7 @@ def test_a_column_of_zeros_stays_one_under_dora():
     assert tiny.relative_error(logits(*lora.attach(cfg, base, fresh), tokens), wanted) < 1e-6
     merged, _ = lora.merge(cfg, base, fresh)
     params, joined = mixture.join(base, [(cfg, fresh)])
-    both = (merged, None), (params, mixture.choose(joined, jnp.ones((1, 1))))
+    both = (merged, None), (params, mixture.weighted(joined, jnp.ones((1, 1))))
     for params, collection in both:
         assert tiny.relative_error(logits(params, collection, tokens), wanted) < 1e-6
 

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 
 import jllama
 from jllama import flops
-from jllama import recipe as recipe_files
 from jllama.cli import main
 from jllama.config import AdamWConfig, MeshConfig, MuonConfig, ShardingConfig, TrainedTokenizer
+from jllama.config import recipe as recipe_files
 from jllama.generate import engine
 from jllama.generate.engine import Request
 from jllama.generate.sampling import Sampling
@@ -25,11 +25,11 @@ from jllama.interop.gguf import write_gguf
 from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
+from jllama.store.model import write_model
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train.loop import train
 from jllama.train.loss import causal_lm_loss
 from jllama.train.optimizer import make_optimizer
-from jllama.train.stored import write_model
 
 PLAIN = tiny.config(vocab_size=91, num_layers=2, num_kv_heads=2, max_length=64)
 PADDED = dataclasses.replace(PLAIN, vocab_multiple=32)

@@ -4,13 +4,13 @@ import jax
 import pytest
 import recipes
 
-from jllama import cli, recipe
-from jllama.config import MeshConfig
+from jllama import cli
+from jllama.config import MeshConfig, recipe
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
-from jllama.train.checkpoint import Checkpoints
-from jllama.train.fingerprint import fingerprint
-from jllama.train.state import define_state, init_state
+from jllama.store.checkpoint import Checkpoints
+from jllama.store.fingerprint import fingerprint
+from jllama.train.state import define_state, init_state, to_trees
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     checkpoints, digests = Checkpoints(folder, keep=2), {}
     for step in (1, 2):
         state = init_state(definition, step)
-        checkpoints.save(step, state)
+        checkpoints.save(step, **to_trees(state))
         digests[step] = fingerprint(state)
     checkpoints.close()
     return folder, digests

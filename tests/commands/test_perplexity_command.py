@@ -9,8 +9,8 @@ import pytest
 
 import jllama
 from jllama import cli
-from jllama import recipe as recipes
 from jllama.commands import perplexity
+from jllama.config import recipe as recipes
 from jllama.train.loop import train
 from tests.recipes import on_disk
 

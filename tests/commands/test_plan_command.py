@@ -9,8 +9,8 @@ import pytest
 import recipes
 
 from jllama import cli
-from jllama import recipe as recipe_loader
 from jllama.commands import plan
+from jllama.config import recipe as recipe_loader
 from jllama.errors import UserError
 from jllama.flops import train_flops_per_token
 from jllama.plan.process import CompileFailed, find_libtpu

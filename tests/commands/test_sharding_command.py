@@ -7,8 +7,8 @@ import jax
 import pytest
 import recipes
 
-from jllama import cli, recipe
-from jllama.config import MeshConfig
+from jllama import cli
+from jllama.config import MeshConfig, recipe
 from jllama.model.param import dotted
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement

@@ -11,8 +11,8 @@ import tiny
 import jllama
 from jllama.cli import main
 from jllama.interop import hf
+from jllama.store.model import open_model, write_model
 from jllama.text.infill import infill_tokens
-from jllama.train.stored import open_model, write_model
 
 ENGLISH = "The quick brown fox jumps over the lazy dog.\nPack my box with jugs.\n" * 20
 FRENCH = "Voilà l'été où naïfs élèves rêvèrent déjà.\nÇa gêne où l'âme s'élève.\n" * 20

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from jllama import recipe as recipes
+from jllama.config import recipe as recipes
 from jllama.data.dataset import Dataset, eval_batches, open_data, open_tokenizer
 from jllama.data.pack import CutRows
 from jllama.errors import UserError

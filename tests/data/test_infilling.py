@@ -5,8 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from jllama import recipe as recipes
 from jllama.config import InfillObjective, PrepareConfig, TrainedTokenizer
+from jllama.config import recipe as recipes
 from jllama.data.dataset import Dataset, open_data, open_tokenizer
 from jllama.data.pack import CutRows, WholeRows
 from jllama.data.prepare import prepare

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from jllama import storage
 from jllama.config import PrepareConfig
 from jllama.data import files
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError
+from jllama.files import storage
 
 
 def content(folder):

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import recipes
 
-from jllama import recipe
+from jllama.config import recipe
 from jllama.evaluate.compress import xz_bits_per_byte
 
 

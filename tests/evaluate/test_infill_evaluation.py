@@ -16,14 +16,14 @@ from jllama.data.source import Document
 from jllama.errors import UserError
 from jllama.evaluate.infill import (
     Problem,
-    choose,
     edit_similarity,
     evaluate,
     lines,
     open_problems,
+    pick_problems,
     within,
 )
-from jllama.pretrained import Llama
+from jllama.generate.llama import Llama
 from jllama.text.infill import Infill, prompt_ids
 from jllama.text.vocabulary import train_sentencepiece
 
@@ -51,16 +51,19 @@ def test_every_line_with_a_word_in_it_is_a_problem():
 
 def test_the_same_lines_are_chosen_on_every_machine():
     problems = list(lines([Document(TEXT, "t.py")]))
-    some = choose(problems, 20)
-    assert some == choose(reversed(problems), 20) == choose(problems, 30)[:20]
+    some = pick_problems(problems, 20)
+    assert some == pick_problems(reversed(problems), 20) == pick_problems(problems, 30)[:20]
     assert len({p.where for p in some}) == 20
-    assert [p.where for p in choose(lines([Document(CODE, "a.py")]), 2)] == ["a.py:3", "a.py:1"]
+    assert [p.where for p in pick_problems(lines([Document(CODE, "a.py")]), 2)] == [
+        "a.py:3",
+        "a.py:1",
+    ]
 
 
 @pytest.mark.parametrize("room", [16, 40, 10_000])
 def test_the_context_is_whole_lines_and_what_the_room_holds(model, room):
     tokenizer = model.tokenizer
-    for problem in choose(lines([Document(TEXT, "t.py")]), 30):
+    for problem in pick_problems(lines([Document(TEXT, "t.py")]), 30):
         near = within(tokenizer, problem, room)
         assert problem.prefix.endswith(near.prefix) and problem.suffix.startswith(near.suffix)
         assert (
@@ -88,7 +91,7 @@ def test_similarity_is_by_levenshtein(a, b):
 
 
 def test_scores_of_answers_that_are_known(model, monkeypatch):
-    problems = choose(lines([Document(CODE * 2, "a.py")]), 4)
+    problems = pick_problems(lines([Document(CODE * 2, "a.py")]), 4)
     given = []
 
     def generate(self, prompts, **settings):

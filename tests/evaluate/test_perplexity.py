@@ -23,12 +23,12 @@ from jllama.config import (
 from jllama.errors import UserError
 from jllama.evaluate import perplexity as module
 from jllama.evaluate.perplexity import ROPES, perplexity, scaled, windows
+from jllama.generate.llama import Llama
 from jllama.model import llama
 from jllama.model.rope import inverse_frequencies, turns
 from jllama.parallel.context import over_positions
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
-from jllama.pretrained import Llama
 
 MODEL = tiny.config(max_length=16, num_layers=2)
 LINEAR = dataclasses.replace(MODEL, rope=LinearRopeScaling(kind="linear", factor=4.0))

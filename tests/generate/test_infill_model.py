@@ -12,7 +12,7 @@ import jllama
 from jllama.config import TrainedTokenizer
 from jllama.errors import UserError
 from jllama.generate import engine
-from jllama.pretrained import Llama
+from jllama.generate.llama import Llama
 from jllama.text.infill import PIECES, Infill, infill_tokens, prompt_ids
 from jllama.text.vocabulary import train_sentencepiece
 

@@ -8,13 +8,13 @@ import types
 import numpy as np
 import pytest
 
-from jllama import recipe
 from jllama.config import (
     DynamicRopeScaling,
     LinearRopeScaling,
     Llama3RopeScaling,
     NoRopeScaling,
     YarnRopeScaling,
+    recipe,
 )
 from jllama.errors import UserError
 from jllama.interop.hf_config import generation_config, read_config, write_config

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from jllama import recipe as recipes
+from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.interop import meta
 from jllama.interop.tensors import FileTensor, JoinedTensor

@@ -9,7 +9,7 @@ import reference
 import tiny
 
 from jllama.model import llama
-from jllama.model.cache import init_cache
+from jllama.model.attention import init_cache
 from jllama.model.rope import turns
 
 CASES = ["llama1", "llama3.1", "llama3.2", "qk-norm"]

@@ -187,9 +187,9 @@ BF16, F32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
     ],
 )
 def test_auto_takes_the_best_kernel_that_can(where, kind):
-    chosen = kernels.choose(AUTO, *where)
+    chosen = kernels.choose_kernel(AUTO, *where)
     assert chosen.kind == kind
-    assert kernels.choose(chosen, *where) == chosen
+    assert kernels.choose_kernel(chosen, *where) == chosen
 
 
 SPLASH, CUDNN = SplashAttention(kind="splash"), CudnnAttention(kind="cudnn")
@@ -209,7 +209,7 @@ SPLASH, CUDNN = SplashAttention(kind="splash"), CudnnAttention(kind="cudnn")
 )
 def test_a_kernel_that_cannot_do_it_says_what_to_set(config, where, words):
     with pytest.raises(UserError) as error:
-        kernels.choose(config, *where)
+        kernels.choose_kernel(config, *where)
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
 

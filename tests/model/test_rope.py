@@ -7,8 +7,9 @@ import reference
 import tiny
 
 from jllama.config import Llama3RopeScaling, YarnRopeScaling
+from jllama.config.recipe import load_model
 from jllama.model import llama
-from jllama.model.cache import init_cache
+from jllama.model.attention import init_cache
 from jllama.model.rope import (
     apply_rope,
     attention_factor,
@@ -16,7 +17,6 @@ from jllama.model.rope import (
     rope_tables,
     turns,
 )
-from jllama.recipe import load_model
 
 LENGTHS = (5, 16, 17, 100, 2048)  # below, at and above the original length of tiny's kinds
 

@@ -6,8 +6,8 @@ import math
 import jax
 import pytest
 
-from jllama import recipe as recipes
 from jllama.config import ComputeConfig, MeshConfig, ShardingConfig
+from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.model import llama
 from jllama.parallel.mesh import abstract_mesh

@@ -2,7 +2,7 @@
 
 import recipes
 
-from jllama import recipe as recipe_loader
+from jllama.config import recipe as recipe_loader
 from jllama.plan.process import CompileFailed
 from jllama.plan.search import search
 

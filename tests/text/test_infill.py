@@ -15,9 +15,9 @@ from jllama.text.infill import (
     Infill,
     document_ids,
     encode_continued,
-    from_arguments,
     infill_tokens,
     middle_stream,
+    prompt_from_options,
     prompt_ids,
     random_cuts,
 )
@@ -201,15 +201,15 @@ def test_added_tokens_of_other_files_serve_too(byte_json):
 
 
 def test_a_command_line_says_what_to_fill(tmp_path):
-    assert from_arguments("plain", None, None, None) == "plain"
-    assert from_arguments("a <FILL_ME> b", None, None, None) == Infill("a ", " b", "psm")
-    assert from_arguments("<FILL_ME>", None, None, "spm") == Infill("", "", "spm")
+    assert prompt_from_options("plain", None, None, None) == "plain"
+    assert prompt_from_options("a <FILL_ME> b", None, None, None) == Infill("a ", " b", "psm")
+    assert prompt_from_options("<FILL_ME>", None, None, "spm") == Infill("", "", "spm")
     before, after = tmp_path / "before", tmp_path / "after"
     before.write_bytes(b"x = \r\n")
     after.write_bytes("é\n".encode())
     files = str(before), str(after)
-    assert from_arguments("", *files, None) == Infill("x = \r\n", "é\n")
-    assert from_arguments("", None, files[1], "spm") == Infill("", "é\n", "spm")
+    assert prompt_from_options("", *files, None) == Infill("x = \r\n", "é\n")
+    assert prompt_from_options("", None, files[1], "spm") == Infill("", "é\n", "spm")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_command_line_says_what_to_fill(tmp_path):
 )
 def test_what_cannot_be_filled_is_one_line(prompt, prefix, format, said):
     with pytest.raises(UserError, match=said):
-        from_arguments(prompt, prefix, None, format)
+        prompt_from_options(prompt, prefix, None, format)
 
 
 def test_an_unknown_format_is_one_line(own):

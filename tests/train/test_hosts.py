@@ -20,17 +20,18 @@ import tiny
 import yaml
 
 import jllama
-from jllama import recipe as configs
 from jllama.config import MeshConfig
+from jllama.config import recipe as configs
 from jllama.interop import hf
 from jllama.parallel.distributed import LOST
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
-from jllama.train import checkpoint, loop
-from jllama.train.checkpoint import latest_step, load_state
-from jllama.train.fingerprint import fingerprint
+from jllama.store import checkpoint
+from jllama.store.checkpoint import latest_step
+from jllama.store.fingerprint import fingerprint
+from jllama.train import loop
 from jllama.train.metrics import read
-from jllama.train.state import define_state
+from jllama.train.state import define_state, load_state, to_trees
 
 STEPS = 24
 
@@ -241,7 +242,7 @@ def seen(recipe, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "_CHUNK_BYTES", 4096)  # a host's part of a leaf is some of them
         checkpoints = checkpoint.Checkpoints(folder, 1)
-        checkpoints.save(0, state)
+        checkpoints.save(0, **to_trees(state))
         checkpoints.close()
     (folder / "config.yaml").write_text(configs.to_yaml(config))
     port = hosts.free_port()

@@ -7,14 +7,13 @@ import jax
 import pytest
 import recipes
 
-from jllama import recipe as configs
+from jllama.config import recipe as configs
 from jllama.errors import UserError
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
+from jllama.store.fingerprint import fingerprint
 from jllama.train import loop
-from jllama.train.checkpoint import load_state
-from jllama.train.fingerprint import fingerprint
-from jllama.train.state import define_state
+from jllama.train.state import define_state, load_state
 
 STEPS = 4
 INFILL = [

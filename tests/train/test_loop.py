@@ -16,17 +16,16 @@ import recipes
 from test_metrics import scalars
 
 import jllama
-from jllama import recipe as configs
 from jllama.config import MeshConfig
+from jllama.config import recipe as configs
 from jllama.errors import UserError
 from jllama.flops import parameter_count, train_flops_per_token
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
+from jllama.store.fingerprint import fingerprint
 from jllama.train import loop
-from jllama.train.checkpoint import load_state
-from jllama.train.fingerprint import fingerprint
 from jllama.train.metrics import read
-from jllama.train.state import define_state
+from jllama.train.state import define_state, load_state
 
 PEAK = 1e12
 STEP_METRICS = {

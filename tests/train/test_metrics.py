@@ -7,7 +7,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from jllama.errors import UserError
-from jllama.train.metrics import Metrics, read
+from jllama.train.metrics import MetricsWriter, read
 
 VALUES = {"loss": 2.5, "grad_norm": 1.0, "learning_rate": 1e-3, "weight": 100.0, "seconds": 1.0}
 
@@ -26,7 +26,7 @@ def scalars(folder):
 
 
 def write(folder, steps, start=0, log_every=1):
-    metrics = Metrics(folder, start, 10, log_every)
+    metrics = MetricsWriter(folder, start, 10, log_every)
     for step in steps:
         metrics.write(step, VALUES | {"loss": float(step)})
     return metrics
@@ -80,7 +80,7 @@ def test_without_a_terminal_every_nth_step_is_a_line_on_stderr(tmp_path, capfd):
 
 
 def test_a_line_has_the_mean_speed_since_the_last_and_the_time_left(tmp_path, capfd):
-    metrics = Metrics(tmp_path, 4, 18, log_every=3)
+    metrics = MetricsWriter(tmp_path, 4, 18, log_every=3)
     seconds = {5: 60.0, 6: 1.0, 7: 1.0, 8: 3.0, 9: 5.0, 10: 1.0, 11: 1.0, 12: 1.0}
     for step, taken in seconds.items():
         metrics.write(step, VALUES | {"seconds": taken})

@@ -7,7 +7,7 @@ import pytest
 import recipes
 
 import jllama
-from jllama import recipe as configs
+from jllama.config import recipe as configs
 from jllama.train import loop
 
 PROMPTS = [

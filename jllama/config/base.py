@@ -1,0 +1,31 @@
+"""What every config is made of: the class decorator, described fields, and numbers with limits."""
+
+import functools
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Nonnegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+configclass = functools.partial(
+    pydantic.dataclasses.dataclass,
+    frozen=True,
+    kw_only=True,
+    config=pydantic.ConfigDict(extra="forbid", allow_inf_nan=False),
+)
+
+
+def doc(text: str, **kwargs: Any) -> Any:
+    """A required field; `text` is its line of `--help`."""
+    return Field(description=text, **kwargs)
+
+
+def default(text: str, value: Any, **kwargs: Any) -> Any:
+    """A field that may be left out; `text` is its line of `--help`."""
+    return Field(default=value, description=text, **kwargs)

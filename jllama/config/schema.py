@@ -1,0 +1,140 @@
+"""What the config's dataclasses say of themselves: their keys, and what is wrong with a value.
+
+Both walk the type hints: dataclasses, tuples of them, and sum types told apart by `kind`.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+_MISSING = ("missing", "missing_argument")
+_MOST_KEYS = 8  # named in one line
+
+
+def explain(cls: type, error: pydantic.ValidationError) -> tuple[list[str], str]:
+    """The keys that are wrong in one way, and what is wrong."""
+    # A list with a bad item counts as too short as well: what is wrong inside is what is said.
+    inside = {e["loc"][:i] for e in error.errors() for i in range(len(e["loc"]))}
+    errors = [e for e in error.errors() if e["loc"] not in inside]
+    # An unknown key is the likeliest mistake and the likeliest cause of the others.
+    errors.sort(key=lambda e: e["type"] != "unexpected_keyword_argument")
+    first = errors[0]
+    path, allowed, tags = _walk(cls, first["loc"])
+    keys = [".".join(path) or "config"]
+    kind = first["type"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        near = difflib.get_close_matches(path[-1], allowed, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        text = f"unknown key; {hint}allowed: {', '.join(allowed)}"
+    elif kind in _MISSING:
+        absent = [e["loc"] for e in errors if e["type"] in _MISSING][:_MOST_KEYS]
+        keys = [".".join(_walk(cls, loc)[0]) for loc in absent]
+        text = f"{'is' if len(keys) == 1 else 'are'} required and missing"
+    elif kind == "union_tag_not_found":
+        text = f"needs a kind; allowed: {', '.join(map(repr, tags))}"
+    elif kind == "union_tag_invalid":
+        text = f"kind {first['ctx']['tag']!r} is unknown; allowed: {first['ctx']['expected_tags']}"
+    elif kind == "value_error":
+        text = str(first["ctx"]["error"])
+    else:
+        text = first["msg"][0].lower() + first["msg"][1:] + f", not {json.dumps(first['input'])}"
+        if kind == "tuple_type":
+            text = text.replace("valid array", "list", 1)
+            match first["input"]:
+                case str(item):
+                    text += f"; write '{json.dumps([item])}'"
+                case dict(items) if all(key.isdigit() for key in items):
+                    text += f"; there is none yet: write '{json.dumps(list(items.values()))}'"
+        if kind == "string_type" and not isinstance(first["input"], dict | list):
+            text += "; put text that YAML reads as something else in double quotes"
+    left = len(errors) - len(keys)
+    return keys, text + (f" (and {left} more)" if left else "")
+
+
+def _walk(cls: Any, loc: Sequence[str | int]) -> tuple[list[str], list[str], list[str]]:
+    """Pydantic's location without the sum types' tags; the keys and the kinds allowed there."""
+    path: list[str] = []
+    allowed: list[str] = []
+    members = _members(cls)
+    for part in loc:
+        tag = next((m for m in members if _tag(m) == part), None)
+        if tag is not None and len(members) > 1:
+            members = (tag,)
+            continue
+        path.append(str(part))
+        fields = {
+            f.name: f for m in members if dataclasses.is_dataclass(m) for f in dataclasses.fields(m)
+        }
+        allowed = list(fields) or allowed
+        if isinstance(part, str) and part in fields:
+            members = _members(_hints_of(members, part))
+    return path, allowed, [t for m in members if (t := _tag(m))]
+
+
+def _hints_of(members: Sequence[type], name: str) -> Any:
+    owner = next(m for m in members if name in {f.name for f in dataclasses.fields(m)})
+    return typing.get_type_hints(owner, include_extras=True)[name]
+
+
+def _strip(hint: Any) -> Any:
+    while typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    return hint
+
+
+def _members(hint: Any) -> tuple[type, ...]:
+    """The dataclasses that a type hint admits: itself, a union's members, or a tuple's items."""
+    hint = _strip(hint)
+    if dataclasses.is_dataclass(hint):
+        return (hint,)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType, tuple):
+        return tuple(m for a in typing.get_args(hint) if a is not Ellipsis for m in _members(a))
+    return ()
+
+
+def _tag(cls: type) -> str | None:
+    kind = typing.get_type_hints(cls).get("kind") if dataclasses.is_dataclass(cls) else None
+    return typing.get_args(kind)[0] if kind is not None else None
+
+
+def describe_keys(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Every key of a config, as (dotted key, type, meaning with its default)."""
+    rows = []
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        hint, key = hints[field.name], prefix + field.name
+        members = _members(hint)
+        many = typing.get_origin(_strip(hint)) is tuple
+        info = field.default  # pydantic keeps its FieldInfo here
+        meaning = info.description
+        if not members:
+            if not info.is_required():
+                meaning += f" [{pydantic.TypeAdapter(hint).dump_json(info.default).decode()}]"
+            rows.append((key, _type_name(hint), meaning))
+            continue
+        kinds = [k for m in members if (k := _tag(m))]
+        rows.append((key, "list" if many else " | ".join(kinds) or "keys", meaning))
+        for member in members:
+            inner = f"{key}.0." if many else f"{key}."
+            tag = _tag(member)
+            for k, t, m in describe_keys(member, inner):
+                rows.append((k, t, f"({tag}) {m}" if len(kinds) > 1 and tag else m))
+    return rows
+
+
+def _type_name(hint: Any) -> str:
+    hint = _strip(hint)
+    if typing.get_origin(hint) is Literal:
+        return "|".join(str(a) for a in typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        names = [_type_name(a) for a in typing.get_args(hint)]
+        return "|".join(names)
+    if typing.get_origin(hint) is tuple:
+        return "list"
+    return {type(None): "null"}.get(hint, getattr(hint, "__name__", str(hint)))

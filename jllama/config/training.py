@@ -1,0 +1,129 @@
+"""Optimizer, learning rate, evaluation and checkpoints."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jllama.config.base import (
+    Beta,
+    Count,
+    Fraction,
+    Nonnegative,
+    PositiveFloat,
+    PositiveInt,
+    configclass,
+    default,
+    doc,
+)
+
+
+@configclass
+class AdamWConfig:
+    """AdamW (arXiv:1711.05101), float32 state, after clipping by global norm."""
+
+    kind: Literal["adamw"] = doc("Adam with decoupled weight decay")
+    beta1: Beta = doc("decay of the first moment")
+    beta2: Beta = doc("decay of the second moment")
+    eps: PositiveFloat = doc("added to the root of the second moment")
+    weight_decay: Nonnegative = doc("decoupled decay of matrices, times the learning rate")
+    clip_norm: PositiveFloat = doc("largest global norm of the gradient")
+
+
+@configclass
+class MuonConfig:
+    """Muon (Jordan et al., 2024) for the blocks' matrices, AdamW for the rest.
+
+    Updates have the root mean square of AdamW's (arXiv:2502.16982, equation 4), so that learning
+    rate and weight decay carry over.
+    """
+
+    kind: Literal["muon"] = doc("orthogonalised momentum for the blocks' matrices, else AdamW")
+    momentum: Beta = doc("decay of the matrices' Nesterov momentum")
+    beta1: Beta = doc("AdamW: decay of the first moment")
+    beta2: Beta = doc("AdamW: decay of the second moment")
+    eps: PositiveFloat = doc("AdamW: added to the root of the second moment")
+    weight_decay: Nonnegative = doc("decoupled decay of matrices, times the learning rate")
+    clip_norm: PositiveFloat = doc("largest global norm of the gradient")
+
+
+Optimizer = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
+
+
+@configclass
+class CosineSchedule:
+    """Linear warm-up, then a half cosine to `floor` times the peak."""
+
+    kind: Literal["cosine"] = doc("warm-up, then a half cosine")
+    peak: PositiveFloat = doc("learning rate after the warm-up")
+    warmup_steps: Count = doc("steps of linear warm-up")
+    floor: Fraction = doc("last learning rate over the peak")
+
+
+@configclass
+class ConstantSchedule:
+    """Linear warm-up, then constant."""
+
+    kind: Literal["constant"] = doc("warm-up, then constant")
+    peak: PositiveFloat = doc("learning rate after the warm-up")
+    warmup_steps: Count = doc("steps of linear warm-up")
+
+
+@configclass
+class WsdSchedule:
+    """Warm-up, stable, decay (arXiv:2404.06395): constant, then linear to `floor` x the peak."""
+
+    kind: Literal["wsd"] = doc("warm-up, constant, then a linear decay at the end")
+    peak: PositiveFloat = doc("learning rate after the warm-up")
+    warmup_steps: Count = doc("steps of linear warm-up")
+    decay_steps: PositiveInt = doc("steps of the decay at the end")
+    floor: Fraction = doc("last learning rate over the peak")
+
+
+Schedule = Annotated[CosineSchedule | ConstantSchedule | WsdSchedule, Field(discriminator="kind")]
+
+
+@configclass
+class TrainingConfig:
+    """The optimisation."""
+
+    steps: PositiveInt = doc("optimizer steps of the whole run")
+    batch_size: PositiveInt = doc("rows per step, over all devices")
+    accumulate: PositiveInt = default("microbatches a step is split into", 1)
+    init_from: str = default(
+        "begin from these parameters: a run, one of its steps, or a model's folder in any format;"
+        " or with adapt.kind=lora from this adapter; empty is from fresh ones",
+        "",
+    )
+    z_loss: Nonnegative = default("weight of log(Z)^2 in the loss", 0.0)
+    optimizer: Optimizer = doc("optimizer")
+    schedule: Schedule = doc("learning rate")
+
+    def __post_init__(self):
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate} must divide batch_size={self.batch_size}"
+            )
+        warmup = self.schedule.warmup_steps + getattr(self.schedule, "decay_steps", 0)
+        if warmup > self.steps:
+            raise ValueError(f"schedule: warm-up and decay take {warmup} of steps={self.steps}")
+
+
+@configclass
+class EvalConfig:
+    """Evaluation on the held-out sources."""
+
+    every: Count = default("steps between evaluations; 0 is only at the end", 0)
+    batch_size: PositiveInt = default("rows at a time", 16)
+    max_rows: Count = default("rows per evaluation while training; 0 is all", 0)
+    stride: Count = default(
+        "at the end: new tokens scored per row, the rest being context; 0 is all of them", 0
+    )
+    compare_xz: bool = default("at the end: also compress the held-out text with xz -9", False)
+
+
+@configclass
+class CheckpointConfig:
+    """Checkpoints of the run."""
+
+    every: Count = default("steps between checkpoints; 0 is only at the end", 1000)
+    keep: PositiveInt = default("newest checkpoints kept", 2)

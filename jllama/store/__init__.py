@@ -1,0 +1,1 @@
+"""Models and adapters on storage: what a path holds, and its parameters."""

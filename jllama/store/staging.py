@@ -1,0 +1,113 @@
+"""Checkpoints on stores that Orbax does not write, s3:// today: made locally, then copied.
+
+Orbax's arrays go through TensorStore's drivers for local files and for gs:// alone. A step is
+complete at the URL once `STEP/commit_success.txt` is there, which is put last: the name and meaning
+that Orbax gives it on gs://. One process only: each would see no other's part of a step.
+"""
+
+import contextlib
+import glob
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from jllama.errors import StorageError, UserError
+from jllama.files import storage
+
+_MARKER = "commit_success.txt"
+
+
+def needed(folder: Path) -> bool:
+    """Whether checkpoints in this folder go through a local one."""
+    return str(folder).startswith("s3://")
+
+
+def steps(folder: Path) -> list[int]:
+    """The complete steps at the URL, in order."""
+    found = storage.matches(f"{glob.escape(str(folder))}/*/{_MARKER}")
+    numbers = [name.split("/")[-2] for name in found]
+    return sorted(int(n) for n in numbers if n.isdigit())
+
+
+@contextlib.contextmanager
+def fetched(folder: Path, step: int) -> Iterator[Path]:
+    """A local folder that has a step of `folder`, while the context lasts.
+
+    Raises UserError when the step is not complete at the end of the copy: its marker goes first.
+    """
+    with tempfile.TemporaryDirectory(prefix="jllama-checkpoint-") as local:
+        there = folder / str(step)
+        pairs = []
+        for name in storage.matches(f"{glob.escape(str(there))}/**"):
+            file = Path(local, str(step), name.removeprefix(f"{there}/"))
+            if file.name != _MARKER:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                pairs.append((storage.path(name), file))
+        try:
+            storage.transfer(storage.download, pairs)
+        finally:
+            if not storage.exists(there / _MARKER):
+                raise UserError(f"{there}: not complete; another run may be removing it")
+        yield Path(local)
+
+
+class Staging:
+    """A local folder that Orbax saves to, and the thread that copies its steps to the URL."""
+
+    def __init__(self, folder: Path, keep: int):
+        """Raises UserError for a run of several processes."""
+        if jax.process_count() > 1:
+            raise UserError(
+                f"{folder}: checkpoints of several processes go to gs:// or a mounted folder;"
+                " mount the bucket, or choose another run.folder"
+            )
+        self._folder, self._keep = folder, keep
+        self._temporary = tempfile.TemporaryDirectory(prefix="jllama-checkpoints-")
+        self.local = Path(self._temporary.name)
+        self._thread: threading.Thread | None = None
+        self._error: UserError | None = None
+
+    def publish(self, step: int, saved: Callable[[], None]) -> None:
+        """Copies the step once `saved` has returned, and drops old ones.
+
+        `saved` waits until the step is complete in the local folder, and raises if it is not.
+        """
+        self.wait()
+        self._thread = threading.Thread(target=self._publish, args=(step, saved), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns once what was published is at the URL; UserError if it did not get there."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """Gives the local folder back."""
+        if self._thread is not None:
+            self._thread.join()
+        self._temporary.cleanup()
+
+    def _publish(self, step: int, saved: Callable[[], None]) -> None:
+        here, there = self.local / str(step), self._folder / str(step)
+        try:
+            saved()
+            # A step that was cut short here may have left its files.
+            storage.remove_folder(there)
+            files = [f for f in here.rglob("*") if f.is_file()]
+            pairs = [(f, there / f.relative_to(here).as_posix()) for f in files]
+            storage.transfer(storage.upload, pairs)
+            storage.write_text(there / _MARKER, f"{len(files)} files\n")
+            for old in steps(self._folder)[: -self._keep]:
+                storage.remove(self._folder / str(old) / _MARKER)  # first, and so it is gone
+                storage.remove_folder(self._folder / str(old))
+        except UserError as e:
+            self._error = e
+        except Exception as e:  # nobody hears this thread: whatever it met, `wait` says it
+            self._error = StorageError(f"{there}: not written: {storage.one_line(e)}")

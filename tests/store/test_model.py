@@ -1,0 +1,215 @@
+"""A run that begins from a model's parameters, in whichever format."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import recipes as small
+import tiny
+
+import jllama
+from jllama.config import (
+    AdaptiveRopeScaling,
+    LinearRopeScaling,
+    MeshConfig,
+    NoRopeScaling,
+    ShardingConfig,
+    TrainedTokenizer,
+    YarnRopeScaling,
+)
+from jllama.config import recipe as recipes
+from jllama.errors import UserError
+from jllama.interop import hf
+from jllama.model import llama
+from jllama.parallel.mesh import make_mesh
+from jllama.parallel.sharding import Placement
+from jllama.store import checkpoint
+from jllama.store.model import open_model, write_model
+from jllama.text.vocabulary import train_sentencepiece
+from jllama.train.initial import open_initial
+from jllama.train.loop import train
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+MODEL = tiny.config(vocab_size=320, num_layers=2, num_kv_heads=2, max_length=48)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return small.on_disk(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params(MODEL)
+
+
+@pytest.fixture(scope="module", params=["hf", "jllama"])
+def source(request, tmp_path_factory, params):
+    folder = tmp_path_factory.mktemp("models") / request.param
+    if request.param == "hf":
+        hf.write_folder(folder, MODEL, params, None)
+    else:
+        write_model(folder, MODEL, params, None)
+    return folder
+
+
+def recipe(text, runs, source, *more):
+    """One step, too small to change a bit."""
+    return recipes.load(
+        text,
+        [
+            f"training.init_from={source}",
+            "training.schedule.peak=1e-30",
+            "training.schedule.warmup_steps=0",
+            "training.steps=2",
+            "run.stop_after=1",
+            f"run.folder={runs}",
+            "mesh.fsdp=4",
+            "mesh.tensor=2",
+            *more,
+        ],
+    )
+
+
+def test_a_run_begins_from_a_models_parameters_and_resumes_without_it(
+    text, source, params, tmp_path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    config = recipe(text, tmp_path / "runs", copy)
+    first = train(config)
+    assert first.steps == 1
+    run = tmp_path / "runs" / "run"
+    jax.tree.map(np.testing.assert_array_equal, jllama.load(run).params, params)
+    shutil.rmtree(copy)
+    assert train(small.replace(config, run={"stop_after": 0})).done
+    # A run is a model too.
+    again = train(recipe(text, tmp_path / "more", run, "run.name=again"))
+    assert again.steps == 1
+    jax.tree.map(
+        np.testing.assert_array_equal, jllama.load(tmp_path / "more" / "again").params, params
+    )
+
+
+def test_another_model_is_refused_by_key_before_anything_is_made(text, source, tmp_path):
+    config = recipe(text, tmp_path / "runs", source, "model.ffn_dim=96")
+    with pytest.raises(UserError, match=r"init_from=.*: model\.ffn_dim is 96, there 80$"):
+        train(config)
+    config = recipe(text, tmp_path / "runs", source, "model.vocab_size=336")
+    with pytest.raises(UserError, match=r"is 336, there 320; more rows .*vocabulary grow$"):
+        train(config)
+    config = recipe(text, tmp_path / "runs", tmp_path / "absent")
+    with pytest.raises(UserError, match=r"^training\.init_from: .*absent: no such folder"):
+        train(config)
+    assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
+
+
+def test_a_recipe_takes_the_architecture_of_a_models_folder(text, source, tmp_path):
+    if source.name == "jllama":
+        config = recipe(text, tmp_path / "runs", source, f"model={source}", "model.max_length=40")
+        assert config.model == dataclasses.replace(MODEL, max_length=40)
+    else:
+        with pytest.raises(UserError, match=r"^model: .*hf: has no config\.yaml.*jllama convert"):
+            recipe(text, tmp_path / "runs", source, f"model={source}")
+
+
+def test_another_tokenizer_is_said(text, params, tmp_path, capsys):
+    text_here = Path(__file__).read_text()
+    tokenizer = train_sentencepiece([text_here], TrainedTokenizer(kind="train", vocab_size=300))
+    write_model(tmp_path / "model", MODEL, params, tokenizer)
+    said = "the tokenizer is not that of training.init_from="
+    train(recipe(text, tmp_path / "runs", tmp_path / "model"))
+    assert said in capsys.readouterr().err
+    own = ["tokenizer.kind=file", f"tokenizer.path={tmp_path / 'model'}", "run.name=own"]
+    train(recipe(text, tmp_path / "runs", tmp_path / "model", *own))
+    assert said not in capsys.readouterr().err
+
+
+def test_another_rope_is_another_function_of_the_same_shapes_and_is_said(
+    text, source, tmp_path, capsys
+):
+    train(recipe(text, tmp_path / "runs", source, "model.rope_theta=1e6", "model.max_length=64"))
+    said = capsys.readouterr().err
+    assert "model.rope_theta is 1000000.0, there 10000.0" in said
+    assert "model.max_length is 64, there 48" in said
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        (
+            LinearRopeScaling(kind="linear", factor=2.0),
+            "factor=2 takes model.max_length=192 to 96 positions, and it was trained for 48; the"
+            " factor that fits is 4",
+        ),
+        (
+            LinearRopeScaling(kind="linear", factor=8.0),
+            "factor=8 takes model.max_length=192 to 24 positions, and it was trained for 48; the"
+            " factor that fits is 4",
+        ),
+        (LinearRopeScaling(kind="linear", factor=4.0), ""),
+        (
+            YarnRopeScaling(kind="yarn", factor=8.0, original_length=24),
+            "original_length=24 is not what it was trained for; that would be 48",
+        ),
+        (YarnRopeScaling(kind="yarn", factor=4.0, original_length=48), ""),
+        (
+            AdaptiveRopeScaling(kind="adaptive", factor=2.0, original_length=48),
+            "original_length=48 is not what it was trained for; that would be 96",
+        ),
+        (NoRopeScaling(kind="none"), ""),
+    ],
+)
+def test_a_scaling_made_for_a_model_of_another_length_is_said(rope, said, source, text, capsys):
+    config = recipe(text, "unused", source)
+    model = dataclasses.replace(MODEL, max_length=192, rope=rope)
+    open_initial(dataclasses.replace(config, model=model))
+    found = capsys.readouterr().err
+    assert f"model.rope.{said}\n" in found if said else "trained for" not in found
+
+
+def test_meta_folders_may_have_another_rope_and_epsilon_too(tmp_path, text, capsys):
+    shutil.copytree(FIXTURES / "meta-llama3", tmp_path / "meta")
+    params = json.loads((tmp_path / "meta" / "params.json").read_text())
+    file = ["tokenizer.kind=file", "tokenizer.path=none"]
+    config = recipes.load(text, [f"training.init_from={tmp_path / 'meta'}", *file])
+    there = open_model(FIXTURES / "hf-llama3").config
+    wanted = dataclasses.replace(there, rope_theta=1e6, rms_norm_eps=1e-4)
+    stored = open_initial(dataclasses.replace(config, model=wanted)).model
+    assert stored.config.rope_theta == params["rope_theta"]
+    assert stored.config.rms_norm_eps == params["norm_eps"]
+    said = capsys.readouterr().err
+    assert f"model.rope_theta is 1000000.0, there {params['rope_theta']}" in said
+    assert f"model.rms_norm_eps is 0.0001, there {params['norm_eps']}" in said
+    with pytest.raises(UserError, match="ffn_dim is"):
+        wider = dataclasses.replace(wanted, ffn_dim=2 * wanted.ffn_dim)
+        open_initial(dataclasses.replace(config, model=wider))
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 1}, {"fsdp": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_array_larger_than_orbax_may_hold_is_read(monkeypatch, tmp_path, params, mesh, dtype):
+    write_model(tmp_path / "own", MODEL, params, None)
+    monkeypatch.setattr(checkpoint, "_LEAST_ROOM", 0)  # as if all arrays were large
+    devices = jax.devices()[: np.prod(list(mesh.values()))]
+    placement = Placement(make_mesh(MeshConfig(**mesh), devices), ShardingConfig())
+    placed = llama.placed_shapes(MODEL, placement, dtype, "float32")
+    got = open_model(tmp_path / "own").read(placed)
+    wanted = jax.tree.map(lambda x, like: x.astype(like.dtype), params, placed)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def test_what_a_folder_is_is_found_by_looking(source, tmp_path):
+    assert open_model(source).format == source.name
+    both = tmp_path / "both"
+    shutil.copytree(source, both)
+    for name in ("config.json", "config.yaml"):
+        (both / name).touch()
+    with pytest.raises(UserError, match="may be jllama or hf; convert the one that you mean"):
+        open_model(both)
+    with pytest.raises(UserError, match="not a model; expected a run or a model"):
+        open_model(tmp_path)
