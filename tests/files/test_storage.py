@@ -39,7 +39,8 @@ from jllama.errors import StorageError, UserError
 from jllama.files import storage
 from jllama.files.mirror import Mirror
 from jllama.store import staging
-from jllama.store.checkpoint import Checkpoints, latest_step
+from jllama.store.checkpoint import Checkpoints
+from jllama.store.find import latest_step
 from jllama.text.tokenizer import load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train.loop import train

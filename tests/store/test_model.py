@@ -28,7 +28,9 @@ from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.store import checkpoint
-from jllama.store.model import open_model, write_model
+from jllama.store.find import find
+from jllama.store.model import open_model
+from jllama.store.write import write_model
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train.initial import open_initial
 from jllama.train.loop import train
@@ -177,7 +179,7 @@ def test_meta_folders_may_have_another_rope_and_epsilon_too(tmp_path, text, caps
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
     file = ["tokenizer.kind=file", "tokenizer.path=none"]
     config = recipes.load(text, [f"training.init_from={tmp_path / 'meta'}", *file])
-    there = open_model(FIXTURES / "hf-llama3").config
+    there = open_model(find(FIXTURES / "hf-llama3")).config
     wanted = dataclasses.replace(there, rope_theta=1e6, rms_norm_eps=1e-4)
     stored = open_initial(dataclasses.replace(config, model=wanted)).model
     assert stored.config.rope_theta == params["rope_theta"]
@@ -198,18 +200,18 @@ def test_an_array_larger_than_orbax_may_hold_is_read(monkeypatch, tmp_path, para
     devices = jax.devices()[: np.prod(list(mesh.values()))]
     placement = Placement(make_mesh(MeshConfig(**mesh), devices), ShardingConfig())
     placed = llama.placed_shapes(MODEL, placement, dtype, "float32")
-    got = open_model(tmp_path / "own").read(placed)
+    got = open_model(find(tmp_path / "own")).read(placed)
     wanted = jax.tree.map(lambda x, like: x.astype(like.dtype), params, placed)
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 def test_what_a_folder_is_is_found_by_looking(source, tmp_path):
-    assert open_model(source).format == source.name
+    assert find(source).format == source.name
     both = tmp_path / "both"
     shutil.copytree(source, both)
     for name in ("config.json", "config.yaml"):
         (both / name).touch()
     with pytest.raises(UserError, match="may be jllama or hf; convert the one that you mean"):
-        open_model(both)
+        open_model(find(both))
     with pytest.raises(UserError, match="not a model; expected a run or a model"):
-        open_model(tmp_path)
+        open_model(find(tmp_path))
