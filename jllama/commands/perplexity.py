@@ -42,7 +42,7 @@ from jllama.files import storage
 from jllama.generate.llama import Llama, adapter_weights
 from jllama.progress import Progress
 from jllama.store.find import find
-from jllama.store.model import open_adapted
+from jllama.store.model import architecture_at, open_adapted
 from jllama.text.tokenizer import Tokenizer
 
 matplotlib.use("Agg")  # a file is all that is wanted; no display is needed
@@ -199,7 +199,7 @@ def _read(data: str) -> Iterator[str]:
     """The texts, one after the other."""
     path = storage.path(data)
     if path.suffix in (".yaml", ".yml"):
-        recipe = recipes.load(path)
+        recipe = recipes.load(path, architecture=architecture_at)
     elif storage.exists(path / "config.yaml"):
         recipe = recipes.load(path / "config.yaml")
     else:

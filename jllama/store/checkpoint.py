@@ -8,7 +8,7 @@ optimizer's state; a model or an adapter alone has a step 0 with `trainable`.
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +143,11 @@ def load_trees(run: Path, step: int, **placed: Any) -> dict[str, Any]:
     it is incomplete, or a tree has other leaves.
     """
     with (
-        _step_folder(run, step) as folder,
+        _step_folder(run, step, placed) as folder,
         contextlib.closing(ocp.StandardCheckpointHandler()) as handler,
     ):
         return {
-            name: _restore(handler, folder / name, run, ocp.args.StandardRestore(tree))
+            name: _restore(handler, folder / name, run, step, ocp.args.StandardRestore(tree))
             for name, tree in placed.items()
         }
 
@@ -155,19 +155,19 @@ def load_trees(run: Path, step: int, **placed: Any) -> dict[str, Any]:
 def load_params(
     run: Path, step: int, placed: llama.Params, each: EachLeaf | None = None
 ) -> llama.Params:
-    """The tree `trainable` of a step, with little more of it in the host's memory than an array.
+    """The tree `trainable` of a step, with little more than one array in the host's memory.
 
     Args:
       placed: `llama.placed_shapes`.
       each: what is kept of an array, before the next one is read.
 
-    Called and raises as `load_trees`.
+    Called by the same processes as `load_trees`, and raises the same errors.
     """
     kind = ocp.PyTreeCheckpointHandler if each else ocp.StandardCheckpointHandler
-    # Orbax would hold all of it on the host as well.
+    # By default Orbax would hold all of it on the host as well.
     handler = kind(restore_concurrent_gb=room_for(placed) / 1e9)
-    with _step_folder(run, step) as folder, contextlib.closing(handler):
-        restore = functools.partial(_restore, handler, folder / "trainable", run)
+    with _step_folder(run, step, ["trainable"]) as folder, contextlib.closing(handler):
+        restore = functools.partial(_restore, handler, folder / "trainable", run, step)
         if each is None:
             return restore(ocp.args.StandardRestore(placed))
 
@@ -179,26 +179,30 @@ def load_params(
 
 
 @contextlib.contextmanager
-def _step_folder(run: Path, step: int) -> Iterator[Path]:
-    """The folder of a complete step, copied from stores that Orbax does not read."""
+def _step_folder(run: Path, step: int, trees: Collection[str]) -> Iterator[Path]:
+    """The folder of a complete step; from a store that Orbax does not read, a copy of `trees`."""
     folder = run / CHECKPOINTS
     if not is_complete(folder, step):
         steps = ", ".join(map(str, complete_steps(folder))) or "none"
         raise UserError(f"{folder}: no step {step}; there are: {steps}")
     if staging.needed(folder):
-        with staging.fetched(folder, step) as local:
-            yield local / str(step)
+        with staging.fetched(folder, step, trees) as local:
+            yield local
     else:
         yield storage.absolute(folder) / str(step)
 
 
 def _restore(
-    handler: ocp.CheckpointHandler, folder: Path, run: Path, asked: ocp.args.CheckpointArgs
+    handler: ocp.CheckpointHandler,
+    folder: Path,
+    run: Path,
+    step: int,
+    asked: ocp.args.CheckpointArgs,
 ) -> Any:
-    """One tree; `run` is named in errors."""
-    # A handler reads without the barriers of a manager: processes read their own arrays alone.
-    where = run / CHECKPOINTS / folder.parent.name
+    """The tree in `folder`; errors name the run's step."""
+    where = run / CHECKPOINTS / str(step)
     try:
+        # A manager would list and check the whole run, and wait for processes without a part.
         restored = handler.restore(epath.Path(folder), args=asked)
     except Exception as e:  # Orbax raises what its storage raises
         if is_loss(e):

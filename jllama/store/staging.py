@@ -9,7 +9,7 @@ import contextlib
 import glob
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import jax
@@ -25,17 +25,17 @@ def needed(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def fetched(folder: Path, step: int) -> Iterator[Path]:
-    """A local folder that has a step of `folder`, while the context lasts.
+def fetched(folder: Path, step: int, trees: Collection[str]) -> Iterator[Path]:
+    """A local folder that has some trees of a step of `folder`, while the context lasts.
 
     Raises UserError when the step is not complete at the end of the copy: its marker goes first.
     """
     with tempfile.TemporaryDirectory(prefix="jllama-checkpoint-") as local:
         there = folder / str(step)
         pairs = []
-        for name in storage.matches(f"{glob.escape(str(there))}/**"):
-            file = Path(local, str(step), name.removeprefix(f"{there}/"))
-            if file.name != COMMITTED:
+        for tree in trees:
+            for name in storage.matches(f"{glob.escape(str(there / tree))}/**"):
+                file = Path(local, name.removeprefix(f"{there}/"))
                 file.parent.mkdir(parents=True, exist_ok=True)
                 pairs.append((storage.path(name), file))
         try:
