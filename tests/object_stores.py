@@ -13,7 +13,7 @@ import subprocess
 import sys
 import typing
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from urllib.parse import parse_qs, unquote, urlparse
 
@@ -59,9 +59,9 @@ def running(scheme: str) -> Iterator[dict[str, str]]:
         server.stdout.close()
 
 
-def asked(environment: dict[str, str]) -> list[str]:
+def asked(scheme: str, environment: Mapping[str, str] = os.environ) -> list[str]:
     """The requests that a store had since the last call, each as "METHOD path?query"."""
-    url = next(value for value in environment.values() if value.startswith("http"))
+    url = environment[_ENDPOINTS[scheme][0]]
     with urllib.request.urlopen(f"{url}{_ASKED}") as answer:
         return answer.read().decode().splitlines()
 

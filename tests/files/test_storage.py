@@ -40,7 +40,8 @@ from jllama.files import storage
 from jllama.files.mirror import Mirror
 from jllama.store import staging
 from jllama.store.checkpoint import Checkpoints
-from jllama.store.find import complete_steps, latest_step
+from jllama.store.find import complete_steps, find, latest_step
+from jllama.store.model import open_model
 from jllama.text.tokenizer import load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train.loop import train
@@ -374,6 +375,11 @@ def test_a_run_at_urls_stops_resumes_and_is_the_run_on_disk(
     result = train(config)
     assert (result.done, result.eval) == (True, on_disk.eval)
     assert "resumed at step 5 of 10" in capsys.readouterr().err
+    object_stores.asked(scheme)
+    assert open_model(find(run)).place == run / "checkpoints" / "10"
+    # The run, its config, its steps, the newest one's marker and the tokenizer.
+    asked = object_stores.asked(scheme)
+    assert len(asked) == 6, asked
     ours, theirs = (
         [(x["step"], x["loss"]) for x in read(f / "metrics.jsonl") if "loss" in x]
         for f in (run, on_disk.folder)
