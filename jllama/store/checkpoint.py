@@ -86,6 +86,7 @@ class Checkpoints:
 
         Raises `UserError` when one cannot be read, or has another shape.
         """
+        self.wait()  # the step may be on its way
         return load_trees(self._folder.parent, step, **placed)
 
     def wait(self) -> None:
