@@ -15,7 +15,7 @@ import qwix
 
 from jllama.model.linear import dense
 from jllama.model.param import EachLeaf, dotted
-from jllama.parallel.sharding import coarser
+from jllama.parallel.sharding import scales_sharding
 
 Kind = Literal["int8", "int4", "nf4"]
 
@@ -54,7 +54,7 @@ def quantizing(x: Any, inputs: int, kind: Kind) -> tuple[Any, Any]:
     """The program that quantises a matrix, an array or a placed shape, and its placed result."""
     run = functools.partial(rounded, inputs=inputs, kind=kind)
     shapes = jax.eval_shape(run, x)
-    places = jax.tree.map(lambda s: coarser(x.sharding, s.shape, x.shape), shapes)
+    places = jax.tree.map(lambda s: scales_sharding(x.sharding, s.shape, x.shape), shapes)
     placed = jax.tree.map(
         lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
     )

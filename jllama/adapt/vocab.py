@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from jllama.model.llama import Params
-from jllama.parallel.sharding import with_whole_rows
+from jllama.parallel.sharding import whole_rows_sharding
 
 TABLES = ("embedding", "head")
 # How a new row is made: the mean of the rows of the base's pieces that spell it, the mean of all
@@ -36,7 +36,7 @@ def with_rows(placed: Params, rows: int) -> Params:
         if leaf.shape[0] == rows:
             return leaf
         shape = (rows, *leaf.shape[1:])
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=with_whole_rows(leaf.sharding))
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=whole_rows_sharding(leaf.sharding))
 
     return _tables(placed, change)
 

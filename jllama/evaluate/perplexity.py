@@ -34,7 +34,7 @@ from jllama.generate.llama import Llama, Mixture
 from jllama.model import llama
 from jllama.model.cross_entropy import cross_entropy
 from jllama.model.rope import Turns, effective_theta, original_length, turns
-from jllama.parallel.context import over_positions
+from jllama.parallel.context import context_placement
 from jllama.parallel.sharding import Placement, activated
 
 # Tokens of a batch of windows, where a single one is not longer.
@@ -121,7 +121,7 @@ def perplexity(
         model.config, rope=NoRopeScaling(kind="none"), rope_theta=1e4, max_length=length
     )
     batch = max(1, min(len(windows), BATCH_TOKENS // length))
-    total, overlay, placement = 0.0, model.overlay(adapter), over_positions(model.params)
+    total, overlay, placement = 0.0, model.overlay(adapter), context_placement(model.params)
     for start in range(0, len(windows), batch):
         some = np.stack([row[-length - 1 :] for row in windows[start : start + batch]])
         weights = (np.arange(batch) < len(some)).astype(np.float32)

@@ -24,7 +24,7 @@ from jllama.generate import engine
 from jllama.generate.sampling import Sampling
 from jllama.model import llama
 from jllama.model.rope import Turns, turns
-from jllama.parallel.context import over_positions
+from jllama.parallel.context import context_placement
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement, activated
 from jllama.store.adapter import open_adapted, quantizer, read_base
@@ -95,7 +95,7 @@ class Llama:
         angles = turns(self.config, tokens.shape[1] if length is None else length)
         overlay = self.overlay(adapter)
         tokens = tokens.astype(np.int32)
-        placement = over_positions(self.params)
+        placement = context_placement(self.params)
         return _logits(self.params, self.config, self.compute, tokens, angles, overlay, placement)
 
     def generate(

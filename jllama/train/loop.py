@@ -77,12 +77,12 @@ def train(config: Config) -> Result:
     from another config, or a loss that is not finite.
 
     With several processes, all call it; a signal to one of them stops all at the same step. Ends
-    the process as `leaving_together` says when one of them fails.
+    the process as `ending_together` says when one of them fails.
     """
     distributed.start(config.distributed)
     use_compilation_cache(config.run.compilation_cache)
     folder = storage.path(config.run.folder) / config.run.name
-    leaving = functools.partial(distributed.leaving_together, lambda: run_folder.advice(folder))
+    leaving = functools.partial(distributed.ending_together, lambda: run_folder.advice(folder))
     # The inner one leaves before the stack waits for what the other processes have part in, such
     # as a checkpoint; the outer one hears what the stack meets.
     with leaving(), contextlib.ExitStack() as stack, leaving():

@@ -129,8 +129,8 @@ RECIPE = "configs/train/tiny.yaml"
         (["tiny"], "give --mesh AXIS=SIZE,..., such as --mesh fsdp=8,tensor=4, or --devices N"),
         (["llama9", "--mesh", "fsdp=8"], "no 'llama9'"),
         (["tiny", "--mesh", "width=8"], "'width=8' is no AXIS=SIZE"),
-        (["tiny", "--mesh", "fsdp"], "'fsdp': the size is a whole number"),
-        (["tiny", "--mesh", "fsdp=0"], "sizes are at least 1"),
+        (["tiny", "--mesh", "fsdp"], "'fsdp': the size must be a whole number"),
+        (["tiny", "--mesh", "fsdp=0"], "sizes must be at least 1"),
         (["tiny", "--mesh", "fsdp=-1,tensor=-1"], "at most one is -1"),
         (
             ["tiny", "--mesh", "fsdp=-1"],

@@ -26,7 +26,7 @@ from jllama.evaluate.perplexity import ROPES, perplexity, scaled, windows
 from jllama.generate.llama import Llama
 from jllama.model import llama
 from jllama.model.rope import inverse_frequencies, turns
-from jllama.parallel.context import over_positions
+from jllama.parallel.context import context_placement
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 
@@ -183,7 +183,7 @@ def test_it_compiles_for_several_tpu_chips_with_their_own_kernel(no_cache):
         jax.ShapeDtypeStruct((1,), np.float32),
     )
     args = (params, config, tiny.compute(), rows, weights, turns(config), None, 64)
-    program = module._nll.lower(*args, over_positions(params)).compile().as_text()
+    program = module._nll.lower(*args, context_placement(params)).compile().as_text()
     assert "splash" in program
 
 
