@@ -21,7 +21,7 @@ from jllama.config import Config, LoraConfig
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.model.llama import init_params
-from jllama.model.param import kept
+from jllama.model.param import map_leaves
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import causal_lm_loss
@@ -77,7 +77,7 @@ def ready(config: Config) -> tuple[Any, TrainState, Any, dict[str, jax.Array]]:
             ),
             out_shardings=jax.tree.map(lambda s: s.sharding, shapes),
         )
-        base = kept(draw(jax.random.key(1)), freezer(config))
+        base = map_leaves(draw(jax.random.key(1)), freezer(config))
         frozen = without_whole(base, definition.shapes.trainable)
     state = init_state(definition, 0, base)
     step = make_train_step(config, lambda *a: causal_lm_loss(config, *a), definition, placement)

@@ -17,7 +17,7 @@ from jllama.interop import gguf, hf, peft
 from jllama.interop.gguf import KINDS, kind_of, write_gguf
 from jllama.interop.parameters import cast_params
 from jllama.model import llama
-from jllama.model.param import kept
+from jllama.model.param import map_leaves
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.progress import say
@@ -136,7 +136,7 @@ def _merged(
         then = "" if written in kinds else f", before it is written as {written}"
     base = read_on_host(stored, stored.dtype, stored.scale_dtype)
     config, overlay = adapter.read(stored.config, _host(), base)
-    base = kept(base, quantizer(stored.config, adapter.quantize))
+    base = map_leaves(base, quantizer(stored.config, adapter.quantize))
     params, rounding = lora.merge(config, base, overlay, dtype)
     say(
         f"merged {adapter.path.name}: its matrices changed by {rounding.change:.2g} of themselves;"

@@ -207,7 +207,7 @@ def together(action: Callable[[], _T]) -> _T:
     return result
 
 
-def same(what: str, text: str, fix: str) -> None:
+def check_same(what: str, text: str, fix: str) -> None:
     """Raises `SharedError` unless `text` is the same in every process."""
     digests = _gather_texts(hashlib.sha256(text.encode()).hexdigest())
     other = next((i for i, digest in enumerate(digests) if digest != digests[0]), None)

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jllama.errors import StorageError, UserError
 from jllama.files import storage
 from jllama.model import llama
-from jllama.model.param import EachLeaf, dotted, kept
+from jllama.model.param import EachLeaf, dotted, map_leaves
 from jllama.parallel.distributed import is_loss
 from jllama.store import staging
 from jllama.store.staging import Staging
@@ -201,7 +201,7 @@ def load_params(
             restored = _restore(manager, where, step, _part, trainable=part)["trainable"]
             return each(path, *jax.tree.leaves(restored))
 
-        return kept(placed, alone)
+        return map_leaves(placed, alone)
 
 
 def load_trees(run: Path, step: int, **placed: Any) -> dict[str, Any]:

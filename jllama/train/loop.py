@@ -91,7 +91,7 @@ def train(config: Config) -> Result:
 
 def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     together, leader = distributed.together, distributed.leader()
-    distributed.same(
+    distributed.check_same(
         "the recipe", run_folder.told_alike(config), "start all with the same arguments"
     )
     placement = together(lambda: Placement(make_mesh(config.mesh), config.sharding))
@@ -105,11 +105,11 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     # where prepared data is not on shared storage.
     data = together(lambda: run_folder.begin(config, folder, stack, known) if leader else None)
     data = together(lambda: data or run_folder.join(config, folder))
-    distributed.same("the prepared text", run_folder.digests(data), "give all the same files")
+    distributed.check_same("the prepared text", run_folder.digests(data), "give all the same files")
     checkpoints = together(lambda: Checkpoints(folder, config.checkpoint.keep))
     stack.callback(checkpoints.close)
     start = checkpoints.latest() or 0
-    distributed.same("the newest checkpoint", str(start), "run.folder must be shared storage")
+    distributed.check_same("the newest checkpoint", str(start), "run.folder must be shared storage")
     if leader:
         say(_opening(config, placement, definition, folder, start))
     base = frozen = ()

@@ -20,7 +20,7 @@ from jllama.config import MeshConfig
 from jllama.config import recipe as configs
 from jllama.errors import UserError
 from jllama.interop import hf
-from jllama.model.param import kept
+from jllama.model.param import map_leaves
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.store.adapter import read_base
@@ -314,7 +314,7 @@ def test_a_base_is_quantised_alike_whatever_it_is_read_in(base, adapted, dtype):
     config = configs.load(run / "config.yaml")
     stored = open_model(base)
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
-    trained = kept(stored.read(base_shapes(config, placement)), freezer(config))
+    trained = map_leaves(stored.read(base_shapes(config, placement)), freezer(config))
     for wanted in (None, "float32", "bfloat16"):
         model = jllama.load(run, dtype=wanted)
         assert model.compute.dtype == (wanted or dtype)
@@ -330,7 +330,7 @@ def test_a_whole_matrix_begins_as_the_base_over_a_quantised_one_too(base):
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
     params = open_model(base).read(base_shapes(config, placement))
     down = np.asarray(params["layers"]["mlp"]["down"]["kernel"])
-    state = init_state(define_state(config, placement), 0, kept(params, freezer(config)))
+    state = init_state(define_state(config, placement), 0, map_leaves(params, freezer(config)))
     np.testing.assert_array_equal(state.trainable["layers"]["mlp"]["down"]["kernel"], down)
 
 
@@ -357,7 +357,7 @@ def test_one_matrix_at_a_time_is_read_and_quantised(base, tmp_path, format):
     params, digest = read_base(stored, places, keep)
     assert max(most) == 1
     assert digest == fingerprint(stored.read(places), "bfloat16")
-    jax.tree.map(np.testing.assert_array_equal, params, kept(stored.read(places), freeze))
+    jax.tree.map(np.testing.assert_array_equal, params, map_leaves(stored.read(places), freeze))
 
 
 def test_an_adapter_is_evaluated_with_its_base(base, one, tmp_path, capsys):

@@ -15,7 +15,7 @@ from jllama.adapt import lora
 from jllama.config import MeshConfig
 from jllama.errors import UserError
 from jllama.model.linear import _dropped
-from jllama.model.param import kept
+from jllama.model.param import map_leaves
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import causal_lm_loss
@@ -40,7 +40,7 @@ class Run:
         base = jax.tree.map(
             lambda x, s: jax.device_put(x.astype(s.dtype), s.sharding), params, shapes
         )
-        base = kept(base, freezer(config))
+        base = map_leaves(base, freezer(config))
         self.state = init_state(self.definition, 0, base)
         self.frozen = lora.without_whole(base, self.state.trainable)
         self.loss = functools.partial(causal_lm_loss, config)
