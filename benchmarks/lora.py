@@ -17,7 +17,7 @@ import time
 import jax
 
 from benchmarks.train_step import ready, recipe
-from jllama.adapt.lora import train_flops_per_token
+from jllama.adapt.lora import adapted_flops_per_token
 from jllama.config import Config
 from jllama.config import recipe as recipes
 from jllama.parallel.mesh import make_mesh
@@ -88,7 +88,8 @@ def main() -> int:
         running[name] = [step, state, frozen, batch]
         rows[name] = {
             "flops": flops(config),
-            "counted": train_flops_per_token(config.model, config.adapt, args.length) * args.length,
+            "counted": args.length
+            * adapted_flops_per_token(config.model, config.adapt, args.length),
             "trained": sum(x.size for x in jax.tree.leaves(state.trainable)),
             "state": sum(x.nbytes for x in jax.tree.leaves((state.trainable, state.opt_state))),
             "frozen": sum(x.nbytes for x in jax.tree.leaves(frozen)),

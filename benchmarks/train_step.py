@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jllama.adapt.lora import train_flops_per_token, without_whole
+from jllama.adapt.lora import adapted_flops_per_token, without_whole
 from jllama.chips import measured_matmul_flops
 from jllama.config import Config, LoraConfig
 from jllama.config import recipe as recipes
@@ -116,7 +116,7 @@ def main() -> int:
             seconds.append(time.perf_counter() - start)
     peaks.append(measured_matmul_flops(args.dtype) / 1e9)
     flops = (
-        train_flops_per_token(config.model, config.adapt, args.length) * args.batch * args.length
+        adapted_flops_per_token(config.model, config.adapt, args.length) * args.batch * args.length
     )
     median = statistics.median(seconds)
     on_device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

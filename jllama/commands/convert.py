@@ -137,7 +137,7 @@ def _merged(
     base = read_on_host(stored, stored.dtype, stored.scale_dtype)
     config, overlay = adapter.read(stored.config, _host(), base)
     base = map_leaves(base, quantizer(stored.config, adapter.quantize))
-    params, rounding = lora.merge(config, base, overlay, dtype)
+    params, rounding = lora.merge_overlay(config, base, overlay, dtype)
     say(
         f"merged {adapter.path.name}: its matrices changed by {rounding.change:.2g} of themselves;"
         f" rounded to {dtype}, they are off by {rounding.error:.2g}{then}"

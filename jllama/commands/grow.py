@@ -49,7 +49,7 @@ def grow(args: argparse.Namespace) -> None:
     size = (count + flops.padding_count(config)) * jnp.dtype(dtype).itemsize
     outputs.check_room(target, size)
     with outputs.stoppable(target):
-        params = vocab.grow(
+        params = vocab.grow_tables(
             read_on_host(stored, dtype, scale_dtype),
             host_places(config, dtype, scale_dtype),
             base,

@@ -101,8 +101,8 @@ def _overlay(found: _Found, length: int) -> dict[str, Any]:
         "base": found.base,
         "adapt": recipes.to_dict(found.lora),
         "adapted": lora.layout(found.model, found.lora),
-        "trained_parameters": lora.parameter_count(found.model, found.lora),
-        "train_flops_per_token": lora.train_flops_per_token(found.model, found.lora, length),
+        "trained_parameters": lora.trained_parameter_count(found.model, found.lora),
+        "train_flops_per_token": lora.adapted_flops_per_token(found.model, found.lora, length),
     }
 
 

@@ -254,7 +254,7 @@ def read_into(file: Path, start: int, buffer: memoryview) -> None:
         raise UserError(f"{file}: truncated at byte {start + done:,}; copy it again")
 
 
-def put(local: Path, file: Path) -> None:
+def copy_file(local: Path, file: Path) -> None:
     """Copies a local file to a path or URL: whole, or not at all."""
     if is_remote(file):
         upload(local, file)

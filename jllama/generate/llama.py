@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jllama.adapt import lora
-from jllama.adapt.mixture import join, weighted
+from jllama.adapt.mixture import join_overlays, weighted
 from jllama.chips import use_compilation_cache
 from jllama.config import ComputeConfig, MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
@@ -48,7 +48,7 @@ class Llama:
       tokenizer: text to ids and back; None where the folder has none, and then texts are an error.
       compute: dtypes and blocking of the computation.
       adapters: names of what was loaded over it, for `adapter`.
-      overlays: what they are, from `jllama.adapt.mixture.join`; None of none.
+      overlays: what they are, from `jllama.adapt.mixture.join_overlays`; None of none.
       whole: names of parameters of `params` that are the adapter's and not the base's.
 
     Where a method takes an `adapter`, it is the name of one, or weights by name, 0 for those that
@@ -335,7 +335,7 @@ def load(
         params, digest = read_base(stored, placed, quantizer(config, kind))
         read = [a.read(config, placement, params, digest) for a in adapters.values()]
         whole = tuple(".".join(path) for _, o in read for path, _ in lora.whole_leaves(o))
-        params, overlays = join(params, read, tuple(adapters))
+        params, overlays = join_overlays(params, read, tuple(adapters))
     return Llama(config, params, stored.tokenizer, compute, tuple(adapters), overlays, whole)
 
 

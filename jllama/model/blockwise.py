@@ -141,7 +141,7 @@ def _cut(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Arra
 
 
 def _bounds(rows: jax.Array, first: jax.Array, t: int, s: int) -> tuple[jax.Array, ...]:
-    """The bounds of each block of queries: rows [I,t], first [I,B,t], and its `visits`, [I] each."""
+    """The bounds of each block of queries: rows [I,t], first [I,B,t], `visits` two times [I]."""
     low, high = visits(rows, first, t, s)
     return _cut(rows, 0, t, mode="edge"), _cut(first, 1, t, mode="edge"), low, high
 

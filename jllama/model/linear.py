@@ -178,7 +178,7 @@ def _gathered(kernel, dtype, x_layout, y_layout):
 
 
 def _part_axes(x, kernel, parts):
-    """The mesh axes of a quantised kernel's values or scales; dimensions of fewer scales are whole."""
+    """The mesh axes of a quantised kernel's values or scales; a dimension with fewer is whole."""
     return tuple(p if n == m else () for n, m, p in zip(x.shape, kernel.shape, parts, strict=True))
 
 

@@ -31,7 +31,7 @@ def depends_on_length(config: ModelConfig) -> bool:
 
 
 def grows(config: ModelConfig) -> bool:
-    """Whether generation rotates all keys anew at every token, for the length of the text so far."""
+    """Whether generation rotates all keys anew at every token, for the text's length so far."""
     return isinstance(config.rope, AdaptiveRopeScaling) and config.rope.growing
 
 
@@ -107,7 +107,7 @@ def _checked(lengths, config):
 
 def _yarn(frequencies: np.ndarray, config: ModelConfig, scaling: YarnRopeScaling) -> np.ndarray:
     def pair(turns: float) -> float:
-        """The index, a fraction, of the pair that makes `turns` turns within the original length."""
+        """The fractional index of the pair that makes `turns` turns in the original length."""
         ratio = math.log(scaling.original_length / (turns * 2 * math.pi))
         return config.head_dim * ratio / (2 * math.log(config.rope_theta))
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from jllama.adapt.lora import train_flops_per_token
+from jllama.adapt.lora import adapted_flops_per_token
 from jllama.chips import Chip
 from jllama.config import Config
 from jllama.flops import BYTES
@@ -63,7 +63,7 @@ class Traffic:
 def model_flops(config: Config) -> float:
     """Model FLOPs of a step: all rows, each as one document, forward and backward."""
     tokens = config.training.batch_size * config.data.length
-    return tokens * train_flops_per_token(config.model, config.adapt, config.data.length)
+    return tokens * adapted_flops_per_token(config.model, config.adapt, config.data.length)
 
 
 def traffic(

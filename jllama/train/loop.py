@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jllama.adapt.lora import train_flops_per_token, without_whole
+from jllama.adapt.lora import adapted_flops_per_token, without_whole
 from jllama.chips import peak_flops, use_compilation_cache
 from jllama.config import Config, LoraConfig, ReplyObjective
 from jllama.data.dataset import eval_batches
@@ -178,7 +178,7 @@ class _Run:
         # What the evaluation needs is known before the training, not after it.
         if config.data.held_out:
             self.eval_rows = placement.batch_rows(config.eval.batch_size, "eval.batch_size")
-        self.flops = train_flops_per_token(config.model, config.adapt, config.data.length)
+        self.flops = adapted_flops_per_token(config.model, config.adapt, config.data.length)
         # Only the leader reports, and measures where no figure is published.
         peak = peak_flops(config.compute.dtype)[0] if distributed.leader() else math.inf
         self.peak = peak * placement.mesh.size

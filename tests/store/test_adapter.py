@@ -531,7 +531,7 @@ def test_info_counts_the_overlay_and_not_full_training(base, adapted, one, other
     assert "rank 4, alpha 8 " in out and "layers.attention.k, layers.attention.o" in out
     figures = json.loads(info(one, "--json")[1])
     assert figures["parameters"] == json.loads(info(base, "--json")[1])["parameters"]
-    assert figures["train_flops_per_token"] == lora.train_flops_per_token(model, overlay, 24)
+    assert figures["train_flops_per_token"] == lora.adapted_flops_per_token(model, overlay, 24)
     assert figures["adapt"]["rank"] == 4 and figures["length"] == 24
     # As exported, to PEFT's format and ours; which has no rows of its own.
     there, ours = tmp_path / "peft", tmp_path / "ours"
