@@ -301,11 +301,23 @@ def replacing(file: Path) -> Iterator[Path]:
         yield part
         os.replace(part, file)
     except BaseException:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)  # see `outputs.stoppable`
-        else:
-            part.unlink(missing_ok=True)
+        discard(part)
         raise
+
+
+def discard(part: Path) -> None:
+    """Removes a local file or folder, even a folder that threads still write to.
+
+    The threads would make a removed folder again, so a file takes its place until it is removed:
+    everything that they write to the folder fails.
+    """
+    moved = part.with_suffix(".removed")
+    while part.is_dir():
+        part.rename(moved)
+        with contextlib.suppress(FileExistsError):
+            part.touch(exist_ok=False)
+        shutil.rmtree(moved, ignore_errors=True)
+    part.unlink(missing_ok=True)
 
 
 def _system(where: Path) -> fsspec.AbstractFileSystem:

@@ -52,7 +52,7 @@ class Request:
 
 
 class _Model(NamedTuple):
-    """Arrays that all requests share; the overlays are from `jllama.adapt.mixture.join_overlays`."""
+    """Arrays that all requests share; see `jllama.adapt.mixture.join_overlays`."""
 
     params: Params
     overlays: Overlay | None

@@ -252,5 +252,5 @@ def test_what_is_not_finite_is_said_as_such():
     overlay["layers"]["mlp"]["down"]["b"] = (
         overlay["layers"]["mlp"]["down"]["b"].at[0, 0, 0].set(jnp.nan)
     )
-    with pytest.raises(UserError, match="the adapter, or its base, .*not finite"):
+    with pytest.raises(UserError, match=r"the adapter, or its base, .*not finite"):
         lora.merge_overlay(cfg, BASE, overlay)
