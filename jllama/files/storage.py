@@ -311,13 +311,13 @@ def discard(part: Path) -> None:
     The threads would make a removed folder again, so a file takes its place until it is removed:
     everything that they write to the folder fails.
     """
-    moved = part.with_suffix(".removed")
     while part.is_dir():
-        part.rename(moved)
+        moved = part.rename(part.with_suffix(f".{secrets.token_hex(4)}.removed"))
         with contextlib.suppress(FileExistsError):
             part.touch(exist_ok=False)
         shutil.rmtree(moved, ignore_errors=True)
-    part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        part.unlink()
 
 
 def _system(where: Path) -> fsspec.AbstractFileSystem:
