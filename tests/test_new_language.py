@@ -15,7 +15,7 @@ from jllama.cli import main
 from jllama.config import TrainedTokenizer
 from jllama.config import recipe as recipes
 from jllama.parallel.mesh import make_mesh
-from jllama.store.model import write_model
+from jllama.store.write import write_model
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train import loop
 

@@ -13,18 +13,17 @@ import fnmatch
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jllama import flops
-from jllama.adapt import quant
 from jllama.config import Adapt, ComputeConfig, LoraConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.model import llama
-from jllama.model.linear import column_norms, dense, gain
+from jllama.model.linear import column_norms, dense
 from jllama.model.llama import ParamSpec
 from jllama.model.param import dotted
 
@@ -264,51 +263,6 @@ def attach(
     return with_whole(base, overlay), collection
 
 
-class Rounding(NamedTuple):
-    """The error of merging an overlay into its matrices W, in Frobenius norms over all of them.
-
-    Attributes:
-      error: |rounded - exact| / |exact|.
-      change: |exact - W| / |exact|, the size of the overlay.
-    """
-
-    error: float
-    change: float
-
-
-def merge_overlay(
-    lora: LoraConfig,
-    base: llama.Params,
-    overlay: Overlay,
-    kind: str = "float32",
-) -> tuple[llama.Params, Rounding]:
-    """The base with the overlay merged into its matrices, and the error of rounding them.
-
-    The adapted matrices are computed in float32 and then rounded to `kind`: float32, bfloat16,
-    float16 or a `quant.Kind`. The base does not change.
-
-    Raises UserError for a value that is not finite.
-    """
-    params, total = with_whole(base, overlay), np.zeros(3)
-    for path, factors in matrices(overlay):
-        kernel = at(base, path)["kernel"]
-        exact = _merged(kernel, with_scale(path, lora, factors))
-        rounded = quant.rounded(exact, factors["a"].ndim - 2, kind)
-        squares = np.asarray(quant.squares(exact, rounded, kernel), np.float64)
-        if not np.isfinite(squares[1:]).all():
-            raise UserError(
-                f"{'.'.join(path)}: the adapter, or its base, holds values that are not finite"
-            )
-        if not np.isfinite(squares[0]):
-            raise UserError(
-                f"{'.'.join(path)}: the merged matrix has values too large for {kind}; use float32"
-            )
-        total += squares
-        set_at(params, (*path, "kernel"), rounded)
-    error, change = np.sqrt(total[:2] / total[2]) if total[2] else (0.0, 0.0)
-    return params, Rounding(float(error), float(change))
-
-
 def with_scale(path: ParamPath, lora: LoraConfig, factors: Overlay) -> Overlay:
     """The factors of a matrix, and its `scale` [L,1,1]."""
     L = factors["a"].shape[0]
@@ -319,18 +273,6 @@ def with_scale(path: ParamPath, lora: LoraConfig, factors: Overlay) -> Overlay:
 def stacked_column_norms(kernel: Any, factors: Overlay, inputs: int) -> jax.Array:
     """`column_norms` of each layer, computed one layer after another: [L,outputs...] float32."""
     return jax.lax.map(lambda layer: column_norms(*layer, inputs), (kernel, factors))
-
-
-@jax.jit
-def _merged(kernel: Any, factors: Overlay) -> jax.Array:
-    """W' = W + scale a b of all layers, and with DoRA's norms m, m / |W'| W': float32."""
-
-    def merged_layer(layer: tuple[Any, Overlay]) -> jax.Array:
-        kernel, f = layer
-        w = dense(kernel, jnp.float32) + jnp.tensordot(f["a"] * f["scale"][0], f["b"], 1)
-        return w * gain(f["m"], column_norms(kernel, f, f["a"].ndim - 1)) if "m" in f else w
-
-    return jax.lax.map(merged_layer, (kernel, factors))
 
 
 def with_whole(params: llama.Params, overlay: Overlay) -> llama.Params:

@@ -25,8 +25,10 @@ from jllama.parallel import distributed
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.progress import say
-from jllama.store.adapter import note_base, read_base
-from jllama.store.checkpoint import Checkpoints, latest_step
+from jllama.store.adapter import note_base
+from jllama.store.checkpoint import Checkpoints
+from jllama.store.find import latest_step
+from jllama.store.model import read_base
 from jllama.train import folder as run_folder
 from jllama.train.initial import open_initial
 from jllama.train.loss import causal_lm_loss
@@ -100,7 +102,7 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     adapts = isinstance(config.adapt, LoraConfig)  # its base is no part of a checkpoint
     begins = together(lambda: adapts or not latest_step(folder))
     initial = together(lambda: open_initial(config) if begins else None)
-    known = initial.model.tokenizer if initial else None
+    known = initial.tokenizer if initial else None
     # The leader makes what is missing while the others wait; they find it, or make their own
     # where prepared data is not on shared storage.
     data = together(lambda: run_folder.begin(config, folder, stack, known) if leader else None)
@@ -116,14 +118,14 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     given = None  # what the training goes on from
     if adapts:
         places = base_shapes(config, placement)
-        base, digest = read_base(initial.model, places, freezer(config))
-        where = str(storage.absolute(initial.model.place))
+        base, digest = read_base(initial, places, freezer(config))
+        where = str(storage.absolute(initial.place))
         together(lambda: note_base(folder, where, digest) if leader else None)
-        if initial.adapter and not start:
-            _, given = initial.adapter.read(config.model, placement, base, digest)
+        for adapter in initial.adapters.values() if not start else ():
+            _, given = adapter.read(config.model, placement, base, digest)
         frozen = without_whole(base, definition.shapes.trainable)
     elif initial and not start:
-        given = initial.model.read(definition.placed.trainable)
+        given = initial.read(definition.placed.trainable)
     if start:
         state = from_trees(checkpoints.restore(start, **to_trees(definition.placed)))
     elif given is not None:

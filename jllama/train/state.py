@@ -137,10 +137,9 @@ def base_shapes(config: Config, placement: Placement) -> llama.Params:
 
 def freezer(config: Config) -> EachLeaf:
     """How the base is kept: quantised if `config.adapt` says so. Shapes give shapes."""
-    specs = llama.param_specs(config.model, config.compute)
     overlay = lora.overlay_specs(config.model, config.compute, config.adapt)
     whole = {".".join(path) for path, _ in lora.whole_leaves(overlay)}
-    return quant.quantizer(specs, config.adapt.quantize, whole)
+    return quant.quantizer(config.model, config.adapt.quantize, whole)
 
 
 def _check_rows(config: Config, placement: Placement) -> None:
