@@ -4,6 +4,7 @@ import argparse
 import json
 
 import jllama
+from jllama.commands.table import table
 from jllama.errors import UserError
 from jllama.evaluate.infill import WAYS, evaluate, open_problems
 from jllama.files import outputs, storage
@@ -85,8 +86,8 @@ def run(args: argparse.Namespace) -> None:
         asked = {"model": args.model, "adapters": adapters, "lines": len(problems)}
         print(json.dumps(asked | {"length": length} | figures))
         return
-    wanted = "spans" if args.spans else "lines"
-    print(f"{'answer':32}  exact match  edit similarity   ({len(problems)} {wanted})")
+    answers = f"answers to {len(problems)} {'spans' if args.spans else 'lines'}"
+    rows = [(answers, "exact match", "edit similarity")]
     for way, score in scores.items():
-        name = f"{way}: {_MEANING[way]}"
-        print(f"{name:40}{100 * score.exact:6.1f}%  {100 * score.similarity:14.1f}%")
+        rows.append((f"{way}: {_MEANING[way]}", f"{score.exact:.1%}", f"{score.similarity:.1%}"))
+    print(table(rows))

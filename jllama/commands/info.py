@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from jllama import flops
+from jllama.commands.table import table
 from jllama.config import LoraConfig, ModelConfig
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
@@ -146,8 +147,7 @@ def _page(figures: dict[str, Any]) -> str:
         ("KV-cache bytes per token, float32", f"{cache['float32']:,}"),
         ("KV-cache bytes per token, bfloat16", f"{cache['bfloat16']:,}"),
     ]
-    width = max(len(label) for label, _ in rows)
-    return "\n".join([figures["model"], *(f"  {label:<{width}}  {text}" for label, text in rows)])
+    return f"{figures['model']}\n{table(rows, left=range(2), indent='  ')}"
 
 
 def _adapter_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
@@ -181,9 +181,4 @@ def _table(models: list[dict[str, Any]]) -> str:
         )
         for m in models
     ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = []
-    for name, *numbers in [head, *rows]:
-        cells = [number.rjust(w) for number, w in zip(numbers, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
+    return table([head, *rows])

@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any
 
+from jllama.commands.table import table
 from jllama.config import Config, MeshConfig
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
@@ -111,8 +112,7 @@ def _page(figures: dict[str, Any], tried: list[Tried], fewer_rows: int | None) -
         rows = [row for row in rows if not row[0].startswith("host")]
     if figures["eval_fits"] is None:
         rows = [row for row in rows if not row[0].startswith("evaluation")]
-    width = max(len(label) for label, _ in rows)
-    lines = [figures["recipe"], *(f"  {label:<{width}}  {text}" for label, text in rows)]
+    lines = [figures["recipe"], table(rows, left=range(2), indent="  ")]
     if figures["fits"]:
         return "\n".join(lines)
     lines += [f"  {line}" for line in _verdicts(figures, fewer_rows)]
@@ -154,13 +154,12 @@ def _verdicts(figures: dict[str, Any], fewer_rows: int | None) -> list[str]:
 def _advice(tried: list[Tried]) -> list[str]:
     if not tried:
         return ["nothing else was tried"]
-    lines = ["tried:" if any(t.fits for t in tried) else "tried, and none of it fits:"]
-    names = [" ".join(f"--{c}" for c in t.change) for t in tried]
-    width = max(map(len, names))
-    for name, t in zip(names, tried, strict=True):
-        word = "fits" if t.fits else "no"
-        lines.append(f"  {t.kind:<8}  {name:<{width}}  {word:<4}  {_outcome(t)}")
-    return lines
+    rows = [
+        (t.kind, " ".join(f"--{c}" for c in t.change), "fits" if t.fits else "no", _outcome(t))
+        for t in tried
+    ]
+    head = "tried:" if any(t.fits for t in tried) else "tried, and none of it fits:"
+    return [head, table(rows, left=range(4), indent="  ")]
 
 
 def _outcome(t: Tried) -> str:

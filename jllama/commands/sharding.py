@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jllama.commands.table import table
 from jllama.config import (
     AdamWConfig,
     ComputeConfig,
@@ -194,16 +195,9 @@ def _page(figures: dict[str, Any]) -> str:
     ]
     sums = (f"{figures[k]:,}" for k in ("bytes_per_device", "optimizer_bytes_per_device"))
     rows.append(("total", "", "", "", *sums))
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.rjust(w) if i >= 4 else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, *rows]
-    ]
+    lines = table([head, *rows], left=range(4))
     mesh = ", ".join(f"{axis}={size}" for axis, size in figures["mesh"].items())
-    return "\n".join([f"{figures['devices']:,} devices: {mesh}", *lines, *figures["notes"]])
+    return "\n".join([f"{figures['devices']:,} devices: {mesh}", lines, *figures["notes"]])
 
 
 def _where(axes: Sequence[str], placement: Sequence[Sequence[str]]) -> str:

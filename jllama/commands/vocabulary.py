@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jllama.commands.table import table
 from jllama.config import TrainedTokenizer
 from jllama.data import files
 from jllama.errors import UserError
@@ -234,11 +235,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
         counts = (f"{row[key]:,}" for key in ("pieces", "characters", "tokens"))
         rates = (f"{row[key]:.3f}" for key in ("tokens_per_character", "characters_per_token"))
         cells.append([row["text"], row["tokenizer"], *counts, *rates])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    )
+    return table(cells, left=range(2))
