@@ -1,4 +1,4 @@
-"""`jllama evaluate infill`: exact match and edit similarity of single lines."""
+"""Fills in single lines of files, and measures exact match and edit similarity."""
 
 import argparse
 import json
@@ -27,31 +27,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH[=WEIGHT]",
-        help="over the model: a LoRA run or a folder of PEFT's; several add up, each by its weight",
+        help="over the model: a LoRA run or a folder of PEFT's; several add up by their weights",
     )
     add(
         "--data",
         required=True,
         help="stdlib: the library's held-out files; a glob of files; or JSON lines as HumanEval's",
     )
-    add("--count", type=int, default=500, help="lines, chosen by hash [%(default)s]")
-    add("--spans", action="store_true", help="a span of each line is wanted, not the whole of it")
-    add("--ways", default=",".join(WAYS), help="answers to compare [%(default)s]")
+    add("--count", type=int, default=500, help="number of lines, chosen by hash [%(default)s]")
+    add("--spans", action="store_true", help="fill in a span of each line, not the whole line")
+    add("--ways", default=",".join(WAYS), help="ways of answering to compare [%(default)s]")
     add("--length", type=int, help="tokens of prompt and answer [the model's max_length]")
-    add("--max-new-tokens", type=int, default=48, help="of an answer [%(default)s]")
+    add("--max-new-tokens", type=int, default=48, help="tokens of an answer [%(default)s]")
     add("--batch-size", type=int, default=16, help="answers generated at a time [%(default)s]")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the computation [the model's]")
-    add("--out", metavar="FILE", help="JSON lines: each problem and its answers")
-    add("--json", action="store_true", help="figures for programs")
+    add("--dtype", choices=("float32", "bfloat16"), help="dtype of the computation [the model's]")
+    add("--out", metavar="FILE", help="write each problem and its answers there, as JSON lines")
+    add("--json", action="store_true", help="print exact figures as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
     ways = args.ways.split(",")
     for way in ways:
         if way not in WAYS:
-            raise UserError(f"--ways: {way!r} is unknown; of {', '.join(WAYS)}")
+            raise UserError(f"--ways: {way!r} is unknown; choose from {', '.join(WAYS)}")
     if args.count < 1 or args.batch_size < 1:
-        raise UserError("--count and --batch-size: at least 1")
+        raise UserError("--count and --batch-size: must be at least 1")
     if args.out:
         outputs.check_absent(storage.path(args.out))
     adapters = adapter_weights(args.adapter)

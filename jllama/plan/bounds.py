@@ -47,7 +47,7 @@ class Parameter:
 
     @property
     def local_axes(self) -> tuple[str, ...]:
-        """The axes along which devices multiply with their shard; it is gathered over the others."""
+        """The axes along which each device multiplies with its shard; the others are gathered."""
         axes = self.parts[0] if self.is_table else self.axes
         return tuple(axis for axis in axes if axis == "tensor")
 

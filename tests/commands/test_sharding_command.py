@@ -134,11 +134,11 @@ RECIPE = "configs/train/tiny.yaml"
         (["tiny", "--mesh", "fsdp=-1,tensor=-1"], "at most one is -1"),
         (
             ["tiny", "--mesh", "fsdp=-1"],
-            "--mesh fsdp=-1 takes what is left: say of how many, with --devices\n",
+            "--mesh fsdp=-1 takes the rest of the devices: give --devices N\n",
         ),
         (
             ["--config", RECIPE],
-            "mesh.fsdp=-1 takes what is left: say of how many, with --devices, or give --mesh\n",
+            "mesh.fsdp=-1 takes the rest of the devices: give --devices N, or give --mesh\n",
         ),
         (["tiny", "--mesh", "fsdp=2", "--devices", "0"], "--devices=0"),
         (["tiny", "--mesh", "fsdp=2", "--devices", "3"], "does not fill 3 devices"),

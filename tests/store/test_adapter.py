@@ -219,7 +219,7 @@ def test_to_peft_and_back(base, other, tmp_path, capsys):
         np.testing.assert_array_equal(logits(base, adapter=folder), wanted)
     capsys.readouterr()
     assert cli.main(["convert", str(other), str(tmp_path / "x"), "--to", "hf"]) == 2
-    assert "to work it into its base: jllama convert BASE DST --adapter" in capsys.readouterr().err
+    assert "its base: jllama convert BASE DST --adapter" in capsys.readouterr().err
     assert cli.main(["convert", str(base), str(tmp_path / "x"), "--to", "peft"]) == 2
     assert not (tmp_path / "x").exists()
 
@@ -429,7 +429,7 @@ def test_an_adapter_is_no_gguf_and_an_empty_name_no_adapter(base, one, tmp_path,
     capsys.readouterr()
     for more in ([f"{one}=0.5"], [str(one), "--adapter", str(base)]):
         assert cli.main(["convert", str(base), str(tmp_path / "x"), "--adapter", *more]) == 2
-        assert "--adapter: one is worked in, with weight 1" in capsys.readouterr().err
+        assert "--adapter: give one, with weight 1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
