@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         dest="target_format",
         choices=("jllama", "hf", "gguf", "peft"),
-        help="[gguf for a name that ends in it, else hf for ours and ours for others; for an adapter"
-        " peft for ours and ours for peft]",
+        help="[gguf for a name that ends so, else hf for our models and jllama for others; for"
+        " adapters peft for ours and jllama for others]",
     )
     add(
         "--dtype",
@@ -122,7 +122,7 @@ def _one(given: list[str]) -> str:
 
 
 def _merged(stored: StoredModel, to: str, written: str, asked: str | None) -> llama.Params:
-    """The model with its one adapter worked in; says what rounding to the dtype did."""
+    """The model with its one adapter merged; prints the error of rounding to the dtype."""
     (adapter,) = stored.adapters.values()
     dtype, scale_dtype, then = written, _scale_dtype(asked, to, stored), ""
     if to == "gguf":
