@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         check(stored.config, stored.tokenizer)
     count = flops.parameter_count(stored.config)
     if to == "gguf":
-        size = gguf.nbytes(stored.config, dtype)
+        size = gguf.tensor_bytes(stored.config, dtype)
     else:
         padding = flops.padding_count(stored.config) if to == "jllama" else 0
         size = (count + padding) * jnp.dtype(dtype).itemsize
