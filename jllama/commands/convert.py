@@ -75,11 +75,11 @@ def run(args: argparse.Namespace) -> None:
         return _convert_adapter(args, open_adapter(source), target)
     if to == "peft" or args.base:
         raise UserError(f"--to peft and --base are for an adapter; {source.path} is a model")
-    given = None if args.adapter is None else {"adapter": storage.path(_one(args.adapter))}
+    given = None if args.adapter is None else {"adapter": storage.path(_one_adapter(args.adapter))}
     stored = open_adapted(source, given, args.model)
     if to is None:
-        own = "hf" if source.format == "jllama" else "jllama"
-        to = "gguf" if target.suffix == ".gguf" else own
+        default = "hf" if source.format == "jllama" else "jllama"
+        to = "gguf" if target.suffix == ".gguf" else default
     dtype = _dtype(args.dtype, to, stored.dtype)
     # Errors come first, before minutes of reading.
     outputs.check_absent(target)
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{target}: {to}, {dtype}, {count:,} parameters")
 
 
-def _one(given: list[str]) -> str:
+def _one_adapter(given: list[str]) -> str:
     """The path of the one adapter to merge."""
     (path, weight), *more = adapter_weights(given).items()
     if more or weight != 1.0:

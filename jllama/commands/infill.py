@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> None:
         storage.write_text(storage.path(args.out), text)
     if args.json:
         figures = {w: {"exact": s.exact, "similarity": s.similarity} for w, s in scores.items()}
-        asked = {"model": args.model, "adapters": adapters, "lines": len(problems)}
-        print(json.dumps(asked | {"length": length} | figures))
+        settings = {"model": args.model, "adapters": adapters, "lines": len(problems)}
+        print(json.dumps(settings | {"length": length} | figures))
         return
     answers = f"answers to {len(problems)} {'spans' if args.spans else 'lines'}"
     rows = [(answers, "exact match", "edit similarity")]

@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
     if args.tries < 0:
         raise UserError(f"--tries={args.tries}: must be at least 0")
     topology = parse(args.topology, args.slices)
-    given = ["--config", args.config, *args.overrides]
+    words = ["--config", args.config, *args.overrides]
 
     def changed(change: Change) -> Config:
-        return recipes.from_arguments([*given, *(f"--{c}" for c in change)], architecture_at)
+        return recipes.from_arguments([*words, *(f"--{c}" for c in change)], architecture_at)
 
     def state(change: Change = ()) -> int:
         """Bytes of parameters and optimizer on a device."""
@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
         figures["tried"] = [vars(t) | {"change": list(t.change)} for t in tried]
     too_large = alone >= report["hbm_capacity_bytes"]
     if too_large:
-        one = Placement(abstract_mesh(MeshConfig(), 1), config.sharding)
-        whole = state_bytes(config, one)
+        single = Placement(abstract_mesh(MeshConfig(), 1), config.sharding)
+        whole = state_bytes(config, single)
         figures["state_bytes"] = whole
         figures["state_devices_at_least"] = math.ceil(whole / report["hbm_capacity_bytes"])
     lowest = report["mesh"]["replica"] * report["mesh"]["fsdp"]  # a row per data-parallel group

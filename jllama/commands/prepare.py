@@ -47,17 +47,17 @@ def _beam(runner: str | None, options: list[str]) -> Callable[..., None] | None:
         if options:
             raise UserError(f"{options[0]}: is an option of Beam; give --runner too")
         return None
-    given = {}
+    pipeline = {}
     for word in options:
         key, equals, value = word.removeprefix(_OPTION).partition("=")
         if not (key and equals):
             raise UserError(f"{word}: write {_OPTION}KEY=VALUE, and KEY=true for a flag")
-        given[key] = True if value == "true" else value
+        pipeline[key] = True if value == "true" else value
     if importlib.util.find_spec("apache_beam") is None:
         raise UserError(f"--runner {runner}: needs Apache Beam; pip install 'jllama[beam]'")
     from jllama.data import beam  # noqa: PLC0415
 
-    return beam.maker(runner, given)
+    return beam.maker(runner, pipeline)
 
 
 def _line(prepared: Prepared) -> str:

@@ -144,23 +144,23 @@ def _merge(args: argparse.Namespace) -> None:
     base = load_tokenizer(args.base)
     new = None if args.new is None else load_tokenizer(args.new)
     specials = [*(PIECES if args.infill else ()), *args.special]
-    made = merge(base, new, specials=specials, pad=args.pad, names=(args.base, args.new))
-    if not made.appended + made.specials:
+    merged = merge(base, new, specials=specials, pad=args.pad, names=(args.base, args.new))
+    if not merged.appended + merged.specials:
         raise UserError(
             f"{args.new}: has no piece that {args.base} lacks; nothing to merge"
             if new
             else "nothing to merge: give NEW, --special, --infill or --pad"
         )
-    if made.unreachable:
+    if merged.unreachable:
         say(
-            f"note: {made.unreachable:,} of the {made.appended:,} pieces will never occur: BPE"
+            f"note: {merged.unreachable:,} of the {merged.appended:,} pieces will never occur: BPE"
             " merges two pieces to one, and no two pieces make these"
         )
-    _save(made.tokenizer, storage.path(args.out))
-    parts = [f"{made.base:,} of {args.base}"]
-    parts += [f"{made.appended:,} of {args.new}"] * bool(args.new)
-    parts += [f"{made.specials:,} special"] * bool(made.specials)
-    print(f"{args.out}: {made.tokenizer.vocab_size:,} pieces: {', '.join(parts)}")
+    _save(merged.tokenizer, storage.path(args.out))
+    parts = [f"{merged.base:,} of {args.base}"]
+    parts += [f"{merged.appended:,} of {args.new}"] * bool(args.new)
+    parts += [f"{merged.specials:,} special"] * bool(merged.specials)
+    print(f"{args.out}: {merged.tokenizer.vocab_size:,} pieces: {', '.join(parts)}")
 
 
 def _save(tokenizer: SentencePieceTokenizer, out: Path) -> None:

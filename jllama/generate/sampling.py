@@ -95,14 +95,14 @@ def _cut(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
 
 def keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
     """Sets all but the `top_k` [B] largest logits [B,V] to -inf; 0 keeps all."""
-    wanted = jnp.where(top_k == 0, logits.shape[-1], top_k)
-    return _cut(logits, jnp.ones_like(logits), wanted.astype(jnp.float32))
+    count = jnp.where(top_k == 0, logits.shape[-1], top_k)
+    return _cut(logits, jnp.ones_like(logits), count.astype(jnp.float32))
 
 
 def keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     """Sets all logits [B,V] outside of the nucleus `top_p` [B] to -inf; 1 keeps all."""
-    kept = _cut(logits, jax.nn.softmax(logits, axis=-1), top_p)
-    return jnp.where((top_p < 1)[:, None], kept, logits)
+    nucleus = _cut(logits, jax.nn.softmax(logits, axis=-1), top_p)
+    return jnp.where((top_p < 1)[:, None], nucleus, logits)
 
 
 def sample(
@@ -126,10 +126,10 @@ def sample(
         # At most 0 before the division, so that no temperature makes it overflow.
         scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
         scaled = scaled / jnp.where(warm, settings.temperature, 1.0)[:, None]
-        kept = keep_top_p(keep_top_k(scaled, settings.top_k), settings.top_p)
+        cut = keep_top_p(keep_top_k(scaled, settings.top_k), settings.top_p)
         # The Gumbel trick: the argmax of logits plus this noise is a draw from their softmax.
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, kept.shape[1:], jnp.float32))(keys)
-        return jnp.where(warm, jnp.argmax(kept + noise, axis=-1), greedy)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, cut.shape[1:], jnp.float32))(keys)
+        return jnp.where(warm, jnp.argmax(cut + noise, axis=-1), greedy)
 
     drawn = jax.lax.cond(jnp.any(settings.temperature > 0), draw, lambda: greedy)
     return drawn.astype(jnp.int32)

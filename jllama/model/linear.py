@@ -87,8 +87,8 @@ def project(x: jax.Array, *matrices: Matrix, dtype: Any) -> tuple[jax.Array, ...
 
 
 def _dropped(x, overlay):
-    kept = jax.random.bernoulli(overlay["key"], overlay["keep"], x.shape)
-    return jnp.where(kept, x / overlay["keep"].astype(x.dtype), 0)
+    mask = jax.random.bernoulli(overlay["key"], overlay["keep"], x.shape)
+    return jnp.where(mask, x / overlay["keep"].astype(x.dtype), 0)
 
 
 def _adapted(y, h, kernel, overlay, kind):

@@ -144,10 +144,10 @@ class Placement:
         held = self.batch_rows(shape[0], name)
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            wanted = range(shape[0])[index[0]]
-            first = bisect.bisect_left(held, wanted.start)
+            rows_of_device = range(shape[0])[index[0]]
+            first = bisect.bisect_left(held, rows_of_device.start)
             # The rows of one device are consecutive, in `held` too.
-            return rows[first : first + len(wanted)]
+            return rows[first : first + len(rows_of_device)]
 
         return jax.make_array_from_callback(shape, sharding, part)
 
