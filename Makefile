@@ -35,8 +35,8 @@ long-context: $(VENV)/.default  ## extend a small model's context, and draw perp
 	$(TRAIN) --config configs/train/extend-theta.yaml
 	$(BIN)/jllama evaluate perplexity --data runs/tiny-256 --out runs/long-context \
 		--lengths 128,256,512,1024,2048,4096 --stride 64 --windows 32 \
-		--model "trained at 256=runs/tiny-256" --rope none,ntk:4,adaptive,yarn \
-		--model "fine-tuned at 1,024 with PI=runs/tiny-1024-pi" --rope model,ntk:4,ntk:16 \
+		--model "trained at 256=runs/tiny-256" --rope 'none, {kind: ntk, alpha: 4}, adaptive, yarn' \
+		--model "fine-tuned at 1,024 with PI=runs/tiny-1024-pi" --rope 'model, {kind: ntk, alpha: 4}, {kind: ntk, alpha: 16}' \
 		--model "fine-tuned at 1,024 with theta 1e6=runs/tiny-1024-theta"
 
 test: $(VENV)/.dev  ## run the tests on the CPU

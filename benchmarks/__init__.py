@@ -1,1 +1,1 @@
-"""Measurements, each with the command that makes it."""
+"""Benchmarks; each module's docstring has the command that runs it."""

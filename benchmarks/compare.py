@@ -1,9 +1,9 @@
-"""The train step beside transformers in PyTorch, turn by turn in one sitting; a table on stdout.
+"""Compares the train step with transformers in PyTorch; prints a table on stdout.
 
     python -m benchmarks.compare --peers "$(python tests/peers/environment.py transformers)"
 
-The machine may be shared and its speed drift, so every round runs each program once, and the
-figures are medians over the rounds, as are the ratios within a round.
+The machine may be shared and its speed may drift. So every round runs each program once, and the
+figures are medians over the rounds, also of the ratios within a round.
 """
 
 import argparse
@@ -22,7 +22,7 @@ CPU_SETTINGS = [("stories-15m", 16, 256), ("stories-110m", 4, 256)]
 
 
 def programs(peers: str, model: str, batch: int, length: int, args) -> dict[str, list[str]]:
-    """Command of each contender, by name."""
+    """The command of each program, by its name."""
     size = ["--batch", str(batch), "--length", str(length), "--steps", str(args.steps)]
     path = ["--model", str(ROOT / "configs" / "model" / f"{model}.yaml"), "--dtype", args.dtype]
     peer = [peers, str(ROOT / "benchmarks" / "peer_transformers.py"), *path, *size]
@@ -36,8 +36,8 @@ def programs(peers: str, model: str, batch: int, length: int, args) -> dict[str,
 
 
 def measure(command: list[str]) -> dict:
-    """The JSON line that a contender prints."""
-    # glibc's huge pages for both sides: allocation is part of a step on a CPU.
+    """Runs a program and returns the JSON object that it prints."""
+    # All programs get glibc's huge pages, because allocation is part of a step on a CPU.
     env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     run = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     if run.returncode:
@@ -46,7 +46,7 @@ def measure(command: list[str]) -> dict:
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """Markdown: medians over the rounds; a ratio is of the same round's times."""
+    """A Markdown table of medians over the rounds; a ratio compares times of the same round."""
     ours = results["jllama"]
     lines = [
         "| | seconds per step | of them the fastest | seconds over jllama's | peak memory, GiB |",

@@ -1,9 +1,9 @@
-"""Host memory and time of importing and exporting a model of random weights, made on the spot.
+"""Measures host memory and time of importing and exporting a model of random weights.
 
     python -m benchmarks.convert --model tinyllama-1.1b
 
-Each row is a process of its own: the largest resident memory while it worked, less what it had
-before (Python, JAX and its devices), over the bytes of the parameters.
+Each row is a process of its own. Its figure is the peak resident memory of the work, less the
+memory before it (Python, JAX and its devices), divided by the bytes of the parameters.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from jllama.interop.hf import write_folder
 from jllama.model import llama
 
 _HALF = ["--to", "hf", "--dtype", "float16"]
-# What is measured, in this order: its arguments, {} the work folder.
+# The measurements in their order, with their arguments; {} is the work folder.
 ROWS = {
     "jllama.load of a Hugging Face folder": ["load", "{}/hf"],
     "jllama convert, Hugging Face to jllama": ["convert", "{}/hf", "{}/own"],
@@ -36,7 +36,7 @@ ROWS = {
 
 
 def make(folder: str, name: str) -> None:
-    """Writes a Hugging Face folder of a shipped model's shapes, bfloat16."""
+    """Writes a Hugging Face folder with random bfloat16 parameters of a shipped model."""
     compute = ComputeConfig(dtype="bfloat16", param_dtype="bfloat16")
     model = recipes.load_model(name)
     init = jax.jit(llama.init_params, static_argnums=(0, 1))
@@ -44,7 +44,7 @@ def make(folder: str, name: str) -> None:
 
 
 def resident(key: str) -> int:
-    """Bytes of memory: VmRSS is resident now, VmHWM was at most."""
+    """Bytes of resident memory: `key` is VmRSS for now, or VmHWM for the peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
@@ -52,9 +52,9 @@ def resident(key: str) -> int:
 
 
 def measure(words: list[str]) -> None:
-    """Does one row's work and prints its figures."""
+    """Does the work of one row and prints its figures."""
     jax.block_until_ready(jax.numpy.zeros(1))
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before, start = resident("VmRSS"), time.perf_counter()
     if words[0] == "load":
         jax.block_until_ready(jllama.load(words[1]).params)

@@ -1,4 +1,4 @@
-"""Size and perplexity of each kind of GGUF file, computed by llama.cpp on held-out text.
+"""Measures size and perplexity of each kind of GGUF file, with llama.cpp on held-out text.
 
     python -m benchmarks.gguf RUN --peer PYTHON
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def rows(tokenizer, count: int) -> np.ndarray:
-    """Held-out text, [count, LENGTH] ids."""
+    """Rows of held-out text: [count, LENGTH] ids."""
     source = StdlibSource(kind="stdlib", split="held_out")
     ids = itertools.chain.from_iterable(tokenizer.encode(d.text) for d in documents(source))
     text = np.fromiter(itertools.islice(ids, count * (LENGTH - 1)), np.int32)
@@ -36,11 +36,11 @@ def rows(tokenizer, count: int) -> np.ndarray:
 
 
 def own_score(model, ids: np.ndarray) -> float:
-    """The sum of -log p, by jllama."""
+    """The sum of -log p over all predicted tokens, computed by jllama."""
     total = 0.0
-    for some in np.array_split(ids, max(1, len(ids) // 16)):
-        x = np.asarray(model.logits(some), np.float64)[:, :-1]
-        chosen = np.take_along_axis(x, some[:, 1:, None], axis=-1)[..., 0]
+    for batch in np.array_split(ids, max(1, len(ids) // 16)):
+        x = np.asarray(model.logits(batch), np.float64)[:, :-1]
+        chosen = np.take_along_axis(x, batch[:, 1:, None], axis=-1)[..., 0]
         total += float((np.logaddexp.reduce(x, axis=-1) - chosen).sum())
     return total
 

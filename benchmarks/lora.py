@@ -1,10 +1,10 @@
-"""What training an overlay costs beside training every parameter: time, FLOPs, bytes.
+"""Compares training an overlay with training every parameter: time, FLOPs, bytes.
 
     python -m benchmarks.lora
 
-They take their steps in turn, so that what else the machine does falls on all alike; the first two
-of each, of which one compiles, are not timed. FLOPs are XLA's count of the gradient, with the
-layers unrolled.
+The variants take their steps in turn, so that other load of the machine slows all alike. The first
+two steps of each, of which one compiles, are not timed. FLOPs are XLA's count of the gradient, with
+the layers unrolled.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 import jax
 
 from benchmarks.train_step import ready, recipe
-from jllama.adapt.lora import train_flops_per_token
+from jllama.adapt.lora import adapted_flops_per_token
 from jllama.config import Config
 from jllama.config import recipe as recipes
 from jllama.parallel.mesh import make_mesh
@@ -46,7 +46,7 @@ def variant(args: argparse.Namespace, adapt: str, *more: str) -> Config:
 
 
 def flops(config: Config) -> float:
-    """Of the gradient of one row, as XLA counts them on unrolled layers and one block of logits."""
+    """FLOPs of the gradient for one row, counted by XLA with unrolled layers and whole logits."""
     config = recipes.from_dict(
         recipes.override(
             recipes.to_dict(config),
@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=256, help="predicted tokens per row")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each variant")
-    parser.add_argument("--only", nargs="*", help="these variants")
+    parser.add_argument("--only", nargs="*", help="run these variants alone")
     args = parser.parse_args()
     names = args.only or list(VARIANTS)
     running, rows = {}, {}
@@ -88,7 +88,8 @@ def main() -> int:
         running[name] = [step, state, frozen, batch]
         rows[name] = {
             "flops": flops(config),
-            "counted": train_flops_per_token(config.model, config.adapt, args.length) * args.length,
+            "counted": args.length
+            * adapted_flops_per_token(config.model, config.adapt, args.length),
             "trained": sum(x.size for x in jax.tree.leaves(state.trainable)),
             "state": sum(x.nbytes for x in jax.tree.leaves((state.trainable, state.opt_state))),
             "frozen": sum(x.nbytes for x in jax.tree.leaves(frozen)),
@@ -109,7 +110,7 @@ def main() -> int:
     print("| " + " | ".join(heads) + " |")
     print("|---|---|---|---|---|---|---|")
     for name, row in rows.items():
-        # Step by step, so that a slow minute of the machine is in both.
+        # In turn, so that a slow minute of the machine slows all variants.
         ratio = statistics.median(
             a / b for a, b in zip(row["seconds"], first["seconds"], strict=True)
         )

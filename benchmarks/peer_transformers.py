@@ -1,12 +1,12 @@
-"""The same train step in PyTorch: transformers' LlamaForCausalLM, AdamW, clipping by global norm.
+"""Times the same train step in PyTorch: transformers' LlamaForCausalLM, AdamW, gradient clipping.
 
-It runs in an environment of its own, which `make bench` makes:
+It runs in an environment of its own, which `make bench` installs:
 
     python benchmarks/peer_transformers.py --model configs/model/stories-15m.yaml --batch 16 \
         --length 256
 
-Under torch.compile unless --eager; bfloat16 is autocast over float32 parameters. Attention is
-PyTorch's scaled_dot_product_attention, on CUDA held to its flash kernel.
+It uses torch.compile, unless --eager. bfloat16 is autocast over float32 parameters. Attention is
+PyTorch's scaled_dot_product_attention, on CUDA restricted to its flash kernel.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def llama_config(path: Path) -> LlamaConfig:
-    """transformers' name for what a file of configs/model says."""
+    """The config of transformers for a file of configs/model."""
     c = yaml.safe_load(path.read_text())
     rope = {"rope_type": "default", "rope_theta": c["rope_theta"]}
     if c["rope"]["kind"] == "llama3":
@@ -89,7 +89,7 @@ def main() -> None:
         flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if cuda else contextlib.nullcontext()
         with flash, torch.autocast(device, torch.bfloat16, enabled=low):
             loss = loss_of(tokens)
-            loss.backward()  # inside: what is recomputed uses the same kernel
+            loss.backward()  # in the context too, so that recomputation uses the same kernel
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Writes docs/plans.md: `jllama plan` on models and slices that people train on.
+"""Writes docs/plans.md: the figures of `jllama plan` for models and slices that people train on.
 
 python -m benchmarks.plans docs/plans.md     # or: make plans
 """
@@ -15,7 +15,7 @@ _LLAMA2_70B = "--config configs/train/pretrain-llama2-70b.yaml"
 _LLAMA3 = "--config configs/train/pretrain-llama3-8b.yaml"
 _405B = f"{_LLAMA3} --model=llama3.1-405b --mesh.tensor=8 --training.batch_size=512"
 
-# (what, the arguments of `jllama plan`); the evaluation's rows at a time are those of a microbatch
+# (title, arguments of `jllama plan`); an evaluation batch has as many rows as a microbatch.
 ROWS = (
     ("Llama 2 7B", f"{_LLAMA2} --topology v5e:4x4 --training.batch_size=16 --eval.batch_size=16"),
     ("Llama 2 7B", f"{_LLAMA2} --topology v4:2x2x4 --training.batch_size=64 --eval.batch_size=64"),
@@ -51,7 +51,7 @@ _HEAD = (
 
 
 def plan(arguments: str) -> dict[str, Any]:
-    """The report of one command; a step that does not fit is a report too."""
+    """The report of one command, also if the step does not fit."""
     command = [sys.executable, "-m", "jllama", "plan", *shlex.split(arguments), "--tries=0"]
     done = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode not in (0, 1):

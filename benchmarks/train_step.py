@@ -1,4 +1,4 @@
-"""Seconds per real train step of a model, beside the machine's matrix-product peak.
+"""Measures seconds per train step of a model, and the machine's peak of matrix products.
 
     python -m benchmarks.train_step --model configs/model/stories-15m.yaml \
         --batch 16 --length 256 --dtype float32 --json
@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jllama.adapt.lora import train_flops_per_token, without_whole
+from jllama.adapt.lora import adapted_flops_per_token, without_whole
 from jllama.chips import measured_matmul_flops
 from jllama.config import Config, LoraConfig
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.model.llama import init_params
-from jllama.model.param import kept
+from jllama.model.param import map_leaves
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import causal_lm_loss
@@ -30,9 +30,9 @@ from jllama.train.step import make_train_step
 
 
 def recipe(args: argparse.Namespace) -> Config:
-    """The recipe of the run: the model's own config with the published optimizer.
+    """The recipe of the benchmark: the model's config with the published optimizer.
 
-    A LoRA overlay (--set adapt=...) is over random parameters: training.init_from is not read.
+    A LoRA overlay (--set adapt=...) gets a base of random parameters; training.init_from is unused.
     """
     model = recipes.to_dict(recipes.load_model(args.model))
     optimizer = {"kind": "adamw", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8,
@@ -40,7 +40,7 @@ def recipe(args: argparse.Namespace) -> Config:
     source = {"name": "random", "source": {"kind": "text", "files": ["unused"]}}
     data = {
         "model": model,
-        # Blocks that stay in a CPU's cache; --set changes them.
+        # Blocks that fit into a CPU's cache; --set changes them.
         "compute": {
             "dtype": args.dtype,
             "loss_block": 512,
@@ -63,7 +63,7 @@ def recipe(args: argparse.Namespace) -> Config:
 
 
 def ready(config: Config) -> tuple[Any, TrainState, Any, dict[str, jax.Array]]:
-    """The jitted step, a fresh state, what is frozen beside it, and a batch of random rows."""
+    """The jitted step, an initial state, the frozen parameters, and a batch of random rows."""
     placement = Placement(make_mesh(config.mesh), config.sharding)
     definition = define_state(config, placement)
     base = frozen = ()
@@ -77,7 +77,7 @@ def ready(config: Config) -> tuple[Any, TrainState, Any, dict[str, jax.Array]]:
             ),
             out_shardings=jax.tree.map(lambda s: s.sharding, shapes),
         )
-        base = kept(draw(jax.random.key(1)), freezer(config))
+        base = map_leaves(draw(jax.random.key(1)), freezer(config))
         frozen = without_whole(base, definition.shapes.trainable)
     state = init_state(definition, 0, base)
     step = make_train_step(config, lambda *a: causal_lm_loss(config, *a), definition, placement)
@@ -116,7 +116,7 @@ def main() -> int:
             seconds.append(time.perf_counter() - start)
     peaks.append(measured_matmul_flops(args.dtype) / 1e9)
     flops = (
-        train_flops_per_token(config.model, config.adapt, args.length) * args.batch * args.length
+        adapted_flops_per_token(config.model, config.adapt, args.length) * args.batch * args.length
     )
     median = statistics.median(seconds)
     on_device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -135,7 +135,7 @@ def main() -> int:
         "compile_seconds": figure(compile_seconds),
         "seconds_per_step": figure(median),
         "seconds_per_step_min": figure(min(seconds)),
-        # On a CPU the process's, Python and compiler included; else the device's allocator's.
+        # On a CPU that of the process, with Python and the compiler; else that of the device.
         "peak_memory_bytes": on_device or resident,
         "tokens_per_second": figure(args.batch * args.length / median),
         "gflops_per_second": figure(flops / median / 1e9),

@@ -1,7 +1,7 @@
 """The LLaMA family in JAX and Flax.
 
-`jllama.load(path)` opens a trained model; see `jllama.generate.llama`. Importing this package
-imports nothing else, so that processes which only tokenise text start without JAX.
+`jllama.load(path)` opens a trained model; see `jllama.generate.llama`. Importing the package alone
+does not import JAX, so processes that only tokenise text start fast.
 """
 
 import importlib

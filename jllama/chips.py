@@ -1,4 +1,4 @@
-"""Accelerators: published peaks, measured peaks, and the cache of compiled programs."""
+"""Accelerators: their published and measured peaks, and the cache of compiled programs."""
 
 import dataclasses
 import functools
@@ -18,15 +18,15 @@ class Chip:
     """Published peaks of one chip, which is one device in JAX; None where nothing is published.
 
     Attributes:
-      kind: how JAX's device_kind begins.
+      kind: the beginning of JAX's device_kind.
       flops: dense bfloat16 FLOP/s.
-      hbm_bytes: what a program may use of the memory. For TPUs it is the compiler's own figure,
-        "exceeds available HBM (15.75G)", to the two decimals it prints (libtpu 0.0.42): a quarter
-        of a GiB or more below the data sheet's.
+      hbm_bytes: memory that a program may use. For TPUs it is the compiler's own figure, "exceeds
+        available HBM (15.75G)", to the two decimals it prints (libtpu 0.0.42); it is a quarter of a
+        GiB or more below the data sheet's.
       hbm_bandwidth: bytes/s.
-      ici_bandwidth: bytes/s that leave a chip over all its links to neighbours at once, which is
-        half of the "bidirectional" figure. Between NVIDIA GPUs of one host it is NVLink.
-      dcn_bandwidth: bytes/s of one chip's share of its host's network.
+      ici_bandwidth: bytes/s that a chip sends over all its links to neighbours at once, half of the
+        "bidirectional" figure. Between NVIDIA GPUs of one host it is NVLink.
+      dcn_bandwidth: bytes/s of the host's network per chip.
     """
 
     kind: str
@@ -64,10 +64,10 @@ def chip_of(device_kind: str) -> Chip | None:
 
 @functools.cache
 def peak_flops(dtype: str) -> tuple[float, str]:
-    """FLOP/s of one device, and whether that is "published" or "measured".
+    """FLOP/s of one device, and whether the figure is "published" or "measured".
 
-    A published figure exists for bfloat16 on known chips. Otherwise it is the best of several
-    square products in `dtype`, which takes a moment.
+    For bfloat16 on a known chip it is published. Otherwise it is measured, with square matrix
+    products in `dtype`, which takes a moment.
     """
     chip = chip_of(jax.devices()[0].device_kind)
     if dtype == "bfloat16" and chip:
@@ -89,6 +89,6 @@ def measured_matmul_flops(dtype: str, size: int = 2048, repeats: int = 10) -> fl
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder`; empty is off, and a cache already set up stays."""
+    """Keeps compiled programs in `folder`, unless it is empty or a cache is already set up."""
     if folder and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(storage.path(folder)))

@@ -1,7 +1,7 @@
-"""`jllama COMMAND`: one table of commands, each a module that is imported only when it is called.
+"""`jllama COMMAND`: the table of commands; a command's module is imported only when it is called.
 
-A command's module has two functions: `add_arguments(parser)` and `run(args)`, which writes results
-to stdout, progress to stderr and raises `UserError` for bad input.
+The module has two functions: `add_arguments(parser)`, and `run(args)`, which writes results to
+stdout, progress to stderr, and raises `UserError` for bad input.
 """
 
 import argparse
@@ -16,25 +16,25 @@ from jllama.errors import UserError
 COMMANDS = {
     # name: (module, what it does)
     "info": ("jllama.commands.info", "parameters, bytes, FLOPs and KV-cache bytes of a model"),
-    "plan": ("jllama.commands.plan", "whether a recipe's step fits a slice that is not there"),
+    "plan": ("jllama.commands.plan", "whether a recipe's step fits a slice of TPUs, or GPUs"),
     "prepare": ("jllama.commands.prepare", "tokenise a recipe's text ahead of training"),
     "convert": (
         "jllama.commands.convert",
-        "a model to Hugging Face's format, GGUF or ours",
+        "convert a model to Hugging Face's format, GGUF or ours",
     ),
-    "sharding": ("jllama.commands.sharding", "where each parameter lies on a mesh, and its bytes"),
-    "evaluate": ("jllama.commands.evaluate", "what a model is worth: perplexity, infilling"),
+    "sharding": ("jllama.commands.sharding", "how parameters are sharded on a mesh, and bytes"),
+    "evaluate": ("jllama.commands.evaluate", "measure a model: perplexity, infilling"),
     "vocabulary": (
         "jllama.commands.vocabulary",
         "train, merge and compare tokenizers; grow a model to one",
     ),
-    "fingerprint": ("jllama.commands.fingerprint", "one digest of a checkpoint's bits"),
-    "plot": ("jllama.commands.plot", "loss, learning rate and throughput of runs as a PNG"),
+    "fingerprint": ("jllama.commands.fingerprint", "a digest of a checkpoint's bits"),
+    "plot": ("jllama.commands.plot", "draw loss, learning rate and throughput of runs as a PNG"),
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong arguments are one line, as every other bad input."""
+    """Raises `UserError` for wrong arguments, so that they are one line as all bad input is."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int | None:
-    # The tables of help and usage need no module but the called one: jax takes seconds to import.
+    # Help and usage need no module but that of the called command: jax takes seconds to import.
     called = next((arg for arg in argv if not arg.startswith("-")), None)
     parser = Parser(prog="jllama", description="The LLaMA family in JAX.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -64,12 +64,12 @@ def _run(argv: list[str]) -> int | None:
 
 
 def exit_status(run: Callable[..., Any], *args: Any) -> int:
-    """Calls a program's body; what a user may meet becomes one line and an exit status.
+    """Runs a program's body and returns its exit status; expected errors become one line.
 
-    What the body returns is its own answer, nothing is 0; 2 is bad input, 74 storage that failed,
-    75 (train.py's) a run that a signal stopped before its end, 130 an interrupt, 141 a
-    reader of stdout that went away. Where several processes train, `jllama.parallel.distributed`
-    ends one that lost another: 3.
+    The status is what the body returns, or 0 for None. It is 2 for bad input, 74 for storage that
+    failed, 75 for a training run that a signal stopped before its end, 130 for an interrupt, and
+    141 if the reader of stdout went away. A training process that lost another one exits with 3
+    (`jllama.parallel.distributed`).
     """
     try:
         status = run(*args)
@@ -81,7 +81,7 @@ def exit_status(run: Callable[..., Any], *args: Any) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Python flushes stdout once more on its way out: let that go nowhere.
+        # Python flushes stdout again at exit: send that to nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return status or 0

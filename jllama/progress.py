@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: lines, and a bar of bytes or of another unit."""
+"""Shows the progress of long work on stderr: lines, and a bar of bytes or of another unit."""
 
 import sys
 import time
@@ -7,18 +7,18 @@ from tqdm import tqdm
 
 
 def say(line: str) -> None:
-    """A line on stderr, above the bar if there is one.
+    """Prints a line on stderr, above the bar if there is one.
 
-    Written as one, so that what a signal says cannot come before the line's end.
+    The line and its end are one write, so that a signal's message cannot come between them.
     """
     tqdm.write(f"{line}\n", file=sys.stderr, end="")
 
 
 class Progress:
-    """A bar when stderr is a terminal, a plain line now and then when not."""
+    """A bar if stderr is a terminal, else a line every ten seconds and at the end."""
 
     def __init__(self, title: str, total: int | None, quiet: bool = False, unit: str = "B"):
-        """`total` is in units; None if it is not known. `quiet`: another process speaks."""
+        """`total`: in units, or None if unknown. `quiet`: prints nothing; another process does."""
         self._quiet, self._unit = quiet, unit
         self._title, self._done, self._total = title, 0, total
         self._began = self._told = time.monotonic()
@@ -39,7 +39,7 @@ class Progress:
             self._tell()
 
     def advance(self, size: int) -> None:
-        """So many units more are done."""
+        """Adds `size` units to those that are done."""
         self._done += size
         self._bar.update(size)
         if self._bar.disable and time.monotonic() - self._told > 10:

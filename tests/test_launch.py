@@ -121,7 +121,7 @@ def test_a_process_of_several_leaves_with_the_errors_status(monkeypatch, error):
 
     monkeypatch.setattr(distributed, "several", lambda: True)
     monkeypatch.setattr(distributed, "_leave", leave)
-    with pytest.raises(SystemExit) as left, distributed.leaving_together(lambda: ""):
+    with pytest.raises(SystemExit) as left, distributed.ending_together(lambda: ""):
         raise error
     assert left.value.code == (error.status, f"error: process 0 of 1: {error}")
 

@@ -1,1 +1,1 @@
-"""What changes a trained model: low-rank overlays, quantised bases, other vocabularies."""
+"""Changes to a trained model: low-rank overlays, quantised bases, other vocabularies."""

@@ -1,10 +1,10 @@
 """LoRA as an overlay of the parameter tree (arXiv:2106.09685).
 
-An overlay has the paths of the parameters. Where a matrix is adapted it holds the factors `a`
-[L,inputs...,R] and `b` [L,R,outputs...], and for DoRA (arXiv:2402.09353) the norms `m`
-[L,outputs...]; where a parameter is trained whole, its leaf. The base never changes: `attach`
-makes of an overlay what replaces leaves, and the collection `lora` of the model, which goes beside
-its matrices. Several overlays at once are `jllama.adapt.mixture`.
+An overlay is a tree with the paths of the parameters. For an adapted matrix it holds the factors
+`a` [L,inputs...,R] and `b` [L,R,outputs...], and for DoRA (arXiv:2402.09353) the norms `m`
+[L,outputs...]. For a parameter that is trained whole it holds the parameter. The base never
+changes: `attach` returns the parameters to use, and the collection `lora` that the model reads.
+`jllama.adapt.mixture` uses several overlays at once.
 
 L layers, R rank.
 """
@@ -35,7 +35,7 @@ def overlay_specs(config: ModelConfig, compute: ComputeConfig, lora: LoraConfig)
     """The overlay's tree with a `ParamSpec` at each leaf, in `compute.param_dtype`.
 
     Raises UserError for a pattern that matches nothing, a parameter that is both a target and
-    trained whole, a layer that is not there, or a rank above the matrix.
+    trained whole, a layer that the model does not have, or a rank that a matrix cannot have.
     """
     specs = llama.param_specs(config, compute)
     owners = {dotted(path[:-1]): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
@@ -46,8 +46,8 @@ def overlay_specs(config: ModelConfig, compute: ComputeConfig, lora: LoraConfig)
         beyond = [n for n in override.layers or () if n >= config.num_layers]
         if beyond:
             raise UserError(
-                f"adapt.overrides.{i}.layers: there is no layer {beyond[0]}; the last of"
-                f" {config.num_layers} is {config.num_layers - 1}"
+                f"adapt.overrides.{i}.layers: there is no layer {beyond[0]}; the"
+                f" {config.num_layers} layers are 0 to {config.num_layers - 1}"
             )
     both = [path for path in targets if path in whole]
     if both:
@@ -57,23 +57,24 @@ def overlay_specs(config: ModelConfig, compute: ComputeConfig, lora: LoraConfig)
 
     tree: dict[str, Any] = {}
     for path, spec in owners.items():
-        where = tuple(path.split("."))
+        keys = tuple(path.split("."))
         if path in targets:
-            put(tree, where, _factors(path, spec, lora))
+            set_at(tree, keys, _factors(path, spec, lora))
         elif path in whole:
-            put(tree, where, at(specs, where))
+            set_at(tree, keys, at(specs, keys))
     return tree
 
 
 def _matching(key: str, patterns: Sequence[str], paths: list[str]) -> list[str]:
-    found: set[str] = set()
+    """The paths that any of the patterns of `adapt.<key>` matches, in the order of `paths`."""
+    matched: set[str] = set()
     for pattern in patterns:
-        here = [path for path in paths if _matches(path, pattern)]
-        if not here:
+        matches = [path for path in paths if _matches(path, pattern)]
+        if not matches:
             names = ", ".join(path.rpartition(".")[2] for path in paths)
-            raise UserError(f"adapt.{key}: {pattern!r} matches nothing; there are: {names}")
-        found.update(here)
-    return [path for path in paths if path in found]
+            raise UserError(f"adapt.{key}: {pattern!r} matches nothing; choose from: {names}")
+        matched.update(matches)
+    return [path for path in paths if path in matched]
 
 
 def _matches(path: str, pattern: str) -> bool:
@@ -85,31 +86,31 @@ def _factors(path: str, spec: ParamSpec, lora: LoraConfig) -> dict[str, ParamSpe
     ranks = [rank for rank, _ in ranks_and_scales(path, lora, L)]
     R = max(ranks)
     if not R or (lora.dora and not min(ranks)):
-        why = "with dora, whose norms are trained in all" if R else "in every layer"
+        why = "in a layer, and dora trains the norms of all layers" if R else "in every layer"
         raise UserError(f"adapt.overrides: {path} has rank 0 {why}; take it out of adapt.targets")
-    most = int(min(np.prod(shape[:cut]), np.prod(shape[cut:])))
-    if most < R:
+    largest = int(min(np.prod(shape[:cut]), np.prod(shape[cut:])))
+    if largest < R:
         raise UserError(
-            f"adapt.rank={R}, or that of an override: above the {most} that {path} can have; lower"
-            " it there (adapt.overrides), or train the matrix whole (adapt.full)"
+            f"adapt: {path} has rank {R}, and can have {largest} at most; lower adapt.rank, or the"
+            " rank of this matrix in adapt.overrides, or train it whole (adapt.full)"
         )
 
-    def of(shape: list[int], axes: list[str], *, decay: bool, inputs: int) -> ParamSpec:
+    def factor(shape: list[int], axes: list[str], *, decay: bool, inputs: int) -> ParamSpec:
         return ParamSpec((L, *shape), spec.dtype, (stack, *axes), decay, inputs)
 
     tree = {
-        "a": of([*shape[:cut], R], [*axes[:cut], "lora_rank"], decay=True, inputs=cut),
-        "b": of([R, *shape[cut:]], ["lora_rank", *axes[cut:]], decay=True, inputs=1),
+        "a": factor([*shape[:cut], R], [*axes[:cut], "lora_rank"], decay=True, inputs=cut),
+        "b": factor([R, *shape[cut:]], ["lora_rank", *axes[cut:]], decay=True, inputs=1),
     }
     if lora.dora:
-        tree["m"] = of(shape[cut:], axes[cut:], decay=False, inputs=0)
+        tree["m"] = factor(shape[cut:], axes[cut:], decay=False, inputs=0)
     return tree
 
 
 def ranks_and_scales(path: str, lora: LoraConfig, layers: int) -> list[tuple[int, float]]:
     """(rank, scale) of a matrix in each layer; `scale` multiplies the product of its factors.
 
-    Where a layer's rank is below the matrix's R, the rest of its factors is zero and stays so.
+    Where the rank of a layer is below R, the rest of its factors is zero and stays zero.
     """
     return [
         (rank, alpha / (rank**0.5 if lora.rslora else rank) if rank else 0.0)
@@ -120,7 +121,7 @@ def ranks_and_scales(path: str, lora: LoraConfig, layers: int) -> list[tuple[int
 def ranks_and_alphas(path: str, lora: LoraConfig, layers: int) -> list[tuple[int, float]]:
     """(rank, alpha) of a matrix in each layer."""
 
-    def one(layer: int) -> tuple[int, float]:
+    def of_layer(layer: int) -> tuple[int, float]:
         rank, alpha = lora.rank, lora.alpha
         for o in lora.overrides:
             if _matches(path, o.match) and (o.layers is None or layer in o.layers):
@@ -128,11 +129,11 @@ def ranks_and_alphas(path: str, lora: LoraConfig, layers: int) -> list[tuple[int
                 alpha = o.alpha or alpha
         return rank, alpha
 
-    return [one(layer) for layer in range(layers)]
+    return [of_layer(layer) for layer in range(layers)]
 
 
 def matrices(overlay: Overlay, path: ParamPath = ()) -> Iterator[tuple[ParamPath, Overlay]]:
-    """The path of each adapted matrix, and its {"a", "b", ...}."""
+    """The path of each adapted matrix, and its factors {"a", "b", ...}."""
     for key, below in overlay.items():
         if isinstance(below, dict):
             if "a" in below:
@@ -142,7 +143,7 @@ def matrices(overlay: Overlay, path: ParamPath = ()) -> Iterator[tuple[ParamPath
 
 
 def whole_leaves(overlay: Overlay, path: ParamPath = ()) -> Iterator[tuple[ParamPath, Any]]:
-    """The path and the value of each parameter that the overlay has whole."""
+    """The path and the value of each parameter that the overlay holds whole."""
     for key, below in overlay.items():
         if not isinstance(below, dict):
             yield (*path, key), below
@@ -151,38 +152,39 @@ def whole_leaves(overlay: Overlay, path: ParamPath = ()) -> Iterator[tuple[Param
 
 
 def layout(config: ModelConfig, lora: LoraConfig) -> dict[str, str]:
-    """What an overlay has of each parameter, in words, by path: two are alike where all of it is.
+    """Describes in words what the overlay trains of each parameter, by path.
 
-    Ranks and alphas are of the layers in their order, once where they are the same in all.
+    Two overlays with the same result have the same tree and the same scales. A list of ranks or
+    alphas has one number per layer, or a single number if all layers have the same.
     """
     specs = overlay_specs(config, ComputeConfig(dtype="float32"), lora)
-    found = {".".join(path): "is trained whole" for path, _ in whole_leaves(specs)}
+    words = {".".join(path): "is trained whole" for path, _ in whole_leaves(specs)}
     for keys, _ in matrices(specs):
         path = ".".join(keys)
         settings = ranks_and_alphas(path, lora, config.num_layers)
         ranks, alphas = (
-            ", ".join(f"{n:g}" for n in (some[:1] if len(set(some)) == 1 else some))
-            for some in zip(*settings, strict=True)
+            ", ".join(f"{n:g}" for n in (values[:1] if len(set(values)) == 1 else values))
+            for values in zip(*settings, strict=True)
         )
-        more = [f", {key}" for key in ("rslora", "dora") if getattr(lora, key)]
-        found[path] = f"has rank {ranks}, alpha {alphas}{''.join(more)}"
-    return found
+        flags = [f", {key}" for key in ("rslora", "dora") if getattr(lora, key)]
+        words[path] = f"has rank {ranks}, alpha {alphas}{''.join(flags)}"
+    return words
 
 
-def parameter_count(config: ModelConfig, lora: LoraConfig) -> int:
-    """What is trained, without padding of the vocabulary and of lower ranks."""
+def trained_parameter_count(config: ModelConfig, lora: LoraConfig) -> int:
+    """The number of trained parameters, without padding of the vocabulary and of lower ranks."""
     specs = overlay_specs(config.unpadded, ComputeConfig(dtype="float32"), lora)
     unused = 0
     for path, f in matrices(specs):
         L, R = f["a"].shape[0], f["a"].shape[-1]
         ranks = [rank for rank, _ in ranks_and_scales(".".join(path), lora, L)]
-        one = sum(math.prod(f[name].shape) for name in ("a", "b")) // (L * R)
-        unused += one * (L * R - sum(ranks))
+        per_rank = sum(math.prod(f[name].shape) for name in ("a", "b")) // (L * R)
+        unused += per_rank * (L * R - sum(ranks))
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs)) - unused
 
 
-def train_flops_per_token(config: ModelConfig, adapt: Adapt, length: int) -> float:
-    """`jllama.flops.train_flops_per_token` of what a recipe trains."""
+def adapted_flops_per_token(config: ModelConfig, adapt: Adapt, length: int) -> float:
+    """`jllama.flops.train_flops_per_token` of a recipe, with what its `adapt` freezes and adds."""
     if not isinstance(adapt, LoraConfig):
         return flops.train_flops_per_token(config, length)
     config = config.unpadded
@@ -206,15 +208,15 @@ def init_overlay(
     base: llama.Params,
     key: jax.Array,
 ) -> Overlay:
-    """A fresh overlay, `compute.param_dtype`, which changes nothing yet.
+    """An initial overlay in `compute.param_dtype`, with which the model computes what it did.
 
-    `a` is uniform within 1/sqrt(inputs), as PEFT's; `b` is zero; `m` has the norms of the base's
-    columns; what is trained whole begins as the base's.
+    `a` is uniform within 1/sqrt(inputs), as in PEFT; `b` is zero; `m` holds the norms of the base's
+    columns; a parameter that is trained whole begins as the base's.
     """
     specs = overlay_specs(config, compute, lora)
     overlay: Overlay = {}
     for path, spec in whole_leaves(specs):
-        put(overlay, path, dense(at(base, path), spec.dtype))
+        set_at(overlay, path, dense(at(base, path), spec.dtype))
     for path, spec in matrices(specs):
         a, b = spec["a"], spec["b"]
         L, R = a.shape[0], a.shape[-1]
@@ -225,14 +227,14 @@ def init_overlay(
         factors = {"a": (drawn * used).astype(a.dtype), "b": jnp.zeros(b.shape, b.dtype)}
         if lora.dora:
             kernel = at(base, path)["kernel"]
-            norms = norms_of_layers(kernel, scaled(path, lora, factors), a.inputs)
+            norms = stacked_column_norms(kernel, with_scale(path, lora, factors), a.inputs)
             factors["m"] = norms.astype(spec["m"].dtype)
-        put(overlay, path, factors)
+        set_at(overlay, path, factors)
     return overlay
 
 
 def without_whole(base: llama.Params, overlay: Overlay) -> llama.Params:
-    """The base without what the overlay has whole: what is used of it."""
+    """The base without the parameters that the overlay holds whole, which replace them."""
     whole = {path for path, _ in whole_leaves(overlay)}
 
     def used(tree: Any, path: ParamPath = ()) -> Any:
@@ -246,55 +248,55 @@ def without_whole(base: llama.Params, overlay: Overlay) -> llama.Params:
 def attach(
     lora: LoraConfig, base: llama.Params, overlay: Overlay, key: jax.Array | None = None
 ) -> tuple[llama.Params, Overlay]:
-    """What `llama.apply` takes for the base with one overlay: `params` and `lora`.
+    """The arguments `params` and `lora` of `llama.apply` for the base with one overlay.
 
-    With a `key` inputs of the overlay are dropped as `lora.dropout` says, as in training.
+    With a `key`, as in training, `lora.dropout` applies to the inputs of the overlay's matrices.
     """
     collection: Overlay = {}
     for path, factors in matrices(overlay):
-        leaf = scaled(path, lora, factors)
+        leaf = with_scale(path, lora, factors)
         if key is not None and lora.dropout:
             L = factors["a"].shape[0]
             leaf["key"] = jax.random.split(_key(key, path), L)
             leaf["keep"] = jnp.full((L,), 1 - lora.dropout, jnp.float32)
-        put(collection, path, leaf)
+        set_at(collection, path, leaf)
     return with_whole(base, overlay), collection
 
 
-def scaled(path: ParamPath, lora: LoraConfig, factors: Overlay) -> Overlay:
-    """The factors with `scale` [L,1,1] beside them."""
+def with_scale(path: ParamPath, lora: LoraConfig, factors: Overlay) -> Overlay:
+    """The factors of a matrix, and its `scale` [L,1,1]."""
     L = factors["a"].shape[0]
     scales = [scale for _, scale in ranks_and_scales(".".join(path), lora, L)]
     return {**factors, "scale": jnp.asarray(scales, jnp.float32)[:, None, None]}
 
 
-def norms_of_layers(kernel: Any, factors: Overlay, inputs: int) -> jax.Array:
-    """Of all layers, one after another: [L,outputs...] float32."""
-    return jax.lax.map(lambda of: column_norms(*of, inputs), (kernel, factors))
+def stacked_column_norms(kernel: Any, factors: Overlay, inputs: int) -> jax.Array:
+    """`column_norms` of each layer, computed one layer after another: [L,outputs...] float32."""
+    return jax.lax.map(lambda layer: column_norms(*layer, inputs), (kernel, factors))
 
 
 def with_whole(params: llama.Params, overlay: Overlay) -> llama.Params:
-    """A tree of its own, with the overlay's whole parameters in the place of others'."""
+    """A copy of the tree, in which the overlay's whole parameters replace those of `params`."""
     tree = jax.tree.map(lambda x: x, params, is_leaf=lambda x: not isinstance(x, dict))
     for path, value in whole_leaves(overlay):
-        put(tree, path, value)
+        set_at(tree, path, value)
     return tree
 
 
 def _key(key: jax.Array, path: ParamPath) -> jax.Array:
-    """A matrix's own; it does not depend on what else is adapted."""
+    """The random key of one matrix; it does not depend on which others are adapted."""
     return jax.random.fold_in(key, np.uint32(zlib.crc32(".".join(path).encode())))
 
 
 def at(tree: Any, path: ParamPath) -> Any:
-    """What stands at a path of nested dicts."""
+    """The value at a path of nested dicts."""
     for key in path:
         tree = tree[key]
     return tree
 
 
-def put(tree: Any, path: ParamPath, value: Any) -> None:
-    """Puts it there, making the dicts on the way."""
+def set_at(tree: Any, path: ParamPath, value: Any) -> None:
+    """Sets the value at a path of nested dicts, and makes the dicts that are missing."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

@@ -1,4 +1,4 @@
-"""Several overlays over one base at once, mixed for each request by weights that are data.
+"""Several overlays over one base, mixed by weights that are arrays, one row for each request.
 
 L layers, R rank, B rows, E overlays.
 """
@@ -15,10 +15,10 @@ from jllama.adapt.lora import (
     ParamPath,
     at,
     matrices,
-    norms_of_layers,
-    put,
-    scaled,
+    set_at,
+    stacked_column_norms,
     whole_leaves,
+    with_scale,
     with_whole,
 )
 from jllama.config import LoraConfig
@@ -27,46 +27,48 @@ from jllama.model import llama
 from jllama.model.linear import gain
 
 
-def join(
+def join_overlays(
     base: llama.Params,
     overlays: Sequence[tuple[LoraConfig, Overlay]],
     names: Sequence[str] = (),
 ) -> tuple[llama.Params, Overlay]:
-    """What `llama.apply` takes for the base with any mixture of several overlays, by `weighted`.
+    """The parameters, and the overlays joined to one, of which `weighted` makes the mixtures.
 
-    The ranks of all stand side by side in `a` and `b`, beside `scale` [L,R], `owner` [R], which
-    overlay each is of, and for DoRA `gains` [L,E,outputs...], by how much each changes x W.
+    The factors `a` and `b` of all overlays are concatenated along the rank. Each matrix further has
+    `scale` [L,R]; `owner` [R], the index of each rank's overlay; and for DoRA `gains`
+    [L,E,outputs...], which each overlay adds to the factor of x W.
 
-    Raises UserError for several overlays of which one has a parameter whole: it would be the base's
-    for all of them.
+    Raises UserError if one of several overlays holds a parameter whole, because that would replace
+    the base's for all of them.
     """
     whole = [list(whole_leaves(overlay)) for _, overlay in overlays]
     if len(overlays) > 1 and any(whole):
         n, (path, _) = next((n, w[0]) for n, w in enumerate(whole) if w)
         raise UserError(
-            f"adapter {names[n] if names else n}: holds {'.'.join(path)} whole, which one request"
-            " cannot have and another not; load it alone"
+            f"adapter {names[n] if names else n}: holds {'.'.join(path)} whole, which cannot be"
+            " mixed for each request; load this adapter alone"
         )
-    found: dict[ParamPath, list[tuple[int, Overlay]]] = {}
+    by_path: dict[ParamPath, list[tuple[int, Overlay]]] = {}
     for n, (lora, overlay) in enumerate(overlays):
         for path, factors in matrices(overlay):
-            found.setdefault(path, []).append((n, scaled(path, lora, factors)))
+            by_path.setdefault(path, []).append((n, with_scale(path, lora, factors)))
     joined: Overlay = {}
-    for path, parts in found.items():
-        put(joined, path, _joined(at(base, path)["kernel"], parts, len(overlays)))
+    for path, parts in by_path.items():
+        set_at(joined, path, _join_matrix(at(base, path)["kernel"], parts, len(overlays)))
     params = with_whole(base, {})
     for _, overlay in overlays:
         for path, value in whole_leaves(overlay):
-            put(params, path, value.astype(at(base, path).dtype))
+            set_at(params, path, value.astype(at(base, path).dtype))
     return params, joined
 
 
 def weighted(joined: Overlay, weights: jax.Array) -> Overlay:
-    """The collection `lora` for rows that weigh the overlays each by its own.
+    """The argument `lora` of `llama.apply` for rows with a mixture of their own each.
 
     Args:
-      joined: from `join`.
-      weights: [B,E] float32, or [1,E] for all rows alike; 0 is without that overlay.
+      joined: from `join_overlays`.
+      weights: the weight of each overlay, [B,E] float32, or [1,E] for all rows alike; an overlay
+        with the weight 0 has no effect.
     """
     collection: Overlay = {}
     for path, leaf in matrices(joined):
@@ -74,11 +76,12 @@ def weighted(joined: Overlay, weights: jax.Array) -> Overlay:
         chosen = {"a": leaf["a"], "b": leaf["b"], "scale": scale}
         if "gains" in leaf:
             chosen["gain"] = 1.0 + jnp.einsum("BE,LE...->LB...", weights, leaf["gains"])
-        put(collection, path, chosen)
+        set_at(collection, path, chosen)
     return collection
 
 
-def _joined(kernel: Any, parts: list[tuple[int, Overlay]], count: int) -> Overlay:
+def _join_matrix(kernel: Any, parts: list[tuple[int, Overlay]], count: int) -> Overlay:
+    """Joins the factors of one matrix; `parts` are (index of the overlay, factors with scale)."""
     owner = np.concatenate([np.full(f["a"].shape[-1], n) for n, f in parts])
     scales, bs, gains = [], [], {}
     for n, factors in parts:
@@ -86,9 +89,10 @@ def _joined(kernel: Any, parts: list[tuple[int, Overlay]], count: int) -> Overla
         scales.append(jnp.broadcast_to(factors["scale"][:, 0], (L, R)))
         b = factors["b"]
         if "m" in factors:
-            here = gain(factors["m"], norms_of_layers(kernel, factors, factors["a"].ndim - 2))
-            gains[n] = here - 1.0
-            b = b * here[:, None]
+            norms = stacked_column_norms(kernel, factors, factors["a"].ndim - 2)
+            columns = gain(factors["m"], norms)
+            gains[n] = columns - 1.0
+            b = b * columns[:, None]
         bs.append(b)
     leaf = {
         "a": jnp.concatenate([f["a"] for _, f in parts], -1),

@@ -16,7 +16,7 @@ import qwix
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.model import llama
 from jllama.model.param import EachLeaf, dotted
-from jllama.parallel.sharding import coarser
+from jllama.parallel.sharding import scales_sharding
 
 Kind = Literal["int8", "int4", "nf4"]
 
@@ -53,7 +53,7 @@ def quantizing(x: Any, inputs: int, kind: Kind) -> tuple[Callable[[jax.Array], A
     """The jitted `quantize` of an array or a placed shape, and its result as placed shapes."""
     run = functools.partial(quantize, inputs=inputs, kind=kind)
     shapes = jax.eval_shape(run, x)
-    places = jax.tree.map(lambda s: coarser(x.sharding, s.shape, x.shape), shapes)
+    places = jax.tree.map(lambda s: scales_sharding(x.sharding, s.shape, x.shape), shapes)
     placed = jax.tree.map(
         lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
     )

@@ -1,6 +1,6 @@
-"""Embedding and head for another vocabulary: padded, and grown by new rows.
+"""Pads embedding and head, and grows them for a larger vocabulary.
 
-V rows, D model width. A tied head is the embedding, and grows with it.
+V rows, D model width. A tied head is the embedding itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,44 +12,45 @@ import numpy as np
 from jax import lax
 
 from jllama.model.llama import Params
-from jllama.parallel.sharding import with_whole_rows
+from jllama.parallel.sharding import whole_rows_sharding
 
 TABLES = ("embedding", "head")
-# How a new row is made: the mean of the rows of the base's pieces that spell it, the mean of all
-# rows, or a draw from the normal distribution with each column's own mean and standard deviation.
+# A new row is the mean of the rows of the base's pieces that spell the new piece, or the mean of
+# all rows, or a draw from the normal distribution with the mean and deviation of each column.
 NewRows = Literal["pieces", "mean", "random"]
 
 
-def _tables(params: Params, change: Callable[[Any], Any]) -> Params:
+def _map_tables(params: Params, change: Callable[[Any], Any]) -> Params:
     return params | {
         name: {"weight": change(params[name]["weight"])} for name in TABLES if name in params
     }
 
 
 def with_rows(placed: Params, rows: int) -> Params:
-    """`llama.placed_shapes` of the same model with `rows` [V,D] in its tables.
+    """`llama.placed_shapes` of the same model with `rows` rows in its tables [V,D].
 
-    Where that is another number the rows are not spread: they may not divide.
+    If their number changes the rows are not sharded, because it may not divide.
     """
 
     def change(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if leaf.shape[0] == rows:
             return leaf
         shape = (rows, *leaf.shape[1:])
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=with_whole_rows(leaf.sharding))
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=whole_rows_sharding(leaf.sharding))
 
-    return _tables(placed, change)
+    return _map_tables(placed, change)
 
 
 def resized(tree: Params, rows: int) -> Params:
-    """Parameters, or an overlay, whose tables have `rows`: cut, or padded with zeros."""
-    return _tables(tree, lambda table: table if len(table) == rows else _resize(table, rows))
+    """Parameters, or an overlay, with tables of `rows` rows: cut, or padded with zeros."""
+    return _map_tables(tree, lambda table: table if len(table) == rows else _resize(table, rows))
 
 
 def repadded(x: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """A parameter with as many rows as its placed shape has, and where that lies.
+    """The parameter with the number of rows, and the sharding, of its placed shape.
 
-    Rows beyond are zeros, and rows too many are dropped: both are padding. All else is unchanged.
+    It appends rows of zeros, or drops the last rows, which are padding. A parameter with the right
+    shape is returned as it is.
     """
     if x.shape == leaf.shape:
         return x
@@ -57,11 +58,11 @@ def repadded(x: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _resize(table: jax.Array, rows: int) -> jax.Array:
-    kept = table[:rows]
-    return jnp.pad(kept, ((0, rows - kept.shape[0]), (0, 0)))
+    table = table[:rows]
+    return jnp.pad(table, ((0, rows - table.shape[0]), (0, 0)))
 
 
-def grow(
+def grow_tables(
     params: Params,
     placed: Params,
     base: int,
@@ -69,35 +70,39 @@ def grow(
     rows: NewRows,
     seed: int = 0,
 ) -> Params:
-    """Parameters of a larger vocabulary: the base's rows, new rows, padding.
+    """The parameters with tables of the base's rows, the new rows, and padding.
 
-    The base's rows keep their bits; what is new is computed in float32. Deterministic: a random row
-    depends on `seed`, its table and its id, and on nothing of the placement.
+    The base's rows keep their bits, and the new rows are computed in float32. A random row depends
+    on `seed`, its table and its id, and not on the placement.
 
     Args:
       placed: `llama.placed_shapes` of the larger model.
-      base: ids of the base's tokenizer; rows that a table has from there on had no token.
-      spelt: for each new id, from `base` on, the base's ids of its text. For "pieces"; an empty
-        one, as a special token's, gets the mean of all. Otherwise their number counts alone.
+      base: the number of ids of the base's tokenizer; later rows of a table had no token.
+      spelt: for each new id, from `base` on, the base's ids that spell its text. A new row with no
+        ids, such as a special token's, is the mean of all rows. Kinds other than "pieces" use only
+        the number of new ids.
     """
-    wanted = iter([(name, placed[name]["weight"]) for name in TABLES if name in params])
-    most = max(map(len, spelt), default=0) if rows == "pieces" else 0
-    ids = np.zeros((max(most, 1), len(spelt)), np.int32)
-    for i, some in enumerate(spelt if rows == "pieces" else ()):
-        ids[: len(some), i] = some
-    lengths = np.array([len(some) if rows == "pieces" else 0 for some in spelt], np.int32)
+    targets = iter([(name, placed[name]["weight"]) for name in TABLES if name in params])
+    spellings = spelt if rows == "pieces" else [()] * len(spelt)
+    lengths = np.array([len(spelling) for spelling in spellings], np.int32)
+    ids = np.zeros((max([1, *lengths]), len(spellings)), np.int32)
+    for i, spelling in enumerate(spellings):
+        ids[: len(spelling), i] = spelling
 
     def change(table: jax.Array) -> jax.Array:
-        name, leaf = next(wanted)
+        name, leaf = next(targets)
         key = jax.random.fold_in(jax.random.key(seed), TABLES.index(name))
-        made = jax.jit(_grown, static_argnums=(1, 2, 3), out_shardings=leaf.sharding)
-        return made(table, base, leaf.shape[0], rows, ids, lengths, key)
+        grown = jax.jit(_grown, static_argnums=(1, 2, 3), out_shardings=leaf.sharding)
+        return grown(table, base, leaf.shape[0], rows, ids, lengths, key)
 
-    return _tables(params, change)
+    return _map_tables(params, change)
 
 
 def _grown(table, base, rows, kind, ids, lengths, key):
-    """[V,D] -> [rows,D]: `base` old rows, one for each of `lengths`, zeros; ids [K,new]."""
+    """[V,D] -> [rows,D]: the first `base` rows, a new row for each of `lengths`, and zeros.
+
+    Column i of `ids` [K,new] holds the `lengths[i]` ids that spell new row i.
+    """
     old = table[:base]
     wide = old.astype(jnp.float32)
     mean = jnp.mean(wide, axis=0)
@@ -111,7 +116,7 @@ def _grown(table, base, rows, kind, ids, lengths, key):
             row = jnp.take(old, ids, axis=0).astype(jnp.float32)
             return total + jnp.where((at < lengths)[:, None], row, 0.0), None
 
-        # One piece of each text at a time: all at once are several times the table.
+        # One piece of every text at a time; all pieces at once would be several times the table.
         total, _ = lax.scan(add, jnp.zeros(shape, jnp.float32), (jnp.arange(len(ids)), ids))
         count = jnp.maximum(lengths, 1)[:, None]
         new = jnp.where(lengths[:, None] > 0, total / count, mean)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jllama import flops
-from jllama.adapt.merge import merge
+from jllama.adapt.merge import merge_overlay
 from jllama.adapt.quant import quantizer
 from jllama.config import MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
@@ -19,7 +19,7 @@ from jllama.interop import gguf, hf, peft
 from jllama.interop.gguf import KINDS, kind_of, write_gguf
 from jllama.interop.parameters import cast_params
 from jllama.model import llama
-from jllama.model.param import kept
+from jllama.model.param import map_leaves
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.progress import say
@@ -28,7 +28,7 @@ from jllama.store.find import find
 from jllama.store.model import StoredModel, open_adapted, open_model
 from jllama.store.write import write_adapter, write_model
 
-# What GGUF calls the dtypes that a folder may have.
+# GGUF's names for the dtypes that a folder may have.
 _GGUF = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -39,32 +39,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         help="a run, a step or a model's folder; Hugging Face's, Meta's; or an adapter",
     )
-    add("target", metavar="DST", help="a folder that is not there yet, or a file FILE.gguf")
+    add("target", metavar="DST", help="a folder that does not exist yet, or a file FILE.gguf")
     add(
         "--adapter",
         metavar="PATH",
         action="append",
-        help="worked into SRC: a LoRA run, or a folder of PEFT's",
+        help="merge it into SRC: a LoRA run, or a folder of PEFT's",
     )
-    add("--base", metavar="PATH", help="where SRC is an adapter: its model [where it says]")
+    add("--base", metavar="PATH", help="if SRC is an adapter: its model [the one that it names]")
     add("--from", dest="source_format", choices=("jllama", "hf", "meta"), help="[found by looking]")
     add(
         "--to",
         dest="target_format",
         choices=("jllama", "hf", "gguf", "peft"),
-        help="[gguf for a name that ends so; else hf of ours, and ours of any other; of an adapter"
-        " peft or ours]",
+        help="[gguf for a name that ends so, else hf for our models and jllama for others; for"
+        " adapters peft for ours and jllama for others]",
     )
     add(
         "--dtype",
         metavar="DTYPE",
         help=f"{', '.join(_GGUF)}; for GGUF {', '.join(KINDS)} [as stored]",
     )
-    add("--model", metavar="MODEL", help="what Meta's folder is: in configs/model, or a file")
+    add("--model", metavar="MODEL", help="the model in Meta's folder: in configs/model, or a file")
 
 
 def run(args: argparse.Namespace) -> None:
-    # Accelerators have no part in it; in a cluster they would wait for each other.
+    # No accelerator is needed; in a cluster those of several hosts would wait for each other.
     jax.config.update("jax_platforms", "cpu")
     for name, given in (("SRC", args.source), ("DST", args.target)):
         if not given:
@@ -75,20 +75,20 @@ def run(args: argparse.Namespace) -> None:
         return _convert_adapter(args, open_adapter(source), target)
     if to == "peft" or args.base:
         raise UserError(f"--to peft and --base are for an adapter; {source.path} is a model")
-    given = None if args.adapter is None else {"adapter": storage.path(_one(args.adapter))}
+    given = None if args.adapter is None else {"adapter": storage.path(_one_adapter(args.adapter))}
     stored = open_adapted(source, given, args.model)
     if to is None:
-        own = "hf" if source.format == "jllama" else "jllama"
-        to = "gguf" if target.suffix == ".gguf" else own
+        default = "hf" if source.format == "jllama" else "jllama"
+        to = "gguf" if target.suffix == ".gguf" else default
     dtype = _dtype(args.dtype, to, stored.dtype)
-    # What can be refused is, before minutes of reading.
+    # Errors come first, before minutes of reading.
     outputs.check_absent(target)
     if to != "jllama":
         check = {"hf": hf.check_expressible, "gguf": gguf.check_expressible}[to]
         check(stored.config, stored.tokenizer)
     count = flops.parameter_count(stored.config)
     if to == "gguf":
-        size = gguf.nbytes(stored.config, dtype)
+        size = gguf.tensor_bytes(stored.config, dtype)
     else:
         padding = flops.padding_count(stored.config) if to == "jllama" else 0
         size = (count + padding) * jnp.dtype(dtype).itemsize
@@ -110,19 +110,19 @@ def run(args: argparse.Namespace) -> None:
     print(f"{target}: {to}, {dtype}, {count:,} parameters")
 
 
-def _one(given: list[str]) -> str:
-    """The path of the one adapter that is worked in."""
+def _one_adapter(given: list[str]) -> str:
+    """The path of the one adapter to merge."""
     (path, weight), *more = adapter_weights(given).items()
     if more or weight != 1.0:
         raise UserError(
-            "--adapter: one is worked in, with weight 1; for more, work the next into what this"
-            " makes, and for other weights load them unmerged"
+            "--adapter: give one, with weight 1; to merge more, merge the next into the result, and"
+            " for other weights load them unmerged"
         )
     return path
 
 
 def _merged(stored: StoredModel, to: str, written: str, asked: str | None) -> llama.Params:
-    """The model with its one adapter worked in; says what rounding to the dtype did."""
+    """The model with its one adapter merged; prints the error of rounding to the dtype."""
     (adapter,) = stored.adapters.values()
     dtype, scale_dtype, then = written, _scale_dtype(asked, to, stored), ""
     if to == "gguf":
@@ -131,8 +131,8 @@ def _merged(stored: StoredModel, to: str, written: str, asked: str | None) -> ll
         then = "" if written in kinds else f", before it is written as {written}"
     base = read_on_host(stored, stored.dtype, stored.scale_dtype)
     config, overlay = adapter.read(stored.config, _host(), base)
-    base = kept(base, quantizer(stored.config, adapter.quantize))
-    params, rounding = merge(config, base, overlay, dtype)
+    base = map_leaves(base, quantizer(stored.config, adapter.quantize))
+    params, rounding = merge_overlay(config, base, overlay, dtype)
     say(
         f"merged {adapter.path.name}: its matrices changed by {rounding.change:.2g} of themselves;"
         f" rounded to {dtype}, they are off by {rounding.error:.2g}{then}"
@@ -144,16 +144,16 @@ def _convert_adapter(args: argparse.Namespace, adapter: Adapter, target: Path) -
     to = args.target_format or ("peft" if adapter.found.format == "jllama" else "jllama")
     if to not in ("jllama", "peft") or args.adapter is not None:
         raise UserError(
-            f"{adapter.path}: is an adapter, which is converted to jllama or peft; to work it into"
+            f"{adapter.path}: is an adapter, which is converted to jllama or peft; to merge it into"
             f" its base: jllama convert BASE DST --adapter {adapter.path}"
         )
     if target.suffix == ".gguf":
-        raise UserError(f"{target}: adapters are not written as GGUF; work it into its base")
+        raise UserError(f"{target}: adapters are not written as GGUF; merge it into its base")
     outputs.check_absent(target)
     base = open_model(base_of(adapter, args.base), args.model)
     config = adapter.over(base.config)
     if to == "peft" and config.rope != base.config.rope:
-        say("note: it was trained with another model.rope than its base has; PEFT cannot say so")
+        say("note: it was trained with another model.rope than its base's, which PEFT cannot store")
     tokenizer = adapter.tokenizer or base.tokenizer
     base = dataclasses.replace(base, config=config, tokenizer=tokenizer)
     params = read_on_host(base, base.dtype, base.scale_dtype)
@@ -172,16 +172,16 @@ def _host() -> Placement:
 
 
 def host_places(config: ModelConfig, dtype: str, scale_dtype: str) -> llama.Params:
-    """`llama.placed_shapes` in the host's memory."""
+    """`llama.placed_shapes` in host memory."""
     return llama.placed_shapes(config, _host(), dtype, scale_dtype)
 
 
 def read_on_host(stored: StoredModel, dtype: str, scale_dtype: str) -> llama.Params:
-    """The parameters in the host's memory, cast; UserError for a value that becomes infinite."""
+    """The parameters in host memory, cast; UserError for a value that becomes infinite."""
     place = functools.partial(host_places, stored.config)
     if stored.found.format != "jllama":
         return stored.read(place(dtype, scale_dtype))
-    # Orbax would cast too, and say nothing of infinity.
+    # Orbax would cast too, but to infinity without an error.
     return cast_params(stored.read(place(stored.dtype, stored.scale_dtype)), dtype, scale_dtype)
 
 
@@ -191,7 +191,7 @@ def _scale_dtype(asked: str | None, to: str, stored: StoredModel) -> str:
 
 
 def _dtype(asked: str | None, to: str, stored: str) -> str:
-    """What to write: as asked, if the format has it; else what holds the stored values exactly."""
+    """The dtype to write: as asked, if the format has it; by default one that keeps all values."""
     if to == "gguf":
         return kind_of(_GGUF.get(asked or stored, asked))
     if asked is None:

@@ -1,6 +1,6 @@
-"""`jllama evaluate EVALUATION`: one table of evaluations.
+"""`jllama evaluate EVALUATION`: the table of evaluations.
 
-Each has a module like a command's, with `add_arguments(parser)` and `run(args)`.
+Each has a module like that of a command, with `add_arguments(parser)` and `run(args)`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`jllama fingerprint`: one digest of a checkpoint's parameters and optimizer state."""
+"""`jllama fingerprint`: a digest of a checkpoint's parameters and optimizer state."""
 
 import argparse
 
@@ -23,26 +23,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="AXIS=SIZE,...",
-        help=f"devices along {', '.join(AXES)}; 1 where left out; the digest is the same on any"
-        " mesh [fsdp over this machine's devices]",
+        help=f"devices along {', '.join(AXES)}, by default 1; the digest is the same on any mesh"
+        " [fsdp over this machine's devices]",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     found = find(storage.path(args.run_folder))
     if not found.is_run:
-        raise UserError(
-            f"{found.path}: a model alone; fingerprints are of runs, with their optimizer"
-        )
+        raise UserError(f"{found.path}: is a model without an optimizer; a fingerprint needs a run")
     recipe = recipes.load(found.folder / RECIPE)
     step = found.checkpoint() if args.step is None else args.step
     print(fingerprint(load_state(found.folder, step, _define(recipe, ",".join(args.mesh)))))
 
 
 def _define(recipe: Config, mesh: str) -> StateDef:
-    """The run's state on the mesh asked for, else on all devices, or one where they do not divide.
+    """The run's state on the given mesh, else on all devices, or on one if they do not divide.
 
-    The run's own mesh is of the devices that it ran on.
+    The mesh in the run's config is for the devices that it ran on.
     """
 
     def on(sizes: MeshConfig, devices: list[jax.Device]) -> StateDef:

@@ -1,4 +1,4 @@
-"""`jllama vocabulary grow`: a model with a row for every id of a larger tokenizer."""
+"""`jllama vocabulary grow`: gives a model a row for every id of a larger tokenizer."""
 
 import argparse
 import dataclasses
@@ -20,15 +20,15 @@ from jllama.text.tokenizer import load_tokenizer
 
 
 def grow(args: argparse.Namespace) -> None:
-    """By the arguments of `jllama.commands.vocabulary`; on the host, whose memory holds it all."""
+    """Runs the command in host memory; `jllama.commands.vocabulary` defines its arguments."""
     jax.config.update("jax_platforms", "cpu")
     for name, given in (("MODEL", args.source), ("DST", args.target)):
         if not given:
             raise UserError(f"{name} is empty; name a folder")
     if args.multiple < 1:
-        raise UserError(f"--multiple {args.multiple}: at least 1")
+        raise UserError(f"--multiple {args.multiple}: must be at least 1")
     if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed {args.seed}: from 0 to 2^32 - 1")
+        raise UserError(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
     target = storage.path(args.target)
     outputs.check_absent(target)
     tokenizer = load_tokenizer(args.tokenizer)
@@ -51,7 +51,7 @@ def grow(args: argparse.Namespace) -> None:
     size = (count + flops.padding_count(config)) * jnp.dtype(dtype).itemsize
     outputs.check_room(target, size)
     with outputs.stoppable(target):
-        params = vocab.grow(
+        params = vocab.grow_tables(
             read_on_host(stored, dtype, scale_dtype),
             host_places(config, dtype, scale_dtype),
             base,
@@ -70,16 +70,16 @@ def grow(args: argparse.Namespace) -> None:
 
 
 def _unchecked(args: argparse.Namespace, base: int, ids: int) -> tuple[int, list[list[int]]]:
-    """Without the model's own tokenizer: its rows, and nothing of the new ids."""
+    """The rows of a model without a tokenizer, and an empty spelling for each new id."""
     if args.rows == "pieces":
         raise UserError(
             f"{args.source}: has no tokenizer to spell new pieces with; put its tokenizer.model"
-            " there, or take --rows mean"
+            " there, or give --rows mean"
         )
     if ids < base:
         raise UserError(
-            f"{args.tokenizer}: has {ids:,} ids, and the model {base:,} rows: a vocabulary grows,"
-            " and never shrinks"
+            f"{args.tokenizer}: has {ids:,} ids, and the model {base:,} rows: a vocabulary can grow"
+            " and not shrink"
         )
     say(f"note: {args.source} has no tokenizer: whether its ids are kept cannot be checked")
     return base, [[] for _ in range(ids - base)]

@@ -1,9 +1,10 @@
-"""`jllama evaluate infill`: exact match and edit similarity of single lines."""
+"""Fills in single lines of files, and measures exact match and edit similarity."""
 
 import argparse
 import json
 
 import jllama
+from jllama.commands.table import table
 from jllama.errors import UserError
 from jllama.evaluate.infill import WAYS, evaluate, open_problems
 from jllama.files import outputs, storage
@@ -26,31 +27,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH[=WEIGHT]",
-        help="over the model: a LoRA run or a folder of PEFT's; several add up, each by its weight",
+        help="over the model: a LoRA run or a folder of PEFT's; several add up by their weights",
     )
     add(
         "--data",
         required=True,
         help="stdlib: the library's held-out files; a glob of files; or JSON lines as HumanEval's",
     )
-    add("--count", type=int, default=500, help="lines, chosen by hash [%(default)s]")
-    add("--spans", action="store_true", help="a span of each line is wanted, not the whole of it")
-    add("--ways", default=",".join(WAYS), help="answers to compare [%(default)s]")
+    add("--count", type=int, default=500, help="number of lines, chosen by hash [%(default)s]")
+    add("--spans", action="store_true", help="fill in a span of each line, not the whole line")
+    add("--ways", default=",".join(WAYS), help="ways of answering to compare [%(default)s]")
     add("--length", type=int, help="tokens of prompt and answer [the model's max_length]")
-    add("--max-new-tokens", type=int, default=48, help="of an answer [%(default)s]")
+    add("--max-new-tokens", type=int, default=48, help="tokens of an answer [%(default)s]")
     add("--batch-size", type=int, default=16, help="answers generated at a time [%(default)s]")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the computation [the model's]")
-    add("--out", metavar="FILE", help="JSON lines: each problem and its answers")
-    add("--json", action="store_true", help="figures for programs")
+    add("--dtype", choices=("float32", "bfloat16"), help="dtype of the computation [the model's]")
+    add("--out", metavar="FILE", help="write each problem and its answers there, as JSON lines")
+    add("--json", action="store_true", help="print exact figures as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
     ways = args.ways.split(",")
     for way in ways:
         if way not in WAYS:
-            raise UserError(f"--ways: {way!r} is unknown; of {', '.join(WAYS)}")
+            raise UserError(f"--ways: {way!r} is unknown; choose from {', '.join(WAYS)}")
     if args.count < 1 or args.batch_size < 1:
-        raise UserError("--count and --batch-size: at least 1")
+        raise UserError("--count and --batch-size: must be at least 1")
     if args.out:
         outputs.check_absent(storage.path(args.out))
     adapters = adapter_weights(args.adapter)
@@ -82,11 +83,11 @@ def run(args: argparse.Namespace) -> None:
         storage.write_text(storage.path(args.out), text)
     if args.json:
         figures = {w: {"exact": s.exact, "similarity": s.similarity} for w, s in scores.items()}
-        asked = {"model": args.model, "adapters": adapters, "lines": len(problems)}
-        print(json.dumps(asked | {"length": length} | figures))
+        settings = {"model": args.model, "adapters": adapters, "lines": len(problems)}
+        print(json.dumps(settings | {"length": length} | figures))
         return
-    wanted = "spans" if args.spans else "lines"
-    print(f"{'answer':32}  exact match  edit similarity   ({len(problems)} {wanted})")
+    answers = f"answers to {len(problems)} {'spans' if args.spans else 'lines'}"
+    rows = [(answers, "exact match", "edit similarity")]
     for way, score in scores.items():
-        name = f"{way}: {_MEANING[way]}"
-        print(f"{name:40}{100 * score.exact:6.1f}%  {100 * score.similarity:14.1f}%")
+        rows.append((f"{way}: {_MEANING[way]}", f"{score.exact:.1%}", f"{score.similarity:.1%}"))
+    print(table(rows))

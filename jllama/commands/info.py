@@ -1,10 +1,11 @@
-"""`jllama info`: what a model costs, or an adapter over one, from its config alone."""
+"""`jllama info`: the cost of a model, or of an adapter over one, from its config alone."""
 
 import argparse
 import json
 from typing import Any
 
 from jllama import flops
+from jllama.commands.table import table
 from jllama.config import LoraConfig, ModelConfig
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
@@ -17,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a name in configs/model, a YAML file, the folder of a model or an adapter; all"
-        " shipped if left out",
+        help="a name in configs/model, a YAML file, the folder of a model or an adapter; [all"
+        " shipped models]",
     )
     parser.add_argument(
-        "--base", metavar="PATH", help="where MODEL is PEFT's adapter: its model [where it says]"
+        "--base", metavar="PATH", help="if MODEL is PEFT's adapter: its model [the one it names]"
     )
     parser.add_argument("--all", action="store_true", help="a table of every shipped model")
     parser.add_argument(
@@ -29,20 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="tokens per row for the FLOPs [the run's rows, else the model's max_length]",
     )
-    parser.add_argument("--json", action="store_true", help="exact figures, for programs")
+    parser.add_argument("--json", action="store_true", help="print exact figures as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.all and args.model:
-        raise UserError(f"--all is every shipped model: leave out {args.model!r}")
+        raise UserError(f"--all lists every shipped model: leave out {args.model!r}")
     if args.length is not None and args.length < 1:
-        raise UserError(f"--length={args.length}: at least 1")
+        raise UserError(f"--length={args.length}: must be at least 1")
     if args.model:
         figures = _figures(args.model, args.base, args.length)
         print(json.dumps(figures, indent=2) if args.json else _page(figures))
         return
     if args.base:
-        raise UserError("--base is for an adapter: name it")
+        raise UserError("--base is for an adapter: give it as MODEL")
     models = {name: recipes.load_model(name) for name in recipes.model_names()}
     shipped = [model_figures(name, m, args.length or m.max_length) for name, m in models.items()]
     shipped.sort(key=lambda figures: figures["parameters"])
@@ -98,15 +99,15 @@ def _foreign_figures(
 def _overlay_figures(
     model: ModelConfig, adapt: LoraConfig, length: int, base: str | None
 ) -> dict[str, Any]:
-    """Figures of an adapter, beside those of its base and in the place of some."""
+    """Figures of an adapter, which add to or replace those of its base."""
     from jllama.adapt import lora  # noqa: PLC0415
 
     return {
         "base": base or "a model that it does not name",
         "adapt": recipes.to_dict(adapt),
         "adapted": lora.layout(model, adapt),
-        "trained_parameters": lora.parameter_count(model, adapt),
-        "train_flops_per_token": lora.train_flops_per_token(model, adapt, length),
+        "trained_parameters": lora.trained_parameter_count(model, adapt),
+        "train_flops_per_token": lora.adapted_flops_per_token(model, adapt, length),
     }
 
 
@@ -146,21 +147,20 @@ def _page(figures: dict[str, Any]) -> str:
         ("KV-cache bytes per token, float32", f"{cache['float32']:,}"),
         ("KV-cache bytes per token, bfloat16", f"{cache['bfloat16']:,}"),
     ]
-    width = max(len(label) for label, _ in rows)
-    return "\n".join([figures["model"], *(f"  {label:<{width}}  {text}" for label, text in rows)])
+    return f"{figures['model']}\n{table(rows, left=range(2), indent='  ')}"
 
 
 def _adapter_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     if "adapted" not in figures:
         return []
-    trained, alike = figures["trained_parameters"], {}
+    trained, by_setting = figures["trained_parameters"], {}
     for path, how in figures["adapted"].items():
-        alike.setdefault(how.partition(" ")[2], []).append(path)
+        by_setting.setdefault(how.partition(" ")[2], []).append(path)
     share = trained / figures["parameters"]
     return [
         ("adapter over", figures["base"]),
         ("trained over them", f"{trained:,} ({share:.2%})"),
-        *((how, ", ".join(paths)) for how, paths in alike.items()),
+        *((how, ", ".join(paths)) for how, paths in by_setting.items()),
     ]
 
 
@@ -181,9 +181,4 @@ def _table(models: list[dict[str, Any]]) -> str:
         )
         for m in models
     ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = []
-    for name, *numbers in [head, *rows]:
-        cells = [number.rjust(w) for number, w in zip(numbers, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
+    return table([head, *rows])

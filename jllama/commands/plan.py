@@ -1,10 +1,11 @@
-"""`jllama plan`: does a recipe's run fit a slice that is not there, and what bounds its speed."""
+"""`jllama plan`: whether a recipe's run fits absent devices, and what bounds its speed."""
 
 import argparse
 import json
 import math
 from typing import Any
 
+from jllama.commands.table import table
 from jllama.config import Config, MeshConfig
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
@@ -35,21 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tries",
         type=int,
         default=12,
-        help="when it does not fit: compilations to find out why [12]",
+        help="compilations at most to find changes that fit, if it does not fit [12]",
     )
-    parser.add_argument("--json", action="store_true", help="exact figures, for programs")
-    parser.set_defaults(overrides=[])  # it takes what is no argument of its own
+    parser.add_argument("--json", action="store_true", help="print exact figures as JSON")
+    parser.set_defaults(overrides=[])  # further arguments are keys of the recipe
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when it fits, 1 when it does not, 3 when the compiler failed."""
+    """Returns 0 if the run fits, 1 if it does not, 3 if the compiler failed."""
     if args.tries < 0:
-        raise UserError(f"--tries={args.tries}: at least 0")
+        raise UserError(f"--tries={args.tries}: must be at least 0")
     topology = parse(args.topology, args.slices)
-    given = ["--config", args.config, *args.overrides]
+    words = ["--config", args.config, *args.overrides]
 
     def changed(change: Change) -> Config:
-        return recipes.from_arguments([*given, *(f"--{c}" for c in change)], architecture_at)
+        return recipes.from_arguments([*words, *(f"--{c}" for c in change)], architecture_at)
 
     def state(change: Change = ()) -> int:
         """Bytes of parameters and optimizer on a device."""
@@ -62,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
         return compile_step(changed(change), topology, args.config)
 
     config = changed(())
-    alone = state()  # what cannot be placed is said before anything is compiled,
-    environment(topology)  # and so is a compiler that is missing
+    # Errors of the placement, and a missing compiler, come before anything is compiled.
+    alone = state()
+    environment(topology)
     try:
         report = attempt()
     except CompileFailed as error:
@@ -75,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
         figures["tried"] = [vars(t) | {"change": list(t.change)} for t in tried]
     too_large = alone >= report["hbm_capacity_bytes"]
     if too_large:
-        one = Placement(abstract_mesh(MeshConfig(), 1), config.sharding)
-        whole = state_bytes(config, one)
+        single = Placement(abstract_mesh(MeshConfig(), 1), config.sharding)
+        whole = state_bytes(config, single)
         figures["state_bytes"] = whole
         figures["state_devices_at_least"] = math.ceil(whole / report["hbm_capacity_bytes"])
     lowest = report["mesh"]["replica"] * report["mesh"]["fsdp"]  # a row per data-parallel group
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _page(figures: dict[str, Any], tried: list[Tried], fewer_rows: int | None) -> str:
-    """`fewer_rows` is the least eval.batch_size, None when going there does not help."""
+    """The page; `fewer_rows` is the least eval.batch_size, or None if that does not help."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1)
     need, have = figures["hbm_bytes_per_device"], figures["hbm_capacity_bytes"]
     times = figures["step_seconds_at_least"]
@@ -111,8 +113,7 @@ def _page(figures: dict[str, Any], tried: list[Tried], fewer_rows: int | None) -
         rows = [row for row in rows if not row[0].startswith("host")]
     if figures["eval_fits"] is None:
         rows = [row for row in rows if not row[0].startswith("evaluation")]
-    width = max(len(label) for label, _ in rows)
-    lines = [figures["recipe"], *(f"  {label:<{width}}  {text}" for label, text in rows)]
+    lines = [figures["recipe"], table(rows, left=range(2), indent="  ")]
     if figures["fits"]:
         return "\n".join(lines)
     lines += [f"  {line}" for line in _verdicts(figures, fewer_rows)]
@@ -120,13 +121,13 @@ def _page(figures: dict[str, Any], tried: list[Tried], fewer_rows: int | None) -
 
 
 def _verdicts(figures: dict[str, Any], fewer_rows: int | None) -> list[str]:
-    """Which of step and evaluation does not fit, and what the compiler said of it."""
+    """Whether the step and the evaluation fit, and the compiler's messages."""
     have, need = figures["hbm_capacity_bytes"], figures["hbm_bytes_per_device"]
     refused = figures.get("compiler_message")
     word = "does not fit" if refused or need > have else "fits"
     lines = [f"the step {word}: {_gib(need)} of {_gib(have)}"]
     if refused:
-        lines.append(f"the compiler, of the step: {refused}")
+        lines.append(f"the compiler's message for the step: {refused}")
     if figures["eval_fits"] is not None:
         word, hint = "fits", ""
         if not figures["eval_fits"]:
@@ -138,14 +139,14 @@ def _verdicts(figures: dict[str, Any], fewer_rows: int | None) -> list[str]:
     if reading > have:
         lines.append(f"the base does not fit while it is read and quantised: {_gib(reading)}")
     if refused := figures.get("eval_compiler_message"):
-        beside = _gib(figures["hbm_bytes_by_kind"]["optimizer"])
+        optimizer = _gib(figures["hbm_bytes_by_kind"]["optimizer"])
         lines.append(
-            f"the compiler, of the evaluation without the optimizer's {beside}, which stays"
-            f" beside it: {refused}"
+            "the compiler's message for the evaluation, which does not count the optimizer's"
+            f" {optimizer} that stay in memory: {refused}"
         )
     if "state_bytes" in figures:
         lines.append(
-            f"parameters and optimizer alone are {_gib(figures['state_bytes'])}: spread over all"
+            f"parameters and optimizer alone are {_gib(figures['state_bytes'])}: sharded over all"
             f" devices of a slice they take {figures['state_devices_at_least']:,} of them at least"
         )
     return lines
@@ -154,21 +155,20 @@ def _verdicts(figures: dict[str, Any], fewer_rows: int | None) -> list[str]:
 def _advice(tried: list[Tried]) -> list[str]:
     if not tried:
         return ["nothing else was tried"]
-    lines = ["tried:" if any(t.fits for t in tried) else "tried, and none of it fits:"]
-    names = [" ".join(f"--{c}" for c in t.change) for t in tried]
-    width = max(map(len, names))
-    for name, t in zip(names, tried, strict=True):
-        word = "fits" if t.fits else "no"
-        lines.append(f"  {t.kind:<8}  {name:<{width}}  {word:<4}  {_outcome(t)}")
-    return lines
+    rows = [
+        (t.kind, " ".join(f"--{c}" for c in t.change), "fits" if t.fits else "no", _outcome(t))
+        for t in tried
+    ]
+    head = "tried:" if any(t.fits for t in tried) else "tried, and none of it fits:"
+    return [head, table(rows, left=range(4), indent="  ")]
 
 
 def _outcome(t: Tried) -> str:
     step, evaluation = t.hbm_bytes_per_device or 0, t.eval_hbm_bytes_per_device or 0
-    said = [_gib(step)] if step else []
+    sizes = [_gib(step)] if step else []
     if evaluation > step or (evaluation and any(c.startswith("eval.") for c in t.change)):
-        said.append(f"evaluation {_gib(evaluation)}")
-    return ": ".join(x for x in (", ".join(said), t.failure) if x)
+        sizes.append(f"evaluation {_gib(evaluation)}")
+    return ": ".join(x for x in (", ".join(sizes), t.failure) if x)
 
 
 def _gib(n: float) -> str:

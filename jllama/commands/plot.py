@@ -1,4 +1,4 @@
-"""`jllama plot`: loss, learning rate and throughput of one or several runs in one PNG."""
+"""`jllama plot`: draws loss, learning rate and throughput of one or several runs in one PNG."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from jllama.errors import UserError
 from jllama.files import storage
 from jllama.train.metrics import read
 
-matplotlib.use("Agg")  # a file is all that is wanted; no display is needed
+matplotlib.use("Agg")  # draws to a file, without a display
 
 from matplotlib import pyplot
 
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if not 0 <= args.smooth < 1:
-        raise UserError(f"--smooth={args.smooth}: from 0 to below 1")
-    # A run's name, or its whole path when another has that name.
+        raise UserError(f"--smooth={args.smooth}: must be from 0 to below 1")
+    # A run is labelled by its name, or by its path if another run has the same name.
     names = [storage.path(run).name for run in args.runs]
     lines = {
         (name if names.count(name) == 1 else run): _read(storage.path(run))
@@ -80,7 +80,7 @@ def _series(metrics: list[dict[str, float]], key: str) -> tuple[np.ndarray, np.n
 
 
 def _smooth(values: np.ndarray, past: float) -> np.ndarray:
-    """Exponential mean, corrected for its start."""
+    """The exponential moving average, corrected for its start."""
     mean, weight, out = 0.0, 0.0, []
     for value in values:
         mean = past * mean + (1 - past) * value

@@ -1,4 +1,4 @@
-"""`jllama prepare`: a recipe's text to tokens on disk, ahead of training."""
+"""`jllama prepare`: tokenises a recipe's text to disk, ahead of training."""
 
 import argparse
 import importlib.util
@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runner",
         choices=("direct", "dataflow", "flink", "spark"),
-        help="make it with Apache Beam; --pipeline.KEY=VALUE are Beam's options [no Beam]",
+        help="prepare with Apache Beam; --pipeline.KEY=VALUE are Beam's options [no Beam]",
     )
-    parser.set_defaults(overrides=[])  # it takes what is no argument of its own
+    parser.set_defaults(overrides=[])  # further arguments are keys of the recipe
 
 
 def run(args: argparse.Namespace) -> None:
@@ -42,22 +42,22 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _beam(runner: str | None, options: list[str]) -> Callable[..., None] | None:
-    """How Beam makes a dataset; None without a runner."""
+    """The function that prepares a dataset with Beam; None without a runner."""
     if runner is None:
         if options:
-            raise UserError(f"{options[0]}: is an option of Beam; say --runner too")
+            raise UserError(f"{options[0]}: is an option of Beam; give --runner too")
         return None
-    given = {}
+    pipeline = {}
     for word in options:
         key, equals, value = word.removeprefix(_OPTION).partition("=")
         if not (key and equals):
-            raise UserError(f"{word}: write {_OPTION}KEY=VALUE; true is a flag's value")
-        given[key] = True if value == "true" else value
+            raise UserError(f"{word}: write {_OPTION}KEY=VALUE, and KEY=true for a flag")
+        pipeline[key] = True if value == "true" else value
     if importlib.util.find_spec("apache_beam") is None:
         raise UserError(f"--runner {runner}: needs Apache Beam; pip install 'jllama[beam]'")
     from jllama.data import beam  # noqa: PLC0415
 
-    return beam.maker(runner, given)
+    return beam.maker(runner, pipeline)
 
 
 def _line(prepared: Prepared) -> str:

@@ -1,4 +1,4 @@
-"""`jllama sharding`: where each parameter lies on a mesh and its bytes; needs no devices."""
+"""`jllama sharding`: how each parameter is sharded on a mesh, and its bytes; needs no devices."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jllama.commands.table import table
 from jllama.config import (
     AdamWConfig,
     ComputeConfig,
@@ -27,7 +28,7 @@ from jllama.parallel.sharding import Placement
 from jllama.store.model import architecture_at
 from jllama.train.optimizer import make_optimizer
 
-# Without a recipe: float32 parameters and AdamW's two moments of each.
+# The defaults without a recipe: float32 parameters, and AdamW with two moments of each.
 _COMPUTE = ComputeConfig(dtype="bfloat16")
 _OPTIMIZER = AdamWConfig(
     kind="adamw", beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0
@@ -44,17 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         metavar="AXIS=SIZE,...",
-        help=f"devices along {', '.join(AXES)}; 1 where left out [the recipe's;"
+        help=f"devices along {', '.join(AXES)}, 1 for those left out [the recipe's mesh;"
         " with MODEL fsdp over --devices]",
     )
-    parser.add_argument("--devices", type=int, help="devices in all, for a size of -1")
-    parser.add_argument("--json", action="store_true", help="exact figures, for programs")
-    parser.set_defaults(overrides=[])  # it takes what is no argument of its own
+    parser.add_argument("--devices", type=int, help="number of devices, for a size of -1")
+    parser.add_argument("--json", action="store_true", help="print exact figures as JSON")
+    parser.set_defaults(overrides=[])  # further arguments are keys of the recipe
 
 
 def run(args: argparse.Namespace) -> None:
     if (args.model is None) == (args.config is None):
-        raise UserError("give MODEL or --config FILE, one of them; keys follow as --key=value")
+        raise UserError("give either MODEL, or --config FILE and keys as --key=value")
     given = None if args.mesh is None else parse_mesh(args.mesh)
     if args.config is not None:
         words = ["--config", args.config, *args.overrides]
@@ -88,13 +89,13 @@ def _placement(
     given: MeshConfig | None, default: MeshConfig, rules: ShardingConfig, devices: int | None
 ) -> Placement:
     if devices is not None and devices < 1:
-        raise UserError(f"--devices={devices}: at least 1")
+        raise UserError(f"--devices={devices}: must be at least 1")
     mesh = given or default
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     if devices is None and -1 in sizes.values():
         (rest,) = (axis for axis in AXES if sizes[axis] == -1)
         name, more = (f"--mesh {rest}", "") if given else (f"mesh.{rest}", ", or give --mesh")
-        raise UserError(f"{name}=-1 takes what is left: say of how many, with --devices{more}")
+        raise UserError(f"{name}=-1 takes the rest of the devices: give --devices N{more}")
     count = math.prod(sizes.values()) if devices is None else devices
     return Placement(abstract_mesh(mesh, count), rules)
 
@@ -102,7 +103,7 @@ def _placement(
 def placement_figures(
     model: ModelConfig, compute: ComputeConfig, optimizer: Optimizer, placement: Placement
 ) -> dict[str, Any]:
-    """The figures of `--json`; raises `UserError` for a parameter that fits nowhere."""
+    """The figures of `--json`; raises `UserError` for a parameter that cannot be sharded."""
     specs = llama.param_specs(model, compute)
     state = _state_bytes(specs, optimizer)
     mesh = dict(placement.mesh.shape)
@@ -138,16 +139,16 @@ def _state_bytes(specs: Any, optimizer: Optimizer) -> dict[Any, int]:
     """Bytes of optimizer state for each element of a parameter, by the parameter's path."""
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs)
     state = jax.eval_shape(make_optimizer(optimizer, specs).init, params)
-    found = {path: 0 for path, _ in jax.tree.leaves_with_path(specs)}
+    sizes = {path: 0 for path, _ in jax.tree.leaves_with_path(specs)}
     for path, leaf in jax.tree.leaves_with_path(state):
         for start in range(len(path)):
-            if path[start:] in found:
-                found[path[start:]] += leaf.dtype.itemsize
-    return found
+            if path[start:] in sizes:
+                sizes[path[start:]] += leaf.dtype.itemsize
+    return sizes
 
 
 def _notes(parameters: list[dict[str, Any]], mesh: dict[str, int]) -> list[str]:
-    """What a reader of the table should not have to find out."""
+    """Lines on the vocabulary, and on parameters that several devices repeat."""
     notes = []
     tables = [p for p in parameters if p["axes"][0] == "vocab"]
     rows, width = tables[0]["shape"]
@@ -167,11 +168,11 @@ def _notes(parameters: list[dict[str, Any]], mesh: dict[str, int]) -> list[str]:
     for p in parameters:
         if p["repeated_over"]:
             groups.setdefault(tuple(p["repeated_over"]), []).append(p)
-    for axes, some in groups.items():
+    for axes, repeated in groups.items():
         over = " and ".join(f"{a}={mesh[a]}" for a in axes)
-        size = sum(p["bytes_per_device"] for p in some)
+        size = sum(p["bytes_per_device"] for p in repeated)
         notes.append(
-            f"the same on all devices along {over}: {', '.join(p['parameter'] for p in some)}"
+            f"the same on all devices along {over}: {', '.join(p['parameter'] for p in repeated)}"
             f" ({size:,} bytes on each)"
         )
     if mesh["replica"] > 1:
@@ -194,16 +195,9 @@ def _page(figures: dict[str, Any]) -> str:
     ]
     sums = (f"{figures[k]:,}" for k in ("bytes_per_device", "optimizer_bytes_per_device"))
     rows.append(("total", "", "", "", *sums))
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.rjust(w) if i >= 4 else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, *rows]
-    ]
+    lines = table([head, *rows], left=range(4))
     mesh = ", ".join(f"{axis}={size}" for axis, size in figures["mesh"].items())
-    return "\n".join([f"{figures['devices']:,} devices: {mesh}", *lines, *figures["notes"]])
+    return "\n".join([f"{figures['devices']:,} devices: {mesh}", lines, *figures["notes"]])
 
 
 def _where(axes: Sequence[str], placement: Sequence[Sequence[str]]) -> str:

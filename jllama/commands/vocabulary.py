@@ -1,4 +1,4 @@
-"""`jllama vocabulary`: tokenizers trained, merged and compared, and a model grown to one."""
+"""`jllama vocabulary`: trains, merges and compares tokenizers, and grows a model to one."""
 
 import argparse
 import codecs
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jllama.commands.table import table
 from jllama.config import TrainedTokenizer
 from jllama.data import files
 from jllama.errors import UserError
@@ -17,9 +18,9 @@ from jllama.text.merge import merge
 from jllama.text.tokenizer import SentencePieceTokenizer, load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
 
-_LEAST = TrainedTokenizer(kind="train", vocab_size=300)  # and the defaults of the rest
-_OUT = "FILE.model, or a folder for it and its settings; not there yet"
-_FILES = "UTF-8 texts, paths or globs, .gz and .zst too"
+_LEAST = TrainedTokenizer(kind="train", vocab_size=300)  # the least vocab_size, and the defaults
+_OUT = "FILE.model, or a folder for it and its settings; must not exist"
+_FILES = "paths or globs of UTF-8 texts, also .gz and .zst"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def action(name: str, summary: str) -> Any:
         return actions.add_parser(name, help=summary, description=summary).add_argument
 
-    add = action("train", "SentencePiece BPE on text files")
+    add = action("train", "train a SentencePiece BPE model on text files")
     add("files", nargs="+", metavar="FILE", help=_FILES)
     add("--out", required=True, metavar="OUT", help=_OUT)
     add(
@@ -36,25 +37,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         required=True,
         metavar="N",
-        help="pieces, the 3 control and 256 byte ones in it",
+        help="number of pieces, including 3 control and 256 byte pieces",
     )
     add(
         "--max-bytes",
         type=int,
         default=_LEAST.max_bytes,
         metavar="N",
-        help=f"text to read; of several files each gives its share [{_LEAST.max_bytes}]",
+        help=f"bytes of text to read, from all files in proportion [{_LEAST.max_bytes}]",
     )
-    add("--cross-words", action="store_true", help="pieces may span several words")
-    add("--infill", action="store_true", help="with the four control tokens of infilling")
+    add("--cross-words", action="store_true", help="let pieces span several words")
+    add("--infill", action="store_true", help="add the four control tokens of infilling")
 
-    add = action("merge", "the pieces that one vocabulary lacks appended from another")
-    add("base", metavar="BASE", help="a SentencePiece BPE model, or its folder; keeps its ids")
+    add = action("merge", "append to a vocabulary the pieces of another that it lacks")
+    add("base", metavar="BASE", help="a SentencePiece BPE model, or its folder; its ids stay")
     add(
         "new",
         nargs="?",
         metavar="NEW",
-        help="a SentencePiece model, BPE or unigram, whose pieces follow [special tokens alone]",
+        help="a SentencePiece model, BPE or unigram, whose pieces follow [only special tokens]",
     )
     add("--out", required=True, metavar="MERGED", help=_OUT)
     add(
@@ -62,20 +63,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="a control token after them; may be given several times",
+        help="a control token to append after the pieces; may be given several times",
     )
-    add("--infill", action="store_true", help="the four control tokens of infilling, before others")
-    add("--pad", default="", metavar="TEXT", help="one for padding, the last; usually [PAD]")
+    add("--infill", action="store_true", help="append the control tokens of infilling before those")
+    add("--pad", default="", metavar="TEXT", help="append a padding token last; usually [PAD]")
 
-    add = action("compare", "tokens per character, and characters per token, on texts")
+    add = action("compare", "count tokens per character, and characters per token, on texts")
     add("tokenizers", nargs="+", metavar="TOKENIZER", help="files or folders")
     add("--text", nargs="+", required=True, metavar="FILE", help=_FILES)
-    add("--json", action="store_true", help="exact figures, for programs")
+    add("--json", action="store_true", help="print exact figures as JSON")
 
-    add = action("grow", "a model with rows for the new ids of a merged tokenizer, in our format")
+    add = action("grow", "give a model rows for the new ids of a merged tokenizer, in our format")
     add("source", metavar="MODEL", help="a run, a step or a model's folder; Hugging Face's, Meta's")
-    add("tokenizer", metavar="TOKENIZER", help="keeps the ids of the model's own, as merge does")
-    add("target", metavar="DST", help="a folder that is not there yet")
+    add("tokenizer", metavar="TOKENIZER", help="begins with the ids of the model's own, as merge's")
+    add("target", metavar="DST", help="a folder that does not exist yet")
     add(
         "--rows",
         choices=("pieces", "mean", "random"),
@@ -83,16 +84,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a new row is the mean of the rows of its old pieces, the mean of all rows, or drawn"
         " from a normal distribution with each column's mean and standard deviation [pieces]",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of random rows [0]")
+    add("--seed", type=int, default=0, metavar="N", help="seed of random rows [0]")
     add(
         "--multiple",
         type=int,
         default=1,
         metavar="N",
-        help="pad the rows to a multiple of N, which divides over devices [1]",
+        help="pad the rows to a multiple of N, so that they divide over devices [1]",
     )
     add("--from", dest="source_format", choices=("jllama", "hf", "meta"), help="[found by looking]")
-    add("--model", metavar="MODEL", help="what Meta's folder is: in configs/model, or a file")
+    add("--model", metavar="MODEL", help="the model in Meta's folder: in configs/model, or a file")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -111,7 +112,7 @@ def _train(args: argparse.Namespace) -> None:
         ("max-bytes", args.max_bytes, 1),
     ):
         if value < least:
-            raise UserError(f"--{name} {value}: at least {least}")
+            raise UserError(f"--{name} {value}: must be at least {least}")
     outputs.check_absent(storage.path(args.out))
     config = TrainedTokenizer(
         kind="train",
@@ -143,23 +144,23 @@ def _merge(args: argparse.Namespace) -> None:
     base = load_tokenizer(args.base)
     new = None if args.new is None else load_tokenizer(args.new)
     specials = [*(PIECES if args.infill else ()), *args.special]
-    made = merge(base, new, specials=specials, pad=args.pad, names=(args.base, args.new))
-    if not made.appended + made.specials:
+    merged = merge(base, new, specials=specials, pad=args.pad, names=(args.base, args.new))
+    if not merged.appended + merged.specials:
         raise UserError(
             f"{args.new}: has no piece that {args.base} lacks; nothing to merge"
             if new
             else "nothing to merge: give NEW, --special, --infill or --pad"
         )
-    if made.unreachable:
+    if merged.unreachable:
         say(
-            f"note: {made.unreachable:,} of the {made.appended:,} pieces are in no text: BPE makes"
-            " a piece of two others, and these have no such two"
+            f"note: {merged.unreachable:,} of the {merged.appended:,} pieces will never occur: BPE"
+            " merges two pieces to one, and no two pieces make these"
         )
-    _save(made.tokenizer, storage.path(args.out))
-    parts = [f"{made.base:,} of {args.base}"]
-    parts += [f"{made.appended:,} of {args.new}"] * bool(args.new)
-    parts += [f"{made.specials:,} special"] * bool(made.specials)
-    print(f"{args.out}: {made.tokenizer.vocab_size:,} pieces: {', '.join(parts)}")
+    _save(merged.tokenizer, storage.path(args.out))
+    parts = [f"{merged.base:,} of {args.base}"]
+    parts += [f"{merged.appended:,} of {args.new}"] * bool(args.new)
+    parts += [f"{merged.specials:,} special"] * bool(merged.specials)
+    print(f"{args.out}: {merged.tokenizer.vocab_size:,} pieces: {', '.join(parts)}")
 
 
 def _save(tokenizer: SentencePieceTokenizer, out: Path) -> None:
@@ -172,23 +173,23 @@ def _save(tokenizer: SentencePieceTokenizer, out: Path) -> None:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """A file in parts that end with a line; UserError if it is not UTF-8."""
-    decoder, held = codecs.getincrementaldecoder("utf-8")(), ""
+    """A file's text in parts of whole lines; UserError if it is not UTF-8."""
+    decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
     try:
         for chunk in files.chunks(path):
-            held += decoder.decode(chunk)
-            end = held.rfind("\n") + 1
+            rest += decoder.decode(chunk)
+            end = rest.rfind("\n") + 1
             if end:
-                yield held[:end]
-                held = held[end:]
-        held += decoder.decode(b"", final=True)
+                yield rest[:end]
+                rest = rest[end:]
+        rest += decoder.decode(b"", final=True)
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 ({e.reason}); convert it, or leave it out") from None
-    yield held
+    yield rest
 
 
 def _first(path: Path, left: int) -> Iterator[str]:
-    """The first bytes of a file's text."""
+    """The first `left` bytes of a file's text."""
     for text in _texts(path):
         data = text.encode()
         yield data[:left].decode(errors="ignore")
@@ -234,11 +235,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
         counts = (f"{row[key]:,}" for key in ("pieces", "characters", "tokens"))
         rates = (f"{row[key]:.3f}" for key in ("tokens_per_character", "characters_per_token"))
         cells.append([row["text"], row["tokenizer"], *counts, *rates])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    )
+    return table(cells, left=range(2))

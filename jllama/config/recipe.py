@@ -257,6 +257,11 @@ def from_dict(data: dict, where: str) -> Config:
     return _validate(Config, data, where)
 
 
+def model_from_dict(data: dict, where: str) -> ModelConfig:
+    """The inverse of `to_dict` for a model; `where` names the source of `data` in errors."""
+    return _validate(ModelConfig, data, where)
+
+
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML; `load` reads it back to an equal config."""
     # OmegaConf's own writer: it quotes every text that its reader would take for a number.

@@ -182,7 +182,7 @@ class _Tokenise(beam.DoFn):
                     piece.close()
             run = Path(work, "run")
             _join(run, [Path(piece.name) for piece in pieces], lengths)
-            storage.put(run, runs / f"run-{number:05d}")
+            storage.copy_file(run, runs / f"run-{number:05d}")
         found = Run(number, documents, text_bytes, tuple(bad), error)
         storage.write_text(runs / f"run-{number:05d}.json", json.dumps(dataclasses.asdict(found)))
         yield found
@@ -215,7 +215,7 @@ class _Pack(beam.DoFn):
                 before += run.documents
             counts = writer.close()
             for name in (records_file(shard, self._config.shards), ends_file(shard)):
-                storage.put(Path(work, name), folder / name)
+                storage.copy_file(Path(work, name), folder / name)
         text = json.dumps(dataclasses.asdict(counts))
         storage.write_text(folder / _RUNS / f"shard-{shard:05d}.json", text)
 

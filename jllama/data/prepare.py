@@ -148,7 +148,7 @@ def finish(
     """
     with tempfile.TemporaryDirectory(prefix="jllama-metadata-") as metadata:
         for name in write_tfds_metadata(Path(metadata), shards, tokenizer.vocab_size):
-            storage.put(Path(metadata, name), work / name)
+            storage.copy_file(Path(metadata, name), work / name)
     there = {n: size for n, size in sorted(storage.names(work).items()) if n not in _NOT_DATA}
     numbers = range(len(shards))
     wanted = {records_file(i, len(shards)) for i in numbers} | {ends_file(i) for i in numbers}

@@ -1,1 +1,1 @@
-"""What a trained model is worth."""
+"""Evaluates trained models: perplexity, infilling, compression."""

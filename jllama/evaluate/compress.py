@@ -1,4 +1,4 @@
-"""What `xz -9` makes of the held-out text: the yardstick for bits per byte."""
+"""Compresses the held-out text with `xz -9`, as a yardstick for bits per byte."""
 
 import lzma
 from concurrent.futures import ThreadPoolExecutor
@@ -8,16 +8,16 @@ from jllama.data import source as sources
 
 
 def xz_bits_per_byte(data: DataConfig) -> dict[str, float]:
-    """Bits of `xz -9` per byte of the held-out documents, concatenated in their order.
+    """Compressed bits of `xz -9` per byte of the held-out documents, concatenated in order.
 
     Returns:
-      xz_bits_per_byte: of the held-out text alone.
-      xz_conditional_bits_per_byte: what it adds to the compressed training text, as far as xz's
-        dictionary of 64 MiB reaches.
+      xz_bits_per_byte: for the held-out text compressed alone.
+      xz_conditional_bits_per_byte: for the bits that it adds to the compressed training text, of
+        which xz's dictionary holds the last 64 MiB.
     """
     train = b"".join(_text(s, data) for s in data.train)
     held_out = b"".join(_text(s, data) for s in data.held_out)
-    with ThreadPoolExecutor() as pool:  # lzma lets other threads run
+    with ThreadPoolExecutor() as pool:  # lzma releases the GIL
         alone, before, both = pool.map(_xz_size, (held_out, train, train + held_out))
     bits = 8 / len(held_out)
     return {

@@ -1,9 +1,9 @@
-"""Single-line infilling: a line of a file is the middle, or a span of one; around it the context.
+"""Evaluates single-line infilling: a model fills in a line of a file, or a span of a line.
 
-A line without its indentation and line break is wanted, or what stands between two characters of
-it; what stands around it, as much of it as a prompt may hold, is given. Beside a model's own
-answers stand two that need no infilling: what it writes after the prefix alone, up to the end of
-the line (of a span, as many characters as are wanted), and the commonest line of the context.
+The middle is a line without its indentation and line break, or a span of such a line. The context
+is the text around it, as much as a prompt may hold. Two baselines need no infilling: what the model
+writes after the prefix alone, up to the end of the line (for a span, as many characters as the
+middle has), and the commonest line of the context.
 """
 
 import collections
@@ -27,12 +27,12 @@ from jllama.text.tokenizer import Tokenizer
 
 WAYS = ("psm", "spm", "prefix", "line")
 _LINE = re.compile(r"^[ \t]*(.*\w.*?)[ \t\r]*$", re.MULTILINE)
-_MARKS = 5  # BOS, PRE, SUF, MID, and a space that the tokenizer may put before the prefix
+_MARKS = 5  # BOS, PRE, SUF, MID, and a space that the tokenizer may insert before the prefix
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """`middle` is what stands between `prefix` and `suffix` at the place `where`."""
+    """A text `prefix + middle + suffix`, of which `middle` is to be filled in, from `where`."""
 
     prefix: str
     middle: str
@@ -42,11 +42,11 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Over all problems, from 0 to 1.
+    """The scores of the answers to all problems, from 0 to 1.
 
     Attributes:
-      exact: share of the answers that are the middle.
-      similarity: mean of `edit_similarity`.
+      exact: share of the answers that equal the middle.
+      similarity: mean `edit_similarity` of answer and middle.
       answers: in the order of the problems.
     """
 
@@ -56,29 +56,29 @@ class Score:
 
 
 def open_problems(data: str, count: int, spans: bool = False) -> list[Problem]:
-    """`count` problems from `data`, all of them if there are fewer.
+    """`count` problems from `data`, or all if there are fewer.
 
     Args:
       data: "stdlib" for the held-out files of the standard library; a path or glob of text files;
         or JSON lines with `prompt`, `canonical_solution` and `suffix`, as HumanEval's.
-      spans: a span of each line instead of the whole of it.
+      spans: take a span of each line as the middle instead of the whole line.
 
-    Raises UserError if it cannot be read or holds no problem.
+    Raises UserError if the data cannot be read or hold no problem.
     """
     if data.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
-        found = pick_problems(_ready_made(data), count)
+        problems = pick_problems(_ready_made(data), count)
     else:
         source: Source = TextSource(kind="text", files=(data,))
         if data == "stdlib":
             source = StdlibSource(kind="stdlib", split="held_out")
-        found = pick_problems(lines(documents(source)), count)
-    if not found:
-        raise UserError(f"{data}: no line to fill in it; give files of text")
-    return [_span(problem) for problem in found] if spans else found
+        problems = pick_problems(lines(documents(source)), count)
+    if not problems:
+        raise UserError(f"{data}: has no line to fill in; give files of text")
+    return [_span(problem) for problem in problems] if spans else problems
 
 
 def lines(texts: Iterable[Document]) -> Iterator[Problem]:
-    """Every line with a letter or digit in it, as a problem."""
+    """A problem for every line that has a letter or digit."""
     for document in texts:
         for match in _LINE.finditer(text := document.text):
             start, stop = match.span(1)
@@ -88,8 +88,7 @@ def lines(texts: Iterable[Document]) -> Iterator[Problem]:
 
 
 def pick_problems(problems: Iterable[Problem], count: int) -> list[Problem]:
-    """`count` of them by a hash of place and line: the same ones on every machine."""
-
+    """`count` problems, chosen by a hash of place and line: the same on every machine."""
     return heapq.nsmallest(count, problems, key=_digest)
 
 
@@ -98,7 +97,7 @@ def _digest(problem: Problem) -> bytes:
 
 
 def _span(problem: Problem) -> Problem:
-    """What stands between two characters of the middle, which its digest chooses."""
+    """The problem with a span of its middle as the middle; its digest seeds the choice."""
     line = problem.middle
     random = np.random.default_rng(np.frombuffer(_digest(problem), "<u4"))
     first, second = sorted(random.choice(len(line) + 1, 2, replace=False).tolist())
@@ -124,16 +123,16 @@ def _ready_made(path: str) -> Iterator[Problem]:
             suffix = middle[at + len(line) :] + record["suffix"]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(
-                f"{path}:{number}: no infilling problem with prompt, canonical_solution and suffix"
+                f"{path}:{number}: not a problem with prompt, canonical_solution and suffix"
                 f" ({type(e).__name__}: {storage.one_line(e)})"
             ) from None
         yield Problem(prefix + middle[:at], line, suffix, f"{path}:{number}")
 
 
 def within(tokenizer: Tokenizer, problem: Problem, room: int) -> Problem:
-    """The problem with as much context as `room` tokens hold: whole lines, nearest first.
+    """The problem with as much context as fits in `room` tokens: whole lines, nearest first.
 
-    Each side has half of the room, and what the other leaves.
+    Each side gets half of the room, and what the other side leaves.
     """
     before = problem.prefix.splitlines(keepends=True)[::-1]
     after = problem.suffix.splitlines(keepends=True)
@@ -142,14 +141,14 @@ def within(tokenizer: Tokenizer, problem: Problem, room: int) -> Problem:
     ]
     need = [sum(side) for side in sizes]
     prefix_room = max(room // 2, room - need[1])
-    kept = _fitting(sizes[0], prefix_room)
-    left = _fitting(sizes[1], room - sum(sizes[0][:kept]))
-    prefix = "".join(before[:kept][::-1])
-    return dataclasses.replace(problem, prefix=prefix, suffix="".join(after[:left]))
+    lines_before = _fitting(sizes[0], prefix_room)
+    lines_after = _fitting(sizes[1], room - sum(sizes[0][:lines_before]))
+    prefix = "".join(before[:lines_before][::-1])
+    return dataclasses.replace(problem, prefix=prefix, suffix="".join(after[:lines_after]))
 
 
 def _fitting(sizes: Sequence[int], room: int) -> int:
-    """How many of the first sizes have room."""
+    """The largest number of leading sizes whose sum is at most `room`."""
     count = 0
     for size in sizes:
         room -= size
@@ -170,17 +169,17 @@ def evaluate(
     spans: bool = False,
     adapter: Mixture = None,
 ) -> Score:
-    """Greedy answers of one of `WAYS`, scored; of lines without white space at their ends.
+    """The score of the greedy answers in one of `WAYS`; whole lines are stripped of white space.
 
-    Contexts are the same for every way: what `length` tokens hold beside `max_new_tokens`. Raises
-    UserError for a model without infill tokens (psm, spm) or a length that leaves no room.
-    `adapter` is that of `Llama.generate`.
+    Every way sees the same contexts: as much as fits in `length` tokens with `max_new_tokens`.
+    `adapter` is the argument of `Llama.generate`. Raises UserError for a model without infill
+    tokens (psm, spm), or a length that leaves no room for a context.
     """
     room = length - max_new_tokens - _MARKS
     if max_new_tokens < 1 or room < 2 or length > model.config.max_length:
         raise UserError(
-            f"length={length}, max_new_tokens={max_new_tokens}: leave room for a context, within"
-            f" the model's max_length={model.config.max_length}"
+            f"length={length}, max_new_tokens={max_new_tokens}: must leave room for a context, and"
+            f" length must be within the model's max_length={model.config.max_length}"
         )
     shown = [within(model.tokenizer, problem, room) for problem in problems]
     if way == "line":
@@ -199,7 +198,7 @@ def evaluate(
     wanted = [p.middle for p in problems]
     if way == "prefix":
         answers = [answer.partition("\n")[0] for answer in answers]
-    if way == "prefix" and spans:  # where a span ends cannot be known without the suffix
+    if way == "prefix" and spans:  # without the suffix the model cannot know where a span ends
         answers = [answer[: len(middle)] for answer, middle in zip(answers, wanted, strict=True)]
     if not spans:
         answers = [answer.strip() for answer in answers]
@@ -212,7 +211,7 @@ def evaluate(
 
 
 def _commonest(problem: Problem) -> str:
-    """The commonest line of the context; of several, the first."""
+    """The commonest line of the context; the first of those that are equally common."""
     counts = collections.Counter(
         line.strip() for line in (problem.prefix + "\n" + problem.suffix).splitlines()
     )
@@ -221,7 +220,7 @@ def _commonest(problem: Problem) -> str:
 
 
 def edit_similarity(a: str, b: str) -> float:
-    """1 - d / n, of the Levenshtein distance d and the longer length n; 1 for two empty texts."""
+    """1 - d / n for the Levenshtein distance d and the longer length n; 1 for two empty texts."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i

@@ -1,1 +1,1 @@
-"""Files by path or URL, outputs that are whole or not there, locks and mirrors."""
+"""Files at a path or URL, results that appear whole or not at all, locks, and mirrors."""

@@ -1,4 +1,4 @@
-"""One process of a machine at a time in a folder."""
+"""Locks a folder for one process of a machine at a time."""
 
 import contextlib
 import errno
@@ -15,10 +15,10 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # Lus
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str = ".lock", *, busy: str = "") -> Iterator[None]:
-    """Makes a local folder and keeps other processes of this machine out; a URL has no such lock.
+    """Makes a local folder and locks it against other processes of this machine.
 
-    Waits for the lock, or raises UserError(`busy`) at once if that is given. Storage without locks
-    is said on stderr.
+    Waits for the lock; with `busy`, raises UserError(`busy`) instead of waiting. A URL is not
+    locked. On storage without locks it prints a note on stderr and goes on.
     """
     if storage.is_remote(folder):
         yield

@@ -1,4 +1,4 @@
-"""What is written bit by bit, such as logs and traces, on stores that take whole objects only."""
+"""Copies files that grow, such as logs and traces, to stores that take whole objects only."""
 
 import shutil
 import tempfile
@@ -12,13 +12,13 @@ from jllama.progress import say
 
 
 class Mirror:
-    """A local folder whose files a URL gets whole, every so often and at `close`.
+    """A local folder whose files are uploaded to a URL now and then, and at `close`.
 
-    Where the target is local, `local` is the target itself and there is nothing to copy.
+    If the target is local, `local` is the target itself and nothing is copied.
     """
 
     def __init__(self, target: Path, every: float = 30.0):
-        """`every` is in seconds; more if a copy takes more than a twentieth of it."""
+        """`every`: seconds between copies; if a copy takes t seconds, it is at least 20 t."""
         self._target, self._every = target, every
         self._remote = storage.is_remote(target)
         self.local = Path(tempfile.mkdtemp(prefix="jllama-")) if self._remote else target
@@ -30,25 +30,25 @@ class Mirror:
             self._thread.start()
 
     def sync(self) -> None:
-        """Copies what has changed, now. Raises UserError, or OSError of the local folder."""
+        """Copies the files that changed. Raises UserError, or OSError for the local folder."""
         if not self._remote:
             return
         with self._copying:
             for file in sorted(self.local.rglob("*")):
                 if not file.is_file():
                     continue
-                found = file.stat()
-                now = (found.st_size, found.st_mtime_ns)
-                if self._copied.get(file) != now:
-                    # A copy of what is there now: the file may grow while it is on its way.
-                    with tempfile.NamedTemporaryFile() as still:
-                        shutil.copyfile(file, still.name)
+                stat = file.stat()
+                version = (stat.st_size, stat.st_mtime_ns)
+                if self._copied.get(file) != version:
+                    # Uploads a copy, because the file may grow during the upload.
+                    with tempfile.NamedTemporaryFile() as copy:
+                        shutil.copyfile(file, copy.name)
                         target = self._target / file.relative_to(self.local).as_posix()
-                        storage.upload(Path(still.name), target)
-                    self._copied[file] = now
+                        storage.upload(Path(copy.name), target)
+                    self._copied[file] = version
 
     def close(self) -> None:
-        """The last copy; a store that does not take it is said on stderr, and the files stay."""
+        """Copies once more, and removes the local folder; if that fails, says so and keeps it."""
         if not self._remote:
             return
         self._closed.set()
@@ -66,10 +66,10 @@ class Mirror:
             pause = max(self._every, 20 * (time.monotonic() - began))
 
     def try_sync(self) -> bool:
-        """`sync` that says on stderr what it meets, and goes on: whether all was copied."""
+        """Like `sync`, but prints an error on stderr instead; returns whether all was copied."""
         try:
             self.sync()
-        except (UserError, OSError) as e:  # the store may be back by the next time
+        except (UserError, OSError) as e:  # the store may be back next time
             say(f"not copied: {e}")
             return False
         return True

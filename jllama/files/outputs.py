@@ -1,6 +1,7 @@
-"""What a command makes: a file or folder that appears whole or not at all, and replaces nothing."""
+"""Results of commands: a file or folder that appears whole or not at all, and replaces nothing."""
 
 import contextlib
+import glob
 import os
 import shutil
 import signal
@@ -14,36 +15,39 @@ from jllama.files import storage
 
 
 def check_absent(where: Path) -> None:
-    """UserError if a result would replace a file, a folder with anything in it, or is forbidden."""
+    """Raises UserError if a result at `where` would replace anything, or could not be written.
+
+    A local folder that is empty may be replaced.
+    """
     empty = storage.is_folder(where) and not storage.is_remote(where) and not any(where.iterdir())
     if not empty and (storage.exists(where) or storage.is_folder(where)):
         raise UserError(f"{where}: exists; choose another name, or remove it")
     if not storage.is_remote(where):
-        there = next(folder for folder in where.absolute().parents if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            why = "closed to you, or read-only" if there.is_dir() else "a file"
-            raise UserError(f"{where}: not writable: {there} is {why}")
+        parent = next(folder for folder in where.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            why = "closed to you, or read-only" if parent.is_dir() else "a file"
+            raise UserError(f"{where}: not writable: {parent} is {why}")
 
 
 def check_room(where: Path, size: int) -> None:
-    """StorageError if the disk of a local result has not `size` bytes left."""
+    """Raises StorageError if the disk of a local result has less than `size` bytes left."""
     if storage.is_remote(where):
         return
-    there = next(folder for folder in where.resolve().parents if folder.exists())
+    parent = next(folder for folder in where.resolve().parents if folder.exists())
     with storage.writing(where):
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(parent).free
     if size > free:
         raise StorageError(
-            f"{where}: takes {size / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB left"
+            f"{where}: takes {size / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB left"
         )
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path, last: str) -> Iterator[Path]:
-    """A local folder to fill, which becomes `folder` when the context ends well, or nothing.
+    """Gives a local folder to fill, which becomes `folder` when the context ends without error.
 
-    At a URL the file named `last` is put after all others: what lacks it is not whole. Raises
-    UserError if `folder` holds anything already.
+    After an error nothing is left. At a URL the file named `last` is uploaded after all others: a
+    folder that lacks it is not whole. Raises UserError if `folder` holds anything already.
     """
     check_absent(folder)
     if storage.is_remote(folder):
@@ -62,9 +66,9 @@ def new_folder(folder: Path, last: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(file: Path) -> Iterator[Path]:
-    """A local name to write to, which becomes `file` when the context ends well, or nothing.
+    """Gives a local name to write to, which becomes `file` when the context ends without error.
 
-    Raises UserError if `file` exists.
+    After an error nothing is left. Raises UserError if `file` exists.
     """
     check_absent(file)
     if storage.is_remote(file):
@@ -80,18 +84,18 @@ def new_file(file: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def stoppable(where: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the process, and leave nothing of a result that is not whole.
+    """Lets Ctrl-C and SIGTERM end the process, and leaves nothing of a result that is not whole.
 
-    A folder that threads still write to, as Orbax's do, they would make again, and tell of each
-    file that they miss. So they are ended first: another program takes the place of this one, with
-    its process number, and removes what is left.
+    Orbax's threads may still write when the main thread stops, and would make a removed folder
+    again. So `storage.discard` keeps them from it, and the process ends without waiting for them;
+    what they print meanwhile is dropped.
     """
     stderr, status = os.dup(2), 0
 
     def stop(number, _):
         nonlocal status
         if status:
-            os._exit(status)  # asked again, while it was cleaning up
+            os._exit(status)  # a second signal, while the first one is cleaning up
         status = 128 + number
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         sys.exit(status)
@@ -101,9 +105,11 @@ def stoppable(where: Path) -> Iterator[None]:
         yield
     finally:
         if status:
-            os.dup2(stderr, 1)
-            clean = 'rm -rf -- "$0".$$-*.part; echo interrupted; exit "$1"'
-            os.execv("/bin/sh", ["sh", "-c", clean, os.fspath(where.resolve()), str(status)])
+            os.write(stderr, b"interrupted\n")
+            parts = f"{glob.escape(os.fspath(where.resolve()))}.{os.getpid()}-*.part"
+            while left := glob.glob(parts):
+                storage.discard(Path(left[0]))
+            os._exit(status)
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(stderr)

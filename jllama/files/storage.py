@@ -1,12 +1,12 @@
 """Files by path or URL: local, gs:// (extra `gcs`) or s3:// (extra `s3`).
 
-An object store has no directories, no rename and no append; a put shows the whole object or
-nothing. So what is whole says so by a marker that is written last, what grows is kept locally and
-copied now and then (`jllama.files.mirror`), and nothing here renames an object. Locally a file is
-written beside its place and moved there.
+An object store has no directories, no rename and no append; an upload makes the whole object appear
+or nothing. So a folder is complete when its marker is there, which is written last; a file that
+grows is local and is copied now and then (`jllama.files.mirror`); and this module renames no
+object. A local file is written under another name and then renamed.
 
-A path that is wrong or forbidden is a UserError, storage that fails otherwise a StorageError, and
-reading a file that is missing a FileNotFoundError.
+A wrong or forbidden path raises UserError, other failures of the storage raise StorageError, and
+reading a missing file raises FileNotFoundError.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ from jllama.errors import StorageError, UserError
 _EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: module, this package's extra
 _CHUNK = 1 << 23
 _NOT_READABLE, _NOT_WRITABLE = "not readable", "not writable"
-# The path is wrong, or closed to this user: to try again would be in vain. gcsfs gives an HttpError
-# its status as `code`, but for 403.
+# The path is wrong, or forbidden to this user: the same call will fail again. gcsfs sets the
+# status of an HttpError as its `code`, except for 403.
 _WRONG = (
     FileExistsError,
     FileNotFoundError,
@@ -43,16 +43,16 @@ _WRONG = (
 _WRONG_NUMBERS = {errno.EINVAL, errno.ENAMETOOLONG, errno.EROFS}
 _WRONG_CODES = {"400", "401", "403", "404"}
 _THREADS = 8  # transfers at a time
-# Other hosts write too: what a listing said a minute ago may be wrong now.
+# Other hosts write too, so a cached listing may be wrong.
 for _scheme in ("gs", "gcs", "s3"):
     fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stat:
-    """A file's size in bytes, and what changes when its content does.
+    """A file's size in bytes, and a version that changes with its content.
 
-    `version` is a checksum or tag kept by the store, or the local time of change in nanoseconds.
+    `version` is the store's checksum or tag, or the local modification time in nanoseconds.
     """
 
     size: int
@@ -60,7 +60,7 @@ class Stat:
 
 
 def path(where: str | os.PathLike) -> Path:
-    """A path that speaks pathlib: `pathlib.Path`, `~` expanded, or an `epath.Path` for a URL.
+    """A path with pathlib's interface: a `pathlib.Path`, `~` expanded, or for a URL `epath.Path`.
 
     Raises UserError for another scheme, and for a URL whose extra is not installed.
     """
@@ -77,55 +77,55 @@ def path(where: str | os.PathLike) -> Path:
 
 
 def is_remote(where: str | os.PathLike) -> bool:
-    """Whether it is a URL."""
+    """Whether a path is a URL."""
     return "://" in os.fspath(where)
 
 
 def absolute(where: Path) -> Path:
-    """A local path from the root; a URL as it is."""
+    """The absolute form of a local path; a URL unchanged."""
     return where if is_remote(where) else where.absolute()
 
 
 def make_folder(folder: Path) -> None:
-    """The folder with its parents; an object store needs none."""
+    """Makes a local folder and its parents; an object store has no folders to make."""
     if not is_remote(folder):
         with _errors(folder, _NOT_WRITABLE):
             folder.mkdir(parents=True, exist_ok=True)
 
 
 def exists(where: Path) -> bool:
-    """Whether a file is there; a folder counts locally, and not at a URL."""
+    """Whether a file exists; a local folder counts too, at a URL only an object does."""
     with _errors(where, _NOT_READABLE):
         if not is_remote(where):
             return where.exists()
-        try:  # fsspec's own isfile and exists take every error for an absence
+        try:  # fsspec's isfile and exists would return False for any error
             return _system(where).info(os.fspath(where))["type"] == "file"
         except FileNotFoundError:
             return False
 
 
 def is_folder(where: Path) -> bool:
-    """Whether it is a directory, or the beginning of some object's name."""
+    """Whether a path is a local folder, or at a URL the prefix of some object's name."""
     with _errors(where, _NOT_READABLE):
         return _system(where).isdir(os.fspath(where)) if is_remote(where) else where.is_dir()
 
 
 class Listing(NamedTuple):
-    """What stands right in a folder: the sizes of its files in bytes, by name, and its folders."""
+    """The direct contents of a folder: its files' sizes in bytes by name, and its subfolders."""
 
     files: dict[str, int]
     folders: set[str]
 
 
 def listing(folder: Path) -> Listing:
-    """One look into a folder, at a URL one request; empty if there is no folder."""
+    """Lists a folder, at a URL by one request; empty if there is no such folder."""
     with _errors(folder, _NOT_READABLE):
         try:
             if not is_remote(folder):
                 entries = list(os.scandir(folder))
                 files = {e.name: e.stat().st_size for e in entries if e.is_file()}
                 return Listing(files, {e.name for e in entries if e.is_dir()})
-            # A name that ends with / asks for what is below it, and never for an object.
+            # A name that ends with / never names an object itself.
             entries = _system(folder).ls(f"{os.fspath(folder)}/", detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return Listing({}, set())
@@ -143,8 +143,8 @@ def stat(file: Path) -> Stat:
     """Size and version of a file."""
     with _errors(file, _NOT_READABLE):
         if not is_remote(file):
-            found = file.stat()
-            return Stat(found.st_size, f"mtime {found.st_mtime_ns}")
+            local = file.stat()
+            return Stat(local.st_size, f"mtime {local.st_mtime_ns}")
         info = _system(file).info(os.fspath(file))
     for key in ("crc32c", "md5Hash", "ETag", "etag", "generation"):
         if value := info.get(key):
@@ -153,27 +153,27 @@ def stat(file: Path) -> Stat:
 
 
 def matches(pattern: str) -> list[str]:
-    """Files that a path or glob (`*`, `?`, `[]`, `**`) means, as spelt by it, sorted."""
-    here = path(pattern)
+    """The files that a path or glob (`*`, `?`, `[]`, `**`) matches, sorted."""
+    where = path(pattern)
     if not is_remote(pattern):
-        # A path that exists is itself, even with brackets in its name.
-        found = [str(here)] if here.exists() else glob.glob(str(here), recursive=True)
-        return sorted(name for name in found if not Path(name).is_dir())
+        # A path that exists is no glob, even with brackets in its name.
+        files = [str(where)] if where.exists() else glob.glob(str(where), recursive=True)
+        return sorted(name for name in files if not Path(name).is_dir())
     scheme = pattern.partition("://")[0]
-    with _errors(here, _NOT_READABLE):
-        if exists(here):
+    with _errors(where, _NOT_READABLE):
+        if exists(where):
             return [pattern]
-        found = _system(here).glob(pattern, detail=True)
-    return sorted(f"{scheme}://{name}" for name, info in found.items() if info["type"] == "file")
+        objects = _system(where).glob(pattern, detail=True)
+    return sorted(f"{scheme}://{name}" for name, info in objects.items() if info["type"] == "file")
 
 
 def reading(file: Path) -> contextlib.AbstractContextManager[None]:
-    """What goes wrong while a file is read becomes an error that names it."""
+    """Turns errors raised while a file is read into errors of this module that name the file."""
     return _errors(file, _NOT_READABLE)
 
 
 def writing(where: Path) -> contextlib.AbstractContextManager[None]:
-    """What goes wrong while a file or folder is written becomes an error that names it."""
+    """Turns errors raised while something is written into errors of this module that name it."""
     return _errors(where, _NOT_WRITABLE)
 
 
@@ -184,13 +184,13 @@ def open_read(file: Path) -> BinaryIO:
 
 
 def read_bytes(file: Path) -> bytes:
-    """A whole file, at a URL by one request."""
+    """The content of a file, at a URL by one request."""
     with _errors(file, _NOT_READABLE):
         return _system(file).cat_file(os.fspath(file)) if is_remote(file) else file.read_bytes()
 
 
 def read_text(file: Path) -> str:
-    """A whole file as UTF-8; UserError if it is not."""
+    """The text of a file; UserError if it is not UTF-8."""
     try:
         return read_bytes(file).decode("utf-8")
     except UnicodeDecodeError as e:
@@ -198,20 +198,20 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path) -> dict:
-    """A file that holds one JSON object; UserError if it is missing, or holds anything else."""
+    """The JSON object in a file; UserError if it is missing, or holds anything else."""
     try:
-        found = json.loads(read_text(file))
+        data = json.loads(read_text(file))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: not readable as JSON: {one_line(e)}") from None
-    if not isinstance(found, dict):
+    if not isinstance(data, dict):
         raise UserError(f"{file}: expected a JSON object")
-    return found
+    return data
 
 
 def write_bytes(file: Path, data: bytes) -> None:
-    """Writes a file: whole, or not at all."""
+    """Writes a file, which appears whole or not at all."""
     with _errors(file, _NOT_WRITABLE):
         if is_remote(file):
             _system(file).pipe_file(os.fspath(file), data)
@@ -223,18 +223,18 @@ def write_bytes(file: Path, data: bytes) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """`write_bytes` of UTF-8."""
+    """Writes a file in UTF-8, which appears whole or not at all."""
     write_bytes(file, text.encode("utf-8"))
 
 
 def remove(file: Path) -> None:
-    """Removes an object at a URL, if it is there."""
+    """Removes the object at a URL if it exists."""
     with _errors(file, _NOT_WRITABLE), contextlib.suppress(FileNotFoundError):
         _system(file).rm_file(os.fspath(file))
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder with all that is in it, if it is there."""
+    """Removes a folder and its contents if it exists."""
     with _errors(folder, _NOT_WRITABLE), contextlib.suppress(FileNotFoundError):
         if is_remote(folder):
             _system(folder).rm(os.fspath(folder), recursive=True)
@@ -271,8 +271,8 @@ def read_into(file: Path, start: int, buffer: memoryview) -> None:
         raise UserError(f"{file}: truncated at byte {start + done:,}; copy it again")
 
 
-def put(local: Path, file: Path) -> None:
-    """Copies a local file to a path or URL: whole, or not at all."""
+def copy_file(local: Path, file: Path) -> None:
+    """Copies a local file to a path or URL, where it appears whole or not at all."""
     if is_remote(file):
         upload(local, file)
         return
@@ -287,7 +287,7 @@ def upload(local: Path, file: Path) -> None:
 
 
 def download(file: Path, local: Path) -> None:
-    """Copies a URL's object to a local file: whole, or not at all."""
+    """Copies the object at a URL to a local file, which appears whole or not at all."""
     with (
         open_read(file) as source,
         _errors(local, _NOT_WRITABLE),
@@ -298,7 +298,7 @@ def download(file: Path, local: Path) -> None:
 
 
 def transfer(copy: Callable[[Path, Path], None], pairs: Iterable[tuple[Path, Path]]) -> None:
-    """`copy` (`upload` or `download`) of each pair, several at a time; stops at the first error."""
+    """Calls `copy` (`upload` or `download`) on each pair, several at a time, up to an error."""
     with ThreadPoolExecutor(_THREADS) as pool:
         jobs = [pool.submit(copy, source, target) for source, target in pairs]
         try:
@@ -311,18 +311,33 @@ def transfer(copy: Callable[[Path, Path], None], pairs: Iterable[tuple[Path, Pat
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A name beside `file` to write to, which then takes its place."""
-    # Other hosts have the same process numbers.
+    """Gives a name beside `file` to write to, which is renamed to `file` at the end.
+
+    After an error it is removed.
+    """
+    # The random part is for other hosts, which use the same process numbers.
     part = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield part
         os.replace(part, file)
     except BaseException:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)  # see `outputs.stoppable`
-        else:
-            part.unlink(missing_ok=True)
+        discard(part)
         raise
+
+
+def discard(part: Path) -> None:
+    """Removes a local file or folder, even a folder that threads still write to.
+
+    The threads would make a removed folder again, so a file takes its place until it is removed:
+    everything that they write to the folder fails.
+    """
+    while part.is_dir():
+        moved = part.rename(part.with_suffix(f".{secrets.token_hex(4)}.removed"))
+        with contextlib.suppress(FileExistsError):
+            part.touch(exist_ok=False)
+        shutil.rmtree(moved, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        part.unlink()
 
 
 def _system(where: Path) -> fsspec.AbstractFileSystem:
@@ -339,7 +354,7 @@ def _errors(where: Path, what: str) -> Iterator[None]:
         if isinstance(e, FileNotFoundError) and what == _NOT_READABLE:
             raise
         raise _kind(e)(f"{where}: {what}: {e.strerror or one_line(e)}") from None
-    except Exception as e:  # the stores' clients raise what they like
+    except Exception as e:  # the stores' clients raise exceptions of many types
         if not is_remote(where):
             raise
         raise _kind(e)(f"{where}: {what}: {one_line(e)}") from None
@@ -356,6 +371,6 @@ def _kind(error: Exception) -> type[UserError]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks, its middle left out beyond 300 characters."""
+    """The message of an error without line breaks, its middle left out beyond 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-145:]}"

@@ -1,7 +1,7 @@
-"""Decoding with a key/value cache; it knows token ids only.
+"""Decoding with a key/value cache, of token ids only.
 
-Prompts are right-padded to a bucket of lengths and the cache has a bucket too, so prefill and
-decode are compiled once per bucket, whatever the prompts and the settings. B requests, T prompt
+Prompts are right-padded to a bucket of lengths and the cache's length is a bucket too, so prefill
+and decode are compiled once per bucket, whatever the prompts and the settings. B requests, T prompt
 positions of one chunk, S cache slots, V vocabulary.
 """
 
@@ -27,7 +27,7 @@ from jllama.model.llama import Params, apply, logits
 from jllama.model.rope import Turns, depends_on_length, grows, turns
 
 SMALLEST_BUCKET = 32
-# Longer prompts are prefilled in chunks of this: scores take chunk * S memory, not T * S.
+# Longer prompts are prefilled in chunks of this length: scores take chunk * S memory, not T * S.
 LARGEST_CHUNK = 512
 
 # How often each function was traced, which is how often it was compiled.
@@ -36,10 +36,10 @@ traces: collections.Counter[str] = collections.Counter()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One text to generate: a function of these fields alone, not of the batch it runs in.
+    """One text to generate; it depends on these fields alone, and not on the rest of the batch.
 
-    Two requests that differ in nothing give the same tokens: give them different `number`s. Under
-    a RoPE that depends on the length, that is the prompt's with all of `max_new_tokens`.
+    Equal requests give the same tokens; for different ones give them different `number`s. A RoPE
+    that depends on the length of the text takes the prompt's length plus `max_new_tokens`.
     """
 
     prompt: tuple[int, ...]
@@ -52,24 +52,31 @@ class Request:
 
 
 class _Model(NamedTuple):
-    """Arrays that all requests share: parameters, and overlays from `jllama.adapt.mixture.join`."""
+    """Arrays that all requests share; see `jllama.adapt.mixture.join_overlays`."""
 
     params: Params
     overlays: Overlay | None
 
 
-class _Own(NamedTuple):
-    """What each row has of its own: the turns of RoPE, where they depend on its length, and the
-    weights of the overlays [B,E]."""
+class _PerRow(NamedTuple):
+    """Arrays that differ from row to row, or None where all rows are alike: the turns of RoPE if
+    they depend on the length, and the weights of the overlays [B,E]."""
 
     turns: Turns | None
     mixture: np.ndarray | None
 
 
-def _apply(model, config, compute, tokens, positions, cache, own):
-    overlay = weighted(model.overlays, own.mixture) if model.overlays else None
+def _apply(model, config, compute, tokens, positions, cache, per_row):
+    overlay = weighted(model.overlays, per_row.mixture) if model.overlays else None
     return apply(
-        model.params, config, compute, tokens, positions, cache=cache, turns=own.turns, lora=overlay
+        model.params,
+        config,
+        compute,
+        tokens,
+        positions,
+        cache=cache,
+        turns=per_row.turns,
+        lora=overlay,
     )
 
 
@@ -91,30 +98,30 @@ def _prefill(
     tokens: jax.Array,
     start: jax.Array,
     lengths: jax.Array,
-    own: _Own,
+    per_row: _PerRow,
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """Reads one chunk of the prompts: tokens [B,T] at positions start..start+T-1.
 
-    Padding beyond `lengths` [B] writes cache slots that decoding overwrites before it sees them.
-    Returns the cache, `seen` [B,V] and `last` [B,D]: the hidden state at each prompt's last token,
-    once its chunk was read.
+    Padding beyond `lengths` [B] writes cache slots that decoding overwrites before it reads them.
+    Returns the cache, `seen` [B,V], and `last` [B,D], the hidden state of each prompt's last token
+    as soon as its chunk was read. It donates `cache` and `seen`.
     """
     traces["prefill"] += 1
     B, T = tokens.shape
     positions = jnp.broadcast_to(start + jnp.arange(T), (B, T))
-    hidden, cache = _apply(model, config, compute, tokens, positions, cache, own)
+    hidden, cache = _apply(model, config, compute, tokens, positions, cache, per_row)
     rows = jnp.arange(B)
     seen = seen.at[rows[:, None], tokens].max(positions < lengths[:, None])
     offset = lengths - 1 - start
-    here = (offset >= 0) & (offset < T)
-    last = jnp.where(here[:, None], hidden[rows, jnp.clip(offset, 0, T - 1)], last)
+    in_chunk = (offset >= 0) & (offset < T)
+    last = jnp.where(in_chunk[:, None], hidden[rows, jnp.clip(offset, 0, T - 1)], last)
     return cache, seen, last
 
 
 def _next(params, config, hidden, positions, seen, keys, settings):
-    """Hidden states [B,D] to the token [B] at `positions`, and it among the `seen`."""
+    """Draws the token [B] at `positions` from hidden states [B,D], and adds it to `seen`."""
     scores = logits(params, config, hidden[:, None])[:, 0, : seen.shape[1]]
-    # A token's randomness depends on its position: not on the batch, nor on when it is drawn.
+    # A token's random key depends on its position, and not on the batch or on when it is drawn.
     keys = jax.vmap(jax.random.fold_in)(keys, positions)
     token = sample(keys, scores, seen, settings)
     return token, seen.at[jnp.arange(token.shape[0]), token].set(True)
@@ -130,7 +137,7 @@ def _first(
     keys: jax.Array,
     settings: SamplingArrays,
 ) -> tuple[jax.Array, jax.Array]:
-    """The first new token [B] and `seen` with it."""
+    """The first new token [B], and `seen` with it added. It donates `seen`."""
     traces["first"] += 1
     return _next(model.params, config, last, positions, seen, keys, settings)
 
@@ -148,12 +155,17 @@ def _decode(
     positions: jax.Array,
     keys: jax.Array,
     settings: SamplingArrays,
-    own: _Own,
+    per_row: _PerRow,
 ) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
-    """Reads `token` [B] at `positions` [B]; returns cache, seen, the next token, its position."""
+    """Reads `token` [B] at `positions` [B]; returns cache, seen, the next token, its position.
+
+    It donates `cache` and `seen`.
+    """
     traces["decode"] += 1
-    hidden, cache = _apply(model, config, compute, token[:, None], positions[:, None], cache, own)
-    # A finished row idles on the last slot while the others go on.
+    hidden, cache = _apply(
+        model, config, compute, token[:, None], positions[:, None], cache, per_row
+    )
+    # A finished row stays on the last slot until the others are done.
     positions = jnp.minimum(positions + 1, cache.k.shape[3] - 1)
     token, seen = _next(model.params, config, hidden[:, 0], positions, seen, keys, settings)
     return cache, seen, token, positions
@@ -172,15 +184,14 @@ def stream(
     vocab_size: int | None = None,
     overlays: Overlay | None = None,
 ) -> Iterator[tuple[int, int | None]]:
-    """Generates for all requests at once; yields (request index, token) as they come.
+    """Generates for all requests at once; yields (request index, token) as tokens are drawn.
 
-    (index, None) ends a request: it drew one of its stop ids, which is not yielded, or has its
-    `max_new_tokens`. Equal prompts are prefilled once, if RoPE is the same for them. Generation
-    ends with the last request.
+    (index, None) ends a request, which drew one of its stop ids (not yielded) or has all of its
+    `max_new_tokens`. Equal prompts with the same RoPE and mixture are prefilled once.
 
     Args:
       vocab_size: only ids below it are drawn or accepted in prompts; default the model's.
-      overlays: from `jllama.adapt.mixture.join`; each request weighs them by its `mixture`.
+      overlays: from `jllama.adapt.mixture.join_overlays`; a request's `mixture` weighs them.
 
     Raises:
       UserError: before the first token, if a prompt is empty, holds an id that is not in the
@@ -215,7 +226,7 @@ def _check(request: Request, max_length: int, vocab_size: int, where: str) -> No
     if new < 0:
         raise UserError(f"max_new_tokens={new}: must be 0 or above")
     if len(prompt) == 0:
-        raise UserError(f"{where} is empty: begin with the BOS id")
+        raise UserError(f"{where} is empty; begin with the BOS id")
     if not all(0 <= token < vocab_size for token in prompt):
         bad = next(token for token in prompt if not 0 <= token < vocab_size)
         raise UserError(f"{where}: id {bad} is not in the vocabulary of {vocab_size}")
@@ -235,10 +246,9 @@ def _run(model, config, compute, requests, vocab_size):
         return
     live = [requests[i] for i in alive]
 
-    # What is prefilled: the prompts, each for every length that its keys are turned for, and every
-    # mixture of overlays.
-    wanted = [(r.prompt, _length(config, r), r.mixture) for r in live]
-    prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(wanted))}
+    # Prefill once for each different (prompt, length that RoPE depends on, mixture of overlays).
+    prefill_keys = [(r.prompt, _rope_length(config, r), r.mixture) for r in live]
+    prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(prefill_keys))}
     lengths = np.array([len(p) for p, _, _ in prompts], np.int32)
     slots = max(len(r.prompt) + r.max_new_tokens for r in live)
     cache = init_cache(config, compute, len(prompts), min(_bucket(slots), config.max_length))
@@ -248,18 +258,18 @@ def _run(model, config, compute, requests, vocab_size):
     padded = np.zeros((len(prompts), -(-int(lengths.max()) // chunk) * chunk), np.int32)
     for row, (prompt, _, _) in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
-    # Padding may reach beyond the last slot: JAX drops what is scattered there.
-    own = _own(model, config, prompts)
+    # Padding may reach beyond the last slot; JAX drops scattered values that are out of bounds.
+    per_row = _per_row(model, config, prompts)
     for start in range(0, padded.shape[1], chunk):
         cache, seen, last = _prefill(
             model, config, compute, cache, seen, last,
-            padded[:, start : start + chunk], np.int32(start), lengths, own,
+            padded[:, start : start + chunk], np.int32(start), lengths, per_row,
         )  # fmt: skip
 
-    rows = np.array([prompts[text] for text in wanted])
+    rows = np.array([prompts[prompt] for prompt in prefill_keys])
     if len(rows) != len(prompts):
         cache, seen, last = _take(cache, rows), seen[rows], last[rows]
-    own = _own(model, config, wanted)
+    per_row = _per_row(model, config, prefill_keys)
     keys = jnp.stack([_key(r) for r in live])
     settings = stack([r.sampling for r in live])
     positions = jnp.asarray(lengths[rows])
@@ -272,10 +282,10 @@ def _run(model, config, compute, requests, vocab_size):
         current = token
         if max(left.values()) > 1:
             if grows(config):
-                own = own._replace(turns=turns(config, lengths[rows] + step))
-            # Dispatched before the current token is read, so that the device never waits for it.
+                per_row = per_row._replace(turns=turns(config, lengths[rows] + step))
+            # Dispatched before the host reads the current token, so that the device never waits.
             cache, seen, token, positions = _decode(
-                model, config, compute, cache, seen, token, positions, keys, settings, own
+                model, config, compute, cache, seen, token, positions, keys, settings, per_row
             )
         for row, drawn in enumerate(np.asarray(current).tolist()):
             if row not in left:
@@ -289,22 +299,22 @@ def _run(model, config, compute, requests, vocab_size):
             yield alive[row], None
 
 
-def _length(config, request):
-    """Of the text that RoPE is of; 0 where that does not matter."""
+def _rope_length(config, request):
+    """The length that RoPE depends on while the prompt is read; 0 if it depends on none."""
     if grows(config):
         return len(request.prompt)
     return len(request.prompt) + request.max_new_tokens if depends_on_length(config) else 0
 
 
-def _own(model, config, rows):
-    """Of rows (prompt, length, mixture)."""
-    angles = turns(config, [r[1] for r in rows]) if depends_on_length(config) else None
+def _per_row(model, config, rows):
+    """`_PerRow` for rows (prompt, length, mixture)."""
+    row_turns = turns(config, [r[1] for r in rows]) if depends_on_length(config) else None
     mixture = np.array([r[2] for r in rows], np.float32) if model.overlays else None
-    return _Own(angles, mixture)
+    return _PerRow(row_turns, mixture)
 
 
 def _key(request: Request) -> jax.Array:
-    # The prompt is part of the key: different prompts of one seed get independent draws.
+    # The prompt is part of the key, so that different prompts with one seed get independent draws.
     prompt = zlib.crc32(np.asarray(request.prompt, np.int64).tobytes())
     key = jax.random.fold_in(jax.random.key(request.seed), np.uint32(prompt))
     return jax.random.fold_in(key, request.number)

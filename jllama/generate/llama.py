@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jllama.adapt import lora
-from jllama.adapt.mixture import join, weighted
+from jllama.adapt.mixture import join_overlays, weighted
 from jllama.chips import use_compilation_cache
 from jllama.config import ComputeConfig, MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
@@ -25,7 +25,7 @@ from jllama.generate.sampling import Sampling
 from jllama.model import llama
 from jllama.model.param import EachLeaf
 from jllama.model.rope import Turns, turns
-from jllama.parallel.context import over_positions
+from jllama.parallel.context import context_placement
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement, activated
 from jllama.store.find import find
@@ -50,7 +50,7 @@ class Llama:
       tokenizer: text to ids and back; None where the folder has none, and then texts are an error.
       compute: dtypes and blocking of the computation.
       adapters: names of what was loaded over it, for `adapter`.
-      overlays: what they are, from `jllama.adapt.mixture.join`; None of none.
+      overlays: what they are, from `jllama.adapt.mixture.join_overlays`; None of none.
       whole: names of parameters of `params` that are the adapter's and not the base's.
 
     Where a method takes an `adapter`, it is the name of one, or weights by name, 0 for those that
@@ -97,7 +97,7 @@ class Llama:
         angles = turns(self.config, tokens.shape[1] if length is None else length)
         overlay = self.overlay(adapter)
         tokens = tokens.astype(np.int32)
-        placement = over_positions(self.params)
+        placement = context_placement(self.params)
         return _logits(self.params, self.config, self.compute, tokens, angles, overlay, placement)
 
     def generate(
@@ -337,7 +337,7 @@ def load(
         params, digest = read_base(stored, placed, _keeper(config, kind))
         read = [a.read(config, placement, params, digest) for a in adapters.values()]
         whole = tuple(".".join(path) for _, o in read for path, _ in lora.whole_leaves(o))
-        params, overlays = join(params, read, tuple(adapters))
+        params, overlays = join_overlays(params, read, tuple(adapters))
     return Llama(config, params, stored.tokenizer, compute, tuple(adapters), overlays, whole)
 
 

@@ -1,7 +1,7 @@
 """From logits to the next token: penalty, temperature, top-k, top-p, and the draw itself.
 
 Every setting is an array with one value per row, so that requests with different settings share a
-batch and no setting is ever compiled in. B rows, V vocabulary.
+batch and a program. B rows, V vocabulary.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ from jllama.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the tokens of one request are drawn; impossible values raise `UserError`.
+    """How to draw the tokens of one request; raises `UserError` for an impossible value.
 
     Attributes:
       temperature: logits are divided by it; 0 is greedy.
       top_k: keep the K likeliest tokens; 0 keeps all.
       top_p: keep the fewest likeliest tokens whose probabilities reach this (arXiv:1904.09751),
         after temperature and top-k; 1 keeps all.
-      repetition_penalty: of tokens in the prompt or already generated (arXiv:1909.05858, 4.1):
-        positive logits are divided by it, negative ones multiplied; 1 is off.
+      repetition_penalty: for tokens in the prompt or already generated (arXiv:1909.05858, 4.1),
+        positive logits are divided by it and negative ones multiplied; 1 is off.
     """
 
     temperature: float = 1.0
@@ -46,7 +46,7 @@ class Sampling:
 
 @flax.struct.dataclass
 class SamplingArrays:
-    """`Sampling` of each row as arrays [B]."""
+    """The `Sampling` of each row, as arrays [B]."""
 
     temperature: jax.Array
     top_k: jax.Array
@@ -55,7 +55,7 @@ class SamplingArrays:
 
 
 def stack(rows: list[Sampling]) -> SamplingArrays:
-    """One row per request."""
+    """`SamplingArrays` with one row per request."""
     return SamplingArrays(
         temperature=jnp.asarray([r.temperature for r in rows], jnp.float32),
         top_k=jnp.asarray([min(r.top_k, 2**31 - 1) for r in rows], jnp.int32),
@@ -65,16 +65,16 @@ def stack(rows: list[Sampling]) -> SamplingArrays:
 
 
 def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Makes tokens that were seen less likely; logits and seen (bool) [B,V], penalty [B]."""
+    """Makes the seen tokens less likely; logits and seen (bool) are [B,V], penalty [B]."""
     penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def _cut(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """Masks out, with -inf, all but the fewest largest logits whose weights sum to `target` [B].
+    """Sets to -inf all but the fewest largest logits whose weights sum to `target` [B].
 
-    Logits of equal value stand or fall together, and the largest always stands. The cut is found
-    by bisecting the bits of the float32, which is exact in 32 sums over the row; sorting the row
+    Equal logits are all kept or all cut, and the largest is always kept. The threshold is found by
+    bisecting the bits of the float32, which is exact after 32 sums over the row; sorting the row
     takes 25 times as long on a CPU.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
@@ -94,15 +94,15 @@ def _cut(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
-    """All but the `top_k` [B] largest of logits [B,V] become -inf; 0 keeps all."""
-    wanted = jnp.where(top_k == 0, logits.shape[-1], top_k)
-    return _cut(logits, jnp.ones_like(logits), wanted.astype(jnp.float32))
+    """Sets all but the `top_k` [B] largest logits [B,V] to -inf; 0 keeps all."""
+    count = jnp.where(top_k == 0, logits.shape[-1], top_k)
+    return _cut(logits, jnp.ones_like(logits), count.astype(jnp.float32))
 
 
 def keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """All but the nucleus of probability `top_p` [B] of logits [B,V] become -inf; 1 keeps all."""
-    kept = _cut(logits, jax.nn.softmax(logits, axis=-1), top_p)
-    return jnp.where((top_p < 1)[:, None], kept, logits)
+    """Sets all logits [B,V] outside of the nucleus `top_p` [B] to -inf; 1 keeps all."""
+    nucleus = _cut(logits, jax.nn.softmax(logits, axis=-1), top_p)
+    return jnp.where((top_p < 1)[:, None], nucleus, logits)
 
 
 def sample(
@@ -113,7 +113,7 @@ def sample(
     Args:
       keys: [B] random keys; a row depends on its own key, logits and settings and on no other row.
       logits: [B,V] float32.
-      seen: [B,V] bool, tokens in the row's prompt or already generated.
+      seen: [B,V] bool, the tokens in the row's prompt or already generated.
 
     Returns:
       [B] int32.
@@ -123,13 +123,13 @@ def sample(
 
     def draw():
         warm = settings.temperature > 0
-        # Below zero before the division, so that the smallest temperature cannot overflow.
+        # At most 0 before the division, so that no temperature makes it overflow.
         scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
         scaled = scaled / jnp.where(warm, settings.temperature, 1.0)[:, None]
-        kept = keep_top_p(keep_top_k(scaled, settings.top_k), settings.top_p)
+        cut = keep_top_p(keep_top_k(scaled, settings.top_k), settings.top_p)
         # The Gumbel trick: the argmax of logits plus this noise is a draw from their softmax.
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, kept.shape[1:], jnp.float32))(keys)
-        return jnp.where(warm, jnp.argmax(kept + noise, axis=-1), greedy)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, cut.shape[1:], jnp.float32))(keys)
+        return jnp.where(warm, jnp.argmax(cut + noise, axis=-1), greedy)
 
     drawn = jax.lax.cond(jnp.any(settings.temperature > 0), draw, lambda: greedy)
     return drawn.astype(jnp.int32)

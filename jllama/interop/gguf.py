@@ -84,7 +84,7 @@ def write_gguf(
         size = _nbytes(types[name], tensor.shape)
         writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, types[name])
 
-    total = nbytes(config, kind)
+    total = tensor_bytes(config, kind)
     with outputs.new_file(path) as new, Progress(f"write {path.name}", total) as progress:
         if kind != "F16" and (others := [n for n, type in types.items() if type == Type.F16]):
             say(
@@ -125,8 +125,8 @@ def kind_of(name: str) -> str:
     raise UserError(f"{kind}: no such kind of GGUF file; choose one of {', '.join(KINDS)}")
 
 
-def nbytes(config: ModelConfig, kind: str) -> int:
-    """What the tensors of a file take."""
+def tensor_bytes(config: ModelConfig, kind: str) -> int:
+    """The bytes of all tensors of a file."""
     specs = file_specs(config)
     tensors = file_tensors(specs, specs, "gguf", interleaved=True)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}

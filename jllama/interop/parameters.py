@@ -23,7 +23,7 @@ from jllama.interop.names import NAMES, FileFormat, file_shape, from_file, name_
 from jllama.interop.tensors import DTYPES, ParamTensor, Tensor, cast, nbytes, same_bits
 from jllama.model.llama import Params, ParamSpec, param_specs
 from jllama.model.param import EachLeaf, dotted
-from jllama.parallel.sharding import of_a_layer
+from jllama.parallel.sharding import layer_sharding
 from jllama.progress import Progress
 
 
@@ -188,7 +188,7 @@ def read_params(
                 out.append(keep(path, part(leaf.sharding, spec.shape, leaf.shape)))
                 continue
             stacked = _zeros(leaf.shape, leaf.dtype, leaf.sharding)
-            where = of_a_layer(leaf.sharding)
+            where = layer_sharding(leaf.sharding)
             write = _writer(leaf.sharding)
             for layer in range(spec.shape[0]):
                 stacked = write(stacked, part(where, spec.shape[1:], leaf.shape[1:]), layer)

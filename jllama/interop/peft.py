@@ -17,8 +17,8 @@ from jllama.adapt.lora import (
     Overlay,
     matrices,
     overlay_specs,
-    put,
     ranks_and_alphas,
+    set_at,
     whole_leaves,
 )
 from jllama.config import ComputeConfig, LoraConfig, LoraOverride, ModelConfig
@@ -72,9 +72,9 @@ def read_adapter(
     with Progress(f"read {folder.name}", sum(map(nbytes, here.tensors.values()))) as progress:
         source = _Source(here.config, here.plan, here.tensors, base, folder, progress)
         for path, spec in matrices(specs):
-            put(overlay, path, source.factors(spec, here.low[".".join(path)]))
+            set_at(overlay, path, source.factors(spec, here.low[".".join(path)]))
         for path, spec in whole_leaves(specs):
-            put(overlay, path, source.whole(spec, here.whole[".".join(path[:-1])]))
+            set_at(overlay, path, source.whole(spec, here.whole[".".join(path[:-1])]))
     if source.worked_out:
         say(f"note: {folder}: worked out with the base: {', '.join(source.worked_out)}")
     return here.lora, overlay

@@ -1,1 +1,1 @@
-"""The LLaMA architecture: thin Linen modules, pure functions outside."""
+"""The LLaMA architecture: thin Linen modules behind pure functions."""

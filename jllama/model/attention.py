@@ -1,6 +1,6 @@
-"""The attention layer: grouped queries (arXiv:2305.13245), turned by RoPE; and its key/value cache.
+"""The attention layer, with grouped queries (arXiv:2305.13245) and RoPE, and its key/value cache.
 
-The cache is data that goes into the model and comes out of it.
+The cache is an argument and a result of the model.
 
 B batch, T positions, S slots of the cache, L layers, D model width, H query heads, K key/value
 heads, N head width.
@@ -26,11 +26,11 @@ Tables = tuple[jax.Array, jax.Array]  # cosine and sine
 class Cache:
     """Keys and values, each [L, B, K, S, N]; slot s holds position s.
 
-    Keys are turned by RoPE already, unless it `grows`. The slots of a head lie side by side, as
-    attention reads them.
+    RoPE is applied to keys before they are written, unless the model's RoPE `grows`. The slots of a
+    head are contiguous, as attention reads them.
 
-    Slots that were never written, or written by padding, lie beyond every query's position until
-    they are overwritten, so causality alone hides them.
+    A slot that was never written, or holds padding, is beyond the position of every query until a
+    token overwrites it, so the causal mask hides it.
     """
 
     k: jax.Array
@@ -44,10 +44,10 @@ def init_cache(config: ModelConfig, compute: ComputeConfig, batch: int, length: 
 
 
 class Attention(nn.Module):
-    """x [B,T,D] -> ([B,T,D], the cache with slots of `layer` written); see `apply`.
+    """x [B,T,D] -> ([B,T,D], the cache with the keys and values of x written); see `llama.apply`.
 
-    `rope` are the tables of x's positions, and those of all slots of a cache whose keys are turned
-    as they are read; else None.
+    `rope` holds the tables of x's positions, and the tables of all slots if RoPE is applied to keys
+    as they are read from the cache, else None.
     """
 
     config: ModelConfig
@@ -79,14 +79,14 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, "norm", param_dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, "norm", param_dtype, name="k_norm")(k)
-        here, of_slots = rope
-        q = constrain(apply_rope(q, *here), "batch", "seq", "act_heads", None)
-        k = k if of_slots else apply_rope(k, *here)
+        tables, slot_tables = rope
+        q = constrain(apply_rope(q, *tables), "batch", "seq", "act_heads", None)
+        k = k if slot_tables else apply_rope(k, *tables)
         k = constrain(k, "batch", "seq", "act_kv_heads", None)
         v = constrain(v, "batch", "seq", "act_kv_heads", None)
 
         if self.is_initializing():
-            out = q  # of a single position, whose length no kernel needs to like
+            out = q  # only the shape matters here, and kernels do not take rows of one position
         elif cache is None:
             unrolled = self.compute.scan_unroll > 1 and self.compute.remat == "none"
             out = attend_row(
@@ -99,8 +99,8 @@ class Attention(nn.Module):
                 cache.v.at[layer, rows, :, positions].set(v),
             )
             keys, values = cache.k[layer].swapaxes(1, 2), cache.v[layer].swapaxes(1, 2)
-            if of_slots:
-                keys = apply_rope(keys, *of_slots)
+            if slot_tables:
+                keys = apply_rope(keys, *slot_tables)
             mask = jnp.arange(keys.shape[1]) <= positions[:, :, None]
             out = attend(q, keys, values, mask)
         out = constrain(out, "batch", "seq", "act_heads", None)

@@ -33,7 +33,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Takes and returns what goes from layer to layer: x [B,T,D] and the whole cache, or None."""
+    """One layer; the carry of the scan over layers is x [B,T,D] and the whole cache, or None."""
 
     config: ModelConfig
     compute: ComputeConfig

@@ -1,11 +1,11 @@
 """Causal attention block by block, in plain XLA: memory grows with the length, not its square.
 
-Forward by an online softmax over blocks of keys (arXiv:2205.14135); backward from the saved
-log-sum-exp, computing the scores again (arXiv:2307.08691).
+The forward pass is an online softmax over blocks of keys (arXiv:2205.14135). The backward pass
+computes the scores again from the saved log-sum-exp (arXiv:2307.08691).
 
-What a query sees is a window of keys, `first[b, t] <= s <= rows[t]`: causality gives its end, and
-its segment, a run of equal numbers, its start. So two bounds say which blocks of keys a block of
-queries visits, and what lies outside costs nothing.
+A query sees a window of keys, `first[b, t] <= s <= rows[t]`: the causal mask gives its end, and the
+query's segment, a run of equal numbers, gives its start. So two bounds tell which blocks of keys a
+block of queries visits, and the other blocks cost nothing.
 
 B batch, T query positions, S key positions, H query heads, K key/value heads, G = H/K, N head
 width; I blocks of t queries, J blocks of s keys.
@@ -18,19 +18,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-# Finite, so that a block without a single visible key gives no NaN: what comes of it has weight 0.
+# Finite, so that a block without a visible key gives no NaN; its result gets weight 0.
 MASKED = -1e30
 
 
 def segment_starts(segments: jax.Array) -> jax.Array:
-    """Index at which the run of equal numbers around each position starts: [B,S] -> [B,S] int32."""
+    """The index at which each position's run of equal numbers starts: [B,S] -> [B,S] int32."""
     index = jnp.arange(segments.shape[1], dtype=jnp.int32)
     starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
     return lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
 def visits(rows: jax.Array, first: jax.Array, t: int, s: int) -> tuple[jax.Array, jax.Array]:
-    """The blocks of s keys [low, high) that each block of t queries visits: two [I] int32."""
+    """The range [low, high) of blocks of s keys that each block of t queries visits: [I] int32."""
     low = jnp.min(_cut(first, 1, t, mode="edge"), axis=(1, 2)) // s
     high = jnp.max(_cut(rows, 0, t, mode="edge"), axis=1) // s + 1
     return low, high
@@ -42,12 +42,12 @@ def blockwise(
 ) -> jax.Array:
     """Softmax attention; q [B,T,H,N], k and v [B,S,K,N] -> [B,T,H,N].
 
-    Scores, softmax and sums are float32; the products take the dtype of q.
+    Scores, softmax and sums are float32; the operands of the products have the dtype of q.
 
     Args:
-      rows: [T] int32, the index of each query among the keys: the last key that it sees.
-      first: [B,T] int32, the first key that it sees; at most `rows`.
-      block: queries and keys at a time.
+      rows: [T] int32, the index of each query among the keys, which is the last key it sees.
+      first: [B,T] int32, the first key that each query sees; at most `rows`.
+      block: the number of queries, and of keys, in a block.
     """
     return _forward(q, k, v, rows, first, block)[0]
 
@@ -57,7 +57,7 @@ def _forward(q, k, v, rows, first, block):
     t, s = min(block, T), min(block, k.shape[1])
     keys, values = _key_blocks(k, s), _key_blocks(v, s)
 
-    def one(_, xs):
+    def query_block(_, xs):
         q, rows, first, low, high = xs
 
         def visit(j, carry):
@@ -75,12 +75,12 @@ def _forward(q, k, v, rows, first, block):
         return None, ((out / total[..., None]).astype(v.dtype), top + jnp.log(total))
 
     xs = (_query_blocks(q, K, t), *_bounds(rows, first, t, s))
-    _, (out, log_z) = lax.scan(one, None, xs)
+    _, (out, log_z) = lax.scan(query_block, None, xs)
     return _query_rows(out, T), _query_rows(log_z, T)
 
 
 def _blockwise_fwd(q, k, v, rows, first, block):
-    # Named, so that a rematerialisation policy can save what this loop makes.
+    # Named, so that a rematerialisation policy can save the results of this loop.
     out, log_z = (checkpoint_name(x, "attention") for x in _forward(q, k, v, rows, first, block))
     return out, (q, k, v, rows, first, out, log_z)
 
@@ -92,7 +92,7 @@ def _blockwise_bwd(block, saved, d_out):
     keys, values = _key_blocks(k, s), _key_blocks(v, s)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
 
-    def one(carry, xs):
+    def query_block(carry, xs):
         q, d_out, log_z, delta, rows, first, low, high = xs
 
         def visit(j, carry):
@@ -111,7 +111,8 @@ def _blockwise_bwd(block, saved, d_out):
 
     queries = (_query_blocks(x, K, t) for x in (q, d_out, log_z, delta))
     zeros = jnp.zeros(keys.shape, jnp.float32)
-    (d_k, d_v), d_q = lax.scan(one, (zeros, zeros), (*queries, *_bounds(rows, first, t, s)))
+    xs = (*queries, *_bounds(rows, first, t, s))
+    (d_k, d_v), d_q = lax.scan(query_block, (zeros, zeros), xs)
     d_k, d_v = (_key_rows(x, S).astype(k.dtype) for x in (d_k, d_v))
     return _query_rows(d_q, T), d_k, d_v, None, None
 
@@ -132,7 +133,7 @@ def _scores(q: jax.Array, k: jax.Array, rows: jax.Array, first: jax.Array, j: ja
 
 
 def _cut(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Array:
-    """Cuts `axis` into blocks of `size` on a new leading axis, after filling up its end."""
+    """Pads `axis` to a multiple of `size` and cuts it into blocks along a new leading axis."""
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, -x.shape[axis] % size)
     x = jnp.pad(x, pad, mode=mode)
@@ -140,13 +141,13 @@ def _cut(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Arra
 
 
 def _bounds(rows: jax.Array, first: jax.Array, t: int, s: int) -> tuple[jax.Array, ...]:
-    """What each block of queries sees: rows [I,t], first [I,B,t], and its `visits`, [I] each."""
+    """The bounds of each block of queries: rows [I,t], first [I,B,t], `visits` two times [I]."""
     low, high = visits(rows, first, t, s)
     return _cut(rows, 0, t, mode="edge"), _cut(first, 1, t, mode="edge"), low, high
 
 
 def _query_blocks(x: jax.Array, K: int, t: int) -> jax.Array:
-    """[B,T,H,...] -> [I,B,K,G,t,...]: query heads that share keys lie side by side."""
+    """[B,T,H,...] -> [I,B,K,G,t,...], grouping the query heads that share a key head."""
     B, T, H = x.shape[:3]
     return jnp.moveaxis(_cut(x.reshape(B, T, K, H // K, *x.shape[3:]), 1, t), 2, 4)
 

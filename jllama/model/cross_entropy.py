@@ -1,4 +1,4 @@
-"""Token-weighted cross-entropy that never holds all logits.
+"""Token-weighted cross-entropy that never holds all logits in memory.
 
 B batch, T predicted positions, D model width, V vocabulary.
 """
@@ -15,13 +15,13 @@ from jllama.parallel.context import platform
 from jllama.parallel.product import all_gather, reduce
 from jllama.parallel.sharding import active_placement
 
-_NEVER = -1e30  # a logit whose probability is 0, and finite
+_NEVER = -1e30  # a finite logit whose probability is 0
 
 
 def _blocks(x: jax.Array, block: int) -> jax.Array:
     """[B, T, ...] -> [T/block, B, block, ...]: cut along T, so that rows stay on their device.
 
-    T is filled up with zeros to a multiple of `block`: positions of weight 0.
+    T is padded to a multiple of `block` with zeros, which are positions of weight 0.
     """
     B, T = x.shape[:2]
     x = jnp.pad(x, ((0, 0), (0, -T % block), *((0, 0) for _ in x.shape[2:])))
@@ -38,20 +38,21 @@ def cross_entropy(
     block: int,
     vocab_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums of weights * (-log p(target) + z_loss * log(Z)^2), and the same without the z term.
+    """The sum of weights * (-log p(target) + z_loss * log(Z)^2), and the sum without the z term.
 
-    Logits exist for `block` tokens of a device at a time. The gradients are made in the same
-    pass over the blocks: three matrix products in all, nothing recomputed, and two where `weight`
-    needs no gradient. Only the first result has one; z_loss is from PaLM (arXiv:2204.02311,
+    A device holds the logits of `block` tokens at a time. The same pass over the blocks computes
+    the gradients: three matrix products in all, or two if `weight` needs no gradient, and nothing
+    is recomputed. Only the first result is differentiable. z_loss is from PaLM (arXiv:2204.02311,
     section 5).
 
     Args:
-      hidden: [B,T,D], whose dtype is that of the products; `weight` [V,D].
-      vocab_size: rows of `weight` from here on are padding: no token, and gradients of exactly 0.
+      hidden: [B,T,D]; its dtype is the dtype of the products.
+      weight: [V,D]. Its rows from `vocab_size` on are padding: they are no tokens, and their
+        gradient is exactly 0.
       targets: [B,T] int32; `weights` [B,T] float32.
 
     Returns:
-      Two float32 scalars: loss with the z term, loss without it.
+      Two float32 scalars: the loss with the z term and without it.
     """
     return _forward(hidden, weight, targets, weights, z_loss, block, vocab_size, gradients=False)[0]
 
@@ -59,9 +60,12 @@ def cross_entropy(
 def _forward(
     hidden, weight, targets, weights, z_loss, block, vocab_size, gradients, of_weight=False
 ):
-    """The two sums, and with `gradients` those of hidden and, in float32 or None, of weight."""
+    """The two sums, and the gradients of hidden and of weight, or None without `gradients`.
+
+    The gradient of weight is float32, or None without `of_weight`.
+    """
     placement = active_placement()
-    one = functools.partial(
+    one_device = functools.partial(
         _one_device,
         z_loss=z_loss,
         block=block,
@@ -70,19 +74,19 @@ def _forward(
         of_weight=of_weight,
     )
     if placement is None or placement.mesh.size == 1:
-        sums, gradients = one(hidden, weight.astype(hidden.dtype), targets, weights)
+        sums, gradients = one_device(hidden, weight.astype(hidden.dtype), targets, weights)
         return sums, gradients and (gradients[0], gradients[1].T if of_weight else None)
-    return _many_devices(one, placement, hidden, weight, targets, weights)
+    return _many_devices(one_device, placement, hidden, weight, targets, weights)
 
 
 def _one_device(
     hidden, head, targets, weights, z_loss, block, vocab_size, gradients, of_weight, vocab_axes=()
 ):
-    """One device's share: all positions of `hidden`, and the part `head` [V,D] of the vocabulary.
+    """The work of one device: all positions of `hidden`, with the local shard `head` [V,D].
 
-    Over `vocab_axes` lie the parts of the vocabulary: the sums are whole, d_hidden is this part's.
-    `vocab_size` is None where no row is padding.
-    The gradient of the head is [D,V], in float32.
+    The vocabulary is sharded over the mesh axes `vocab_axes`. The sums are over all shards; the
+    gradient of hidden comes from this shard alone. `vocab_size` is None if no row is padding.
+    The gradient of the head is [D,V] float32.
     """
     B, T, D = hidden.shape
     block = min(max(1, block // B), T)  # positions of each row
@@ -90,7 +94,7 @@ def _one_device(
     if vocab_axes:
         vocab += lax.axis_index(vocab_axes) * head.shape[0]
 
-    def one(carry, xs):
+    def block_of_tokens(carry, xs):
         h, y, w = xs
         logits = jnp.einsum("BTD,VD->BTV", h, head, preferred_element_type=jnp.float32)
         if vocab_size is not None:
@@ -115,7 +119,7 @@ def _one_device(
         if not of_weight:
             return (*sums, None), d_h
         if platform() == "cpu":
-            # XLA's CPU backend has no bfloat16 product with a float32 result that is transposed.
+            # XLA's CPU backend has no transposed bfloat16 product with a float32 result.
             h, d_logits = h.astype(jnp.float32), d_logits.astype(jnp.float32)
         d_weight = jnp.einsum("BTD,BTV->DV", h, d_logits, preferred_element_type=jnp.float32)
         return (*sums, carry[2] + d_weight), d_h
@@ -124,60 +128,61 @@ def _one_device(
     d_weight = jnp.zeros(head.T.shape, jnp.float32) if of_weight else None
     carry = (zero, zero, d_weight) if gradients else (zero, zero)
     xs = tuple(_blocks(x, block) for x in (hidden, targets, weights))
-    carry, d_hidden = lax.scan(one, carry, xs)
+    carry, d_hidden = lax.scan(block_of_tokens, carry, xs)
     if not gradients:
         return carry, None
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, D)[:, :T]
     return carry[:2], (d_hidden, carry[2])
 
 
-def _many_devices(one, placement, hidden, weight, targets, weights):
-    """`one` on every device, and between them what the partitioner would repeat for each block.
+def _many_devices(one_device, placement, hidden, weight, targets, weights):
+    """Runs `one_device` on every device, with collectives that XLA would repeat for each block.
 
-    Per call: one all-gather of the head's width, in hidden's dtype; one reduce-scatter of its
-    float32 gradient. Where the vocabulary divides over devices that share their rows (tensor
-    parallelism), these hold parts of it: hidden's positions are gathered, its gradient is
-    reduce-scattered, and three numbers a position are reduced per block (arXiv:1909.08053, section
-    3). Where it does not divide, every device has the whole vocabulary for its own positions.
+    A call all-gathers the head's width in hidden's dtype, and reduce-scatters its float32 gradient.
+    Where the vocabulary divides over devices that hold the same rows (tensor parallelism), it is
+    sharded over them: hidden's positions are gathered, hidden's gradient is reduce-scattered, and
+    each block reduces three numbers a position (arXiv:1909.08053, section 3). Where it does not
+    divide, every device has the whole vocabulary for its own positions.
     """
     rows, positions, _ = placement.mesh_axes(hidden.shape, ("batch", "block_seq", None), "loss")
     vocab, width = placement.mesh_axes(weight.shape, TABLE_AXES, "loss")
     vocab = tuple(a for a in vocab if a not in rows)
-    kept = tuple(a for a in positions if a not in vocab)
-    spread = tuple(a for a in positions if a in vocab)
-    if kept + spread != positions:  # gathering the outer of two axes would shuffle the positions
-        positions, spread = kept, ()
+    sharded = tuple(a for a in positions if a not in vocab)
+    gathered = tuple(a for a in positions if a in vocab)
+    if sharded + gathered != positions:  # gathering the outer axis would shuffle the positions
+        positions, gathered = sharded, ()
     others = tuple(a for a in placement.axes if a not in vocab)
-    # Devices that differ in no row, position or word: all but one of them weigh nothing.
-    idle = tuple(a for a in others if a not in rows + kept)
+    # Devices along these axes hold the same rows, positions and tokens: only the first one counts.
+    idle = tuple(a for a in others if a not in rows + sharded)
 
     def device(hidden, weight, targets, weights):
         head = all_gather(weight.astype(hidden.dtype), width, 1)
-        hidden = all_gather(hidden, spread, 1)
+        hidden = all_gather(hidden, gathered, 1)
         if idle:
             weights = jnp.where(lax.axis_index(idle) == 0, weights, 0.0)
-        sums, gradients = one(hidden, head, targets, weights, vocab_axes=vocab)
+        sums, gradients = one_device(hidden, head, targets, weights, vocab_axes=vocab)
         sums = lax.psum(sums, others)
         if gradients is None:
             return sums, None
         d_hidden, d_weight = gradients
-        d_hidden = reduce(d_hidden, vocab + idle, ((), spread, ()))
+        d_hidden = reduce(d_hidden, vocab + idle, ((), gathered, ()))
         if d_weight is not None:
             d_weight = reduce(d_weight, others, (width, ())).T
         return sums, (d_hidden, d_weight)
 
     spec, table = placement.partition(rows, positions, ()), placement.partition(vocab, width)
-    row = placement.partition(rows, kept)
+    row = placement.partition(rows, sharded)
     gradients = None
-    if one.keywords["gradients"]:
-        gradients = (spec, table if one.keywords["of_weight"] else None)
+    if one_device.keywords["gradients"]:
+        gradients = (spec, table if one_device.keywords["of_weight"] else None)
     return placement.per_device(
         device, (spec, table, row, row), (placement.partition(), gradients)
     )(hidden, weight, targets, weights)
 
 
 def _cross_entropy_fwd(hidden, weight, targets, weights, z_loss, block, vocab_size):
-    # A frozen head, under a LoRA overlay, has no gradient: a third of the products.
+    # A head that a LoRA overlay leaves frozen needs no gradient, which saves a third of the
+    # products.
     of_weight = weight.perturbed
     hidden, weight, targets, weights = (x.value for x in (hidden, weight, targets, weights))
     out, (d_hidden, d_weight) = _forward(

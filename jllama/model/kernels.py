@@ -1,4 +1,4 @@
-"""AttentionConfig over whole rows: which kernel computes it where, and how each is called.
+"""Attention over whole rows: chooses the kernel of an `AttentionConfig`, and calls it.
 
 B batch, T positions, H query heads, K key/value heads, G = H/K, N head width.
 """
@@ -25,7 +25,7 @@ from jllama.parallel import context
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax attention; q [B,T,H,N], k and v [B,S,K,N], mask [B,T,S] bool -> [B,T,H,N].
 
-    All scores at once, in float32, as is the softmax.
+    It computes all scores at once. Scores and softmax are float32.
     """
     B, T, H, N = q.shape
     K = k.shape[2]
@@ -45,13 +45,13 @@ def attend_row(
     balanced: bool = False,
     prevent_cse: bool = True,
 ) -> jax.Array:
-    """Causal attention within rows, each position within its own segment.
+    """Causal attention within rows, and within the segments of each row.
 
-    A segment is a run of equal numbers. Positions are seen by their place in the row.
+    A segment is a run of equal numbers. The causal mask compares places in the row.
 
     Args:
       q: [B,T,H,N]; k, v: [B,T,K,N]; segments: [B,T] int32, or None for one segment a row.
-      config: the kernel, or `auto`; see `choose_kernel`.
+      config: names the kernel, or is `auto`; see `choose_kernel`.
       balanced, prevent_cse: see `jllama.parallel.context.spread`.
     """
     ways = context.sequence_ways(*q.shape[:2])
@@ -72,12 +72,12 @@ def attend_row(
         case ReferenceAttention():
             kernel = _reference
 
-    def by_runs(q, k, v, rows, segments, mask):
-        # A number may come back later in a row: what tells runs apart is where they start.
+    def with_starts(q, k, v, rows, segments, mask):
+        # A number may come back later in a row, so a segment is identified by where it starts.
         starts = None if segments is None else segment_starts(segments)
         return kernel(q, k, v, rows, starts, mask)
 
-    return context.spread(by_runs, q, k, v, segments, balanced, mask, prevent_cse)
+    return context.spread(with_starts, q, k, v, segments, balanced, mask, prevent_cse)
 
 
 def choose_kernel(
@@ -89,10 +89,10 @@ def choose_kernel(
     ways: int,
     segments: bool,
 ) -> AttentionConfig:
-    """The kernel for rows of `length` positions over `ways` devices; `auto` picks by the platform.
+    """The kernel for rows of `length` positions over `ways` devices; never `auto`.
 
-    `segments` says whether rows have them. Raises `UserError` where the kernel that was asked for
-    cannot do this.
+    `segments` says whether rows have segments. Raises `UserError` if the kernel of the config
+    cannot compute such rows on this platform.
     """
     no_splash = _why_no_splash(platform, length, ways)
     no_cudnn = _why_no_cudnn(platform, dtype, head_dim, ways, segments)
@@ -115,8 +115,8 @@ def _why_no_splash(platform: str, length: int, ways: int) -> str | None:
         return f"is for TPU and this is {platform}; set compute.attention.kind=auto"
     if length % (LANES * ways):
         return (
-            f"rows of {length} positions over {ways} device(s) are no multiple of {LANES} each;"
-            " change data.length, or set compute.attention.kind=blockwise"
+            f"rows of {length} positions over {ways} device(s) do not give each a multiple of"
+            f" {LANES}; change data.length, or set compute.attention.kind=blockwise"
         )
     return None
 
@@ -128,10 +128,11 @@ def _why_no_cudnn(
         return f"is for NVIDIA GPUs and this is {platform}; set compute.attention.kind=auto"
     if segments:
         return (
-            "knows no segments; set data.document_mask=false, or compute.attention.kind=blockwise"
+            "does not support segments; set data.document_mask=false, or"
+            " compute.attention.kind=blockwise"
         )
     if ways > 1:
-        return "knows no part of a row; set mesh.context=1, or compute.attention.kind=blockwise"
+        return "needs whole rows; set mesh.context=1, or compute.attention.kind=blockwise"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"does not take {dtype}; set compute.dtype=bfloat16"
     if head_dim % 8 or head_dim > 128:  # 256 from Hopper on, which the platform does not say
@@ -153,10 +154,10 @@ def _blockwise(q, k, v, rows, segments, mask, *, block):
     if segments is None:
         first = jnp.zeros(q.shape[:2], jnp.int32)
     else:
-        first = jnp.take(segments, rows, axis=1)  # each is named by its start
+        first = jnp.take(segments, rows, axis=1)  # `with_starts` made them starts
     return blockwise(q, k, v, rows, first, block)
 
 
 def _cudnn(q, k, v, rows, segments, mask):
-    del rows, segments, mask  # whole rows of one segment
+    del rows, segments, mask  # `choose_kernel` allows whole rows of one segment only
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")

@@ -7,7 +7,7 @@ Parameters are nested dicts of arrays; the layers are stacked on a leading axis:
   layers.mlp.{gate [L,D,F], up [L,D,F], down [L,F,D]}.kernel
   head.weight [V,D] unless tied; layers.attention.{q_norm,k_norm}.scale [L,N] with qk_norm
 
-V is `ModelConfig.vocab_rows` in the tables, whose rows beyond `vocab_size` are zeros, and
+V is `ModelConfig.vocab_rows` in the tables, whose rows from `vocab_size` on are zeros, and
 `vocab_size` in logits.
 """
 
@@ -35,13 +35,13 @@ _policies = jax.checkpoint_policies
 
 
 def _cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
-    # cuDNN's log-sum-exp has no name that a policy could save; the primitive that makes it has.
+    # cuDNN's log-sum-exp has no name that a policy could save, so the policy matches its primitive.
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
-# What `compute.remat` keeps of each block for the backward pass beside the block's input, which
-# "offload" keeps in the host's memory; the rest is computed again. The names are given where the
-# values are made: the products of `project`, and the result and log-sum-exp of attention.
+# The values of a block that `compute.remat` saves for the backward pass, besides the block's input;
+# all others are computed again. "offload" saves the input, in host memory. The names are those of
+# `checkpoint_name`: "matmul" in `project`, "attention" for its result and log-sum-exp.
 _REMAT = {
     "dots": _policies.save_from_both_policies(
         _policies.save_only_these_names("matmul", "attention"), _cudnn_forward
@@ -64,7 +64,7 @@ TABLE_AXES = ("vocab", "table_embed")
 
 
 class Embedding(nn.Module):
-    """A table [V,D]: the token embedding, or the head (then it is only declared here)."""
+    """A table [V,D]: the token embedding, or the head."""
 
     config: ModelConfig
     compute: ComputeConfig
@@ -92,7 +92,7 @@ def _zeros_beyond(rows: int, init: Initializer) -> Initializer:
 
 
 class Transformer(nn.Module):
-    """Tokens to the final, normed hidden state; `logits` turns that into logits."""
+    """Maps tokens to the hidden state after the final norm; `logits` maps that to logits."""
 
     config: ModelConfig
     compute: ComputeConfig
@@ -110,14 +110,14 @@ class Transformer(nn.Module):
         c = self.config
         table = Embedding(c, self.compute, name="embedding")()
         if not c.tie_embeddings:
-            Embedding(c, self.compute, name="head")()  # used by `logits` and by the loss
+            Embedding(c, self.compute, name="head")()  # declared for `logits` and the loss
         with jax.named_scope("embedding"):
             x = take_rows(table, tokens, TABLE_AXES, self.compute.dtype)
             x = constrain(x, "batch", "block_seq", "act_embed")
         if turns is None:
             turns = turns_of(c, tokens.shape[1] if cache is None else None)
         rope, key_rope = rope_tables(turns, positions), None
-        if cache is not None and grows(c):  # its keys are turned as they are read
+        if cache is not None and grows(c):  # RoPE is applied to keys as they are read
             key_rope = rope_tables(turns, jnp.arange(cache.k.shape[3])[None])
 
         block = Block
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
             unroll=min(self.compute.scan_unroll, c.num_layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        # The cache is carried, and so written in place; as scanned data it would be copied.
+        # As a carry the cache is written in place; as scanned data it would be copied.
         (x, cache), _ = layers(c, self.compute, self.balanced, name="layers")(
             (x, cache), jnp.arange(c.num_layers), (rope, key_rope), positions, segments
         )
@@ -144,7 +144,7 @@ class Transformer(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """What a parameter was declared to be."""
+    """The declaration of a parameter; see `jllama.model.param.declare`."""
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
@@ -159,7 +159,7 @@ def _init_boxed(config: ModelConfig, compute: ComputeConfig, key: jax.Array) -> 
 
 
 def init_params(config: ModelConfig, compute: ComputeConfig, key: jax.Array) -> Params:
-    """Fresh parameters, `compute.param_dtype`; the same for any sharding when jitted."""
+    """Initial parameters in `compute.param_dtype`; under jit the same for any sharding."""
     return nn.meta.unbox(_init_boxed(config, compute, key))
 
 
@@ -178,20 +178,21 @@ def placed_shapes(
 ) -> Params:
     """The parameter tree with a `jax.ShapeDtypeStruct` and its sharding at each leaf.
 
-    `dtype` is of matrices and tables, `scale_dtype` of the norms' scales.
+    Matrices and tables have `dtype`, the scales of norms `scale_dtype`. Raises `UserError` if a
+    parameter cannot be sharded by the rules.
     """
     return place(param_specs(config, ComputeConfig(dtype="float32")), placement, dtype, scale_dtype)
 
 
 def place(specs: Any, placement: Placement, dtype: str, scale_dtype: str) -> Any:
-    """`placed_shapes` of a tree of `ParamSpec`."""
+    """`placed_shapes` for a tree of `ParamSpec`."""
 
-    def one(path: tuple[Any, ...], spec: ParamSpec) -> jax.ShapeDtypeStruct:
+    def placed(path: tuple[Any, ...], spec: ParamSpec) -> jax.ShapeDtypeStruct:
         sharding = placement.sharding(spec.shape, spec.axes, dotted(path))
-        kind = scale_dtype if path[-1].key == "scale" else dtype
-        return jax.ShapeDtypeStruct(spec.shape, kind, sharding=sharding)
+        leaf_dtype = scale_dtype if path[-1].key == "scale" else dtype
+        return jax.ShapeDtypeStruct(spec.shape, leaf_dtype, sharding=sharding)
 
-    return jax.tree_util.tree_map_with_path(one, specs)
+    return jax.tree_util.tree_map_with_path(placed, specs)
 
 
 def apply(
@@ -206,21 +207,22 @@ def apply(
     turns: Turns | None = None,
     lora: Params | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-    """The final hidden state.
+    """The hidden state after the final norm.
 
     Args:
-      tokens, positions: [B,T] int32; positions drive RoPE and, with a cache, the slot written.
-      segments: [B,T] int32 or None; without a cache, positions attend within their own segment.
-      cache: None for a whole row, else the cache to read and to write.
-      balanced: tokens, positions and segments, and so the result, are in the balanced order of
-        `jllama.parallel.context` and not in that of the text.
-      turns: how RoPE turns, from `jllama.model.rope.turns`; None is what the config says. Where its
-        kind depends on the length of the text, None takes T for it, and with a cache, where the
-        text is longer than what is read, is a ValueError.
-      lora: overlays of the blocks' matrices, made by `jllama.adapt.lora`.
+      tokens, positions: [B,T] int32; RoPE depends on the positions, and with a cache they are the
+        slots that are written.
+      segments: [B,T] int32 or None; without a cache, a position attends within its own segment.
+      cache: None for whole rows, else the cache to read and to write.
+      balanced: tokens, positions and segments, and so the result, are in the balanced layout of
+        `jllama.parallel.context`.
+      turns: RoPE's turns, from `jllama.model.rope.turns`; None takes them from the config, and T
+        for the length of the text if the turns depend on it. With a cache the text is longer than
+        T, so None is then a ValueError.
+      lora: the overlays of the blocks' matrices, made by `jllama.adapt.lora`.
 
     Returns:
-      hidden [B,T,D] in the compute dtype, after the final norm, and the updated cache.
+      hidden [B,T,D] in the compute dtype, and the updated cache.
     """
     model = Transformer(config, compute, balanced)
     variables = {"params": params} | ({"lora": lora} if lora else {})
@@ -228,7 +230,7 @@ def apply(
 
 
 def head_weight(params: Params, config: ModelConfig) -> jax.Array:
-    """The output matrix [V,D], padding in it."""
+    """The output matrix [V,D], with its padding."""
     return params["embedding" if config.tie_embeddings else "head"]["weight"]
 
 

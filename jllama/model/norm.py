@@ -9,7 +9,10 @@ from jllama.model.param import declare
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last dimension, in float32; keeps x's dtype."""
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last dimension.
+
+    It computes in float32 and returns the dtype of x. `axis` is the logical axis of `scale`.
+    """
 
     eps: float
     axis: str

@@ -1,4 +1,4 @@
-"""How a parameter is declared: value, logical axes and weight decay in one place."""
+"""Declares a parameter: its initialiser, logical axes and weight decay in one place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jllama.config import FanInInit, Init, TruncatedNormalInit
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
-# What is kept of a parameter that was read, given its dotted path: so the whole model need not lie
-# in memory as it is stored.
+# (dotted path, leaf) -> the leaf to use instead. A reader calls it for each parameter before it
+# reads the next, so that the model is never all in memory as it is stored.
 EachLeaf = Callable[[str, Any], Any]
 
 
 @flax.struct.dataclass
 class Declared(nn.meta.AxisMetadata):
-    """A parameter with what was said where it was declared; `nn.scan` adds the layer axis."""
+    """A parameter with its declaration; `nn.scan` adds the layer axis."""
 
     value: Any
     axes: tuple[str, ...] = flax.struct.field(pytree_node=False)
@@ -45,10 +45,12 @@ class Declared(nn.meta.AxisMetadata):
 def declare(
     init: Initializer, axes: tuple[str, ...], *, decay: bool, inputs: int = 0
 ) -> Callable[..., Declared]:
-    """An initialiser whose result carries what is said here.
+    """An initialiser that returns the parameter with its declaration.
 
-    `axes` are its logical axes, `decay` whether weight decay applies, and `inputs` how many of the
-    leading axes a matrix contracts; 0 for what is no matrix of a block.
+    Args:
+      axes: the logical axes.
+      decay: whether weight decay applies.
+      inputs: how many leading axes a matrix of a block contracts; 0 for other parameters.
     """
 
     def boxed(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Declared:
@@ -60,9 +62,10 @@ def declare(
 def matrix_init(init: Init, *, fan_in: int, depth: int | None = None) -> Initializer:
     """The initialiser of a matrix with `fan_in` inputs.
 
-    `depth` is given by the two matrices of a block that write to the residual stream: their
-    standard deviation is divided by sqrt(2 * depth) if the config says so (GPT-2, section 2.3).
-    The normal is cut at two standard deviations, which leaves 0.88 of the stated one.
+    The two matrices of a block that write to the residual stream pass `depth`, the number of
+    layers: their standard deviation is divided by sqrt(2 * depth) if the config says so (GPT-2,
+    section 2.3). The normal distribution is truncated at two standard deviations, so the actual
+    standard deviation is 0.88 of the stated one.
     """
     match init:
         case TruncatedNormalInit():
@@ -94,6 +97,6 @@ def dotted(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def kept(tree: Any, each: EachLeaf) -> Any:
-    """The tree of what is kept of its leaves."""
+def map_leaves(tree: Any, each: EachLeaf) -> Any:
+    """The tree with `each(dotted path, leaf)` in the place of each leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, x: each(dotted(path), x), tree)

@@ -1,6 +1,6 @@
-"""Rotary position embedding (arXiv:2104.09864), half-split: dimension i turns with i + N/2.
+"""Rotary position embedding (arXiv:2104.09864), half-split: dimension i is rotated with i + N/2.
 
-N is the head's width. Frequencies are made on the host in float64; what the device gets is `Turns`.
+N is the head's width. The host computes frequencies in float64 and gives the device `Turns`.
 """
 
 import math
@@ -26,17 +26,17 @@ Lengths = int | Sequence[int] | np.ndarray | None
 
 
 def depends_on_length(config: ModelConfig) -> bool:
-    """Whether the frequencies are those of a text's length: kinds `dynamic` and `adaptive`."""
+    """Whether the frequencies depend on a text's length: for the kinds `dynamic` and `adaptive`."""
     return isinstance(config.rope, DynamicRopeScaling | AdaptiveRopeScaling)
 
 
 def grows(config: ModelConfig) -> bool:
-    """Whether generation turns all keys anew, as the text until now says, at every token."""
+    """Whether generation rotates all keys anew at every token, for the text's length so far."""
     return isinstance(config.rope, AdaptiveRopeScaling) and config.rope.growing
 
 
 def original_length(config: ModelConfig) -> int:
-    """Positions that the model was trained for before it was scaled; unscaled, all that it has."""
+    """The positions that the model was trained for before its RoPE was scaled."""
     match config.rope:
         case NoRopeScaling() | NtkRopeScaling():
             return config.max_length
@@ -48,7 +48,7 @@ def original_length(config: ModelConfig) -> int:
 
 
 def effective_theta(config: ModelConfig) -> float:
-    """rope_theta with static NTK applied, which is nothing but another theta."""
+    """rope_theta, multiplied as static NTK does: NTK is another theta and nothing else."""
     match config.rope:
         case NtkRopeScaling(alpha=alpha):
             return config.rope_theta * _ntk(alpha, config)
@@ -56,23 +56,23 @@ def effective_theta(config: ModelConfig) -> float:
 
 
 def inverse_frequencies(config: ModelConfig, lengths: Lengths = None) -> np.ndarray:
-    """Radians per position of each pair, [N/2] float64, scaling applied.
+    """Radians per position of each pair of dimensions, scaled: [N/2] float64.
 
     Args:
-      lengths: for kinds that depend on it the length of the text, prompt and new tokens together;
-        several, [B], give [B,N/2]. Other kinds do not look at it.
+      lengths: the length of the text, prompt and new tokens together, for kinds that depend on it;
+        other kinds ignore it. Several lengths [B] give [B,N/2].
 
     Raises:
-      ValueError: the kind depends on the length, and there is none.
+      ValueError: the kind depends on the length, and `lengths` is None.
     """
     theta, rope = effective_theta(config), config.rope
     match rope:
         case DynamicRopeScaling():
-            ratio = np.maximum(_given(lengths, config) / rope.original_length, 1.0)
+            ratio = np.maximum(_checked(lengths, config) / rope.original_length, 1.0)
             alpha = rope.factor * ratio - (rope.factor - 1)
             return _powers(config, theta * _ntk(alpha, config))
         case AdaptiveRopeScaling():
-            ratio = _given(lengths, config) / rope.original_length
+            ratio = _checked(lengths, config) / rope.original_length
             alpha = np.where(ratio > 1, (2 * ratio - 1) * rope.coefficient, 1.0)
             return _powers(config, theta * _ntk(alpha, config)) / rope.factor
     frequencies = _powers(config, theta)
@@ -93,11 +93,11 @@ def _powers(config, theta):
 
 
 def _ntk(alpha, config):
-    """What theta is multiplied by, so that the slowest pair turns alpha times slower."""
+    """The factor of theta with which the slowest pair turns alpha times slower."""
     return alpha ** (config.head_dim / (config.head_dim - 2))
 
 
-def _given(lengths, config):
+def _checked(lengths, config):
     if lengths is None:
         raise ValueError(
             f"rope.kind={config.rope.kind}: with a cache, give `turns` of each text's whole length"
@@ -107,14 +107,14 @@ def _given(lengths, config):
 
 def _yarn(frequencies: np.ndarray, config: ModelConfig, scaling: YarnRopeScaling) -> np.ndarray:
     def pair(turns: float) -> float:
-        """The pair, a fraction, that makes so many turns within the original length."""
+        """The fractional index of the pair that makes `turns` turns in the original length."""
         ratio = math.log(scaling.original_length / (turns * 2 * math.pi))
         return config.head_dim * ratio / (2 * math.log(config.rope_theta))
 
     low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
-    # The upper limit is that of the published code: dimensions and not pairs.
+    # The published code limits `high` by the number of dimensions, not of pairs.
     low, high = max(low, 0), min(high, config.head_dim - 1)
     width = high - low if high != low else 0.001
     divided = np.clip((np.arange(config.head_dim // 2) - low) / width, 0.0, 1.0)
@@ -122,16 +122,17 @@ def _yarn(frequencies: np.ndarray, config: ModelConfig, scaling: YarnRopeScaling
 
 
 def _llama3(frequencies: np.ndarray, scaling: Llama3RopeScaling) -> np.ndarray:
-    # Turns within the original length; below low_freq_factor a pair is divided by the factor, above
-    # high_freq_factor it is kept, and between the two it is blended linearly.
+    # A pair that turns fewer than low_freq_factor times within the original length is divided by
+    # the factor, one that turns more than high_freq_factor times is not, and between the two the
+    # frequencies are interpolated linearly.
     turns = scaling.original_length * frequencies / (2 * np.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
+    unscaled = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (unscaled + (1 - unscaled) / scaling.factor)
 
 
 def attention_factor(config: ModelConfig) -> float:
-    """What cosine and sine are multiplied by: 1, but for YaRN (arXiv:2309.00071, equation 22)."""
+    """The factor of cosine and sine: 1, except for YaRN (arXiv:2309.00071, equation 22)."""
     match config.rope:
         case YarnRopeScaling(attention_factor=None, factor=factor):
             return 0.1 * math.log(factor) + 1
@@ -142,14 +143,14 @@ def attention_factor(config: ModelConfig) -> float:
 
 @flax.struct.dataclass
 class Turns:
-    """Turns per position of each pair, (whole + rest) / 2^32, and what the tables are scaled by.
+    """Turns per position of each pair, (whole + rest) / 2^32 modulo 1, and the tables' factor.
 
-    Whole turns are dropped. Data, so that one compiled program serves every length and kind.
+    They are arrays, so that one compiled program serves every length and kind.
 
     Attributes:
-      whole: [N/2] uint32, or [B,N/2] where each row has its own.
-      rest: of the same shape, float32, within -1/2 and 1/2.
-      scale: [] float32.
+      whole: [N/2] uint32, or [B,N/2] with turns of its own for each row.
+      rest: float32 of the same shape, from -1/2 to 1/2.
+      scale: [] float32, the factor of cosine and sine.
     """
 
     whole: jax.Array
@@ -158,7 +159,7 @@ class Turns:
 
 
 def turns(config: ModelConfig, lengths: Lengths = None) -> Turns:
-    """The turns of `inverse_frequencies(config, lengths)`, as arrays on the host; raises as it."""
+    """`inverse_frequencies(config, lengths)` as `Turns` of NumPy arrays; raises the same errors."""
     exact = np.ldexp(inverse_frequencies(config, lengths) / (2 * np.pi), 32)
     whole = np.rint(exact)
     return Turns(
@@ -171,9 +172,9 @@ def turns(config: ModelConfig, lengths: Lengths = None) -> Turns:
 def rope_tables(turns: Turns, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine for integer positions [B,T]: two arrays [B,T,1,N/2] float32, scaled.
 
-    The angle is within 1e-6 radians of the exact one at any position. A float32 product of position
-    and frequency is off by 1e-4 at position 2,000 and by 3e-3 at 131,071; so whole turns are
-    dropped first, in integers, which overflow exactly as an angle does.
+    Angles are within 1e-6 radians of the exact ones at any position. A float32 product of position
+    and frequency would be off by 1e-4 at position 2,000 and by 3e-3 at 131,071. Here the product is
+    computed in uint32 turns of 2^-32, whose overflow drops whole turns exactly.
     """
     whole, rest = (jnp.asarray(x)[..., None, None, :] for x in (turns.whole, turns.rest))
     positions = jnp.asarray(positions)[..., None, None]
@@ -185,6 +186,6 @@ def rope_tables(turns: Turns, positions: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns x [B, T, heads, head_dim] by the tables, in float32; keeps x's dtype."""
+    """Rotates x [B,T,heads,N] by the tables, in float32; returns the dtype of x."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,6 +1,6 @@
-"""Splash attention: jax's own Pallas kernel for TPU, flash attention over a sparse mask.
+"""Splash attention: JAX's Pallas kernel for TPU, flash attention over a sparse mask.
 
-The one file that imports `jax.experimental.pallas`.
+No other file imports `jax.experimental.pallas`.
 
 B batch, T query positions, S key positions, H query heads, K key/value heads, N head width.
 """
@@ -20,29 +20,33 @@ Mask = kernels.SplashAttentionKernel
 
 
 def block_size(length: int, most: int) -> int:
-    """The largest multiple of `LANES`, at most `most`, that divides `length`, itself a multiple."""
+    """The largest multiple of `LANES`, at most `most`, that divides `length`.
+
+    `length` is itself a multiple of `LANES`.
+    """
     return max(b for b in range(LANES, max(most, LANES) + 1, LANES) if length % b == 0)
 
 
 @functools.lru_cache(maxsize=16)
 def causal_mask(length: int, ways: int, balanced: bool, most: int, interpret: bool = False) -> Mask:
-    """What the kernel must know ahead of time about rows of `length` positions over `ways` devices.
+    """The kernel's precomputed mask for rows of `length` positions sharded over `ways` devices.
 
     Args:
-      balanced: the layout of the positions; see `jllama.parallel.context`.
-      most: queries and keys at a time, at most; `length / ways` is a multiple of `LANES`.
-      interpret: run on any platform, slowly.
+      length: a multiple of `LANES * ways`.
+      balanced: whether positions are in the balanced layout of `jllama.parallel.context`.
+      most: the largest block of queries and of keys.
+      interpret: interpret the kernel, slowly, so that it runs on any platform.
     """
     order = balanced_order(length, ways) if balanced else natural_order(length)
     part = length // ways
-    # A block that does not cross from one chunk of the balanced layout into the other skips more.
+    # Blocks that do not cross the two chunks of the balanced layout skip more of the mask.
     chunk = part // 2 if balanced and part % (2 * LANES) == 0 else part
     sizes = dict.fromkeys(
         ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
          "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
         block_size(chunk, most),
     )  # fmt: skip
-    with jax.core.eval_context():  # this outlives the trace that first asks for it
+    with jax.core.eval_context():  # the cached mask outlives the trace that first asks for it
         kernel = kernels.make_splash_mha(
             masks.MultiHeadMask([_Causal(order)]),
             block_sizes=kernels.BlockSizes(**sizes),
@@ -67,9 +71,9 @@ def splash(
     Args:
       rows: [T] int32, the index of each query among the keys.
       segments: [B,S] int32 of the keys, or None.
-      mask: `causal_mask` of these queries.
+      mask: `causal_mask`, or its shard, for these queries.
     """
-    # The kernel does not scale its scores, and takes heads before positions.
+    # The kernel does not scale the scores, and expects heads before positions.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
     if segments is not None:
         segments = kernels.SegmentIds(q=jnp.take(segments, rows, axis=1), kv=segments)
@@ -81,10 +85,10 @@ def _sees(q: np.ndarray, k: np.ndarray) -> np.ndarray:
 
 
 class _Causal(masks.Mask):
-    """Causality for queries in any order, block by block: never all of a T x T mask."""
+    """The causal mask for queries in any order, computed block by block, never as a whole."""
 
     def __init__(self, rows: np.ndarray):
-        # The kernel compares these in its own blocks instead of reading a mask.
+        # The kernel calls the function on the positions in a block instead of reading a mask.
         self.q_sequence, self.mask_function = rows, _sees
 
     @property
@@ -93,7 +97,7 @@ class _Causal(masks.Mask):
 
     def __getitem__(self, at: tuple[slice, slice]) -> np.ndarray:
         rows, keys = self.q_sequence[at[0]], np.arange(self.shape[1], dtype=np.int32)[at[1]]
-        # Nearly all blocks are one or the other, and a long row has tens of thousands of blocks.
+        # Nearly all blocks are all True or all False; a long row has tens of thousands of blocks.
         if keys[-1] <= rows.min():
             return _filled(True, len(rows), len(keys))
         if keys[0] > rows.max():

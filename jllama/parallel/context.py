@@ -1,15 +1,15 @@
-"""Attention over a mesh: the local kernel of each device inside `jax.shard_map`.
+"""Attention over a mesh: each device runs the attention kernel on its shard, in `jax.shard_map`.
 
-Rows are spread over the data axes, heads over `tensor`, positions over `context`. With positions
-spread, every device gathers all keys and values and attends with its own queries, as Llama 3 did
-(arXiv:2407.21783, section 3.3.2): segments need nothing special, and grouped queries keep what is
-gathered small. Causality makes late queries dearer than early ones, so there are two layouts of a
-row of T positions over C devices:
+Rows are sharded over the data axes, heads over `tensor`, positions over `context`. Where positions
+are sharded, every device gathers all keys and values and attends with its own queries, as Llama 3
+did (arXiv:2407.21783, section 3.3.2): segments need nothing special, and with grouped queries the
+gathered arrays are small. Under a causal mask late queries cost more than early ones, so a row of T
+positions has two layouts over C devices:
 
   natural   device i holds positions [i T/C, (i+1) T/C)
-  balanced  device i holds chunks i and 2C-1-i of 2C: the same work for everyone
+  balanced  device i holds chunks i and 2C-1-i of 2C: every device has the same work
 
-Everything outside of attention looks at one position at a time, and does not see the layout.
+All layers but attention treat each position by itself, so they do not depend on the layout.
 
 B batch, T query positions, S key positions, H query heads, K key/value heads, N head width.
 """
@@ -29,31 +29,31 @@ from jllama.parallel.mesh import context_mesh
 from jllama.parallel.sharding import Placement, active_placement
 
 # (q [B,T,H,N], k and v [B,S,K,N], index of each query among the keys [T], segments [B,S] or None,
-# the mask) -> [B,T,H,N]
+# the kernel's precomputed mask or None) -> [B,T,H,N]
 Kernel = Callable[..., jax.Array]
 
 
 def platform() -> str:
-    """Where the computation will run: "cpu", "gpu" or "tpu".
+    """The platform that the computation will run on: "cpu", "gpu" or "tpu".
 
-    The active placement says; it may be of another platform than this process has, when the program
-    is only compiled. Without one it is the process's own.
+    It is the platform of the active placement's devices, which this process need not have when it
+    only compiles the program. Without an active placement it is JAX's default backend.
     """
     placement = active_placement()
     return jax.default_backend() if placement is None else placement.platform
 
 
 def sequence_ways(rows: int, length: int) -> int:
-    """Over how many devices the positions of [rows, length] are spread by the active placement."""
+    """The number of devices over which the active placement shards the positions [rows, length]."""
     placement = active_placement()
     return 1 if placement is None else _ways(placement, _spec(placement, (rows, length))[1])
 
 
-def over_positions(params: Any) -> Placement | None:
-    """Spreads positions, and nothing else, over the devices that parameters lie on, as they lie.
+def context_placement(params: Any) -> Placement | None:
+    """A placement that shards positions, and nothing else, over all devices that hold `params`.
 
-    For whole rows outside of training: one row, however long, is the work of all devices. None
-    where the parameters are on no mesh.
+    With it all devices work on one row, however long. Returns None if the parameters are on no
+    mesh.
     """
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     if not isinstance(sharding, NamedSharding):
@@ -64,7 +64,7 @@ def over_positions(params: Any) -> Placement | None:
 def balanced_order(length: int, ways: int) -> np.ndarray | None:
     """The positions of a row in the order of the balanced layout, [length] int32.
 
-    None where there is nothing to balance: one device, or chunks that would not be of one size.
+    Returns None, for the natural order, with one device or a length that 2 * ways does not divide.
     """
     if ways == 1 or length % (2 * ways):
         return None
@@ -73,7 +73,7 @@ def balanced_order(length: int, ways: int) -> np.ndarray | None:
 
 
 def natural_order(length: int) -> np.ndarray:
-    """The positions of a row as they are, [length] int32."""
+    """The positions of a row in the order of the natural layout, [length] int32."""
     return np.arange(length, dtype=np.int32)
 
 
@@ -87,15 +87,17 @@ def spread(
     mask: Any = None,
     prevent_cse: bool = True,
 ) -> jax.Array:
-    """Runs `kernel` on every device of the active placement; without one, or on one device, as is.
+    """Runs `kernel` on every device of the active placement, each with its shard of the queries.
+
+    Without an active placement, or with one device, it calls the kernel directly.
 
     Args:
-      q: [B,T,H,N]; k, v: [B,T,K,N]; segments: [B,T] or None; all in one layout.
-      balanced: that layout is `balanced_order` of the row over the ways of its positions.
-      mask: what a kernel knows ahead of time about its queries; has `manual_sharding_spec`, which
-        tells the parts of it that belong to a part of the queries.
-      prevent_cse: as of `jax.checkpoint`, for the keys and values of the whole row; False where a
-        loop, or the recomputation of a block, parts the forward from the backward pass already.
+      q: [B,T,H,N]; k, v: [B,T,K,N]; segments: [B,T] or None; all in the same layout.
+      balanced: whether they are in the balanced layout.
+      mask: a mask that the kernel precomputed, or None. Its method `manual_sharding_spec` returns
+        how it is sharded when the queries are.
+      prevent_cse: passed to `jax.checkpoint`, which gathers keys and values again for the backward
+        pass; False where a loop or a rematerialised block already separates the two passes.
 
     Returns:
       [B,T,H,N], in the same layout.
@@ -106,8 +108,8 @@ def spread(
     spec = _spec(placement, q.shape)
     batch, seq, heads, _ = spec
     ways, head_ways = _ways(placement, seq), _ways(placement, heads)
-    # Fewer key/value heads than tensor ways: each is repeated just enough for every device to have
-    # those of its own queries.
+    # With fewer key/value heads than tensor ways, each head is repeated just often enough that
+    # every device has the heads that its queries need.
     repeats = head_ways // math.gcd(k.shape[2], head_ways)
     if repeats > 1:
         k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
@@ -123,7 +125,7 @@ def spread(
         return (chunks[:, None] + jnp.arange(t // 2)).reshape(t)
 
     def gather(x: jax.Array) -> jax.Array:
-        """[B, T/C, ...] of every device -> [B, T, ...] in natural order."""
+        """Gathers the shards [B, T/C, ...] of all devices into [B, T, ...] in natural order."""
         return _natural(lax.all_gather(x, seq, axis=1), balanced)
 
     def local(q, k, v, segments, mask):
@@ -134,8 +136,9 @@ def spread(
         return kernel(q, k, v, own_rows(q.shape[1]), segments, mask)
 
     if ways > 1:
-        # The backward pass gathers again: keys and values of the whole row would else be kept for
-        # every layer. What the kernel names (its result) is kept, so that it does not run again.
+        # The backward pass gathers again; otherwise every layer would keep keys and values of the
+        # whole row. The values that the kernel names (its result) are saved, so that the kernel
+        # does not run again.
         policy = jax.checkpoint_policies.save_only_these_names("attention")
         local = jax.checkpoint(local, policy=policy, prevent_cse=prevent_cse)
 
@@ -143,7 +146,7 @@ def spread(
     if mask is not None:
         queries = NamedSharding(placement.mesh, PartitionSpec(None, seq))
         parts = mask.manual_sharding_spec(queries)
-    # Segments are whole along a row on every device: they are read there, and are small.
+    # Every device has the segments of whole rows: the kernel reads all of them, and they are small.
     specs = (spec, spec, spec, PartitionSpec(batch), parts)
     return placement.per_device(local, specs, spec)(q, k, v, segments, mask)
 
@@ -159,7 +162,7 @@ def _ways(placement: Placement, axes: str | tuple[str, ...] | None) -> int:
 
 
 def _natural(x: jax.Array, balanced: bool) -> jax.Array:
-    """[B, C, T/C, ...] as the devices hold it -> [B, T, ...] in natural order."""
+    """Puts the shards [B, C, T/C, ...] of C devices into natural order, [B, T, ...]."""
     B, C, t = x.shape[:3]
     if balanced:
         early, late = jnp.split(x, 2, axis=2)

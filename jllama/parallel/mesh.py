@@ -1,4 +1,4 @@
-"""Devices to mesh."""
+"""Makes the mesh of devices from its config."""
 
 import math
 from collections.abc import Sequence
@@ -12,25 +12,25 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jllama.config import MeshConfig
 from jllama.errors import UserError
 
-# From the slowest network to the fastest: neighbours on the last axes are neighbours on the chip.
+# From the slowest network to the fastest: neighbours along the last axis have the fastest links.
 AXES = ("replica", "fsdp", "context", "tensor")
-# make_mesh defaults to Explicit axes; the placement here is by constraints.
+# jax.make_mesh defaults to Explicit axes; this package places arrays by sharding constraints.
 _TYPES = (AxisType.Auto,) * len(AXES)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all), axes `AXES`; a size of -1 takes what is left.
+    """The mesh over `devices` (default: all), with axes `AXES`; a size of -1 takes the rest.
 
-    On TPU the order follows the links between the chips. Several slices (`slice_index`) are joined
-    by the data-centre network, which only `replica` crosses: all else stays within a slice. The
-    devices may be those of a topology that is only compiled for.
+    On TPU the order follows the links between the chips. The data-centre network joins several
+    slices (`slice_index`); only `replica` crosses it, and all other axes stay within a slice. The
+    devices may belong to a topology that is only compiled for.
 
-    Raises `UserError` when the sizes do not multiply to the number of devices, or when `replica`
-    does not divide over the slices.
+    Raises `UserError` if the product of the sizes is not the number of devices, or if the number
+    of slices does not divide `replica`.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(config, len(devices))
-    # Elsewhere an index says which machine a device is in, and any axis may cross machines.
+    # On other platforms `slice_index` is the machine of a device, and any axis may cross machines.
     on_tpu = devices[0].platform == "tpu"
     slices = {getattr(d, "slice_index", 0) for d in devices} if on_tpu else {0}
     _check_slices(sizes, len(slices))
@@ -46,13 +46,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def context_mesh(mesh: Mesh) -> Mesh:
-    """The devices of a mesh in their order, all of them along `context`."""
+    """The mesh of the same devices in the same order, all of them along `context`."""
     sizes = [mesh.size if axis == "context" else 1 for axis in AXES]
     return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=_TYPES)
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """The mesh of an argument `--mesh AXIS=SIZE,...`, 1 along the axes left out."""
+    """The mesh of an argument `--mesh AXIS=SIZE,...`; an axis that it leaves out has size 1."""
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for item in text.split(","):
         axis, _, size = item.partition("=")
@@ -61,17 +61,17 @@ def parse_mesh(text: str) -> MeshConfig:
         try:
             sizes[axis] = int(size)
         except ValueError:
-            raise UserError(f"--mesh: {item!r}: the size is a whole number") from None
+            raise UserError(f"--mesh: {item!r}: the size must be a whole number") from None
     try:
         return MeshConfig(**sizes)
     except ValueError:
-        raise UserError(f"--mesh={text}: sizes are at least 1; at most one is -1") from None
+        raise UserError(f"--mesh={text}: sizes must be at least 1, or -1 for one of them") from None
 
 
 def abstract_mesh(config: MeshConfig, count: int, slices: int = 1) -> AbstractMesh:
-    """The mesh of `count` devices that are not there: enough to say where an array would lie.
+    """A mesh of `count` devices that need not exist: enough to tell how arrays would be sharded.
 
-    Raises as `make_mesh` does of devices that are `slices` slices.
+    Raises `UserError` as `make_mesh` does for that many devices in `slices` slices.
     """
     sizes = _sizes(config, count)
     _check_slices(sizes, slices)
@@ -82,7 +82,7 @@ def _check_slices(sizes: tuple[int, ...], slices: int) -> None:
     if sizes[0] % slices:
         raise UserError(
             f"mesh.replica={sizes[0]}: the {math.prod(sizes)} devices are {slices} slices, and only"
-            f" replica goes from slice to slice; set mesh.replica to {slices} or a multiple"
+            f" mesh.replica crosses slices; set it to {slices} or a multiple"
         )
 
 
@@ -105,25 +105,25 @@ def _not_dividing(given: dict[str, int], ways: int, count: int) -> str:
     by = "it" if len(asked) == 1 else f"their product, {ways}"
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     near = [n for n in divisors if n < ways][-1:] + [n for n in divisors if n > ways][:1]
-    would = " or ".join(map(str, near))
-    return f"{', '.join(asked)}: {count} devices do not divide by {by}; by {would} they do"
+    choices = " or ".join(map(str, near))
+    return f"{', '.join(asked)}: {count} devices do not divide by {by}; they do by {choices}"
 
 
 def _arrange(create: Any, *args: Any) -> np.ndarray | None:
-    """What JAX makes of the links; None where it finds no layout."""
+    """The devices as JAX arranges them along the links; None if it finds no arrangement."""
     try:
         return create(*args)
     except NotImplementedError:
         pass
-    except AssertionError:  # two devices a chip, or chips that are no whole box
+    except AssertionError:  # two devices a chip, or chips that do not form a box
         return None
     try:
-        # No axis of chips has that size: part of one then, whose links carry two mesh axes.
+        # No axis of chips has that size: split one, so that its links carry two mesh axes.
         return create(*args, allow_split_physical_axes=True)
     except (TypeError, ValueError):  # JAX 0.10 loses prime factors of sides such as 20 and 28
         return None
 
 
 def _place(device: jax.Device) -> tuple[int, ...]:
-    """Slice by slice, row by row: neighbours in this order are mostly neighbours on the links."""
+    """Sorts devices by slice, then by row: neighbours in this order mostly share a link."""
     return (getattr(device, "slice_index", 0), *device.coords[::-1], device.core_on_chip)

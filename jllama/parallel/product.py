@@ -1,7 +1,7 @@
-"""Matrix products, and rows of a table, of arrays that are spread over devices.
+"""Matrix products and table lookups of sharded arrays.
 
-Left to the partitioner, a sum over devices of which each keeps a part may be made whole first and
-cut afterwards: twice the traffic. Here the sum lands where it belongs.
+Where each device needs only its shard of a sum over devices, XLA's partitioner may emit an
+all-reduce and a slice, which is twice the traffic. This module emits the reduce-scatter itself.
 """
 
 import functools
@@ -24,15 +24,15 @@ def contract(
     target: Parts,
     dtype: Any = None,
 ) -> jax.Array:
-    """The sum over pairs of `a . b`, contracted over `dims` as `lax.dot_general` does it.
+    """Returns the sum of `lax.dot_general(a, b)` over all pairs (a, b), sharded by `target`.
 
     Args:
-      pairs: arrays whose products have one shape.
-      dims: the contracted dimensions of each a, and those of each b.
-      parts: the mesh axes that share out the dimensions of each a and of each b, alike where they
-        are contracted.
-      target: those of the result.
-      dtype: of the result and of all sums; None is that of the arrays.
+      pairs: arrays (a, b) whose products have the same shape.
+      dims: the contracted dimensions of a, and those of b.
+      parts: the mesh axes over which the dimensions of a and of b are sharded; contracted
+        dimensions are sharded alike.
+      target: the mesh axes over which the dimensions of the result are sharded.
+      dtype: the dtype of the result and of all sums; None means the dtype of the arrays.
     """
 
     def local(*pairs):
@@ -45,10 +45,10 @@ def contract(
     if not summed:
         return pin(local(*pairs), target)
     free = [
-        axes for own, array in zip(dims, parts, strict=True)
-        for d, axes in enumerate(array) if d not in own
+        axes for contracted, array in zip(dims, parts, strict=True)
+        for d, axes in enumerate(array) if d not in contracted
     ]  # fmt: skip
-    scatter = [_further(have, want, summed) for have, want in zip(free, target, strict=True)]
+    scatter = [_scatter_axes(have, want, summed) for have, want in zip(free, target, strict=True)]
     reached = [have + more for have, more in zip(free, scatter, strict=True)]
     placement = active_placement()
     specs = tuple(placement.partition(*array) for array in parts)
@@ -60,30 +60,34 @@ def contract(
     return pin(run(*pairs), target)
 
 
-def _further(
+def _scatter_axes(
     have: tuple[str, ...], want: tuple[str, ...], summed: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Axes over which a sum over `summed` can be scattered to get from `have` towards `want`."""
+    """The axes over which to scatter a sum over `summed`, for a dimension sharded over `have`.
+
+    They extend `have` to `want`; there are none if `want` does not begin with `have`, or needs an
+    axis that is not summed.
+    """
     more = want[len(have) :]
     return more if want[: len(have)] == have and set(more) <= set(summed) else ()
 
 
 def all_gather(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
-    """Inside `per_device`: x with `dimension` whole, of which devices along `axes` have parts."""
+    """Gathers the shards of x along `dimension` over the mesh axes `axes`, inside `per_device`."""
     return lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
 
 
 def reduce(x: jax.Array, axes: tuple[str, ...], scatter: Sequence[tuple[str, ...]]) -> jax.Array:
-    """Inside `per_device`: the sum of x over `axes`.
+    """Sums x over the mesh axes `axes`, inside `per_device`, and scatters the sum.
 
-    Of dimension d each device keeps its part over `scatter[d]`, axes that are among `axes`; these
-    go first, so that what crosses the others is small.
+    Each dimension d is scattered over the axes `scatter[d]`, a subset of `axes`. The scatters come
+    first, so that less is sent along the other axes.
     """
     for dimension, part in enumerate(scatter):
         if part:
             x = _scatter(x, part, dimension)
-    kept = {axis for part in scatter for axis in part}
-    rest = tuple(axis for axis in axes if axis not in kept)
+    scattered = {axis for part in scatter for axis in part}
+    rest = tuple(axis for axis in axes if axis not in scattered)
     return lax.psum(x, rest) if rest else x
 
 
@@ -91,22 +95,21 @@ def _scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     before, after = x.shape[:dimension], x.shape[dimension + 1 :]
     if math.prod(before) > 1:
         return lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
-    # The same, in blocks: where nothing stands before them, the TPU's compiler makes an all-reduce
-    # and a slice of a tiled one.
+    # The same reduce-scatter, untiled: for a leading dimension the TPU compiler turns a tiled one
+    # into an all-reduce and a slice.
     ways = lax.axis_size(axes)
     blocks = x.reshape(ways, x.shape[dimension] // ways, -1)
     return lax.psum_scatter(blocks, axes, scatter_dimension=0).reshape(*before, -1, *after)
 
 
 def take_rows(table: jax.Array, tokens: jax.Array, axes: tuple[str, str], dtype: Any) -> jax.Array:
-    """`table[tokens]` in `dtype`: table [V,D] of logical `axes`, tokens [B,T] -> [B,T,D].
+    """`table[tokens]` in `dtype`: table [V,D] with logical `axes`, tokens [B,T] -> [B,T,D].
 
     B rows of tokens, T positions, V vocabulary, D width.
 
-    On a mesh every device reads its own part of the width, for all tokens of the devices that have
-    the other parts. So tokens are gathered (four bytes each), the result goes back to its rows by
-    an all-to-all, and no device ever holds the whole table or its whole gradient: both are read and
-    summed where they are stored.
+    On a mesh every device looks up its shard of the width, for the tokens of all devices that hold
+    the other shards. So tokens are gathered (four bytes each), and an all-to-all sends the result
+    back to the devices of its rows. No device ever holds the whole table or its whole gradient.
     """
     placement = active_placement()
     if placement is None:
@@ -120,8 +123,8 @@ def take_rows(table: jax.Array, tokens: jax.Array, axes: tuple[str, str], dtype:
     tokens = placement.pin(tokens, *without(*vocab, *width))
     x = jnp.take(table, tokens, axis=0).astype(dtype)
     x = placement.pin(x, *without(*vocab, *width), width)
-    # One mesh axis after the other, the innermost first: at once, the partitioner would gather the
-    # whole result, and in another order it would move blocks between devices first.
+    # One mesh axis after the other, the innermost first: for all at once the partitioner would
+    # gather the whole result, and in another order it would first move blocks between devices.
     while width:
         width = width[:-1]
         x = placement.pin(x, *without(*vocab, *width), width)

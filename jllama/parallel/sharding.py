@@ -1,9 +1,10 @@
-"""From logical axes to placement: one strict resolver for parameters and activations.
+"""Resolves logical axes to shardings, strictly, for parameters and activations.
 
-Every dimension has a logical axis; the rules table of the config maps a logical axis to ordered
-candidates, each one or several mesh axes, or null for "whole on every device". The first candidate
-that divides the dimension and uses no mesh axis taken by an earlier dimension wins. When none does,
-or the axis has no rule, that is an error with the way out, never silent replication.
+Every dimension has a logical axis. The rules table of the config maps it to an ordered list of
+candidates; each is one or several mesh axes, or null, which leaves the dimension whole on every
+device. The first candidate that divides the dimension, and uses no mesh axis of an earlier
+dimension, wins. If none does, or the axis has no rule, the resolver raises an error that says what
+to change; it never replicates silently.
 """
 
 import bisect
@@ -21,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 from jllama.config import ShardingConfig
 from jllama.errors import UserError
 
-# The mesh axes that share out each dimension of an array; none: the dimension is whole everywhere.
+# The mesh axes over which each dimension of an array is sharded; a dimension with none is whole.
 Parts = tuple[tuple[str, ...], ...]
 
 _active: contextvars.ContextVar["Placement | None"] = contextvars.ContextVar(
@@ -33,8 +34,8 @@ _active: contextvars.ContextVar["Placement | None"] = contextvars.ContextVar(
 class Placement:
     """A mesh and the rules that place arrays on it.
 
-    Along the mesh axes `apart` nothing is spread and nothing summed: they are a `jax.vmap` of what
-    is placed here, whose `spmd_axis_name` they are.
+    Nothing is sharded or summed over the mesh axes `apart`: they are the `spmd_axis_name` of a
+    `jax.vmap` around the function whose arrays this placement places.
     """
 
     mesh: Mesh | AbstractMesh
@@ -43,30 +44,34 @@ class Placement:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The mesh axes of more than one device that are not apart."""
+        """The mesh axes that have more than one device and are not in `apart`."""
         return tuple(a for a, n in self.mesh.shape.items() if n > 1 and a not in self.apart)
 
     @property
     def platform(self) -> str:
-        """Of the mesh's devices: "cpu", "gpu" or "tpu"; they need not be attached."""
+        """The platform of the mesh's devices, "cpu", "gpu" or "tpu"; they need not be attached."""
         return self.mesh.devices.flat[0].platform
 
     def mesh_axes(self, shape: Sequence[int], axes: Sequence[str | None], name: str) -> Parts:
-        """The mesh axes that share out each dimension of an array of `shape` with logical `axes`.
+        """The mesh axes over which each dimension of `shape` with logical `axes` is sharded.
 
-        None has none, and an axis of one device is none. `name` is for errors.
+        Mesh axes of one device are left out; the logical axis None is whole. `name` is the array's
+        name in errors. Raises `UserError` as the module says.
         """
         return tuple(
             tuple(a for a in part if a in self.axes) for part in self._choices(shape, axes, name)
         )
 
     def spec(self, shape: Sequence[int], axes: Sequence[str | None], name: str) -> PartitionSpec:
-        """The partition of an array of `shape` with logical `axes`."""
+        """The `PartitionSpec` of an array of `shape` with logical `axes`; raises as `mesh_axes`."""
         return self.partition(*self._choices(shape, axes, name))
 
     def _choices(self, shape: Sequence[int], axes: Sequence[str | None], name: str) -> Parts:
         if len(shape) != len(axes):
-            raise UserError(f"{name}: shape {tuple(shape)} has not the logical axes {tuple(axes)}")
+            raise UserError(
+                f"{name}: shape {tuple(shape)} has {len(shape)} dimensions, and there are"
+                f" {len(axes)} logical axes: {tuple(axes)}"
+            )
         used: set[str] = set()
         parts: list[tuple[str, ...]] = []
         for size, axis in zip(shape, axes, strict=True):
@@ -77,7 +82,7 @@ class Placement:
 
     @staticmethod
     def partition(*parts: tuple[str, ...]) -> PartitionSpec:
-        """The partition of an array whose dimensions are shared out over `parts`."""
+        """The `PartitionSpec` of an array whose dimensions are sharded over the axes `parts`."""
         return PartitionSpec(*(part or None for part in parts))
 
     def _choose(
@@ -101,61 +106,62 @@ class Placement:
                 tried.append(f"{'+'.join(candidate)} (taken)")
         raise UserError(
             f"{name}: axis {axis!r} of shape {tuple(shape)}, size {size}: no candidate fits:"
-            f" {', '.join(dict.fromkeys(tried))}; change the mesh, or add a candidate (null is"
-            f" replication) to sharding.{axis}"
+            f" {', '.join(dict.fromkeys(tried))}; change the mesh, or add a candidate to"
+            f" sharding.{axis} (null replicates)"
         )
 
     def sharding(
         self, shape: Sequence[int], axes: Sequence[str | None], name: str
     ) -> NamedSharding:
-        """`spec` on this mesh."""
+        """The sharding of an array of `shape` with logical `axes`; raises as `mesh_axes`."""
         return NamedSharding(self.mesh, self.spec(shape, axes, name))
 
     def replicated(self) -> NamedSharding:
-        """Whole on every device."""
+        """The sharding of an array that is whole on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def batch_rows(self, batch_size: int, name: str = "batch") -> list[int]:
-        """The rows of a batch that this process's devices hold, in order.
+        """The rows of a batch that the devices of this process hold, in order.
 
-        With processes along tensor or context axes, several hold the same rows.
+        Processes that differ only along the tensor or context axis hold the same rows.
         """
         shape = (batch_size,)
         held = self.sharding(shape, ("batch",), name).addressable_devices_indices_map(shape)
         return sorted({row for index in held.values() for row in range(batch_size)[index[0]]})
 
     def put_batch(self, batch: dict[str, Any], batch_size: int | None = None) -> Any:
-        """Host arrays onto the mesh as arrays [batch_size, ...], spread as the rules say.
+        """Puts host arrays onto the mesh as arrays [batch_size, ...], their rows sharded.
 
-        `batch` holds the rows of `batch_rows(batch_size)`, or all of them if `batch_size` is None.
+        `batch` holds the rows `batch_rows(batch_size)`, or all rows if `batch_size` is None.
         """
         return {k: self._put(k, np.asarray(v), batch_size) for k, v in batch.items()}
 
     def _put(self, name: str, rows: np.ndarray, batch_size: int | None) -> jax.Array:
         shape = (len(rows) if batch_size is None else batch_size, *rows.shape[1:])
-        where = self.sharding(shape, ("batch",) + (None,) * (rows.ndim - 1), name)
+        sharding = self.sharding(shape, ("batch",) + (None,) * (rows.ndim - 1), name)
         if len(rows) == shape[0]:
-            return jax.make_array_from_callback(shape, where, lambda index: rows[index])
+            return jax.make_array_from_callback(shape, sharding, lambda index: rows[index])
         held = self.batch_rows(shape[0], name)
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            wanted = range(shape[0])[index[0]]
-            first = bisect.bisect_left(held, wanted.start)
-            return rows[first : first + len(wanted)]  # a device's rows are neighbours in `held` too
+            rows_of_device = range(shape[0])[index[0]]
+            first = bisect.bisect_left(held, rows_of_device.start)
+            # The rows of one device are consecutive, in `held` too.
+            return rows[first : first + len(rows_of_device)]
 
-        return jax.make_array_from_callback(shape, where, part)
+        return jax.make_array_from_callback(shape, sharding, part)
 
     def pin(self, x: jax.Array, *parts: tuple[str, ...]) -> jax.Array:
-        """x, each of its dimensions shared out over the mesh axes of `parts`."""
+        """Constrains x to be sharded over `parts`, the mesh axes of each dimension."""
         sharding = NamedSharding(self.mesh, self.partition(*parts))
         return jax.lax.with_sharding_constraint(x, sharding)
 
     def per_device(
         self, f: Callable[..., Any], in_parts: Any, out_parts: Any
     ) -> Callable[..., Any]:
-        """`f` as what one device does with its parts, between partitions made by `partition`.
+        """`jax.shard_map` of `f` over this mesh: every device calls it with its local shards.
 
-        Inside, the collectives are those that `f` says.
+        `in_parts` and `out_parts` are specs from `partition`. `f` calls the collectives itself.
         """
         return jax.shard_map(
             f, mesh=self.mesh, in_specs=in_parts, out_specs=out_parts, check_vma=False
@@ -163,7 +169,7 @@ class Placement:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Makes `constrain` use this placement; entered inside every jitted function."""
+        """Makes this the active placement; to be entered inside a jitted function."""
         token = _active.set(self)
         try:
             yield
@@ -172,51 +178,51 @@ class Placement:
 
 
 def active_placement() -> Placement | None:
-    """The placement whose `active` surrounds this call."""
+    """The placement whose `active` surrounds this call; None if there is none."""
     return _active.get()
 
 
 def activated(placement: Placement | None) -> contextlib.AbstractContextManager[None]:
-    """`Placement.active`; of None, nothing."""
+    """`placement.active()`; for None a context that does nothing."""
     return placement.active() if placement else contextlib.nullcontext()
 
 
 def mesh_axes(shape: Sequence[int], axes: Sequence[str | None], name: str) -> Parts:
-    """`Placement.mesh_axes` of the active placement; when none is active, everything is whole."""
+    """`Placement.mesh_axes` of the active placement; without one, all dimensions are whole."""
     placement = _active.get()
     return placement.mesh_axes(shape, axes, name) if placement else ((),) * len(shape)
 
 
 def pin(x: jax.Array, parts: Parts) -> jax.Array:
-    """`Placement.pin` by the active placement; the identity when none is active."""
+    """`Placement.pin` of the active placement; without one it returns x."""
     placement = _active.get()
     return placement.pin(x, *parts) if placement else x
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation's placement by its logical axes; the identity when none is active."""
+    """Pins an activation by its logical axes to the active placement; without one returns x."""
     return pin(x, mesh_axes(x.shape, axes, "activation"))
 
 
-def with_whole_rows(table: NamedSharding) -> NamedSharding:
-    """Where a table lies whose rows need not divide: its first axis is whole."""
+def whole_rows_sharding(table: NamedSharding) -> NamedSharding:
+    """The sharding of a table [V,D] with its rows whole, for a V that need not divide."""
     return NamedSharding(table.mesh, PartitionSpec(None, *table.spec[1:]))
 
 
-def of_a_layer(stacked: NamedSharding) -> NamedSharding:
-    """Where one layer of a stacked parameter lies: as the whole does, without its first axis."""
+def layer_sharding(stacked: NamedSharding) -> NamedSharding:
+    """The sharding of one layer of a stacked parameter [L,...]: the same without the first axis."""
     return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
 
 
-def coarser(sharding: Sharding, shape: Sequence[int], of: Sequence[int]) -> Sharding:
-    """Where an array lies that has fewer entries than one of shape `of`, which lies by `sharding`.
+def scales_sharding(sharding: Sharding, shape: Sequence[int], full: Sequence[int]) -> Sharding:
+    """The sharding of an array with one entry per block of a larger array, such as its scales.
 
-    Each is of a block of the other's neighbours. A dimension is spread alike where it can be, else
-    whole everywhere.
+    The larger array has shape `full` and lies by `sharding`; `shape` has as many dimensions. A
+    dimension is sharded like the larger array's if it divides, else it is whole.
     """
-    if not isinstance(sharding, NamedSharding):  # of one device
+    if not isinstance(sharding, NamedSharding):  # on a single device
         return sharding
-    spec = (*sharding.spec, *(None for _ in of))[: len(of)]
+    spec = (*sharding.spec, *(None for _ in full))[: len(full)]
     ways = [_ways(sharding.mesh, part) for part in spec]
     return NamedSharding(
         sharding.mesh,

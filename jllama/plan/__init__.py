@@ -1,1 +1,1 @@
-"""What a recipe's train step needs of devices that are not there, compiled ahead of time."""
+"""Plans a recipe's train step for absent devices, by compiling it ahead of time."""

@@ -1,7 +1,7 @@
-"""Lower bounds of a step's time from what it must compute, touch and send.
+"""Lower bounds of a step's time, from its FLOPs, memory traffic and communication.
 
-Each is a count over a published peak (`jllama.chips`); the step cannot be faster than any of
-them. What is done twice or waits (recomputation, saved activations, latency) makes it slower.
+Each is an amount divided by a published peak (`jllama.chips`); the step cannot be faster than any
+of them. Recomputation, saved activations and latency, which are not counted, make it slower.
 docs/planning.md has the formulas.
 """
 
@@ -9,24 +9,24 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from jllama.adapt.lora import train_flops_per_token
+from jllama.adapt.lora import adapted_flops_per_token
 from jllama.chips import Chip
 from jllama.config import Config
 from jllama.flops import BYTES
 
-_GRADIENT = 4  # bytes: gradients and their sums over devices are float32
+_GRADIENT = 4  # bytes of an element: gradients and their sums over devices are float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter as the mesh holds it.
+    """A parameter and its sharding.
 
     Attributes:
       name: dotted path.
-      shape: of the whole of it.
-      parts: the mesh axes that share out each dimension.
-      trained: it has a gradient.
-      item: bytes of an element where it is stored in fewer than the computation's.
+      shape: the global shape.
+      parts: the mesh axes over which each dimension is sharded.
+      trained: whether it has a gradient.
+      item: bytes of a stored element; None means those of the compute dtype.
     """
 
     name: str
@@ -37,23 +37,24 @@ class Parameter:
 
     @property
     def is_table(self) -> bool:
-        """Embedding or head, [V,D]."""
+        """Whether it is the embedding or the head, [V,D]."""
         return self.name.split(".")[0] in ("embedding", "head")
 
     @property
     def axes(self) -> tuple[str, ...]:
+        """The mesh axes over which it is sharded."""
         return tuple(axis for part in self.parts for axis in part)
 
     @property
-    def kept(self) -> tuple[str, ...]:
-        """Axes whose devices multiply with their own part; over the others it is gathered."""
+    def local_axes(self) -> tuple[str, ...]:
+        """The axes along which each device multiplies with its shard; the others are gathered."""
         axes = self.parts[0] if self.is_table else self.axes
         return tuple(axis for axis in axes if axis == "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes that one device must touch and send in a step."""
+    """Bytes that one device reads and writes in its memory, and sends, in a step."""
 
     hbm: float
     interconnect: float
@@ -61,9 +62,9 @@ class Traffic:
 
 
 def model_flops(config: Config) -> float:
-    """Model FLOPs of a step: all rows, each as one document, forward and backward."""
+    """Model FLOPs of a step over all rows, forward and backward; a row is taken as one document."""
     tokens = config.training.batch_size * config.data.length
-    return tokens * train_flops_per_token(config.model, config.adapt, config.data.length)
+    return tokens * adapted_flops_per_token(config.model, config.adapt, config.data.length)
 
 
 def traffic(
@@ -73,40 +74,39 @@ def traffic(
     parameters: Sequence[Parameter],
     state_bytes: int,
 ) -> Traffic:
-    """What a step touches and sends, per device.
+    """The traffic of one device in a step.
 
     Args:
       mesh: sizes of the mesh axes.
-      slices: parts of the devices between which there is only the data-centre network; they are
-        along `replica`.
-      state_bytes: what is trained, and optimizer state, of one device.
+      slices: number of slices, which lie along `replica` and are joined by the data-centre network.
+      state_bytes: bytes of trained parameters and optimizer state on one device.
     """
     passes = config.training.accumulate
-    # Memory: the state is read and written, the gradient written and read (its norm is needed
-    # before its first use), the weights read by the products of each pass, forward and backward.
+    # Memory: the state is read and written; the gradient is written and read (its norm is needed
+    # before its first use); the products of each pass read the weights, forward and backward.
     hbm = 2.0 * state_bytes
     links = network = 0.0
     for p in parameters:
-        # What no loop over blocks owns has its gradients added up over the microbatches first: the
-        # compiler takes their sum over devices out of the loop.
+        # Gradients outside of the loop over layers are first added up over the microbatches,
+        # because the compiler moves their sum over devices out of the loop.
         sums = passes if p.name.startswith("layers.") else 1
-        own = math.prod(p.shape) / _ways(mesh, p.kept)
-        gathered = _ways(mesh, [a for a in p.axes if a not in p.kept])
-        stored = own / gathered
+        used = math.prod(p.shape) / _ways(mesh, p.local_axes)  # elements that a device multiplies
+        gathered = _ways(mesh, [a for a in p.axes if a not in p.local_axes])
+        stored = used / gathered
         item = p.item or BYTES[config.compute.dtype]
-        # The head, like a tied embedding, is gathered once a pass: the loss makes its gradient in
-        # the forward pass. Rows of an embedding are looked up, and summed, where they lie.
+        # The head, like a tied embedding, is gathered once a pass, because the loss computes its
+        # gradient in the forward pass. Rows of an embedding are looked up and summed in place.
         multiplied = not p.is_table or p.name.startswith("head") or config.model.tie_embeddings
         uses = (1 if p.is_table else 2) if multiplied else 0
-        hbm += passes * uses * own * item
-        links += passes * uses * _share(own * item, gathered)
+        hbm += passes * uses * used * item
+        links += passes * uses * _share(used * item, gathered)
         if not p.trained:
             continue
         hbm += 2 * stored * _GRADIENT
         if multiplied:
-            links += sums * _share(own * _GRADIENT, gathered)
-        # Devices with the same part and other rows add up their gradients; replicas once, after
-        # their microbatches.
+            links += sums * _share(used * _GRADIENT, gathered)
+        # Devices with the same shard and different rows add up their gradients; replicas do it
+        # once, after their microbatches.
         same = [a for a in ("fsdp", "context") if a not in p.axes]
         links += sums * 2 * _share(stored * _GRADIENT, _ways(mesh, same))
         if "replica" not in p.axes:
@@ -127,12 +127,14 @@ def _activations(config: Config, mesh: Mapping[str, int], parameters: Sequence[P
     sent = 8 * m.num_layers * _share(stream, tensor)
     for p in parameters:
         if p.is_table and (p.name.startswith("head") or m.tie_embeddings):
-            sent += 2 * _share(stream, _ways(mesh, p.kept))  # so does the loss, once
+            sent += 2 * _share(stream, _ways(mesh, p.local_axes))  # the loss does so once
         if p.name.startswith("embedding"):
-            # What was looked up by width goes to its rows, and its gradient back.
+            # A device looks up its shard of the width, and sends it to the devices of the rows;
+            # their gradients come back.
             sent += 2 * _share(stream / tensor, _ways(mesh, p.parts[1]))
-    # Keys and values are gathered over `context`, again for the backward pass, and their gradients
-    # are summed. Fewer heads than tensor ways: each device has those of its own queries.
+    # Keys and values are gathered over `context`, and again for the backward pass, and their
+    # gradients are summed. With fewer heads than tensor ways each device has the heads that its
+    # queries need.
     heads = m.num_kv_heads / math.gcd(m.num_kv_heads, tensor)
     keys_values = 2 * rows * config.data.length * heads * m.head_dim * item
     return sent + 3 * m.num_layers * _share(keys_values, context)
@@ -143,15 +145,15 @@ def _ways(mesh: Mapping[str, int], axes: Sequence[str]) -> int:
 
 
 def _share(size: float, ways: int) -> float:
-    """Bytes that each of `ways` devices sends so that all have `size`, of which each had a part.
+    """Bytes that each of `ways` devices sends to all-gather an array of `size` bytes.
 
-    As many to add up `size` from each and leave each a part of the sum; both to leave all of it.
+    A reduce-scatter sends as many, and an all-reduce sends both.
     """
     return size * (ways - 1) / ways
 
 
 def seconds(config: Config, devices: int, chip: Chip, counted: Traffic) -> dict[str, float]:
-    """Lower bounds by resource, in seconds, of those that are used and whose peak is published."""
+    """Lower bounds in seconds, by resource, for resources that are used and have a known peak."""
     rates = {
         "compute": (model_flops(config) / devices, chip.flops),
         "hbm": (counted.hbm, chip.hbm_bandwidth),

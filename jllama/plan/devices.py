@@ -1,4 +1,4 @@
-"""The devices that ahead-of-time compilers make of a topology; none needs to be there."""
+"""The devices of a topology as ahead-of-time compilers describe them; none needs to exist."""
 
 import math
 import os
@@ -9,8 +9,8 @@ from jax.experimental import topologies
 from jllama.errors import UserError
 from jllama.plan.topology import Topology
 
-_HOST = 8  # GPUs
-_MEMORY = 84_942_979_072  # bytes that the driver reports of an H100 SXM
+_HOST = 8  # GPUs of a host
+_MEMORY = 84_942_979_072  # bytes of memory of an H100 SXM, as its driver reports them
 
 # Limits of compute capability 9.0 (CUDA programming guide, technical specifications) and of the
 # H100 SXM: 132 multiprocessors, 50 MiB of L2, HBM3 at 2,619 MHz x 5,120 bits x 2.
@@ -43,26 +43,26 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def compile_only_devices(topology: Topology) -> list[Any]:
-    """As many devices as the topology has, of libtpu's or XLA's CUDA compiler."""
+    """The devices of the topology, which libtpu or XLA's CUDA compiler can compile for."""
     return _gpus(topology) if topology.on_gpu else _tpus(topology)
 
 
 def hbm_bytes(topology: Topology) -> float:
-    """What a program may use of a device's memory.
+    """The bytes of a device's memory that a program may use.
 
-    Of a GPU it is what JAX's allocator takes: XLA_CLIENT_MEM_FRACTION, or by its old name
-    XLA_PYTHON_CLIENT_MEM_FRACTION; by default 0.75. Raises `UserError` when that is no fraction.
+    On a GPU this is the share that JAX's allocator takes: XLA_CLIENT_MEM_FRACTION, formerly named
+    XLA_PYTHON_CLIENT_MEM_FRACTION, or 0.75. Raises `UserError` if the variable is not a fraction.
     """
     if not topology.on_gpu:
         return topology.chip.hbm_bytes
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
-        if said := os.environ.get(name):
+        if value := os.environ.get(name):
             try:
-                fraction = float(said)
+                fraction = float(value)
             except ValueError:
                 fraction = math.nan
             if not 0 < fraction < math.inf:
-                raise UserError(f"{name}={said}: a fraction of the memory, such as 0.75")
+                raise UserError(f"{name}={value}: must be a fraction of the memory, such as 0.75")
             return _MEMORY * fraction
     return _MEMORY * 0.75
 
@@ -70,7 +70,7 @@ def hbm_bytes(topology: Topology) -> float:
 def _tpus(topology: Topology) -> list[Any]:
     pod, shape = topology.pod, topology.shape
     rings = [side % pod.rings == 0 for side in shape]
-    if pod.dimensions == 3:  # closed by optical switches, all sides or none
+    if pod.dimensions == 3:  # optical switches close the rings of all sides or of none
         rings = [all(rings)] * 3
     options: dict[str, Any] = {
         "chip_config_name": pod.config,
@@ -83,8 +83,8 @@ def _tpus(topology: Topology) -> list[Any]:
 
 
 def _gpus(topology: Topology) -> list[Any]:
-    # With the CUDA plugin installed and no GPU, JAX compiles for a described target when it runs on
-    # the CPU itself (JAX_PLATFORMS=cpu; jax-ml/jax#23971).
+    # With the CUDA plugin and without a GPU, JAX compiles for a described target if it runs on the
+    # CPU (JAX_PLATFORMS=cpu; jax-ml/jax#23971).
     (count,) = topology.shape
     hosts, each = max(1, count // _HOST), min(count, _HOST)
     return topologies.get_topology_desc(

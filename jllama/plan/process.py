@@ -1,4 +1,4 @@
-"""One compilation in a process of its own: its environment, its noise, and how it can end."""
+"""Runs one compilation in a process of its own, with the environment that the compiler needs."""
 
 import importlib.util
 import json
@@ -18,8 +18,8 @@ from jllama.plan.topology import Topology
 
 _PROGRAM = "jllama.plan.step"
 
-# libtpu looks for a TPU machine's description, and for other processes that hold the TPU: there is
-# no machine, and the compiler holds nothing.
+# libtpu looks for the description of a TPU machine, and for other processes that use the TPU. Here
+# is no such machine, and the compiler uses no TPU.
 _TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -29,24 +29,24 @@ _TPU = {
     "TPU_MIN_LOG_LEVEL": "3",
 }
 _ALWAYS = {
-    # Attached accelerators stay untouched: what runs, runs on the CPU.
+    # Attached accelerators are not used: all computations run on the CPU.
     "JAX_PLATFORMS": "cpu",
-    # A step from the cache has no compile time.
+    # A step from the cache would have no compile time.
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-# Flags of this process's platform: another compiler ends at those that it does not know. And what
-# debugs a run by compiling no step, or one that donates nothing.
+# Flags for this process's platform, because another compiler aborts at flags that it does not know;
+# and debugging options with which JAX compiles no step, or one that donates nothing.
 _NEVER = ("XLA_FLAGS", "JAX_DISABLE_JIT", "JAX_DEBUG_NANS", "JAX_DEBUG_INFS")
-_GPU = {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}  # tuning measures on a device
+_GPU = {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}  # autotuning would need a device
 
 
 class CompileFailed(Exception):
-    """The compiler failed, for another reason than too little memory; one line."""
+    """The compiler failed for another reason than too little memory; its message is one line."""
 
 
 def find_libtpu() -> str:
-    """The compiler's library: TPU_LIBRARY_PATH, else what `make plan` or the package installed."""
+    """The path of libtpu: TPU_LIBRARY_PATH, else installed by `make plan`, else by the package."""
     path = os.environ.get("TPU_LIBRARY_PATH")
     if path:
         if not Path(path).is_file():
@@ -58,7 +58,7 @@ def find_libtpu() -> str:
     spec = importlib.util.find_spec("libtpu")
     if spec is None or not spec.origin:
         raise UserError(
-            "planning takes the TPU compiler libtpu, and no TPU: `make plan`, or"
+            "planning needs the TPU compiler libtpu, but no TPU: `make plan`, or"
             " pip install -c requirements.txt -e '.[plan]'"
         )
     return str(Path(spec.origin).parent / "libtpu.so")
@@ -69,13 +69,13 @@ def check_cuda() -> None:
     folders = [Path(p, "jax_plugins") for p in sys.path]
     if not any((folder / f"xla_cuda{n}").is_dir() for folder in folders for n in (12, 13)):
         raise UserError(
-            "planning for a GPU takes JAX's CUDA compiler, and no GPU:"
+            "planning for a GPU needs JAX's CUDA compiler, but no GPU:"
             " pip install -c requirements.txt -e '.[cuda]'"
         )
 
 
 def environment(topology: Topology) -> dict[str, str]:
-    """The compiling process's environment: this one's, with what it must and must not see."""
+    """The environment of the compiling process: this process's, with the changes above."""
     package = str(Path(jllama.__file__).parent.parent)
     paths = [package, os.environ.get("PYTHONPATH", "")]
     env = os.environ | _ALWAYS | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
@@ -90,9 +90,9 @@ def environment(topology: Topology) -> dict[str, str]:
 def compile_step(config: Config, topology: Topology, where: str = "recipe") -> dict[str, Any]:
     """The report of `jllama.plan.step` on a recipe.
 
-    Raises `UserError` for a recipe that cannot be placed on these devices, and `CompileFailed`.
+    Raises `UserError` if the recipe cannot be placed on these devices, and `CompileFailed`.
     """
-    asked = {
+    question = {
         "config": recipes.to_dict(config),
         "where": where,
         "topology": topology.name,
@@ -108,8 +108,8 @@ def compile_step(config: Config, topology: Topology, where: str = "recipe") -> d
         env=environment(topology),
     ) as process:
         try:
-            out, err = process.communicate(json.dumps(asked))
-        except BaseException:  # Ctrl-C: the compiler does not listen to it
+            out, err = process.communicate(json.dumps(question))
+        except BaseException:  # on Ctrl-C the compiler would go on
             process.kill()
             raise
     return _answer(process.returncode, out, err)
@@ -129,10 +129,9 @@ def _answer(status: int, out: str, err: str) -> dict[str, Any]:
 
 
 def first_line(text: str) -> str:
-    """What matters of a compiler's message: its first sentence-like line, without the noise."""
+    """The line of a compiler's message that names the error: the first that is not noise."""
     lines = [" ".join(line.split()) for line in text.splitlines()]
     noise = re.compile(r"^(WARNING|W\d{4}|I\d{4}|Traceback|File |@ |\*\*\*|=+|#\d+|\s*$)")
-    meant = [line for line in lines if not noise.match(line)]
-    # A Python traceback says what happened at its end.
-    best = meant[-1] if "Traceback" in text and meant else meant[0] if meant else "it said nothing"
-    return best[:500]
+    lines = [line for line in lines if not noise.match(line)] or ["it printed nothing"]
+    # The last line of a Python traceback names the error.
+    return lines[-1 if "Traceback" in text else 0][:500]

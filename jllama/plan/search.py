@@ -1,7 +1,7 @@
-"""What would make a step fit that does not: remat, batch per device, mesh, offload, each tried.
+"""Searches changes that make a step fit: of remat, batch per device, mesh, and offload.
 
-A change is what a user would add to the command line. The changes of one kind go from mild to
-strong; when the strongest fits, halving finds the mildest that does.
+A change is the options that a user would add to the command line. The changes of one kind are
+ordered from mild to strong; if the strongest fits, bisection finds the mildest that fits.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ Try = Callable[[Change], dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """One change and what came of it: bytes, or the line that says why it cannot be.
+    """One change and its result: the bytes of a device, or a line that says why it failed.
 
-    What is too large by parameters and optimizer alone has their bytes, and a line that says so.
+    If parameters and optimizer alone are too large, it has their bytes, and a line that says so.
     """
 
     kind: str
@@ -40,18 +40,22 @@ def search(
 ) -> list[Tried]:
     """Tries changes until each kind has its answer or `limit` compilations are done.
 
-    `attempt` gives the report of the recipe with overrides; `report` is that without any. `state`
-    gives the bytes of parameters and optimizer alone: what they are too many for is not compiled.
+    Args:
+      report: the report of the recipe as it is.
+      attempt: compiles the recipe with a change, and returns its report.
+      state: the bytes of parameters and optimizer alone with a change; a change is not compiled if
+        they alone do not fit.
     """
     tried: dict[Change, Tried] = {}
     capacity = report["hbm_capacity_bytes"]
     compiled = 0
 
-    # Fewer rows at a time change neither the step nor what the evaluation says: tried first, and
-    # with all else.
+    # Evaluating fewer rows at a time changes neither the step nor the evaluation's result, so it is
+    # tried first, and then together with all other changes.
     lower = _evaluation(config, report)
 
-    def one(kind: str, change: Change) -> bool | None:
+    def try_change(kind: str, change: Change) -> bool | None:
+        """Whether the change fits; None if no more compilations are allowed."""
         if kind not in ("mesh", "eval"):
             change = (*change, *lower)
         if change in tried:
@@ -72,23 +76,22 @@ def search(
 
     known = report["hbm_bytes_by_kind"]
     alone = known["parameters"] + known["optimizer"]
-    if lower and alone < capacity and one("eval", lower) in (True, None):
+    if lower and alone < capacity and try_change("eval", lower) in (True, None):
         return list(tried.values())
     step_fits = "compiler_message" not in report and report["hbm_bytes_per_device"] <= capacity
     kinds = {"mesh": _meshes(config, report)}
-    # Nothing helps that leaves the state as it is when that is too large, nor the evaluation what
-    # the step alone does.
+    # Remat, batch and offload do not make the state smaller, and help only the step.
     if alone < capacity and not step_fits:
         kinds = {"remat": _remats(config), "batch": _batches(config, report)} | kinds
         kinds["offload"] = [("compute.remat=offload",)] if config.compute.remat != "offload" else []
     for kind, changes in kinds.items():
         if kind == "mesh":
-            _first(kind, changes, one)
+            _first(kind, changes, try_change)
         else:
-            _mildest(kind, changes, one)
+            _mildest(kind, changes, try_change)
     if not any(t.fits for t in tried.values()):
         for change in _together(kinds):
-            if one("together", change):
+            if try_change("together", change):
                 break
     return list(tried.values())
 
@@ -103,26 +106,28 @@ def _tried(kind: str, change: Change, report: dict[str, Any]) -> Tried:
     )
 
 
-def _mildest(kind: str, changes: Sequence[Change], one: Callable[..., bool | None]) -> None:
-    if not changes or not one(kind, changes[-1]):
+def _mildest(kind: str, changes: Sequence[Change], try_change: Callable[..., bool | None]) -> None:
+    """Tries the strongest change, and if it fits, bisects for the mildest that fits."""
+    if not changes or not try_change(kind, changes[-1]):
         return
     low, high = 0, len(changes) - 1  # changes[high] fits
     while low < high:
         middle = (low + high) // 2
-        fits = one(kind, changes[middle])
+        fits = try_change(kind, changes[middle])
         if fits is None:
             return
         low, high = (low, middle) if fits else (middle + 1, high)
 
 
-def _first(kind: str, changes: Sequence[Change], one: Callable[..., bool | None]) -> None:
+def _first(kind: str, changes: Sequence[Change], try_change: Callable[..., bool | None]) -> None:
+    """Tries the changes in order, up to the first that fits."""
     for change in changes:
-        if one(kind, change) in (True, None):
+        if try_change(kind, change) in (True, None):
             return
 
 
 def _evaluation(config: Config, report: dict[str, Any]) -> Change:
-    """A row of the evaluation per group of devices that share rows, if it is what does not fit."""
+    """The change to one row of the evaluation per data-parallel group; () if that does not help."""
     ways = report["mesh"]["replica"] * report["mesh"]["fsdp"]
     if report["eval_fits"] is not False or ways >= config.eval.batch_size:
         return ()
@@ -136,7 +141,7 @@ def _remats(config: Config) -> list[Change]:
 
 
 def _batches(config: Config, report: dict[str, Any]) -> list[Change]:
-    """More microbatches of the same step, down to a row per group of devices that share rows."""
+    """Changes to more microbatches of the same step, down to one row per data-parallel group."""
     training, mesh = config.training, report["mesh"]
     ways = mesh["replica"] * mesh["fsdp"]
     most = training.batch_size // ways
@@ -148,18 +153,18 @@ def _batches(config: Config, report: dict[str, Any]) -> list[Change]:
 
 
 def _meshes(config: Config, report: dict[str, Any]) -> list[Change]:
-    """Other factors of the same devices; the batch stays, and slices stay `replica`.
+    """Other meshes of the same devices; the batch stays, and `replica` still spans the slices.
 
-    Each shares rows out over a divisor of the ways before, so that the evaluation's still do; when
-    they are too many they become the fewest.
+    Each shards rows over a divisor of the former number of ways, so that the evaluation's rows
+    still divide. If the evaluation does not fit, its rows become the fewest.
     """
     mesh, slices, heads = report["mesh"], report["slices"], config.model.num_heads
     replica, tensor, context = mesh["replica"], mesh["tensor"], mesh["context"]
-    found = [(slices, tensor, context)] if replica > slices else []
-    found += [(replica, tensor * n, context) for n in (2, 4, 8) if heads % (tensor * n) == 0]
-    found += [(replica, tensor, context * n) for n in (2, 4)]
+    meshes = [(slices, tensor, context)] if replica > slices else []
+    meshes += [(replica, tensor * n, context) for n in (2, 4, 8) if heads % (tensor * n) == 0]
+    meshes += [(replica, tensor, context * n) for n in (2, 4)]
     changes = []
-    for replica, tensor, context in found:
+    for replica, tensor, context in meshes:
         fsdp, rest = divmod(report["devices"], replica * tensor * context)
         if rest or not fsdp or config.training.batch_size % (replica * fsdp):
             continue
@@ -170,7 +175,7 @@ def _meshes(config: Config, report: dict[str, Any]) -> list[Change]:
 
 
 def _together(kinds: dict[str, list[Change]]) -> Iterator[Change]:
-    """The strongest of remat and batch, then with offload, then with parameters in bfloat16."""
+    """The strongest remat and batch together, then offload too, then bfloat16 parameters too."""
     change: Change = sum((kinds[k][-1] for k in ("remat", "batch") if kinds.get(k)), ())
     if change:
         yield change

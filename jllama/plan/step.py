@@ -1,9 +1,9 @@
-"""The real train step and evaluation, compiled for devices that are not there: a process.
+"""Compiles the real train step and evaluation for absent devices, as a program.
 
     python -m jllama.plan.step < {"config": ..., "topology": ..., "slices": ...} > report
 
-It is one process per compilation (`jllama.plan.process`): the compiler's library wants an
-environment of its own, writes where it likes, and may end the process that called it.
+Each compilation is a process (`jllama.plan.process`), because the compiler's library needs an
+environment of its own, prints on stdout, and may abort its process.
 """
 
 import functools
@@ -41,10 +41,10 @@ _SIZE = r"([\d.]+)([KMGTP]?)B?"
 
 
 def report(config: Config, topology: Topology) -> dict[str, Any]:
-    """Compiles step and evaluation and says what they need; see docs/planning.md for the keys.
+    """Compiles step and evaluation and reports what they need; docs/planning.md lists the keys.
 
-    What the compiler refuses for its memory has `fits` false and its message. Any other failure
-    raises.
+    If the compiler refuses one for its memory, `fits` is false and the report has the message. Any
+    other failure raises.
     """
     capacity = hbm_bytes(topology)
     devices = compile_only_devices(topology)
@@ -102,20 +102,20 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
 
 
 def define(config: Config, placement: Placement) -> StateDef:
-    """The run's state; raises what the run would of its rows too, in its words."""
+    """The definition of the run's state; raises the errors for its batches that the run would."""
     check_batches(config, placement)
     return define_state(config, placement)
 
 
 def state_bytes(config: Config, placement: Placement) -> int:
-    """Bytes of parameters and optimizer on a device, compiling nothing; raises as `define`."""
+    """Bytes of parameters and optimizer on a device, without compiling; raises as `define`."""
     return bytes_per_device(define(config, placement).placed)
 
 
 def abstract_batch(
     config: Config, placement: Placement, rows: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of `jllama.data.pack` as shapes, placed as `put_batch` places it."""
+    """The shapes and shardings of a batch of `jllama.data.pack`, as `put_batch` places it."""
     shape = (rows, config.data.length + 1)
     dtypes = {"tokens": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
     return {
@@ -127,26 +127,30 @@ def abstract_batch(
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes of the fullest device, from shapes and shardings: parts are all of one size."""
+    """Bytes of a tree on one device, from shapes and shardings; all shards have the same size."""
     return math.ceil(
         sum(math.prod(x.sharding.shard_shape(x.shape)) * _item(x) for x in jax.tree.leaves(tree))
     )
 
 
 def _item(x: jax.ShapeDtypeStruct) -> float:
-    """Bytes of an element; accelerators store two of 4 bits in one."""
+    """Bytes of an element; accelerators store two elements of 4 bits in one byte."""
     four_bits = x.dtype in (jnp.int4, jnp.uint4)
     return 0.5 if four_bits else x.dtype.itemsize
 
 
 def parameters_of(definition: StateDef) -> list[bounds.Parameter]:
-    def of(path: tuple[Any, ...], x: jax.ShapeDtypeStruct, trained: bool) -> bounds.Parameter:
+    """All parameters of a run, trained and frozen, for `bounds.traffic`."""
+
+    def parameter(
+        path: tuple[Any, ...], x: jax.ShapeDtypeStruct, trained: bool
+    ) -> bounds.Parameter:
         parts = [(p,) if isinstance(p, str) else tuple(p or ()) for p in x.sharding.spec]
         item = None if trained else _item(x)
         return bounds.Parameter(dotted(path), x.shape, tuple(parts), trained, item)
 
     return [
-        of(path, x, trained)
+        parameter(path, x, trained)
         for tree, trained in ((definition.placed.trainable, True), (definition.frozen, False))
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     ]
@@ -159,7 +163,7 @@ def _evaluation(
     known: dict[str, int],
     capacity: float,
 ) -> dict[str, Any]:
-    """What a batch of the evaluation needs while the whole state is resident; None of no data."""
+    """Bytes of an evaluation batch beside the whole state; None without held-out data."""
     if not config.data.held_out:
         return {"eval_hbm_bytes_per_device": None, "eval_fits": None}
     step = make_eval_step(functools.partial(causal_lm_loss, config), placement)
@@ -167,15 +171,15 @@ def _evaluation(
     arguments = {key: known[key] for key in ("parameters", "frozen") if key in known}
     arguments["batch"] = bytes_per_device(batch)
     memory = _memory(step, (definition.placed.trainable, definition.frozen, batch), arguments)
-    # The compiler knows of its arguments alone.
+    # The optimizer's state is no argument of the evaluation, so the compiler does not count it.
     need = memory["hbm_bytes_per_device"] + known["optimizer"]
     refused = memory.get("compiler_message")
-    found = {"eval_hbm_bytes_per_device": need, "eval_fits": need <= capacity and not refused}
-    return found | ({"eval_compiler_message": refused} if refused else {})
+    figures = {"eval_hbm_bytes_per_device": need, "eval_fits": need <= capacity and not refused}
+    return figures | ({"eval_compiler_message": refused} if refused else {})
 
 
 def _reading(config: Config, placement: Placement, frozen: int) -> int:
-    """The most bytes while a base is read that is quantised, a matrix at a time; 0 for another."""
+    """Peak bytes on a device while a base is read and quantised matrix by matrix; else 0."""
     kind = getattr(config.adapt, "quantize", "none")
     if kind == "none":
         return 0
@@ -186,14 +190,14 @@ def _reading(config: Config, placement: Placement, frozen: int) -> int:
         if spec.inputs
     ]
     largest, inputs = max(matrices, key=lambda matrix: bytes_per_device(matrix[0]))
-    program, kept = quantizing(largest, inputs, kind)
-    beside = frozen - bytes_per_device(kept)
+    program, quantized = quantizing(largest, inputs, kind)
+    others = frozen - bytes_per_device(quantized)
     memory = _memory(program, (largest,), {})
-    return beside + memory["hbm_bytes_per_device"]
+    return others + memory["hbm_bytes_per_device"]
 
 
 def _memory(step: Any, given: tuple[Any, ...], known: dict[str, int]) -> dict[str, Any]:
-    """Bytes by kind: those of the arguments from their shapes, the others from the compiler."""
+    """Bytes of a compiled step by kind: arguments from their shapes, others from the compiler."""
     lowered = step.lower(*given)
     try:
         stats = lowered.compile().memory_analysis()
@@ -203,9 +207,9 @@ def _memory(step: Any, given: tuple[Any, ...], known: dict[str, int]) -> dict[st
             raise
         return _refused(refused, known)
     arguments = stats.argument_size_in_bytes
-    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes  # those that reuse no argument
-    # Two counts from above. temp_size counts some buffers of libtpu's twice; the peak, which is
-    # what libtpu compares with the HBM, has the on-chip memory in it, little but for tiny models.
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes  # that reuse no argument
+    # Two upper bounds. temp_size counts some buffers of libtpu twice. The peak, which libtpu
+    # compares with the HBM, includes on-chip memory, which matters for tiny models only.
     total = arguments + outputs + stats.temp_size_in_bytes
     total = min(total, getattr(stats, "peak_memory_in_bytes", 0) or total)
     kinds = known | {
@@ -232,39 +236,39 @@ def _refused(refused: dict[str, Any], known: dict[str, int]) -> dict[str, Any]:
 
 
 def out_of_memory(message: str) -> dict[str, Any] | None:
-    """What the compiler says when HBM is too small; None when it says something else.
+    """Reads the compiler's message that HBM is too small; None for any other message.
 
     Two forms are known: "the total memory required for HLO temporaries (16.16G) exceeds available
-    HBM (15.75G)", which counts the arguments whatever it says, and "Used 20.17G of 15.75G hbm".
+    HBM (15.75G)", which counts the arguments too, and "Used 20.17G of 15.75G hbm".
     """
     text = " ".join(message.split())
-    found = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", text) or re.search(
+    sizes = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", text) or re.search(
         rf"Used {_SIZE} of {_SIZE} hbm", text
     )
-    if "RESOURCE_EXHAUSTED" not in text or found is None:
+    if "RESOURCE_EXHAUSTED" not in text or sizes is None:
         return None
-    need, need_unit, have, have_unit = found.groups()
+    need, need_unit, have, have_unit = sizes.groups()
     sentence = re.search(r"[^.:]*\b(?:Ran out of memory|Used)\b.*?\.(?=\s|$)", text)
     return {
         "bytes": round(float(need) * _UNITS[need_unit]),
         "capacity": round(float(have) * _UNITS[have_unit]),
-        "message": (sentence[0] if sentence else found[0]).strip(),
+        "message": (sentence[0] if sentence else sizes[0]).strip(),
     }
 
 
 def _compiler(topology: Topology) -> str:
-    """The compiler's package and version; libtpu may lie outside of the environment."""
+    """The compiler's package and version; libtpu may be installed outside of the environment."""
     names = ("jax-cuda12-pjrt", "jax-cuda13-pjrt") if topology.on_gpu else ("libtpu",)
     library = Path(os.environ.get("TPU_LIBRARY_PATH", "/"))
     path = sys.path if topology.on_gpu else [str(library.parent.parent)]
-    for found in importlib.metadata.distributions(path=path):
-        if found.metadata["Name"] in names:
-            return f"{found.metadata['Name']} {found.version}"
+    for package in importlib.metadata.distributions(path=path):
+        if package.metadata["Name"] in names:
+            return f"{package.metadata['Name']} {package.version}"
     return names[0]
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when the one that started it is gone: a compilation takes minutes."""
+    """Ends this process when its parent has ended, because a compilation takes minutes."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -272,16 +276,16 @@ def _end_with(parent: int) -> None:
 
 def main() -> int:
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    # Whatever libraries print on stdout goes to stderr: stdout is the report's.
+    # What libraries print on stdout goes to stderr: stdout is for the report.
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    asked = json.load(sys.stdin)
-    config = recipes.from_dict(asked["config"], asked["where"])
+    question = json.load(sys.stdin)
+    config = recipes.from_dict(question["config"], question["where"])
     try:
-        answer = report(config, parse(asked["topology"], asked["slices"]))
+        answer = report(config, parse(question["topology"], question["slices"]))
     except UserError as error:
         answer = {"user_error": str(error)}
-    except Exception as error:  # whatever the compiler or the tracing raises is the answer
+    except Exception as error:  # an error of the compiler or of tracing is the answer
         answer = {"failure": f"{type(error).__name__}: {error}"}
     json.dump(answer, stdout)
     stdout.flush()

@@ -1,4 +1,4 @@
-"""Names of slices, such as v5p:8x8x8."""
+"""Parses names of TPU slices and of GPUs, such as v5p:8x8x8 and gpu:h100:8."""
 
 import dataclasses
 import math
@@ -10,13 +10,14 @@ from jllama.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """What slices of one generation look like; docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
+    """The slices of one TPU generation; docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
 
     Attributes:
-      dimensions: of the torus.
-      chips: in a pod, which no slice exceeds.
-      rings: a side closes to a ring when it is a multiple of this (3D) or this (2D).
-      config: libtpu's name of how cores make devices; on v4 the two of a chip make one, "megacore".
+      dimensions: dimensions of the torus.
+      chips: chips of a pod, the largest slice.
+      rings: a side is a ring if it is a multiple of this; in 3D all sides are rings or none.
+      config: libtpu's name for how cores form devices; on v4 the two cores of a chip are one
+        device, "megacore".
     """
 
     dimensions: int
@@ -64,33 +65,33 @@ class Topology:
 
 
 def parse(name: str, slices: int = 1) -> Topology:
-    """The topology of a command line. Raises `UserError` for what no compiler could take."""
+    """The topology of a command line. Raises `UserError` for a slice that does not exist."""
     if slices < 1:
-        raise UserError(f"--slices={slices}: at least 1")
+        raise UserError(f"--slices={slices}: must be at least 1")
     gpu = re.fullmatch(r"gpu:([a-z0-9]+):(\d+)", name)
     if gpu:
         return _gpu(name, gpu[1], int(gpu[2]), slices)
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name)
-    pod = _PODS.get(found[1]) if found else None
-    if found is None or pod is None:
+    slice_name = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name)
+    pod = _PODS.get(slice_name[1]) if slice_name else None
+    if slice_name is None or pod is None:
         raise UserError(f"--topology {name}: not a known slice; allowed: {_ALLOWED}")
-    shape = tuple(map(int, found[2].split("x")))
+    chip, shape = slice_name[1], tuple(map(int, slice_name[2].split("x")))
     if len(shape) != pod.dimensions:
-        raise UserError(f"--topology {name}: a {found[1]} slice has {pod.dimensions} sides")
-    # A host has 2x2 chips of the slice; one chip alone is sold of v5e and v6e.
+        raise UserError(f"--topology {name}: a {chip} slice has {pod.dimensions} sides")
+    # A host has 2x2 chips of the slice; only v5e and v6e have slices of a single chip.
     if 0 in shape or (shape != (1, 1) and (shape[0] % 2 or shape[1] % 2)):
         raise UserError(f"--topology {name}: no such slice; allowed: {_ALLOWED}")
     if math.prod(shape) > pod.chips:
         raise UserError(
-            f"--topology {name}: {math.prod(shape):,} chips, a {found[1]} pod has {pod.chips:,};"
+            f"--topology {name}: {math.prod(shape):,} chips, and a {chip} pod has {pod.chips:,};"
             " take smaller slices and --slices"
         )
-    return Topology(name, found[1], shape, slices)
+    return Topology(name, chip, shape, slices)
 
 
 def _gpu(name: str, chip: str, count: int, slices: int) -> Topology:
     if chip != "h100" or count < 1 or (count > 8 and count % 8):
-        raise UserError(f"--topology {name}: gpu:h100:N, N up to 8 or a multiple of 8")
+        raise UserError(f"--topology {name}: allowed: gpu:h100:N, N up to 8 or a multiple of 8")
     if slices > 1:
-        raise UserError(f"--slices={slices}: for TPUs; say all GPUs, gpu:h100:{count * slices}")
+        raise UserError(f"--slices={slices}: is for TPUs; name all GPUs, gpu:h100:{count * slices}")
     return Topology(name, chip, (count,), 1)

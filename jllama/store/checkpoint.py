@@ -19,7 +19,7 @@ from etils import epath
 from jllama.errors import StorageError, UserError
 from jllama.files import storage
 from jllama.model import llama
-from jllama.model.param import EachLeaf, dotted, kept
+from jllama.model.param import EachLeaf, dotted, map_leaves
 from jllama.parallel.distributed import is_loss
 from jllama.store import staging
 from jllama.store.find import CHECKPOINTS, complete_steps, is_complete, latest_step
@@ -176,7 +176,7 @@ def load_params(
             part = functools.reduce(lambda tree, key: {key: tree}, path.split(".")[::-1], leaf)
             return each(path, *jax.tree.leaves(restore(_part(part))))
 
-        return kept(placed, alone)
+        return map_leaves(placed, alone)
 
 
 @contextlib.contextmanager

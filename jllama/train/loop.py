@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jllama.adapt.lora import train_flops_per_token, without_whole
+from jllama.adapt.lora import adapted_flops_per_token, without_whole
 from jllama.chips import peak_flops, use_compilation_cache
 from jllama.config import Config, LoraConfig, ReplyObjective
 from jllama.data.dataset import eval_batches
@@ -79,12 +79,12 @@ def train(config: Config) -> Result:
     from another config, or a loss that is not finite.
 
     With several processes, all call it; a signal to one of them stops all at the same step. Ends
-    the process as `leaving_together` says when one of them fails.
+    the process as `ending_together` says when one of them fails.
     """
     distributed.start(config.distributed)
     use_compilation_cache(config.run.compilation_cache)
     folder = storage.path(config.run.folder) / config.run.name
-    leaving = functools.partial(distributed.leaving_together, lambda: run_folder.advice(folder))
+    leaving = functools.partial(distributed.ending_together, lambda: run_folder.advice(folder))
     # The inner one leaves before the stack waits for what the other processes have part in, such
     # as a checkpoint; the outer one hears what the stack meets.
     with leaving(), contextlib.ExitStack() as stack, leaving():
@@ -93,7 +93,7 @@ def train(config: Config) -> Result:
 
 def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     together, leader = distributed.together, distributed.leader()
-    distributed.same(
+    distributed.check_same(
         "the recipe", run_folder.told_alike(config), "start all with the same arguments"
     )
     placement = together(lambda: Placement(make_mesh(config.mesh), config.sharding))
@@ -107,11 +107,11 @@ def _train(config: Config, folder: Path, stack: contextlib.ExitStack) -> Result:
     # where prepared data is not on shared storage.
     data = together(lambda: run_folder.begin(config, folder, stack, known) if leader else None)
     data = together(lambda: data or run_folder.join(config, folder))
-    distributed.same("the prepared text", run_folder.digests(data), "give all the same files")
+    distributed.check_same("the prepared text", run_folder.digests(data), "give all the same files")
     checkpoints = together(lambda: Checkpoints(folder, config.checkpoint.keep))
     stack.callback(checkpoints.close)
     start = checkpoints.latest() or 0
-    distributed.same("the newest checkpoint", str(start), "run.folder must be shared storage")
+    distributed.check_same("the newest checkpoint", str(start), "run.folder must be shared storage")
     if leader:
         say(_opening(config, placement, definition, folder, start))
     base = frozen = ()
@@ -180,7 +180,7 @@ class _Run:
         # What the evaluation needs is known before the training, not after it.
         if config.data.held_out:
             self.eval_rows = placement.batch_rows(config.eval.batch_size, "eval.batch_size")
-        self.flops = train_flops_per_token(config.model, config.adapt, config.data.length)
+        self.flops = adapted_flops_per_token(config.model, config.adapt, config.data.length)
         # Only the leader reports, and measures where no figure is published.
         peak = peak_flops(config.compute.dtype)[0] if distributed.leader() else math.inf
         self.peak = peak * placement.mesh.size

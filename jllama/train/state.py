@@ -19,7 +19,7 @@ from jllama.adapt import lora, quant
 from jllama.config import Config, LoraConfig
 from jllama.errors import UserError
 from jllama.model import llama
-from jllama.model.param import EachLeaf, dotted, kept
+from jllama.model.param import EachLeaf, dotted, map_leaves
 from jllama.parallel.sharding import Placement
 from jllama.store.checkpoint import load_trees
 from jllama.train.optimizer import make_optimizer
@@ -93,7 +93,7 @@ def define_state(config: Config, placement: Placement) -> StateDef:
     _check_rows(config, placement)
     if isinstance(config.adapt, LoraConfig):
         specs = lora.overlay_specs(config.model, config.compute, config.adapt)
-        base = kept(base_shapes(config, placement), freezer(config))
+        base = map_leaves(base_shapes(config, placement), freezer(config))
         frozen = lora.without_whole(base, specs)
         init = functools.partial(lora.init_overlay, config.model, config.compute, config.adapt)
     else:

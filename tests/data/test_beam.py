@@ -109,6 +109,6 @@ def test_the_command_prepares_a_recipe(tmp_path, capsys):
     assert cli.main([*command, other, *given]) == 0
     assert capsys.readouterr().out == wanted.replace("prepared/", "other/")
     assert cli.main([*command, "--pipeline.region=x"]) == 2
-    assert "--pipeline.region=x: is an option of Beam; say --runner too" in capsys.readouterr().err
+    assert "--pipeline.region=x: is an option of Beam; give --runner too" in capsys.readouterr().err
     assert cli.main([*command, f"{other}2", "--runner", "dataflow"]) == 2
     assert "Dataflow's workers share no disk" in capsys.readouterr().err

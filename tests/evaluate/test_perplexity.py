@@ -22,16 +22,17 @@ from jllama.config import (
 )
 from jllama.errors import UserError
 from jllama.evaluate import perplexity as module
-from jllama.evaluate.perplexity import ROPES, perplexity, scaled, windows
+from jllama.evaluate.perplexity import perplexity, rope_label, windows, with_rope
 from jllama.generate.llama import Llama
 from jllama.model import llama
 from jllama.model.rope import inverse_frequencies, turns
-from jllama.parallel.context import over_positions
+from jllama.parallel.context import context_placement
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 
 MODEL = tiny.config(max_length=16, num_layers=2)
 LINEAR = dataclasses.replace(MODEL, rope=LinearRopeScaling(kind="linear", factor=4.0))
+NTK = {"kind": "ntk", "alpha": 4}
 
 
 def documents(*lengths):
@@ -97,14 +98,16 @@ def test_too_short_a_text_is_said_with_the_remedy():
 # -------------------------------------------------------------------------------------- perplexity
 
 
-@pytest.mark.parametrize("rope", ["model", "none", "pi", "pi:2", "ntk:3", "dynamic", "adaptive"])
+@pytest.mark.parametrize(
+    "rope", ["model", "none", "linear", {"kind": "linear", "factor": 2}, NTK, "dynamic", "adaptive"]
+)
 @pytest.mark.parametrize("config", [MODEL, LINEAR], ids=["plain", "interpolated"])
 def test_it_is_that_of_the_float64_reference(rope, config, monkeypatch):
     monkeypatch.setattr(module, "BATCH_TOKENS", 64)  # batches of 2, the last one not full
     some, own = tiny.tokens(3, 41), model(config)
     for length in (12, 32):
         rows = some[:, -length - 1 :]
-        config = scaled(own.config, rope, length)
+        config = with_rope(own.config, rope, length)
         logits = reference.logits(own.params, config, rows[:, :-1])[:, -5:]
         top = logits.max(-1)
         log_z = np.log(np.exp(logits - top[..., None]).sum(-1)) + top
@@ -117,20 +120,20 @@ def test_it_is_that_of_the_float64_reference(rope, config, monkeypatch):
 
 def test_yarn_is_that_of_the_reference_and_no_other():
     some, own = tiny.tokens(2, 41), model()
-    config = scaled(own.config, "yarn", 40)
+    config = with_rope(own.config, "yarn", 40)
     assert config.rope == YarnRopeScaling(kind="yarn", factor=2.5, original_length=16)
     logits = reference.logits(own.params, config, some[:, :-1])[:, -4:]
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     wanted = np.exp(-np.take_along_axis(log_p, some[:, -4:, None], -1).mean())
     assert perplexity(own, some, 40, 4, "yarn") == pytest.approx(wanted, rel=1e-5)
-    values = {perplexity(own, some, 40, 4, rope) for rope in ("none", "pi", "ntk:2", "yarn")}
+    values = {perplexity(own, some, 40, 4, rope) for rope in ("none", "linear", NTK, "yarn")}
     assert len(values) == 4
 
 
 def test_one_program_serves_all_scalings_of_a_length():
     own, some = model(), tiny.tokens(2, 30)
     module._nll.clear_cache()
-    for rope in ("none", "pi", "ntk:4", "dynamic", "adaptive", "yarn"):
+    for rope in ("none", "linear", NTK, "dynamic", "adaptive", "yarn"):
         perplexity(own, some, 29, 3, rope)
     longer = dataclasses.replace(own.config, max_length=64, rope_theta=1e6)
     perplexity(dataclasses.replace(own, config=longer), some, 29, 3)
@@ -183,7 +186,7 @@ def test_it_compiles_for_several_tpu_chips_with_their_own_kernel(no_cache):
         jax.ShapeDtypeStruct((1,), np.float32),
     )
     args = (params, config, tiny.compute(), rows, weights, turns(config), None, 64)
-    program = module._nll.lower(*args, over_positions(params)).compile().as_text()
+    program = module._nll.lower(*args, context_placement(params)).compile().as_text()
     assert "splash" in program
 
 
@@ -201,38 +204,46 @@ def test_what_the_windows_do_not_hold(length, stride):
     [
         ("model", MODEL.rope),
         ("none", NoRopeScaling(kind="none")),
-        ("pi", LinearRopeScaling(kind="linear", factor=3.0)),
-        ("pi:4", LinearRopeScaling(kind="linear", factor=4.0)),
-        ("ntk:4", NtkRopeScaling(kind="ntk", alpha=4.0)),
+        ("linear", LinearRopeScaling(kind="linear", factor=3.0)),
+        ({"kind": "linear", "factor": 4}, LinearRopeScaling(kind="linear", factor=4.0)),
+        (NTK, NtkRopeScaling(kind="ntk", alpha=4.0)),
         ("dynamic", DynamicRopeScaling(kind="dynamic", factor=2.0, original_length=16)),
-        ("dynamic:1", DynamicRopeScaling(kind="dynamic", factor=1.0, original_length=16)),
+        (
+            {"kind": "dynamic", "factor": 1},
+            DynamicRopeScaling(kind="dynamic", factor=1.0, original_length=16),
+        ),
         ("adaptive", AdaptiveRopeScaling(kind="adaptive", original_length=16)),
         (
-            "adaptive:1.1",
+            {"kind": "adaptive", "coefficient": 1.1},
             AdaptiveRopeScaling(kind="adaptive", original_length=16, coefficient=1.1),
         ),
         ("yarn", YarnRopeScaling(kind="yarn", factor=3.0, original_length=16)),
-        ("yarn:8", YarnRopeScaling(kind="yarn", factor=8.0, original_length=16)),
+        (
+            {"kind": "yarn", "factor": 8},
+            YarnRopeScaling(kind="yarn", factor=8.0, original_length=16),
+        ),
     ],
 )
-def test_short_names(rope, wanted):
-    assert scaled(MODEL, rope, 48).rope == wanted
+def test_keys_that_are_left_out_are_filled_in(rope, wanted):
+    assert with_rope(MODEL, rope, 48).rope == wanted
 
 
 def test_a_length_within_the_trained_one_needs_no_factor():
-    assert scaled(MODEL, "pi", 8).rope.factor == scaled(MODEL, "yarn", 8).rope.factor == 1
+    assert with_rope(MODEL, "linear", 8).rope.factor == with_rope(MODEL, "yarn", 8).rope.factor == 1
 
 
 def test_ntk_and_adaptive_come_on_top_of_position_interpolation():
-    plain = inverse_frequencies(scaled(MODEL, "ntk:4", 48))
-    np.testing.assert_allclose(inverse_frequencies(scaled(LINEAR, "ntk:4", 48)), plain / 4)
-    plain = inverse_frequencies(scaled(MODEL, "adaptive", 48), 48)
-    np.testing.assert_allclose(inverse_frequencies(scaled(LINEAR, "adaptive", 48), 48), plain / 4)
-    assert scaled(LINEAR, "none", 48).rope == MODEL.rope
+    plain = inverse_frequencies(with_rope(MODEL, NTK, 48))
+    np.testing.assert_allclose(inverse_frequencies(with_rope(LINEAR, NTK, 48)), plain / 4)
+    plain = inverse_frequencies(with_rope(MODEL, "adaptive", 48), 48)
+    np.testing.assert_allclose(
+        inverse_frequencies(with_rope(LINEAR, "adaptive", 48), 48), plain / 4
+    )
+    assert with_rope(LINEAR, "none", 48).rope == MODEL.rope
     # As it does where the interpolation is inside Chinese-LLaMA's rule.
     adaptive = dataclasses.replace(MODEL, rope=tiny.ADAPTIVE2)
-    for rope in ("ntk:4", "adaptive"):
-        own, other = (scaled(m, rope, 48) for m in (adaptive, LINEAR))
+    for rope in (NTK, "adaptive"):
+        own, other = (with_rope(m, rope, 48) for m in (adaptive, LINEAR))
         np.testing.assert_allclose(inverse_frequencies(own, 48), inverse_frequencies(other, 48))
 
 
@@ -249,39 +260,61 @@ def test_scalings_begin_at_the_length_before_the_models_own(own, length, reach):
     config = dataclasses.replace(MODEL, rope=own, max_length=64)
     # What was fine-tuned with a factor is never read with a smaller one.
     reach = max(reach * 16 / before, 1.0 if own == DYNAMIC else own.factor)
-    assert scaled(config, "pi", length).rope == LinearRopeScaling(kind="linear", factor=reach)
+    assert with_rope(config, "linear", length).rope == LinearRopeScaling(
+        kind="linear", factor=reach
+    )
     yarn = YarnRopeScaling(kind="yarn", factor=reach, original_length=before)
-    assert scaled(config, "yarn", length).rope == yarn
-    assert scaled(config, "dynamic", length).rope.original_length == before
+    assert with_rope(config, "yarn", length).rope == yarn
+    assert with_rope(config, "dynamic", length).rope.original_length == before
     if own == LINEAR.rope and length <= 64:
-        assert scaled(config, "pi", length).rope == own
-    assert scaled(config, "yarn:2", length).rope.factor == 2
+        assert with_rope(config, "linear", length).rope == own
+    assert with_rope(config, {"kind": "yarn", "factor": 2}, length).rope.factor == 2
 
 
 @pytest.mark.parametrize(
     ("rope", "said"),
     [
-        ("yarnn", "'yarnn': no such scaling; choose of " + ", ".join(ROPES)),
-        ("", "no such scaling"),
-        ("ntk", "write ntk:4"),
-        ("none:2", "takes no number; write none"),
-        ("pi:0.5", "'0.5' is no number from 1 to 1,000,000"),
-        ("yarn:", "'' is no number"),
-        ("ntk:nan", "'nan' is no number"),
-        ("ntk:1e308", "'1e308' is no number"),
+        ("yarnn", r"^rope yarnn: rope: kind 'yarnn' is unknown; allowed: .*'yarn'"),
+        ("", "rope: kind '' is unknown"),
+        ("ntk", r"rope ntk: rope\.alpha: is required and missing"),
+        ({"factor": 2}, "rope: needs a kind"),
+        ({"kind": "none", "factor": 2}, r"rope none factor=2: rope\.factor: unknown key"),
+        (
+            {"kind": "linear", "factor": 0.5},
+            r"rope\.factor: .* greater than or equal to 1, not 0\.5",
+        ),
+        ({"kind": "yarn", "factor": ""}, r"rope\.factor: .* valid number"),
+        ({"kind": "yarn", "original_length": -1}, r"rope\.original_length: .* not -1"),
+        ({"kind": "ntk", "alpha": float("nan")}, r"rope\.alpha: .* number"),
+        ({"kind": "ntk", "alpha": 1e308}, r"rope\.alpha: .* 1000000, not 1e\+308"),
+        ({"kind": ["ntk"]}, "rope: "),
     ],
 )
-def test_wrong_names_are_one_line(rope, said):
+def test_what_no_recipe_could_have_is_one_line(rope, said):
     with pytest.raises(UserError, match=said):
-        scaled(MODEL, rope, 48)
+        with_rope(MODEL, rope, 48)
+
+
+def test_an_original_length_that_is_given_wins():
+    given = {"kind": "yarn", "original_length": 8}
+    assert with_rope(MODEL, given, 48).rope == YarnRopeScaling(
+        kind="yarn", factor=6.0, original_length=8
+    )
+    bands = {"kind": "llama3", "low_freq_factor": 1, "high_freq_factor": 4}
+    assert with_rope(MODEL, bands, 48).rope.factor == 3.0
+
+
+def test_labels_are_short():
+    labels = [rope_label(rope) for rope in ("none", NTK, {"kind": "yarn"})]
+    assert labels == ["none", "ntk alpha=4", "yarn"]
 
 
 def test_a_length_that_no_factor_reaches_is_one_line():
-    with pytest.raises(UserError, match=r"'pi': no scaling takes 16 positions to 2,000,000,000"):
-        scaled(MODEL, "pi", 2_000_000_000)
+    with pytest.raises(UserError, match="linear: no factor takes 16 positions to 2,000,000,000"):
+        with_rope(MODEL, "linear", 2_000_000_000)
 
 
-@pytest.mark.parametrize("rope", ["ntk:4", "dynamic", "adaptive"])
+@pytest.mark.parametrize("rope", [NTK, "dynamic", "adaptive"])
 def test_heads_too_narrow_for_a_scaling_are_one_line(rope):
-    with pytest.raises(UserError, match=f"'{rope}': needs heads of width 4 .* are 2$"):
-        scaled(tiny.config(head_dim=2), rope, 48)
+    with pytest.raises(UserError, match=r"rope\.kind=.* needs head_dim of 4 .* 2$"):
+        with_rope(tiny.config(head_dim=2), rope, 48)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import jllama
 from jllama.adapt.lora import attach, matrices, overlay_specs, ranks_and_alphas
-from jllama.adapt.merge import merge
+from jllama.adapt.merge import merge_overlay
 from jllama.config import LoraConfig, LoraOverride
 from jllama.errors import UserError
 from jllama.interop.peft import read_adapter, write_adapter
@@ -51,7 +51,7 @@ def test_an_adapter_gives_the_logits_that_peft_gives(adapted):
         )
         return llama.logits(params, base.config, hidden[:, reference["positions"]])[0]
 
-    merged, _ = merge(lora, base.params, overlay)
+    merged, _ = merge_overlay(lora, base.params, overlay)
     for logits in run(*attach(lora, base.params, overlay)), run(merged, None):
         assert tiny.relative_error(logits, reference["logits"]) < 1e-5
     assert tiny.relative_error(run(base.params, None), reference["logits"]) > 0.1

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import jllama
 from jllama.adapt.lora import attach
-from jllama.adapt.merge import merge
+from jllama.adapt.merge import merge_overlay
 from jllama.interop.peft import read_adapter, write_adapter
 from jllama.model import llama
 from tests.tiny import relative_error
@@ -174,7 +174,7 @@ def test_jllama_computes_what_peft_computes(name, made, ours, measured):
     params, collection = attach(lora, model.params, overlay)
     forms = {
         "attached": _logits(model, params, job, collection),
-        "merged": _logits(model, merge(lora, model.params, overlay)[0], job),
+        "merged": _logits(model, merge_overlay(lora, model.params, overlay)[0], job),
     }
     own = relative_error(exact["logits32"], exact["logits"])
     for form, logits in forms.items():
@@ -192,7 +192,7 @@ def test_the_merged_model_is_that_of_peft(name, made, ours):
     if name in MERGED_TWICE:
         pytest.skip("peft adds the change of the tied table twice")
     model, lora, overlay = ours[name]
-    merged, _ = merge(lora, model.params, overlay)
+    merged, _ = merge_overlay(lora, model.params, overlay)
     peer = jllama.load(made[name].merged_to, dtype="float32").params
     for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(peer), strict=True):
         assert relative_error(a, b) < 1e-6

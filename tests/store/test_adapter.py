@@ -20,7 +20,7 @@ from jllama.config import MeshConfig
 from jllama.config import recipe as configs
 from jllama.errors import UserError
 from jllama.interop import hf
-from jllama.model.param import kept
+from jllama.model.param import map_leaves
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.store.find import find
@@ -219,7 +219,7 @@ def test_to_peft_and_back(base, other, tmp_path, capsys):
         np.testing.assert_array_equal(logits(base, adapter=folder), wanted)
     capsys.readouterr()
     assert cli.main(["convert", str(other), str(tmp_path / "x"), "--to", "hf"]) == 2
-    assert "to work it into its base: jllama convert BASE DST --adapter" in capsys.readouterr().err
+    assert "its base: jllama convert BASE DST --adapter" in capsys.readouterr().err
     assert cli.main(["convert", str(base), str(tmp_path / "x"), "--to", "peft"]) == 2
     assert not (tmp_path / "x").exists()
 
@@ -312,7 +312,7 @@ def test_a_base_is_quantised_alike_whatever_it_is_read_in(base, adapted, dtype):
     config = configs.load(run / "config.yaml")
     stored = open_model(find(base))
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
-    trained = kept(stored.read(base_shapes(config, placement)), freezer(config))
+    trained = map_leaves(stored.read(base_shapes(config, placement)), freezer(config))
     for wanted in (None, "float32", "bfloat16"):
         model = jllama.load(run, dtype=wanted)
         assert model.compute.dtype == (wanted or dtype)
@@ -328,7 +328,7 @@ def test_a_whole_matrix_begins_as_the_base_over_a_quantised_one_too(base):
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
     params = open_model(find(base)).read(base_shapes(config, placement))
     down = np.asarray(params["layers"]["mlp"]["down"]["kernel"])
-    state = init_state(define_state(config, placement), 0, kept(params, freezer(config)))
+    state = init_state(define_state(config, placement), 0, map_leaves(params, freezer(config)))
     np.testing.assert_array_equal(state.trainable["layers"]["mlp"]["down"]["kernel"], down)
 
 
@@ -355,7 +355,7 @@ def test_one_matrix_at_a_time_is_read_and_quantised(base, tmp_path, format):
     params, digest = read_base(stored, places, keep)
     assert max(most) == 1
     assert digest == fingerprint(stored.read(places), "bfloat16")
-    jax.tree.map(np.testing.assert_array_equal, params, kept(stored.read(places), freeze))
+    jax.tree.map(np.testing.assert_array_equal, params, map_leaves(stored.read(places), freeze))
 
 
 def test_an_adapter_is_evaluated_with_its_base(base, one, tmp_path, capsys):
@@ -429,7 +429,7 @@ def test_an_adapter_is_no_gguf_and_an_empty_name_no_adapter(base, one, tmp_path,
     capsys.readouterr()
     for more in ([f"{one}=0.5"], [str(one), "--adapter", str(base)]):
         assert cli.main(["convert", str(base), str(tmp_path / "x"), "--adapter", *more]) == 2
-        assert "--adapter: one is worked in, with weight 1" in capsys.readouterr().err
+        assert "--adapter: give one, with weight 1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -529,7 +529,7 @@ def test_info_counts_the_overlay_and_not_full_training(base, adapted, one, other
     assert "rank 4, alpha 8 " in out and "layers.attention.k, layers.attention.o" in out
     figures = json.loads(info(one, "--json")[1])
     assert figures["parameters"] == json.loads(info(base, "--json")[1])["parameters"]
-    assert figures["train_flops_per_token"] == lora.train_flops_per_token(model, overlay, 24)
+    assert figures["train_flops_per_token"] == lora.adapted_flops_per_token(model, overlay, 24)
     assert figures["adapt"]["rank"] == 4 and figures["length"] == 24
     # As exported, to PEFT's format and ours; which has no rows of its own.
     there, ours = tmp_path / "peft", tmp_path / "ours"

@@ -227,7 +227,7 @@ def test_processes_that_do_not_come_are_one_line(tmp_path, recipe):
     with hosts.started(commands, [hosts.environment(1)], tmp_path) as (process,):
         assert process.status() == LOST
     assert re.fullmatch(
-        r"error: distributed: the processes did not all come up at 127.0.0.1:\d+ within 1 s; .*\n",
+        r"error: distributed: the processes did not all connect at 127.0.0.1:\d+ within 1 s; .*\n",
         process.err,
     ), process.err
 

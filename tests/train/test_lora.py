@@ -15,7 +15,7 @@ from jllama.adapt import lora
 from jllama.config import MeshConfig
 from jllama.errors import UserError
 from jllama.model.linear import _dropped
-from jllama.model.param import kept
+from jllama.model.param import map_leaves
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import causal_lm_loss
@@ -40,7 +40,7 @@ class Run:
         base = jax.tree.map(
             lambda x, s: jax.device_put(x.astype(s.dtype), s.sharding), params, shapes
         )
-        base = kept(base, freezer(config))
+        base = map_leaves(base, freezer(config))
         self.state = init_state(self.definition, 0, base)
         self.frozen = lora.without_whole(base, self.state.trainable)
         self.loss = functools.partial(causal_lm_loss, config)
@@ -72,9 +72,9 @@ def test_gradients_are_those_through_the_merged_matrices(more):
     batch, adapt = recipes.batch(run.config), run.config.adapt
     full = dataclasses.replace(run.config, adapt=recipes.in_memory().adapt)
     norms = {
-        path: lora.norms_of_layers(
+        path: lora.stacked_column_norms(
             run.frozen[path[0]][path[1]][path[2]]["kernel"],
-            lora.scaled(path, adapt, factors),
+            lora.with_scale(path, adapt, factors),
             factors["a"].ndim - 2,
         )
         for path, factors in lora.matrices(overlay)
@@ -89,7 +89,7 @@ def test_gradients_are_those_through_the_merged_matrices(more):
             if "m" in factors:
                 gain = factors["m"] / norms[path]
                 w = w * gain.reshape(gain.shape[0], *(1,) * (w.ndim - gain.ndim), *gain.shape[1:])
-            lora.put(params, (*path, "kernel"), w)
+            lora.set_at(params, (*path, "kernel"), w)
         return causal_lm_loss(full, params, (), batch, jax.random.key(0))[0]
 
     wanted = jax.jit(jax.grad(through_merged))(overlay)
@@ -213,7 +213,8 @@ def test_rank_0_is_no_overlay_in_that_layer():
             assert not np.any(leaf[0]) and np.any(leaf[1])
     config, adapt = run.config.model, run.config.adapt
     everywhere = dataclasses.replace(adapt, overrides=())
-    assert 2 * lora.parameter_count(config, adapt) == lora.parameter_count(config, everywhere)
+    count = lora.trained_parameter_count
+    assert 2 * count(config, adapt) == count(config, everywhere)
     for more, said in (
         (("adapt.overrides=[{match: q, rank: 0}]",), r"attention\.q has rank 0 in every layer"),
         ((none, "adapt.dora=true"), "has rank 0 with dora"),
@@ -280,6 +281,6 @@ def test_a_gradient_takes_at_most_0_70_of_full_fine_tuning():
     overlay = flops(config)
     assert overlay / full < 0.70
     m = config.model
-    counted = lora.train_flops_per_token(m, config.adapt, 256) * 256
+    counted = lora.adapted_flops_per_token(m, config.adapt, 256) * 256
     # XLA counts the whole square of attention's scores and all that is no product.
     assert overlay == pytest.approx(counted, rel=0.08)
