@@ -30,8 +30,10 @@ from jllama.store import checkpoint
 from jllama.store.checkpoint import latest_step
 from jllama.store.fingerprint import fingerprint
 from jllama.train import loop
+from jllama.train import run as run_module
 from jllama.train.metrics import read
-from jllama.train.state import define_state, load_state, to_trees
+from jllama.train.placement import make_placement
+from jllama.train.state import define_state, init_state, load_state, to_trees
 
 STEPS = 24
 
@@ -74,10 +76,10 @@ def whole(recipe, tmp_path_factory):
 
 def one_process(recipe, *overrides, devices=2):
     """The run, continued or whole, in this process."""
-    mesh = functools.partial(make_mesh, devices=jax.devices()[:devices])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", mesh)
-        patch.setattr(loop, "peak_flops", lambda dtype: (1e12, "published"))
+        some = functools.partial(make_placement, devices=jax.devices()[:devices])
+        patch.setattr(run_module, "make_placement", some)
+        patch.setattr(run_module, "peak_flops", lambda dtype: (1e12, "published"))
         return loop.train(configs.load(recipe, list(overrides)))
 
 
@@ -238,7 +240,7 @@ def seen(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("seen")
     config = configs.load(recipe, [f"run.folder={folder}"])
     whole_leaves = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
-    state = loop.init_state(define_state(config, whole_leaves), 0)
+    state = init_state(define_state(config, whole_leaves), 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "_CHUNK_BYTES", 4096)  # a host's part of a leaf is some of them
         checkpoints = checkpoint.Checkpoints(folder, 1)

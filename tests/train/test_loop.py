@@ -5,7 +5,6 @@ test_train_script.py.
 """
 
 import fcntl
-import functools
 import math
 import shutil
 
@@ -16,15 +15,15 @@ import recipes
 from test_metrics import scalars
 
 import jllama
-from jllama.config import MeshConfig
 from jllama.config import recipe as configs
 from jllama.errors import UserError
 from jllama.flops import parameter_count, train_flops_per_token
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.store.fingerprint import fingerprint
-from jllama.train import loop
+from jllama.train import loop, run
 from jllama.train.metrics import read
+from jllama.train.placement import make_placement
 from jllama.train.state import define_state, load_state
 
 PEAK = 1e12
@@ -44,15 +43,16 @@ def text(tmp_path_factory):
 def fast():
     """One device, no measurement of its peak; every step of every run is kept in `fast`."""
     with pytest.MonkeyPatch.context() as patch:
-        steps, make = [], loop.make_train_step
-        one = functools.partial(make_mesh, devices=jax.devices()[:1])
-        patch.setattr(loop, "make_mesh", lambda config: one(config) if config.fsdp < 0 else EIGHT)
-        patch.setattr(loop, "peak_flops", lambda dtype: (PEAK, "published"))
-        patch.setattr(loop, "make_train_step", lambda *a: steps.append(make(*a)) or steps[-1])
+        steps, make = [], run.make_train_step
+        patch.setattr(run, "make_placement", placed)
+        patch.setattr(run, "peak_flops", lambda dtype: (PEAK, "published"))
+        patch.setattr(run, "make_train_step", lambda *a: steps.append(make(*a)) or steps[-1])
         yield steps
 
 
-EIGHT = make_mesh(MeshConfig(fsdp=4, tensor=2))
+def placed(config):
+    """On one device, unless the recipe has a mesh for all."""
+    return make_placement(config, jax.devices()[: 1 if config.mesh.fsdp < 0 else None])
 
 
 @pytest.fixture
@@ -203,11 +203,11 @@ def test_a_finished_run_without_its_metrics_is_still_evaluated(recipe, whole, tm
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        (["training.batch_size=16"], "training.batch_size: 8 there, 16 now"),
-        (["run.seed=3"], "run.seed: 0 there, 3 now"),
-        (["model.num_layers=1"], "model.num_layers: 2 there, 1 now"),
+        (["training.batch_size=16"], "training.batch_size: 8 before, 16 now"),
+        (["run.seed=3"], "run.seed: 0 before, 3 now"),
+        (["model.num_layers=1"], "model.num_layers: 2 before, 1 now"),
         (["training.schedule={kind: constant, peak: 0.01, warmup_steps: 2}"], "schedule.floor: "),
-        (["data.train.0.weight=2"], "data.train.0.weight: 1.0 there, 2.0 now"),
+        (["data.train.0.weight=2"], "data.train.0.weight: 1.0 before, 2.0 now"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else None,
 )
