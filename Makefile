@@ -18,7 +18,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --for
 	--no-annotate --custom-compile-command "make lock" pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install train long-context test test-peers bench plan plans lint format lock clean
+.PHONY: help install train long-context test test-peers bench plan plans api lint format lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ plan: $(VENV)/.default $(VENV)/.plan  ## the TPU compiler for jllama plan, besid
 
 plans: plan  ## docs/plans.md: 7B to 405B compiled for TPU slices (half an hour on two cores)
 	$(BIN)/python -m benchmarks.plans docs/plans.md
+
+api: $(VENV)/.dev  ## the API reference from docstrings as HTML in build/api
+	JAX_PLATFORMS=cpu $(BIN)/python docs/api.py build/api
 
 lint: $(VENV)/.dev  ## format and rules; every extra resolves over the lock
 	$(BIN)/ruff format --check .
