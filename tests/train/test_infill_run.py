@@ -1,4 +1,4 @@
-"""A run that infills: stopped and resumed bit for bit, and what it says of its rows."""
+"""A run with the infilling objective resumes bit for bit, and reports how many rows it cut."""
 
 import functools
 import re
@@ -55,7 +55,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(text, tmp_path, capf
         loop.train(recipe("run.name=whole", "data.objective.kind=causal"))
 
 
-def test_a_tokenizer_without_the_tokens_is_one_line(text, tmp_path):
+def test_a_tokenizer_without_infilling_tokens_is_a_one_line_error(text, tmp_path):
     with pytest.raises(UserError, match=r"no ▁<PRE>.*tokenizer\.infill=true"):
         loop.train(
             configs.load(text, [*INFILL, "tokenizer.infill=false", f"run.folder={tmp_path}"])
