@@ -1,35 +1,35 @@
-# make help lists what there is to do.
+# `make help` lists the targets.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Other programs that ours is compared with, each in a cached environment outside the checkout.
-# PyPI's torch for Linux brings gigabytes of CUDA: where that is wanted, TORCH_INDEX= is empty.
+# Installs the programs that jllama is compared with, each in a cached environment outside the
+# checkout. PyPI's torch for Linux brings gigabytes of CUDA; set TORCH_INDEX= to get it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PEER := $(BIN)/python tests/peers/environment.py --torch-index '$(TORCH_INDEX)'
 LIBTPU := $(VENV)/libtpu/libtpu/libtpu.so
-# Huge pages (glibc): a tenth of the step would go into page faults on temporary buffers.
+# glibc's huge pages save a tenth of the step, which else goes into page faults on temporary buffers.
 TRAIN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python train.py
 EXTRAS := cuda tpu plan gcs s3 serve beam dev
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# One lock for every Python from 3.11 on; what is already locked stays unless UPGRADE=--upgrade.
+# One lock serves every Python from 3.11 on. Locked versions stay, unless UPGRADE=--upgrade.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
 	--no-annotate --custom-compile-command "make lock" pyproject.toml
 
 .DEFAULT_GOAL := help
 .PHONY: help install train long-context test test-peers bench plan plans api lint format lock clean
 
-help:  ## this list
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(VENV)/.dev  ## .venv with the locked requirements, this package and the development tools
+install: $(VENV)/.dev  ## make .venv with the locked requirements, this package and the development tools
 	@echo "$(VENV) is ready"
 
 train: $(VENV)/.default  ## train the default recipe on real text and print a sample
 	$(TRAIN) --config configs/train/tiny.yaml
 
-long-context: $(VENV)/.default  ## extend a small model's context; perplexity against length as a figure
+long-context: $(VENV)/.default  ## extend a small model's context, and draw perplexity against length
 	$(TRAIN) --config configs/train/tiny-256.yaml
 	$(TRAIN) --config configs/train/extend-pi.yaml
 	$(TRAIN) --config configs/train/extend-theta.yaml
@@ -39,32 +39,32 @@ long-context: $(VENV)/.default  ## extend a small model's context; perplexity ag
 		--model "fine-tuned at 1,024 with PI=runs/tiny-1024-pi" --rope model,ntk:4,ntk:16 \
 		--model "fine-tuned at 1,024 with theta 1e6=runs/tiny-1024-theta"
 
-test: $(VENV)/.dev  ## the tests, on the CPU
-	@# Where there is no TPU compiler to be had, the tests that compile for TPUs skip.
+test: $(VENV)/.dev  ## run the tests on the CPU
+	@# If the TPU compiler cannot be installed, the tests that compile for TPUs skip.
 	@$(MAKE) --no-print-directory $(VENV)/.plan || echo "no TPU compiler: some tests will skip" >&2
 	if [ -f $(LIBTPU) ]; then export TPU_LIBRARY_PATH=$(abspath $(LIBTPU)); fi; \
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-test-peers: $(VENV)/.dev  ## exactness beside transformers, PEFT, llama.cpp, sentencepiece and tiktoken
-	@# The first time they are installed, llama.cpp from source: some ten minutes.
+test-peers: $(VENV)/.dev  ## check exactness against transformers, PEFT, llama.cpp, sentencepiece and tiktoken
+	@# The first run installs them, llama.cpp from source, in about ten minutes.
 	transformers="$$($(PEER) transformers)" && transformers4="$$($(PEER) transformers4)" && \
 	llama_cpp="$$($(PEER) llama-cpp)" && JLLAMA_PEER_TRANSFORMERS="$$transformers" \
 	JLLAMA_PEER_TRANSFORMERS4="$$transformers4" JLLAMA_PEER_LLAMA_CPP="$$llama_cpp" \
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/peers
 
-bench: $(VENV)/.default  ## the train step beside PyTorch (an hour on two quiet cores)
+bench: $(VENV)/.default  ## compare the train step with PyTorch (an hour on two quiet cores)
 	peer="$$($(PEER) transformers)" && $(BIN)/python -m benchmarks.compare --peers "$$peer"
 
-plan: $(VENV)/.default $(VENV)/.plan  ## the TPU compiler for jllama plan, beside the packages of .venv
+plan: $(VENV)/.default $(VENV)/.plan  ## install the TPU compiler for jllama plan, outside the packages of .venv
 	@echo "$(BIN)/jllama plan is ready"
 
-plans: plan  ## docs/plans.md: 7B to 405B compiled for TPU slices (half an hour on two cores)
+plans: plan  ## write docs/plans.md: compile 7B to 405B for TPU slices (half an hour on two cores)
 	$(BIN)/python -m benchmarks.plans docs/plans.md
 
-api: $(VENV)/.dev  ## the API reference from docstrings as HTML in build/api
+api: $(VENV)/.dev  ## write the API reference, the docstrings as HTML, to build/api
 	JAX_PLATFORMS=cpu $(BIN)/python docs/api.py build/api
 
-lint: $(VENV)/.dev  ## format and rules; every extra resolves over the lock
+lint: $(VENV)/.dev  ## check format, rules, the lock, and that every extra resolves over it
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@$(resolver); \
@@ -79,12 +79,12 @@ lint: $(VENV)/.dev  ## format and rules; every extra resolves over the lock
 		$(COMPILE) --extra $$extra --constraints requirements.txt --output-file /dev/null || exit 1; \
 	done
 
-format: $(VENV)/.dev  ## rewrite the sources in the project's format
+format: $(VENV)/.dev  ## format the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 lock: $(VENV)/.dev  ## renew requirements*.txt (UPGRADE=--upgrade takes the newest versions)
-	@# Resolved with all extras at once, so that each of them installs over the default lock.
+	@# All extras resolve at once, so that each of them installs over the default lock.
 	@$(resolver); cp requirements-dev.txt $(VENV)/all.txt && \
 	$(COMPILE) $(UPGRADE) --all-extras --output-file $(VENV)/all.txt && \
 	$(COMPILE) --constraints $(VENV)/all.txt --output-file requirements.txt && \
@@ -94,8 +94,8 @@ clean:  ## remove .venv, caches and build products; runs and prepared data stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# uv resolves from metadata alone, without downloading gigabytes of CUDA; it reads no pip
-# configuration, so an index configured for pip is handed on.
+# uv resolves from metadata, without downloading gigabytes of CUDA. It does not read pip's
+# configuration, so this passes pip's index on.
 define resolver
 	index="$${PIP_INDEX_URL:-$$($(PIP) config get global.index-url 2>/dev/null)}"; \
 	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi
@@ -109,15 +109,15 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment (Debian: apt install python3-venv)" >&2; exit 1; }
 
-# The stamps are renewed only by a change of what they were installed from.
+# A stamp is renewed only when the files change from which it was installed.
 $(VENV)/.default: requirements.txt pyproject.toml | $(BIN)/python
 	@echo "installing requirements.txt into $(VENV), a minute or more ..."
 	$(PIP) install --quiet -r requirements.txt
 	$(PIP) install --quiet --no-deps --editable .
 	@touch $@
 
-# Not among the packages: there it would make every run on a CPU look for TPUs, and say so. The
-# version is the one that the installed jax names for its extra `tpu`.
+# libtpu is not installed as a package, because every run on a CPU would then look for TPUs and
+# print warnings. The version is the one that the installed jax names for its extra `tpu`.
 $(VENV)/.plan: $(VENV)/.default
 	@echo "installing libtpu, the TPU compiler, into $(VENV)/libtpu ..."
 	$(PIP) install --quiet --upgrade --no-deps --target $(VENV)/libtpu "$$($(BIN)/python -c \

@@ -11,7 +11,7 @@ import sys
 import jllama
 from jllama.cli import Parser, exit_status
 from jllama.config import SampleConfig
-from jllama.store.adapter import adapter_weights
+from jllama.generate.llama import adapter_weights
 from jllama.text import infill
 
 

@@ -90,23 +90,26 @@ def page(reports: list[dict[str, Any]]) -> str:
     lines = [
         "# Plans",
         "",
-        f"Written by `make plans` ({'; '.join(versions)}). No TPU took part: these are compilations"
-        " of the real train step and evaluation, one of each per row.",
+        "This page is for people who choose devices: it lists what published models need on TPU"
+        " slices.",
+        "",
+        f"`make plans` wrote it ({'; '.join(versions)}). No TPU took part: each row compiles the"
+        " real train step and evaluation once.",
         "[planning.md](planning.md) says what each figure means.",
         "",
         f"| {' | '.join(_HEAD)} |",
         f"|{'---|' * len(_HEAD)}",
         *(row(what, report) for (what, _), report in zip(ROWS, reports, strict=True)),
         "",
-        "Rows are those of a microbatch that one data-parallel group of devices has. State is"
+        "`rows` counts the rows of a microbatch on one data-parallel group of devices. `state` is"
         " parameters and",
-        "optimizer, rest is everything else of the step, and eval is what an evaluation takes, the"
-        " state included;",
+        "optimizer, `rest` is everything else in the step, and `eval` is what an evaluation needs,"
+        " with the state;",
         "sizes are GiB per device. Rematerialisation and dtypes are the recipes' own unless the"
-        " command says so.",
-        "Compile time is the step's, of the machine that wrote this.",
+        " command sets them.",
+        "`compile` is the time to compile the step on the machine that wrote this page.",
         "",
-        "The commands, in order; each prints the whole of it:",
+        "The commands, in order; each prints the full report:",
         "",
         "```",
         *(f"jllama plan {arguments}" for _, arguments in ROWS),
@@ -123,7 +126,7 @@ def page(reports: list[dict[str, Any]]) -> str:
         if key in report
     ]
     if refused:
-        lines += ["What the compiler says where it refuses:", "", *refused, ""]
+        lines += ["The compiler's messages where it refuses:", "", *refused, ""]
     return "\n".join(lines)
 
 

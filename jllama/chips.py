@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jllama.files import storage
 
 GIB = 2**30
+TPU_LANES = 128  # of a vector register: the least width of a block in a kernel
 
 
 @dataclasses.dataclass(frozen=True)

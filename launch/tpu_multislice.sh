@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains on several TPU slices of one queued resource: data parallel between the slices.
+# Trains on several TPU slices of one queued resource, data parallel between the slices.
 #   QUEUED=NAME SLICES=N ZONE=ZONE [DIR=jllama] launch/tpu_multislice.sh --config RECIPE [...]
-# As tpu_pod.sh; the platform tells every host its slice (MEGASCALE_*), where JAX finds it.
+# Works as tpu_pod.sh does. The platform tells every host its slice in MEGASCALE_*, which JAX reads.
 set -uo pipefail
 
 : "${QUEUED:?set QUEUED to the queued resource}" "${ZONE:?set ZONE to its zone}"

@@ -2,7 +2,8 @@
 
 Real clients speak real HTTP to them: gcsfs, TensorStore and array_record to gcp-storage-emulator,
 s3fs to moto. Neither renames: every request that copies an object within the store is refused. The
-store for gs:// also enforces the preconditions that TensorStore commits with.
+store for gs:// also enforces the preconditions that TensorStore commits with. Each tells
+what it was asked: `asked` reads and empties the list.
 """
 
 import contextlib
@@ -10,11 +11,14 @@ import os
 import re
 import subprocess
 import sys
+import typing
+import urllib.request
 from collections.abc import Iterator
 from http import HTTPStatus
 from urllib.parse import parse_qs, unquote, urlparse
 
 BUCKET = "tiny"
+_ASKED = "/requests-so-far"
 _CREDENTIALS = {
     "gs": {
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # TensorStore's
@@ -55,6 +59,13 @@ def running(scheme: str) -> Iterator[dict[str, str]]:
         server.stdout.close()
 
 
+def asked(environment: dict[str, str]) -> list[str]:
+    """The requests that a store had since the last call, each as "METHOD path?query"."""
+    url = next(value for value in environment.values() if value.startswith("http"))
+    with urllib.request.urlopen(f"{url}{_ASKED}") as answer:
+        return answer.read().decode().splitlines()
+
+
 def _serve_gs() -> int:
     from gcp_storage_emulator import server  # noqa: PLC0415
 
@@ -70,9 +81,24 @@ def _serve_gs() -> int:
             else:
                 super().do_POST()
 
+        requests: typing.ClassVar[list[str]] = []
+
+        def parse_request(self):
+            parsed = super().parse_request()
+            if parsed and self.path != _ASKED:
+                self.requests.append(f"{self.command} {self.path}")
+            return parsed
+
         def do_GET(self):
             query = self._query()
-            if "startOffset" in query:
+            if self.path == _ASKED:
+                data = "\n".join(self.requests).encode()
+                self.requests.clear()
+                self.send_response(HTTPStatus.OK)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+            elif "startOffset" in query:
                 # The emulator would ignore the bounds and list too much.
                 self.send_error(HTTPStatus.NOT_IMPLEMENTED)
             elif query.get("ifGenerationNotMatch") == self._generation(self._object()):
@@ -106,7 +132,16 @@ def _serve_s3() -> int:
     from moto.moto_server import threaded_moto_server as server  # noqa: PLC0415
 
     class Application(server.DomainDispatcherApplication):
+        requests: typing.ClassVar[list[str]] = []
+
         def __call__(self, environ, start_response):
+            if environ["PATH_INFO"] == _ASKED:
+                data = "\n".join(self.requests).encode()
+                self.requests.clear()
+                start_response("200 OK", [("Content-Length", str(len(data)))])
+                return [data]
+            query = f"?{environ['QUERY_STRING']}" if environ["QUERY_STRING"] else ""
+            self.requests.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}{query}")
             if "HTTP_X_AMZ_COPY_SOURCE" in environ:
                 start_response("501 this store does not rename", [])
                 return []

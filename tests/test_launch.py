@@ -233,7 +233,7 @@ def test_the_manifest_agrees_with_itself(manifest):
     assert rule["onExitCodes"]["values"] == [UserError.status]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     # The recipe is one, with every key as it is spelt there.
-    assert configs.from_arguments(args[1:]).run.folder == "/shared/runs"
+    assert configs.from_arguments(args[1:], None).run.folder == "/shared/runs"
 
 
 @pytest.mark.parametrize("status", [0, 134])

@@ -14,7 +14,7 @@ import jllama
 from jllama.cli import main
 from jllama.config import TrainedTokenizer
 from jllama.config import recipe as recipes
-from jllama.store.model import write_model
+from jllama.store.write import write_model
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train import loop, run
 from jllama.train.placement import make_placement

@@ -17,7 +17,7 @@ import yaml
 
 from jllama import cli
 from jllama.config import recipe as configs
-from jllama.store.checkpoint import latest_step
+from jllama.store.find import latest_step
 from jllama.train.folder import flatten
 from jllama.train.metrics import read
 

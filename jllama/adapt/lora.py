@@ -13,18 +13,17 @@ import fnmatch
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jllama import flops
-from jllama.adapt import quant
 from jllama.config import Adapt, ComputeConfig, LoraConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.model import llama
-from jllama.model.linear import column_norms, dense, gain
+from jllama.model.linear import column_norms, dense
 from jllama.model.llama import ParamSpec
 from jllama.model.param import dotted
 
@@ -262,47 +261,6 @@ def attach(
     return with_whole(base, overlay), collection
 
 
-class Rounding(NamedTuple):
-    """What merging did to the adapted matrices W, in Frobenius norms over all of them.
-
-    Attributes:
-      error: |rounded - exact| / |exact|.
-      change: |exact - W| / |exact|, what the overlay is.
-    """
-
-    error: float
-    change: float
-
-
-def merge(
-    lora: LoraConfig,
-    base: llama.Params,
-    overlay: Overlay,
-    kind: str = "float32",
-) -> tuple[llama.Params, Rounding]:
-    """The base with the overlay worked into its matrices, and what rounding them did.
-
-    Adapted matrices are computed in float32 and then rounded to `kind`: float32, bfloat16, float16
-    or one of `quant.Kind`. The base is not changed: to unmerge is to drop the result.
-
-    Raises UserError for a value that is not finite.
-    """
-    params, total = with_whole(base, overlay), np.zeros(3)
-    for path, factors in matrices(overlay):
-        kernel = at(base, path)["kernel"]
-        exact = _merged(kernel, scaled(path, lora, factors))
-        rounded = quant.rounded(exact, factors["a"].ndim - 2, kind)
-        here = np.asarray(quant.squares(exact, rounded, kernel), np.float64)
-        if not np.isfinite(here[1:]).all():
-            raise UserError(f"{'.'.join(path)}: the adapter, or its base, is not finite there")
-        if not np.isfinite(here[0]):
-            raise UserError(f"{'.'.join(path)}: merged, it does not fit {kind}; use float32")
-        total += here
-        put(params, (*path, "kernel"), rounded)
-    error, change = np.sqrt(total[:2] / total[2]) if total[2] else (0.0, 0.0)
-    return params, Rounding(float(error), float(change))
-
-
 def scaled(path: ParamPath, lora: LoraConfig, factors: Overlay) -> Overlay:
     """The factors with `scale` [L,1,1] beside them."""
     L = factors["a"].shape[0]
@@ -313,18 +271,6 @@ def scaled(path: ParamPath, lora: LoraConfig, factors: Overlay) -> Overlay:
 def norms_of_layers(kernel: Any, factors: Overlay, inputs: int) -> jax.Array:
     """Of all layers, one after another: [L,outputs...] float32."""
     return jax.lax.map(lambda of: column_norms(*of, inputs), (kernel, factors))
-
-
-@jax.jit
-def _merged(kernel: Any, factors: Overlay) -> jax.Array:
-    """m / |W'| W' with W' = W + scale a b, all layers: float32; without `m`, W'."""
-
-    def one(of: tuple[Any, Overlay]) -> jax.Array:
-        kernel, f = of
-        w = dense(kernel, jnp.float32) + jnp.tensordot(f["a"] * f["scale"][0], f["b"], 1)
-        return w * gain(f["m"], column_norms(kernel, f, f["a"].ndim - 1)) if "m" in f else w
-
-    return jax.lax.map(one, (kernel, factors))
 
 
 def with_whole(params: llama.Params, overlay: Overlay) -> llama.Params:

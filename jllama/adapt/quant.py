@@ -6,14 +6,15 @@ their scales are a `qwix.QArray`, which `jllama.model.linear` multiplies with.
 
 import functools
 import math
-import typing
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import qwix
 
-from jllama.model.linear import dense
+from jllama.config import ComputeConfig, ModelConfig
+from jllama.model import llama
 from jllama.model.param import EachLeaf, dotted
 from jllama.parallel.sharding import coarser
 
@@ -23,36 +24,34 @@ Kind = Literal["int8", "int4", "nf4"]
 BLOCK = 64
 
 
-def quantizer(specs: Any, kind: Kind | Literal["none"], whole: Any = ()) -> EachLeaf:
-    """What makes a `qwix.QArray` of each matrix of a block, where it lies, and deletes the matrix.
+def quantizer(config: ModelConfig, kind: Kind | Literal["none"], whole: Any = ()) -> EachLeaf:
+    """The function (path, parameter) -> what is kept of it: its quantised form for a block's
+    matrix, whose array is deleted, and the parameter itself for all else.
 
-    Not of those whose dotted paths are in `whole`: they are trained, and begin as they were.
     Placed shapes give placed shapes.
 
     Args:
-      specs: the tree of `ParamSpec`.
+      whole: dotted paths of matrices that are kept because they are trained.
     """
+    specs = llama.param_specs(config, ComputeConfig(dtype="float32"))
     inputs = {dotted(path): spec.inputs for path, spec in jax.tree.leaves_with_path(specs)}
 
-    def leaf(path: str, x: Any) -> Any:
-        kept = kind == "none" or not inputs[path] or path in whole
-        return x if kept else _replaced(x, inputs[path], kind)
+    def keep(path: str, x: Any) -> Any:
+        if kind == "none" or not inputs[path] or path in whole:
+            return x
+        program, placed = quantizing(x, inputs[path], kind)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return placed
+        quantized = jax.block_until_ready(program(x))
+        x.delete()
+        return quantized
 
-    return leaf
-
-
-def _replaced(x: Any, inputs: int, kind: Kind) -> Any:
-    program, placed = quantizing(x, inputs, kind)
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return placed
-    quantized = jax.block_until_ready(program(x))
-    x.delete()
-    return quantized
+    return keep
 
 
-def quantizing(x: Any, inputs: int, kind: Kind) -> tuple[Any, Any]:
-    """The program that quantises a matrix, an array or a placed shape, and its placed result."""
-    run = functools.partial(rounded, inputs=inputs, kind=kind)
+def quantizing(x: Any, inputs: int, kind: Kind) -> tuple[Callable[[jax.Array], Any], Any]:
+    """The jitted `quantize` of an array or a placed shape, and its result as placed shapes."""
+    run = functools.partial(quantize, inputs=inputs, kind=kind)
     shapes = jax.eval_shape(run, x)
     places = jax.tree.map(lambda s: coarser(x.sharding, s.shape, x.shape), shapes)
     placed = jax.tree.map(
@@ -61,32 +60,22 @@ def quantizing(x: Any, inputs: int, kind: Kind) -> tuple[Any, Any]:
     return jax.jit(run, out_shardings=places), placed
 
 
-def rounded(x: jax.Array, inputs: int, kind: str) -> Any:
-    """Stacked matrices [L,inputs...,outputs...] in a dtype, or quantised as `Kind` says.
+def quantize(x: jax.Array, inputs: int, kind: Kind) -> qwix.QArray:
+    """Stacked matrices [L,inputs...,outputs...], quantised.
 
-    Scales are absolute maxima over inputs, float32: of all inputs of an output for int8, of `BLOCK`
-    neighbours for 4 bits, which do not reach beyond a head. What is quantised are the values in
-    bfloat16, so that a base is the same in whichever dtype it was read.
+    Scales are absolute maxima over inputs, float32: over all inputs of an output for int8, over
+    `BLOCK` neighbours within a head for 4 bits. The values are rounded to bfloat16 first, so that a
+    base is quantised to the same numbers in whichever dtype it was read.
     """
-    if kind not in typing.get_args(Kind):
-        return x.astype(kind)
-    # One layer at a time: for nf4 the work on a matrix is sixteen times the matrix.
-    return jax.lax.map(functools.partial(_layer, inputs=inputs, kind=kind), x)
-
-
-def _layer(x: jax.Array, inputs: int, kind: Kind) -> qwix.QArray:
-    """A matrix [inputs...,outputs...] quantised."""
-    x = x.astype(jnp.bfloat16).astype(jnp.float32)
     *outer, last = range(inputs)
-    others = [d for d in range(x.ndim) if d not in (*outer, last)]
-    if kind == "int8":
-        return qwix.quantize(x, kind, channelwise_axes=others)
-    block = math.gcd(x.shape[last], BLOCK)
-    return qwix.quantize(x, kind, channelwise_axes=[*others, *outer], tiled_axes={last: block})
 
+    def one(w: jax.Array) -> qwix.QArray:
+        w = w.astype(jnp.bfloat16).astype(jnp.float32)
+        outputs = list(range(inputs, w.ndim))
+        if kind == "int8":
+            return qwix.quantize(w, kind, channelwise_axes=outputs)
+        tiles = {last: math.gcd(w.shape[last], BLOCK)}
+        return qwix.quantize(w, kind, channelwise_axes=[*outputs, *outer], tiled_axes=tiles)
 
-@jax.jit
-def squares(exact: jax.Array, rounded: Any, before: Any) -> jax.Array:
-    """[|rounded - exact|^2, |exact - before|^2, |exact|^2], Frobenius norms, float32."""
-    off = dense(rounded, jnp.float32) - exact, exact - dense(before, jnp.float32), exact
-    return jnp.stack([jnp.sum(jnp.square(x)) for x in off])
+    # One layer at a time: for nf4 the work on a matrix is sixteen times the matrix.
+    return jax.lax.map(one, x)

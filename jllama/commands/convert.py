@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from jllama import flops
-from jllama.adapt import lora
+from jllama.adapt.merge import merge
+from jllama.adapt.quant import quantizer
 from jllama.config import MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.files import outputs, storage
+from jllama.generate.llama import adapter_weights
 from jllama.interop import gguf, hf, peft
 from jllama.interop.gguf import KINDS, kind_of, write_gguf
 from jllama.interop.parameters import cast_params
@@ -21,17 +23,10 @@ from jllama.model.param import kept
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.progress import say
-from jllama.store.adapter import (
-    Adapter,
-    adapter_weights,
-    base_path,
-    is_adapter,
-    open_adapted,
-    open_adapter,
-    quantizer,
-    write_adapter,
-)
-from jllama.store.model import StoredModel, open_model, write_model
+from jllama.store.adapter import Adapter, base_of, open_adapter
+from jllama.store.find import find
+from jllama.store.model import StoredModel, open_adapted, open_model
+from jllama.store.write import write_adapter, write_model
 
 # What GGUF calls the dtypes that a folder may have.
 _GGUF = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -74,15 +69,16 @@ def run(args: argparse.Namespace) -> None:
     for name, given in (("SRC", args.source), ("DST", args.target)):
         if not given:
             raise UserError(f"{name} is empty; name a folder")
-    source, target, to = storage.path(args.source), storage.path(args.target), args.target_format
-    if is_adapter(source):
+    target, to = storage.path(args.target), args.target_format
+    source = find(storage.path(args.source), args.source_format)
+    if source.is_adapter:
         return _convert_adapter(args, open_adapter(source), target)
     if to == "peft" or args.base:
-        raise UserError(f"--to peft and --base are for an adapter; {source} is a model")
+        raise UserError(f"--to peft and --base are for an adapter; {source.path} is a model")
     given = None if args.adapter is None else {"adapter": storage.path(_one(args.adapter))}
-    stored, adapters = open_adapted(source, given, args.source_format, args.model)
+    stored = open_adapted(source, given, args.model)
     if to is None:
-        own = "hf" if stored.format == "jllama" else "jllama"
+        own = "hf" if source.format == "jllama" else "jllama"
         to = "gguf" if target.suffix == ".gguf" else own
     dtype = _dtype(args.dtype, to, stored.dtype)
     # What can be refused is, before minutes of reading.
@@ -100,8 +96,8 @@ def run(args: argparse.Namespace) -> None:
     if stored.tokenizer is None:
         say("note: the model has no tokenizer, and so no ids of BOS and EOS")
     with outputs.stoppable(target):
-        if adapters:
-            params = _merged(stored, adapters["adapter"], to, dtype, args.dtype)
+        if stored.adapters:
+            params = _merged(stored, to, dtype, args.dtype)
         elif to == "gguf":
             params = read_on_host(stored, stored.dtype, stored.scale_dtype)
         else:
@@ -125,10 +121,9 @@ def _one(given: list[str]) -> str:
     return path
 
 
-def _merged(
-    stored: StoredModel, adapter: Adapter, to: str, written: str, asked: str | None
-) -> llama.Params:
-    """The model with the adapter worked in; says what rounding to the dtype did."""
+def _merged(stored: StoredModel, to: str, written: str, asked: str | None) -> llama.Params:
+    """The model with its one adapter worked in; says what rounding to the dtype did."""
+    (adapter,) = stored.adapters.values()
     dtype, scale_dtype, then = written, _scale_dtype(asked, to, stored), ""
     if to == "gguf":
         kinds = {kind: dtype for dtype, kind in _GGUF.items()}
@@ -137,7 +132,7 @@ def _merged(
     base = read_on_host(stored, stored.dtype, stored.scale_dtype)
     config, overlay = adapter.read(stored.config, _host(), base)
     base = kept(base, quantizer(stored.config, adapter.quantize))
-    params, rounding = lora.merge(config, base, overlay, dtype)
+    params, rounding = merge(config, base, overlay, dtype)
     say(
         f"merged {adapter.path.name}: its matrices changed by {rounding.change:.2g} of themselves;"
         f" rounded to {dtype}, they are off by {rounding.error:.2g}{then}"
@@ -146,7 +141,7 @@ def _merged(
 
 
 def _convert_adapter(args: argparse.Namespace, adapter: Adapter, target: Path) -> None:
-    to = args.target_format or ("peft" if adapter.format == "jllama" else "jllama")
+    to = args.target_format or ("peft" if adapter.found.format == "jllama" else "jllama")
     if to not in ("jllama", "peft") or args.adapter is not None:
         raise UserError(
             f"{adapter.path}: is an adapter, which is converted to jllama or peft; to work it into"
@@ -155,8 +150,7 @@ def _convert_adapter(args: argparse.Namespace, adapter: Adapter, target: Path) -
     if target.suffix == ".gguf":
         raise UserError(f"{target}: adapters are not written as GGUF; work it into its base")
     outputs.check_absent(target)
-    where = base_path(adapter, args.base)
-    base = open_model(where, model=args.model)
+    base = open_model(base_of(adapter, args.base), args.model)
     config = adapter.over(base.config)
     if to == "peft" and config.rope != base.config.rope:
         say("note: it was trained with another model.rope than its base has; PEFT cannot say so")
@@ -170,7 +164,7 @@ def _convert_adapter(args: argparse.Namespace, adapter: Adapter, target: Path) -
         else:
             write_adapter(target, base, params, adapt, overlay)
     count = sum(x.size for x in jax.tree.leaves(overlay))
-    print(f"{target}: {to}, an adapter of {count:,} parameters over {where}")
+    print(f"{target}: {to}, an adapter of {count:,} parameters over {base.found.path}")
 
 
 def _host() -> Placement:
@@ -185,7 +179,7 @@ def host_places(config: ModelConfig, dtype: str, scale_dtype: str) -> llama.Para
 def read_on_host(stored: StoredModel, dtype: str, scale_dtype: str) -> llama.Params:
     """The parameters in the host's memory, cast; UserError for a value that becomes infinite."""
     place = functools.partial(host_places, stored.config)
-    if stored.format != "jllama":
+    if stored.found.format != "jllama":
         return stored.read(place(dtype, scale_dtype))
     # Orbax would cast too, and say nothing of infinity.
     return cast_params(stored.read(place(stored.dtype, stored.scale_dtype)), dtype, scale_dtype)

@@ -10,7 +10,7 @@ from jllama.errors import UserError
 from jllama.files import storage
 from jllama.parallel.mesh import AXES, make_mesh, parse_mesh
 from jllama.parallel.sharding import Placement
-from jllama.store.checkpoint import latest_step
+from jllama.store.find import RECIPE, find
 from jllama.store.fingerprint import fingerprint
 from jllama.train.state import StateDef, define_state, load_state
 
@@ -29,16 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    folder = storage.path(args.run_folder)
-    if not storage.exists(folder / "config.yaml"):
-        raise UserError(f"{folder}: no run folder, config.yaml is missing")
-    if recipes.load_stored(folder / "config.yaml").run is None:
-        raise UserError(f"{folder}: a model alone; fingerprints are of runs, with their optimizer")
-    recipe = recipes.load(folder / "config.yaml")
-    step = latest_step(folder) if args.step is None else args.step
-    if step is None:
-        raise UserError(f"{folder}: the run has no checkpoint yet; train it first")
-    print(fingerprint(load_state(folder, step, _define(recipe, ",".join(args.mesh)))))
+    found = find(storage.path(args.run_folder))
+    if not found.is_run:
+        raise UserError(
+            f"{found.path}: a model alone; fingerprints are of runs, with their optimizer"
+        )
+    recipe = recipes.load(found.folder / RECIPE)
+    step = found.checkpoint() if args.step is None else args.step
+    print(fingerprint(load_state(found.folder, step, _define(recipe, ",".join(args.mesh)))))
 
 
 def _define(recipe: Config, mesh: str) -> StateDef:

@@ -12,7 +12,9 @@ from jllama.commands.convert import host_places, read_on_host
 from jllama.errors import UserError
 from jllama.files import outputs, storage
 from jllama.progress import say
-from jllama.store.model import open_model, write_model
+from jllama.store.find import find
+from jllama.store.model import open_model
+from jllama.store.write import write_model
 from jllama.text.merge import made_of
 from jllama.text.tokenizer import load_tokenizer
 
@@ -30,7 +32,7 @@ def grow(args: argparse.Namespace) -> None:
     target = storage.path(args.target)
     outputs.check_absent(target)
     tokenizer = load_tokenizer(args.tokenizer)
-    stored = open_model(storage.path(args.source), args.source_format, args.model)
+    stored = open_model(find(storage.path(args.source), args.source_format), args.model)
     if stored.tokenizer is None:
         base, spelt = _unchecked(args, stored.config.vocab_size, tokenizer.vocab_size)
     else:

@@ -7,8 +7,8 @@ import jllama
 from jllama.errors import UserError
 from jllama.evaluate.infill import WAYS, evaluate, open_problems
 from jllama.files import outputs, storage
+from jllama.generate.llama import adapter_weights
 from jllama.progress import say
-from jllama.store.adapter import adapter_weights
 
 _MEANING = {
     "psm": "infilled, prefix first",

@@ -2,13 +2,14 @@
 
 import argparse
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 from jllama import flops
 from jllama.config import LoraConfig, ModelConfig
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.files import storage
+from jllama.store.find import RECIPE, Found, find
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,11 +38,7 @@ def run(args: argparse.Namespace) -> None:
     if args.length is not None and args.length < 1:
         raise UserError(f"--length={args.length}: at least 1")
     if args.model:
-        found = _load(args.model, args.base)
-        length = args.length or found.row_length
-        figures = model_figures(args.model, found.model, length)
-        if found.lora is not None:
-            figures |= _overlay(found, length)
+        figures = _figures(args.model, args.base, args.length)
         print(json.dumps(figures, indent=2) if args.json else _page(figures))
         return
     if args.base:
@@ -52,57 +49,64 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(shipped, indent=2) if args.json else _table(shipped))
 
 
-class _Found(NamedTuple):
-    """A model and the length of the rows it is trained on; of an adapter, what it is over which."""
+def _figures(name: str, base: str | None, length: int | None) -> dict[str, Any]:
+    """The figures of a model, or of an adapter over one."""
+    path = storage.path(name)
+    if name in recipes.model_names() or not storage.is_folder(path):
+        model = recipes.load_model(name)
+        return model_figures(name, model, length or model.max_length)
+    found = find(path)
+    if base and found.format != "peft":
+        raise UserError(f"--base is for an adapter of PEFT's, which {path} is not: leave it out")
+    if found.stored is None:
+        return _foreign_figures(name, found, base, length)
+    # A run may have no checkpoint yet.
+    model, recipe = found.stored.model, None
+    if found.is_run:
+        recipe = recipes.load(found.folder / RECIPE)
+    length = length or (recipe.data.length if recipe else model.max_length)
+    figures = model_figures(name, model, length)
+    if not found.is_adapter:
+        return figures
+    # jax takes seconds to import, which a model of ours does not need.
+    from jllama.store.adapter import BASE, read_base_note  # noqa: PLC0415
 
-    model: ModelConfig
-    row_length: int
-    lora: LoraConfig | None = None
-    base: str = ""
-
-
-def _load(model: str, base: str | None) -> _Found:
-    folder = storage.path(model)
-    if model in recipes.model_names() or not storage.is_folder(folder):
-        found = recipes.load_model(model)
-        return _Found(found, found.max_length)
-    if storage.exists(folder / "config.yaml"):  # of a run, which may have no checkpoint yet
-        own = recipes.load_stored(folder / "config.yaml")
-        recipe = None if own.run is None else recipes.load(folder / "config.yaml")
-        found = _Found(own.model, own.model.max_length if recipe is None else recipe.data.length)
-        if isinstance(own.adapt, LoraConfig):
-            from jllama.store.adapter import base_of  # noqa: PLC0415
-
-            said = base_of(folder)  # which a run has once it has begun
-            where = said["model"] if said else recipe and recipe.training.init_from
-            found = found._replace(lora=own.adapt, base=where or "a model that it does not name")
-    else:
-        # Importing jax takes seconds, which no other model needs.
-        from jllama.store import adapter as adapters  # noqa: PLC0415
-        from jllama.store import model as stored  # noqa: PLC0415
-
-        if adapters.is_adapter(folder):
-            adapter = adapters.open_adapter(folder)
-            where = adapters.base_path(adapter, base)
-            config = adapter.over(stored.architecture(where))
-            return _Found(config, config.max_length, adapter.lora(config), str(where))
-        config = stored.architecture(folder)
-        found = _Found(config, config.max_length)
-    if base:
-        raise UserError(f"--base is for an adapter of PEFT's, which {folder} is not: leave it out")
-    return found
+    over = recipe.training.init_from if recipe else ""
+    if BASE in found.files:  # as a run has once it has begun
+        over, _ = read_base_note(found.folder)
+    return figures | _overlay_figures(model, found.stored.adapt, length, over)
 
 
-def _overlay(found: _Found, length: int) -> dict[str, Any]:
+def _foreign_figures(
+    name: str, found: Found, base: str | None, length: int | None
+) -> dict[str, Any]:
+    # Importing jax takes seconds, which no other model needs.
+    from jllama.store.adapter import base_of, open_adapter  # noqa: PLC0415
+    from jllama.store.model import architecture  # noqa: PLC0415
+
+    if not found.is_adapter:
+        model = architecture(found)
+        return model_figures(name, model, length or model.max_length)
+    adapter = open_adapter(found)
+    model_found = base_of(adapter, base)
+    model = adapter.over(architecture(model_found))
+    length = length or model.max_length
+    over = _overlay_figures(model, adapter.lora(model), length, str(model_found.path))
+    return model_figures(name, model, length) | over
+
+
+def _overlay_figures(
+    model: ModelConfig, adapt: LoraConfig, length: int, base: str | None
+) -> dict[str, Any]:
     """Figures of an adapter, beside those of its base and in the place of some."""
     from jllama.adapt import lora  # noqa: PLC0415
 
     return {
-        "base": found.base,
-        "adapt": recipes.to_dict(found.lora),
-        "adapted": lora.layout(found.model, found.lora),
-        "trained_parameters": lora.parameter_count(found.model, found.lora),
-        "train_flops_per_token": lora.train_flops_per_token(found.model, found.lora, length),
+        "base": base or "a model that it does not name",
+        "adapt": recipes.to_dict(adapt),
+        "adapted": lora.layout(model, adapt),
+        "trained_parameters": lora.parameter_count(model, adapt),
+        "train_flops_per_token": lora.train_flops_per_token(model, adapt, length),
     }
 
 

@@ -39,9 +39,10 @@ from jllama.data import source as sources
 from jllama.errors import UserError
 from jllama.evaluate.perplexity import perplexity, scaled, windows
 from jllama.files import storage
-from jllama.generate.llama import Llama
+from jllama.generate.llama import Llama, adapter_weights
 from jllama.progress import Progress
-from jllama.store.adapter import adapter_weights, open_adapted
+from jllama.store.find import find
+from jllama.store.model import architecture_at, open_adapted
 from jllama.text.tokenizer import Tokenizer
 
 matplotlib.use("Agg")  # a file is all that is wanted; no display is needed
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     trained = {}
     for name, path, ropes, adapters in models:  # what is wrong, before minutes of work on another
         given = {adapter: storage.path(adapter) for adapter in adapters} or None
-        config = open_adapted(storage.path(path), given)[0].config
+        config = open_adapted(find(storage.path(path)), given).config
         trained[name] = config.max_length
         for rope in ropes:
             scaled(config, rope, lengths[-1])
@@ -198,7 +199,7 @@ def _read(data: str) -> Iterator[str]:
     """The texts, one after the other."""
     path = storage.path(data)
     if path.suffix in (".yaml", ".yml"):
-        recipe = recipes.load(path)
+        recipe = recipes.load(path, architecture=architecture_at)
     elif storage.exists(path / "config.yaml"):
         recipe = recipes.load(path / "config.yaml")
     else:

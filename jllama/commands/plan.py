@@ -15,6 +15,7 @@ from jllama.plan.search import Change, Tried, search
 from jllama.plan.step import state_bytes
 from jllama.plan.topology import parse
 from jllama.progress import say
+from jllama.store.model import architecture_at
 
 _GIB = 2**30
 NOT_FITTING, FAILED = 1, 3
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     given = ["--config", args.config, *args.overrides]
 
     def changed(change: Change) -> Config:
-        return recipes.from_arguments([*given, *(f"--{c}" for c in change)])
+        return recipes.from_arguments([*given, *(f"--{c}" for c in change)], architecture_at)
 
     def state(change: Change = ()) -> int:
         """Bytes of parameters and optimizer on a device."""

@@ -9,6 +9,7 @@ from jllama.data.dataset import open_data, open_tokenizer
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError
+from jllama.store.model import architecture_at
 
 _OPTION = "--pipeline."
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     options = [word for word in args.overrides if word.startswith(_OPTION)]
     overrides = [word for word in args.overrides if word not in options]
-    recipe = recipes.from_arguments(["--config", args.config, *overrides])
+    recipe = recipes.from_arguments(["--config", args.config, *overrides], architecture_at)
     make = _beam(args.runner, options)
     tokenizer = open_tokenizer(recipe)
     if make is not None:

@@ -24,6 +24,7 @@ from jllama.model import llama
 from jllama.model.param import dotted
 from jllama.parallel.mesh import AXES, abstract_mesh, parse_mesh
 from jllama.parallel.sharding import Placement
+from jllama.store.model import architecture_at
 from jllama.train.optimizer import make_optimizer
 
 # Without a recipe: float32 parameters and AdamW's two moments of each.
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("give MODEL or --config FILE, one of them; keys follow as --key=value")
     given = None if args.mesh is None else parse_mesh(args.mesh)
     if args.config is not None:
-        recipe = recipes.from_arguments(["--config", args.config, *args.overrides])
+        words = ["--config", args.config, *args.overrides]
+        recipe = recipes.from_arguments(words, architecture_at)
         placement = _placement(given, recipe.mesh, recipe.sharding, args.devices)
         micro = recipe.training.batch_size // recipe.training.accumulate
         placement.mesh_axes((micro,), ("batch",), "rows of a microbatch")
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 "give --mesh AXIS=SIZE,..., such as --mesh fsdp=8,tensor=4, or --devices N"
             )
-        model = recipes.load_model(args.model)
+        model = recipes.load_model(args.model, architecture=architecture_at)
         placement = _placement(given, MeshConfig(), ShardingConfig(), args.devices)
         figures = placement_figures(model, _COMPUTE, _OPTIMIZER, placement)
     print(json.dumps(figures, indent=2) if args.json else _page(figures))

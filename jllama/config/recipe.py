@@ -10,7 +10,7 @@ import io
 import json
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from jllama.errors import UserError
 from jllama.files import storage
 
 T = typing.TypeVar("T")
+Architecture = Callable[[str], ModelConfig]  # of the model in a folder of any format
 _STORED = {field.name for field in dataclasses.fields(StoredConfig)}
 
 
@@ -54,20 +55,22 @@ def _read_yaml(path: Path) -> dict:
     return data
 
 
-def _model_dict(name: str) -> dict:
+def _model_dict(name: str, architecture: Architecture | None) -> dict:
     path = storage.path(name)
     if name not in model_names() and storage.is_folder(path):
-        if not storage.exists(path / "config.yaml"):
-            raise UserError(
-                f"model: {name}: has no config.yaml, which runs and models of jllama have; `jllama"
-                " convert` makes one of other formats"
-            )
-        return to_dict(load_stored(path / "config.yaml").model)
+        if storage.exists(path / "config.yaml"):
+            return to_dict(load_stored(path / "config.yaml").model)
+        if architecture is None:
+            raise UserError(f"model: {name}: has no config.yaml, which a run and our models have")
+        try:
+            return to_dict(architecture(name))
+        except UserError as e:
+            raise type(e)(f"model: {e}") from None
     if path.suffix not in (".yaml", ".yml"):
         path = configs_folder() / "model" / f"{name}.yaml"
         if not path.is_file():
             if "/" in name:
-                raise UserError(f"model: {name}: no such folder; name a run or a model of jllama")
+                raise UserError(f"model: {name}: no such folder; name a run or a model's folder")
             raise UserError(f"model: no {name!r}; shipped models: {', '.join(model_names())}")
     data = _read_yaml(path)
     if _is_a(Config, data):
@@ -86,17 +89,39 @@ def _is_a(cls: type, data: dict) -> bool:
     return bool(own & data.keys()) and not other & data.keys()
 
 
-def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
-    """A shipped model by name, a YAML file, or a folder of a run or model; `overrides` are dotted
-    `key=value`."""
-    data = override(_model_dict(name), overrides)
+def load_model(
+    name: str, overrides: Sequence[str] = (), architecture: Architecture | None = None
+) -> ModelConfig:
+    """A shipped model by name, a YAML file, or a folder of a run or model.
+
+    Args:
+      overrides: dotted `key=value`.
+      architecture: reads folders of other formats, which without it are errors.
+    """
+    data = override(_model_dict(name, architecture), overrides)
     return _validate(ModelConfig, data, where=name, given=overrides)
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a recipe, applies dotted overrides (`model.num_layers=4`), validates."""
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    architecture: Architecture | None = None,
+) -> Config:
+    """Reads a recipe, applies dotted overrides (`model.num_layers=4`), validates.
+
+    The key `from` names a model's folder: its architecture, its parameters to begin from and its
+    tokenizer. In a file the recipe's own keys win over it, and `from=PATH` among the overrides wins
+    over the file, but not over other overrides.
+
+    Args:
+      architecture: reads folders of other formats, which without it are errors.
+    """
     path = storage.path(path)
     data = _read_yaml(path)
+    if "from" in data:
+        implied = _implied(data.pop("from"))
+        training = implied["training"] | (data.get("training") or {})
+        data = implied | data | {"training": training}
     if _is_a(ModelConfig, data):
         raise UserError(
             f"{path}: is a model; what is wanted here is a recipe, such as"
@@ -105,9 +130,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     # `model=NAME` is the model's whole file, wherever it stands; other overrides go on top of it,
     # and the recipe's own changes on top of its `base`.
     rest = []
-    for item in overrides:
+    for item in sorted(overrides, key=lambda item: not item.startswith("from=")):
         key, _, value = item.partition("=")
-        if key == "model" and not value.lstrip().startswith("{"):
+        if key == "from":
+            implied = _implied(value)
+            data |= implied | {"training": (data.get("training") or {}) | implied["training"]}
+        elif key == "model" and not value.lstrip().startswith("{"):
             data["model"] = value
         elif key == "model.base" and isinstance(data.get("model"), dict):
             data["model"]["base"] = value
@@ -115,10 +143,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             rest.append(item)
     match data.get("model"):
         case str(name):
-            data["model"] = _model_dict(name)
+            data["model"] = _model_dict(name, architecture)
         case {"base": str(name), **changes}:
-            data["model"] = _model_dict(name) | changes
+            data["model"] = _model_dict(name, architecture) | changes
     return _validate(Config, override(data, rest), where=str(path), given=rest)
+
+
+def _implied(folder: Any) -> dict[str, Any]:
+    """The keys that `from` stands for."""
+    if not isinstance(folder, str) or not folder:
+        raise UserError(f"from: {folder!r}: expected the path of a model's folder")
+    return {
+        "model": folder,
+        "training": {"init_from": folder},
+        "tokenizer": {"kind": "file", "path": folder},
+    }
 
 
 def load_stored(path: Path) -> StoredConfig:
@@ -236,8 +275,11 @@ def _escaped(value: Any) -> Any:
     return value
 
 
-def from_arguments(argv: Sequence[str]) -> Config:
-    """The recipe of a command line: `--config F --section.key=value --section.key value ...`."""
+def from_arguments(argv: Sequence[str], architecture: Architecture) -> Config:
+    """The recipe of a command line: `--config F --section.key=value --section.key value ...`.
+
+    `architecture` is that of `load`.
+    """
     pairs, rest = [], list(argv)
     while rest:
         word = rest.pop(0)
@@ -252,7 +294,9 @@ def from_arguments(argv: Sequence[str]) -> Config:
     files = [value for key, value in pairs if key == "config"]
     if len(files) != 1:
         raise UserError(f"--config FILE: give it once; shipped: {', '.join(_recipes())}")
-    return load(files[0], [f"{key}={value}" for key, value in pairs if key != "config"])
+    return load(
+        files[0], [f"{key}={value}" for key, value in pairs if key != "config"], architecture
+    )
 
 
 def _recipes() -> list[str]:
@@ -265,4 +309,9 @@ def help_text() -> str:
     width = max(len(key) for key, _, _ in rows)
     lines = [f"{key:{width}}  {kind}: {meaning}" for key, kind, meaning in rows]
     recipes = "\n  ".join(_recipes())
-    return f"--config FILE: the recipe; shipped:\n  {recipes}\n\nKeys:\n" + "\n".join(lines)
+    return (
+        f"--config FILE: the recipe; shipped:\n  {recipes}\n\n"
+        "--from PATH: a model's folder in any format; the same as --model=PATH"
+        " --training.init_from=PATH --tokenizer.kind=file --tokenizer.path=PATH, which can each"
+        " still be set\n\nKeys:\n" + "\n".join(lines)
+    )

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import fsspec
 from etils import epath
@@ -110,16 +110,33 @@ def is_folder(where: Path) -> bool:
         return _system(where).isdir(os.fspath(where)) if is_remote(where) else where.is_dir()
 
 
-def names(folder: Path) -> dict[str, int]:
-    """Sizes of the files right in a folder, by name; none if there is no folder."""
+class Listing(NamedTuple):
+    """What stands right in a folder: the sizes of its files in bytes, by name, and its folders."""
+
+    files: dict[str, int]
+    folders: set[str]
+
+
+def listing(folder: Path) -> Listing:
+    """One look into a folder, at a URL one request; empty if there is no folder."""
     with _errors(folder, _NOT_READABLE):
         try:
             if not is_remote(folder):
-                return {e.name: e.stat().st_size for e in os.scandir(folder) if e.is_file()}
-            found = _system(folder).ls(os.fspath(folder), detail=True)
+                entries = list(os.scandir(folder))
+                files = {e.name: e.stat().st_size for e in entries if e.is_file()}
+                return Listing(files, {e.name for e in entries if e.is_dir()})
+            # A name that ends with / asks for what is below it, and never for an object.
+            entries = _system(folder).ls(f"{os.fspath(folder)}/", detail=True)
         except (FileNotFoundError, NotADirectoryError):
-            return {}
-    return {e["name"].rsplit("/", 1)[-1]: e["size"] for e in found if e["type"] == "file"}
+            return Listing({}, set())
+    named = [(e["name"].rstrip("/").rsplit("/", 1)[-1], e) for e in entries]
+    files = {name: e["size"] for name, e in named if e["type"] == "file"}
+    return Listing(files, {name for name, e in named if e["type"] == "directory"})
+
+
+def names(folder: Path) -> dict[str, int]:
+    """The files of `listing`."""
+    return listing(folder).files
 
 
 def stat(file: Path) -> Stat:
@@ -167,9 +184,9 @@ def open_read(file: Path) -> BinaryIO:
 
 
 def read_bytes(file: Path) -> bytes:
-    """A whole file."""
-    with open_read(file) as stream, _errors(file, _NOT_READABLE):
-        return stream.read()
+    """A whole file, at a URL by one request."""
+    with _errors(file, _NOT_READABLE):
+        return _system(file).cat_file(os.fspath(file)) if is_remote(file) else file.read_bytes()
 
 
 def read_text(file: Path) -> str:

@@ -23,11 +23,13 @@ from jllama.files import storage
 from jllama.generate import engine
 from jllama.generate.sampling import Sampling
 from jllama.model import llama
+from jllama.model.param import EachLeaf
 from jllama.model.rope import Turns, turns
 from jllama.parallel.context import over_positions
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement, activated
-from jllama.store.adapter import open_adapted, quantizer, read_base
+from jllama.store.find import find
+from jllama.store.model import open_adapted, read_base
 from jllama.text.infill import EOT, Infill, infill_tokens, middle_stream, prompt_ids
 from jllama.text.tokenizer import TextStream, Tokenizer
 
@@ -322,8 +324,8 @@ def load(
         given = {storage.path(adapter).name: adapter}
     if given is not None:
         given = {name: storage.path(where) for name, where in given.items()}
-    stored, adapters = open_adapted(path, given, model=model)
-    config = stored.config
+    stored = open_adapted(find(path), given, model)
+    config, adapters = stored.config, stored.adapters
     use_compilation_cache(stored.compilation_cache)
     compute = stored.compute if dtype is None else dataclasses.replace(stored.compute, dtype=dtype)
     placement, placed = _placed(config, compute.dtype)
@@ -332,11 +334,39 @@ def load(
         params = stored.read(placed)
     else:
         kind = next(a.quantize for a in adapters.values())
-        params, digest = read_base(stored, placed, quantizer(config, kind))
+        params, digest = read_base(stored, placed, _keeper(config, kind))
         read = [a.read(config, placement, params, digest) for a in adapters.values()]
         whole = tuple(".".join(path) for _, o in read for path, _ in lora.whole_leaves(o))
         params, overlays = join(params, read, tuple(adapters))
     return Llama(config, params, stored.tokenizer, compute, tuple(adapters), overlays, whole)
+
+
+def _keeper(config: ModelConfig, kind: str) -> EachLeaf:
+    """How the base is kept that adapters were trained over."""
+    if kind == "none":
+        return lambda path, x: x
+    # qwix takes half a second to import, which an unquantised base does not need.
+    from jllama.adapt.quant import quantizer  # noqa: PLC0415
+
+    return quantizer(config, kind)
+
+
+def adapter_weights(arguments: Sequence[str]) -> dict[str, float]:
+    """The weight of each path of `--adapter PATH[=WEIGHT]`; 1 where none is given.
+
+    Raises UserError for a weight that is no number, and for a path that is given twice.
+    """
+    weights: dict[str, float] = {}
+    for argument in arguments:
+        path, equals, weight = argument.rpartition("=")
+        try:
+            path, number = (path, float(weight)) if equals else (argument, 1.0)
+        except ValueError:
+            raise UserError(f"--adapter {argument}: {weight!r} is no weight") from None
+        if path in weights:
+            raise UserError(f"--adapter {path}: is given twice; weigh it once")
+        weights[path] = number
+    return weights
 
 
 def _placed(config: ModelConfig, dtype: str) -> tuple[Placement, llama.Params]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,7 +11,7 @@ from jllama.errors import UserError
 from jllama.files import outputs, storage
 from jllama.interop.hf_config import generation_config, read_config, write_config
 from jllama.interop.hf_tokenizer import tie_warning, tokenizer_files
-from jllama.interop.names import name_of
+from jllama.interop.names import HF_CONFIG, name_of
 from jllama.interop.parameters import drop_tied_head, file_specs, file_tensors
 from jllama.interop.pth import read_pth
 from jllama.interop.safetensors import read_safetensors, write_safetensors
@@ -20,7 +20,7 @@ from jllama.model.llama import Params
 from jllama.progress import Progress, say
 from jllama.text.tokenizer import Tokenizer
 
-CONFIG = "config.json"
+CONFIG = HF_CONFIG
 # The first that is there counts, and before its index, as in transformers. An index names the file
 # of each tensor.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -34,14 +34,17 @@ def read_architecture(folder: Path) -> ModelConfig:
     return read_config(storage.read_json(folder / CONFIG), str(folder / CONFIG))
 
 
-def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+def read_folder(folder: Path, files: Collection[str]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The architecture and the tensors of a folder, by their names there; no data is read but a
     second copy of a tied head.
+
+    Args:
+      files: their names in the folder.
 
     Raises UserError for what is missing, broken, or not expressible here.
     """
     config = read_architecture(folder)
-    tensors = {n: t for n, t in _tensors(folder).items() if not _DERIVED.fullmatch(n)}
+    tensors = {n: t for n, t in _tensors(folder, files).items() if not _DERIVED.fullmatch(n)}
     if config.tie_embeddings and not drop_tied_head(tensors, "hf"):
         raise UserError(
             f"{folder}: {_HEAD} differs from the embedding, and config.json ties them; set"
@@ -50,15 +53,14 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def _tensors(folder: Path) -> Mapping[str, Tensor]:
-    here = storage.names(folder)
+def _tensors(folder: Path, files: Collection[str]) -> Mapping[str, Tensor]:
     for name in _WEIGHTS:
         read = read_safetensors if name.endswith(".safetensors") else read_pth
-        if name in here:
+        if name in files:
             return read(folder / name)
         index = f"{name}.index.json"
-        if index in here:
-            return _indexed(folder / index, here, read)
+        if index in files:
+            return _indexed(folder / index, files, read)
     raise UserError(
         f"{folder}: no weights: expected {' or '.join(_WEIGHTS)}, or its .index.json with its files"
     )

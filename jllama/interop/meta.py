@@ -8,7 +8,7 @@ configs/model, or of the model that is named.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from jllama.config import Llama3RopeScaling, ModelConfig
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.files import storage
-from jllama.interop.names import NAMES, name_of
+from jllama.interop.names import META_PARAMS, NAMES, name_of
 from jllama.interop.parameters import drop_tied_head
 from jllama.interop.pth import read_pth
 from jllama.interop.tensors import FileTensor, JoinedTensor, RepeatedTensor, Tensor
 
-PARAMS = "params.json"
+PARAMS = META_PARAMS
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 _HEAD, _TABLE, _NORM, _GATE = (
     name_of(path).of("meta")
@@ -39,17 +39,18 @@ _KNOWN = {
 
 
 def read_folder(
-    folder: Path, model: str | ModelConfig | None
+    folder: Path, files: Collection[str], model: str | ModelConfig | None
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The architecture and the tensors of a folder, by their names there; no data is read but a
     second copy of a tied head, which Llama 3.2 has.
 
     Args:
+      files: their names in the folder.
       model: a name in configs/model, a file like those, or what they say; None to find it.
 
     Raises UserError for what is missing, broken or contradictory, and when the model is unclear.
     """
-    tensors = _tensors(folder)
+    tensors = _tensors(folder, files)
     facts = _facts(folder / PARAMS, tensors)
     config = _model(folder, facts, model)
     if config.tie_embeddings and not drop_tied_head(tensors, "meta"):
@@ -60,8 +61,8 @@ def read_folder(
     return config, tensors
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    found = [name for name in storage.names(folder) if _SHARD.fullmatch(name)]
+def _tensors(folder: Path, files: Collection[str]) -> dict[str, Tensor]:
+    found = [name for name in files if _SHARD.fullmatch(name)]
     expected = [f"consolidated.{i:02d}.pth" for i in range(len(found))]
     if not found or sorted(found) != expected:
         there = ", ".join(sorted(found)) or "none"

@@ -16,6 +16,8 @@ import numpy as np
 from jllama.errors import UserError
 
 FileFormat = Literal["hf", "meta", "gguf"]
+# The file by which a folder is known: a model of Hugging Face's or Meta's, an adapter of PEFT's.
+HF_CONFIG, META_PARAMS, PEFT_CONFIG = "config.json", "params.json", "adapter_config.json"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,10 @@ from jllama.config import (
 )
 from jllama.errors import UserError
 from jllama.files import storage
+from jllama.interop.names import PEFT_CONFIG
 from jllama.progress import say
 
-CONFIG = "adapter_config.json"
+CONFIG = PEFT_CONFIG
 MERGE = "merge it into its base with peft (merge_and_unload), and convert the merged model"
 # Initialisations that change the base, and from which peft can convert.
 _CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jllama.chips import TPU_LANES as LANES
 from jllama.config import (
     AttentionConfig,
     AutoAttention,
@@ -18,7 +19,6 @@ from jllama.config import (
 )
 from jllama.errors import UserError
 from jllama.model.blockwise import MASKED, blockwise, segment_starts
-from jllama.model.splash import LANES, causal_mask, splash
 from jllama.parallel import context
 
 
@@ -65,6 +65,9 @@ def attend_row(
         case CudnnAttention():
             kernel = _cudnn
         case SplashAttention(block=block):
+            # Pallas's TPU kernels take a quarter of a second to import.
+            from jllama.model.splash import causal_mask, splash  # noqa: PLC0415
+
             kernel, mask = splash, causal_mask(q.shape[1], ways, balanced, block)
         case ReferenceAttention():
             kernel = _reference

@@ -1,6 +1,6 @@
 """Products of an activation with the matrices of a block, and their gradients.
 
-A matrix may be quantised (a `qwix.QArray`), and may have a low-rank overlay beside it.
+A matrix is an array, or a `qwix.QArray` where it is quantised; it may have a low-rank overlay.
 
 B batch, T positions, R rank of an overlay; the features of an activation may be several
 dimensions, such as heads and their width.
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import qwix
 from jax.ad_checkpoint import checkpoint_name
 
 from jllama.model.param import Initializer, declare
@@ -42,10 +41,10 @@ class Matrix(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self) -> tuple[jax.Array | qwix.QArray, MatrixOverlay | None]:
+    def __call__(self) -> tuple[Any, MatrixOverlay | None]:
         overlay = self.variables.get("lora")
         value = self.variables.get("params", {}).get("kernel")
-        if isinstance(value, qwix.QArray):  # which Linen takes for a tree of another shape
+        if is_quantised(value):  # which Linen takes for a tree of another shape
             return value, overlay
         init = declare(self.kernel_init, self.axes, decay=True, inputs=len(self.inputs))
         shape = self.inputs + self.outputs
@@ -112,14 +111,21 @@ def gain(m: jax.Array, norms: jax.Array) -> jax.Array:
     return m / jnp.where(norms > 0, norms, 1.0)
 
 
-def dense(kernel: jax.Array | qwix.QArray, dtype: Any) -> jax.Array:
+def dense(kernel: Any, dtype: Any) -> jax.Array:
     """The matrix as an array of `dtype`."""
-    if isinstance(kernel, qwix.QArray):
-        kernel = qwix.dequantize(kernel)
+    if is_quantised(kernel):
+        from qwix import dequantize  # noqa: PLC0415
+
+        kernel = dequantize(kernel)
     return kernel.astype(dtype)
 
 
-def column_norms(kernel: jax.Array | qwix.QArray, overlay: MatrixOverlay, inputs: int) -> jax.Array:
+def is_quantised(kernel: Any) -> bool:
+    """Whether a matrix is a `qwix.QArray`, by its fields: qwix takes half a second to import."""
+    return hasattr(kernel, "qvalue")
+
+
+def column_norms(kernel: Any, overlay: MatrixOverlay, inputs: int) -> jax.Array:
     """The norms over all inputs of W + scale a b: [outputs...] float32."""
     change = jnp.tensordot(overlay["a"] * overlay["scale"][0], overlay["b"], 1)
     return jnp.sqrt(
@@ -168,7 +174,7 @@ def _gathered(kernel, dtype, x_layout, y_layout):
     is the same for the recomputed product and for the gradient, which share it.
     """
     parts = (*x_layout.inside[2:], *y_layout.inside[2:])
-    if isinstance(kernel, qwix.QArray):  # gathered in few bits, then made an array
+    if is_quantised(kernel):  # gathered in few bits, then made an array
         return dense(
             jax.tree.map(lambda x: pin(x, _shared(x, kernel, parts)), kernel), dtype
         ), parts
@@ -212,7 +218,7 @@ def _products_bwd(kinds, saved, dys):
         dy = pin(dy, y_layout.inside)
         own = mesh_axes(kernel.shape, kind.axes, "gradient")
         parts = x_layout.inside, y_layout.inside
-        if isinstance(kernel, qwix.QArray):
+        if is_quantised(kernel):
             d_kernels.append(None)  # it is never trained
         else:
             d_kernels.append(contract([(x, dy)], ((0, 1), (0, 1)), parts, own, kernel.dtype))

@@ -13,10 +13,8 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from jllama.chips import TPU_LANES as LANES
 from jllama.parallel.context import balanced_order, natural_order
-
-# Blocks of queries and keys are whole vector registers: 128 lanes.
-LANES = 128
 
 Mask = kernels.SplashAttentionKernel
 

@@ -8,12 +8,13 @@ optimizer's state; a model or an adapter alone has a step 0 with `trainable`.
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from jllama.errors import StorageError, UserError
 from jllama.files import storage
@@ -21,6 +22,7 @@ from jllama.model import llama
 from jllama.model.param import EachLeaf, dotted, kept
 from jllama.parallel.distributed import is_loss
 from jllama.store import staging
+from jllama.store.find import CHECKPOINTS, complete_steps, is_complete, latest_step
 from jllama.store.staging import Staging
 
 # Orbax tells every save at INFO and WARNING, and prints the traceback of an error that it also
@@ -42,7 +44,7 @@ class Checkpoints:
 
         With a limit `save` takes as long as the writing, but for the last of it.
         """
-        self._folder = run / "checkpoints"
+        self._folder = run / CHECKPOINTS
         self._staging = Staging(self._folder, keep) if staging.needed(self._folder) else None
         # What a killed run had half written is removed.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
@@ -63,7 +65,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest complete step."""
         if self._staging:
-            return max(staging.steps(self._folder), default=None)
+            return latest_step(self._folder.parent)
         return self._manager.latest_step()
 
     def save(self, step: int, **trees: Any) -> None:
@@ -84,9 +86,7 @@ class Checkpoints:
 
         Raises `UserError` when one cannot be read, or has another shape.
         """
-        if self._staging:
-            return load_trees(self._folder.parent, step, **placed)
-        return _restore(self._manager, self._folder / str(step), step, **placed)
+        return load_trees(self._folder.parent, step, **placed)
 
     def wait(self) -> None:
         """Returns once what was saved is on disk, or at its URL; `StorageError` if it is not."""
@@ -136,33 +136,86 @@ def _chunks(tree: Any) -> Any:
     return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
 
 
+def load_trees(run: Path, step: int, **placed: Any) -> dict[str, Any]:
+    """Trees of a step by their names, each straight into the places of `jax.ShapeDtypeStruct`s.
+
+    Called by the processes whose devices those are. Raises `UserError` when there is no such step,
+    it is incomplete, or a tree has other leaves.
+    """
+    with (
+        _step_folder(run, step, placed) as folder,
+        contextlib.closing(ocp.StandardCheckpointHandler()) as handler,
+    ):
+        return {
+            name: _restore(handler, folder / name, run, step, ocp.args.StandardRestore(tree))
+            for name, tree in placed.items()
+        }
+
+
+def load_params(
+    run: Path, step: int, placed: llama.Params, each: EachLeaf | None = None
+) -> llama.Params:
+    """The tree `trainable` of a step, with little more than one array in the host's memory.
+
+    Args:
+      placed: `llama.placed_shapes`.
+      each: what is kept of an array, before the next one is read.
+
+    Called by the same processes as `load_trees`, and raises the same errors.
+    """
+    kind = ocp.PyTreeCheckpointHandler if each else ocp.StandardCheckpointHandler
+    # By default Orbax would hold all of it on the host as well.
+    handler = kind(restore_concurrent_gb=room_for(placed) / 1e9)
+    with _step_folder(run, step, ["trainable"]) as folder, contextlib.closing(handler):
+        restore = functools.partial(_restore, handler, folder / "trainable", run, step)
+        if each is None:
+            return restore(ocp.args.StandardRestore(placed))
+
+        def alone(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
+            part = functools.reduce(lambda tree, key: {key: tree}, path.split(".")[::-1], leaf)
+            return each(path, *jax.tree.leaves(restore(_part(part))))
+
+        return kept(placed, alone)
+
+
+@contextlib.contextmanager
+def _step_folder(run: Path, step: int, trees: Collection[str]) -> Iterator[Path]:
+    """The folder of a complete step; from a store that Orbax does not read, a copy of `trees`."""
+    folder = run / CHECKPOINTS
+    if not is_complete(folder, step):
+        steps = ", ".join(map(str, complete_steps(folder))) or "none"
+        raise UserError(f"{folder}: no step {step}; there are: {steps}")
+    if staging.needed(folder):
+        with staging.fetched(folder, step, trees) as local:
+            yield local
+    else:
+        yield storage.absolute(folder) / str(step)
+
+
 def _restore(
-    manager: ocp.CheckpointManager,
-    where: Path,
+    handler: ocp.CheckpointHandler,
+    folder: Path,
+    run: Path,
     step: int,
-    asked: Callable[[Any], ocp.args.CheckpointArgs] = ocp.args.StandardRestore,
-    **items: Any,
+    asked: ocp.args.CheckpointArgs,
 ) -> Any:
-    """Items of a checkpoint by name, each given as a tree of placed shapes."""
-    args = {name: asked(item) for name, item in items.items()}
+    """The tree in `folder`; errors name the run's step."""
+    where = run / CHECKPOINTS / str(step)
     try:
-        restored = manager.restore(step, args=ocp.args.Composite(**args))
+        # A manager would list and check the whole run, and wait for processes without a part.
+        restored = handler.restore(epath.Path(folder), args=asked)
     except Exception as e:  # Orbax raises what its storage raises
         if is_loss(e):
             raise
         reason = storage.one_line(e)
         raise UserError(f"{where}: not readable as this model's checkpoint: {reason}") from e
-    for name, item in items.items():
-        for (path, want), got in zip(
-            jax.tree_util.tree_leaves_with_path(item),
-            jax.tree.leaves(restored[name]),
-            strict=True,
-        ):
-            if (want.shape, want.dtype) != (got.shape, got.dtype):
-                raise UserError(
-                    f"{where}: {dotted(path)} is {got.shape} {got.dtype}, and the config"
-                    f" makes it {want.shape} {want.dtype}"
-                )
+    leaves = jax.tree_util.tree_leaves_with_path(asked.item)
+    for (path, want), got in zip(leaves, jax.tree.leaves(restored), strict=True):
+        if (want.shape, want.dtype) != (got.shape, got.dtype):
+            raise UserError(
+                f"{where}: {dotted(path)} is {got.shape} {got.dtype}, and the config"
+                f" makes it {want.shape} {want.dtype}"
+            )
     return restored
 
 
@@ -170,88 +223,3 @@ def _part(item: Any) -> ocp.args.PyTreeRestore:
     """Asks for the leaves of `item` alone, of a stored tree that has more."""
     places = ocp.checkpoint_utils.construct_restore_args(item)
     return ocp.args.PyTreeRestore(item, restore_args=places, partial_restore=True)
-
-
-def latest_step(run: Path) -> int | None:
-    """The newest complete checkpoint of a run folder; None if there is none."""
-    return max(_steps(run / "checkpoints"), default=None)
-
-
-def load_params(
-    run: Path, step: int, placed: llama.Params, each: EachLeaf | None = None
-) -> llama.Params:
-    """The parameters of a step in the dtypes and on the devices of `llama.placed_shapes`.
-
-    By the processes whose devices those are. Raises `UserError` when there is no such step, it is
-    incomplete, or it is another model's.
-
-    Args:
-      each: what is kept of an array; they are read one by one then.
-    """
-    kind = ocp.PyTreeCheckpointHandler if each else ocp.StandardCheckpointHandler
-    # Orbax would hold all of it on the host as well.
-    handler = kind(restore_concurrent_gb=room_for(placed) / 1e9)
-    sharding = jax.tree.leaves(placed)[0].sharding
-    with _open_step(run, step, sharding, trainable=handler) as (manager, where):
-        if each is None:
-            return _restore(manager, where, step, trainable=placed)["trainable"]
-
-        def alone(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
-            part = functools.reduce(lambda tree, key: {key: tree}, path.split(".")[::-1], leaf)
-            restored = _restore(manager, where, step, _part, trainable=part)["trainable"]
-            return each(path, *jax.tree.leaves(restored))
-
-        return kept(placed, alone)
-
-
-def load_trees(run: Path, step: int, **placed: Any) -> dict[str, Any]:
-    """`Checkpoints.restore` of a run that is not opened for writing; raises as `load_params`."""
-    sharding = jax.tree.leaves(placed)[0].sharding
-    with _open_step(run, step, sharding) as (manager, where):
-        return _restore(manager, where, step, **placed)
-
-
-@contextlib.contextmanager
-def _open_step(
-    run: Path, step: int, sharding: Any, **handlers: ocp.CheckpointHandler
-) -> Iterator[tuple[ocp.CheckpointManager, Path]]:
-    folder = run / "checkpoints"
-    there = _steps(folder)
-    if step not in there:
-        named = ", ".join(map(str, there)) or "none"
-        raise UserError(f"{folder}: no step {step}; there are: {named}")
-    processes = {device.process_index for device in sharding.device_set}
-    with contextlib.ExitStack() as stack:
-        here = folder
-        if staging.needed(folder):
-            here = stack.enter_context(staging.fetched(folder, step))
-        yield stack.enter_context(_reader(here, processes, handlers)), folder / str(step)
-
-
-def _steps(folder: Path) -> list[int]:
-    if staging.needed(folder):
-        return staging.steps(folder)
-    if not storage.is_folder(folder):
-        return []
-    with _reader(folder) as manager:
-        return list(manager.all_steps())
-
-
-def _reader(
-    folder: Path,
-    processes: set[int] | None = None,
-    handlers: dict[str, ocp.CheckpointHandler] | None = None,
-) -> ocp.CheckpointManager:
-    """Reads without writing, together with `processes`; alone if that is None."""
-    processes = processes or {jax.process_index()}
-    options = ocp.CheckpointManagerOptions(
-        read_only=True,
-        create=False,
-        multiprocessing_options=ocp.options.MultiprocessingOptions(
-            primary_host=min(processes),
-            active_processes=None if len(processes) == jax.process_count() else processes,
-        ),
-    )
-    return ocp.CheckpointManager(
-        storage.absolute(folder), item_handlers=handlers or None, options=options
-    )

@@ -1,75 +1,49 @@
-"""A model on storage, in whichever format: what it is, and its parameters when they are asked for.
+"""A model on storage, in whichever format, and its parameters when they are asked for."""
 
-Formats are told apart by the file that says what the model is:
-
-  jllama  config.yaml: a run, whose newest checkpoint counts, or a model alone; RUN/checkpoints/STEP
-  hf      config.json
-  meta    params.json
-"""
-
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import jax
 
 from jllama.adapt.vocab import repadded, with_rows
-from jllama.config import (
-    AutoAttention,
-    ComputeConfig,
-    LoraConfig,
-    ModelConfig,
-    RunConfig,
-    StoredConfig,
-)
-from jllama.config import recipe as recipes
+from jllama.config import AutoAttention, ComputeConfig, ModelConfig, RunConfig
 from jllama.errors import UserError
-from jllama.files import outputs, storage
+from jllama.files import storage
 from jllama.interop import hf, meta
-from jllama.interop.names import FileFormat
 from jllama.interop.parameters import file_specs, match, read_params, widest_dtype
 from jllama.interop.tensors import Tensor
 from jllama.model import llama
 from jllama.model.param import EachLeaf, dotted
-from jllama.progress import say
-from jllama.store.checkpoint import Checkpoints, latest_step, load_params, room_for
+from jllama.store.adapter import Adapter, base_of, open_adapter
+from jllama.store.find import CHECKPOINTS, Found, find
+from jllama.store.fingerprint import Fingerprint
 from jllama.text.tokenizer import Tokenizer, find_tokenizer
 
-RECIPE = "config.yaml"
-ModelFormat = Literal["jllama", "hf", "meta"]
-_FILES: dict[str, ModelFormat] = {
-    RECIPE: "jllama",
-    hf.CONFIG: "hf",
-    meta.PARAMS: "meta",
-}
-# What may differ between a recipe and the model that it begins from: no parameter's shape.
-FREE = {"rope", "rope_theta", "rms_norm_eps"}
 _NO_RUN = RunConfig(name="none")  # its defaults
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredModel:
-    """A model that was found and checked; its parameters are not read yet.
+    """A model that was checked, with the adapters over it; no parameters are read yet.
 
     Attributes:
-      format: of the folder.
-      place: where it is; of a run, the step.
+      found: where it is.
       config: the architecture.
       compute: how it is computed unless told otherwise.
       dtype, scale_dtype: what its matrices and its norms' scales are stored in: float32, bfloat16
         or float16.
       tokenizer: None where the folder has none.
-      compilation_cache: folder of what is compiled for it; empty is none.
-      read: the parameters, in the dtypes and on the devices of `llama.placed_shapes`, whose
-        tables may have another padding. Given an `EachLeaf` too, what that keeps of them, each
-        before the next is read.
+      compilation_cache: folder of compiled programs; empty is none.
+      read: the parameters, in the dtypes and on the devices of `llama.placed_shapes`, whose tables
+        may have another padding. With an `EachLeaf` as second argument, what that keeps of each
+        parameter, before the next one is read.
+      adapters: by name.
     """
 
-    format: ModelFormat
-    place: Path
+    found: Found
     config: ModelConfig
     compute: ComputeConfig
     dtype: str
@@ -77,179 +51,180 @@ class StoredModel:
     tokenizer: Tokenizer | None
     compilation_cache: str
     read: Callable[..., llama.Params]
+    adapters: Mapping[str, Adapter] = dataclasses.field(default_factory=dict)
+
+    @property
+    def place(self) -> Path:
+        """Where its parameters are: for a run the step's folder."""
+        if not self.found.is_run:
+            return self.found.folder
+        return self.found.folder / CHECKPOINTS / str(self.found.checkpoint())
 
 
-def open_model(
-    path: Path, format: ModelFormat | None = None, model: str | ModelConfig | None = None
-) -> StoredModel:
-    """Finds out what `path` is, and checks all that can be checked without reading the parameters.
+def open_model(found: Found, model: str | ModelConfig | None = None) -> StoredModel:
+    """Checks all that can be checked without reading the parameters.
 
     Args:
-      format: to force it where a folder has files of several.
-      model: for Meta's folders, which do not say all: a name in configs/model, such a file, or
-        what one says; that is for no other folder.
+      model: for Meta's folders, which do not say all: a name in configs/model, a file like those,
+        or a config. A name or file for another format is an error.
 
     Raises UserError if it is no model, or one that cannot be expressed here.
     """
-    format = format or _format(path)
-    if isinstance(model, str) and format != "meta":
-        raise UserError(f"--model {model}: {path} says itself what it is; leave it out")
-    if format == "jllama":
-        return _own(path)
-    if format == "hf":
-        config, tensors = hf.read_folder(path)
-    else:
-        config, tensors = meta.read_folder(path, model)
-    return _foreign(path, format, config, tensors)
-
-
-def architecture(path: Path) -> ModelConfig:
-    """What `path` says of its model; of Hugging Face's folders, whose config.json says it all,
-    without their weights. Raises UserError as `open_model` does.
-    """
-    return hf.read_architecture(path) if _format(path) == "hf" else open_model(path).config
-
-
-def _format(path: Path) -> ModelFormat:
-    there = [format for file, format in _FILES.items() if storage.exists(path / file)]
-    if len(there) == 1:
-        return there[0]
-    if there:
+    if found.is_adapter:
         raise UserError(
-            f"{path}: may be {' or '.join(there)}; convert the one that you mean (jllama convert"
-            " --from), or give a folder of one alone"
+            f"{found.path}: is an adapter and no model; alone, jllama.load and sample.py --model"
+            " open it with its base; beside other adapters it is one of --adapter, over its base;"
+            f" and `jllama convert BASE DST --adapter {found.path}` makes a model of the two"
         )
-    if path.name.isdecimal() and path.parent.name == "checkpoints":
-        return "jllama"
-    what = "no such folder"
-    if storage.is_folder(path):
-        what = "not a model"
-    elif storage.exists(path):
-        what = "a file, give its folder"
-    raise UserError(
-        f"{path}: {what}; expected a run or a model with config.yaml in it, RUN/checkpoints/STEP,"
-        " or a folder of Hugging Face (config.json) or Meta (params.json); jllama downloads nothing"
-    )
+    if isinstance(model, str) and found.format != "meta":
+        raise UserError(f"--model {model}: {found.path} says itself what it is; leave it out")
+    if found.stored is not None:
+        return _ours(found)
+    if found.format == "hf":
+        return _foreign(found, *hf.read_folder(found.folder, found.files))
+    return _foreign(found, *meta.read_folder(found.folder, found.files, model))
 
 
-def run_and_step(path: Path) -> tuple[Path, int]:
-    """The folder of ours that `path` is or is a step of, and the step that counts.
+def architecture(found: Found) -> ModelConfig:
+    """The architecture of a model, for which no weights need be there if its config says it all.
 
-    Raises UserError if it is none, or has none yet.
+    Raises UserError as `open_model` does.
     """
-    folder, step = path, None
-    if not storage.exists(path / RECIPE) and path.name.isdecimal():
-        folder, step = storage.absolute(path).parent.parent, int(path.name)
-    if not storage.exists(folder / RECIPE):
-        raise UserError(f"{folder}: no config.yaml, which a run and a model of jllama have")
-    step = latest_step(folder) if step is None else step
-    if step is None:
-        raise UserError(f"{path}: the run has no checkpoint yet; train it first")
-    return folder, step
+    if found.stored is not None:
+        return found.stored.model
+    return hf.read_architecture(found.folder) if found.format == "hf" else open_model(found).config
 
 
-def _own(path: Path) -> StoredModel:
-    folder, step = run_and_step(path)
-    stored = recipes.load_stored(folder / RECIPE)
-    if isinstance(stored.adapt, LoraConfig):
-        raise UserError(
-            f"{path}: is an adapter and no model; alone, jllama.load and sample.py --model open it"
-            " with its base; beside other adapters it is one of --adapter, over its base; and"
-            f" `jllama convert BASE DST --adapter {path}` makes a model of the two"
-        )
-    compute = dataclasses.replace(stored.compute, attention=AutoAttention(kind="auto"))
-    tokenizer = _tokenizer(folder, stored.model.vocab_size)
-    read = functools.partial(_read_own, folder, step, stored.model.vocab_rows)
-    dtype = compute.param_dtype
-    scales = stored.scale_dtype or dtype
-    cache = (stored.run or _NO_RUN).compilation_cache
-    place = folder if stored.run is None else folder / "checkpoints" / str(step)
+def architecture_at(path: str) -> ModelConfig:
+    """`architecture` of the model at a path, as recipes name it."""
+    found = find(storage.path(path))
+    if found.format == "peft":
+        raise UserError(f"{path}: is an adapter of PEFT's; name its base")
+    return architecture(found)
+
+
+def open_adapted(
+    found: Found,
+    adapters: Mapping[str, Path] | None = None,
+    model: str | ModelConfig | None = None,
+) -> StoredModel:
+    """A model with adapters over it, by name; or an adapter with its base.
+
+    The model is as the adapters were trained over it: RoPE and length, padding, dtype of the
+    computation, and their tokenizer, where they all have the same. Raises UserError if they are of
+    several kinds that cannot be had together; `model` is that of `open_model`.
+    """
+    opened = {name: open_adapter(find(path)) for name, path in (adapters or {}).items()}
+    if adapters is None and found.is_adapter:
+        alone = open_adapter(found)
+        opened, found = {found.path.name: alone}, base_of(alone)
+    base = open_model(found, model)
+    configs = {adapter.over(base.config) for adapter in opened.values()}
+    for what, values in (
+        ("bases kept in", {adapter.quantize for adapter in opened.values()}),
+        (
+            "several of model.rope, rope_theta, rms_norm_eps, max_length and vocab_multiple:",
+            configs,
+        ),
+    ):
+        if len(values) > 1:
+            named = " and ".join(sorted(v if isinstance(v, str) else repr(v.rope) for v in values))
+            raise UserError(f"adapters: trained over {what} {named}; load them apart")
+    changes: dict[str, Any] = {"adapters": opened}
+    if configs:
+        changes["config"] = configs.pop()
+    tokenizers = {a.tokenizer.digest: a.tokenizer for a in opened.values() if a.tokenizer}
+    if len(tokenizers) == 1:
+        changes["tokenizer"] = tokenizers.popitem()[1]
+    dtypes = {adapter.dtype for adapter in opened.values() if adapter.dtype}
+    if len(dtypes) == 1:
+        changes["compute"] = dataclasses.replace(base.compute, dtype=dtypes.pop())
+    return dataclasses.replace(base, **changes)
+
+
+def read_base(base: StoredModel, placed: llama.Params, keep: EachLeaf) -> tuple[llama.Params, str]:
+    """What `keep` keeps of each of the base's parameters, before the next one is read; and the
+    fingerprint that an adapter knows them by.
+
+    Args:
+      placed: `llama.placed_shapes`.
+    """
+    digest = Fingerprint("bfloat16")
+
+    def each(path: str, x: jax.Array) -> Any:
+        digest.add(path, x)
+        return keep(path, x)
+
+    return base.read(placed, each), str(digest)
+
+
+def _ours(found: Found) -> StoredModel:
+    found = dataclasses.replace(found, step=found.checkpoint())
+    stored = found.stored
+    dtype = stored.compute.param_dtype
     return StoredModel(
-        "jllama", place, stored.model, compute, dtype, scales, tokenizer, cache, read
+        found=found,
+        config=stored.model,
+        compute=dataclasses.replace(stored.compute, attention=AutoAttention(kind="auto")),
+        dtype=dtype,
+        scale_dtype=stored.scale_dtype or dtype,
+        tokenizer=_tokenizer(found, stored.model.vocab_size),
+        compilation_cache=(stored.run or _NO_RUN).compilation_cache,
+        read=functools.partial(_read_ours, found, stored.model.vocab_rows),
     )
 
 
-def _read_own(
-    folder: Path, step: int, rows: int, placed: llama.Params, each: EachLeaf | None = None
+def _read_ours(
+    found: Found, rows: int, placed: llama.Params, each: EachLeaf | None = None
 ) -> llama.Params:
-    there = with_rows(placed, rows)
+    # Orbax takes a third of a second to import, which other formats do not need.
+    from jllama.store.checkpoint import load_params  # noqa: PLC0415
+
+    as_stored = with_rows(placed, rows)
     if each is None:
-        return jax.tree.map(repadded, load_params(folder, step, there), placed)
+        params = load_params(found.folder, found.step, as_stored)
+        return jax.tree.map(repadded, params, placed)
     wanted = {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(placed)}
-    return load_params(folder, step, there, lambda path, x: each(path, repadded(x, wanted[path])))
+
+    def repadded_each(path: str, x: jax.Array) -> Any:
+        return each(path, repadded(x, wanted[path]))
+
+    return load_params(found.folder, found.step, as_stored, repadded_each)
 
 
-def _tokenizer(folder: Path, rows: int) -> Tokenizer | None:
-    """That of a model's folder. Raises UserError if it has more ids than the embedding rows."""
-    tokenizer = find_tokenizer(folder)
+def _tokenizer(found: Found, rows: int) -> Tokenizer | None:
+    """The folder's tokenizer. Raises UserError if it has more ids than the embedding rows."""
+    tokenizer = find_tokenizer(found.folder, found.files)
     if tokenizer is not None and tokenizer.vocab_size > rows:
         added = [text for text, id in tokenizer.special_tokens.items() if id >= rows]
         beyond = f" ({', '.join(added[:3])})" if added else ""
         raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids and the embedding"
+            f"{found.folder}: the tokenizer has {tokenizer.vocab_size:,} ids and the embedding"
             f" {rows:,} rows: it is another model's, or its files add tokens{beyond}"
             " that the model was not made for; put the right files there, or take those tokens out"
         )
     return tokenizer
 
 
-def _foreign(
-    path: Path, format: FileFormat, config: ModelConfig, tensors: dict[str, Tensor]
-) -> StoredModel:
+def _foreign(found: Found, config: ModelConfig, tensors: dict[str, Tensor]) -> StoredModel:
     specs = file_specs(config)
-    found = match(tensors, specs, format, path)
-    tokenizer = _tokenizer(path, config.vocab_size)
-    read = functools.partial(
-        read_params, found, specs, interleaved=format == "meta", title=f"read {path.name}"
-    )
-    stored = widest_dtype(found, scales=False)
+    matched = match(tensors, specs, found.format, found.folder)
+    stored = widest_dtype(matched, scales=False)
     # float32 holds float16 exactly, and bfloat16 does not.
     dtype = "bfloat16" if stored == "bfloat16" else "float32"
-    compute = ComputeConfig(dtype=dtype, param_dtype=dtype)
-    scales = widest_dtype(found, scales=True)
-    cache = _NO_RUN.compilation_cache
-    return StoredModel(format, path, config, compute, stored, scales, tokenizer, cache, read)
-
-
-def write_model(
-    folder: Path, config: ModelConfig, params: llama.Params, tokenizer: Tokenizer | None
-) -> None:
-    """Writes a model alone, float32 or bfloat16 as its parameters are, in this project's format.
-
-    Hosts read it in parts, each its own, where they would read the whole of another format. It
-    appears whole or not at all; at a URL, what lacks config.yaml is no model. Raises UserError if
-    the folder holds anything.
-    """
-    dtype, scale_dtype = (
-        params[name][leaf].dtype.name
-        for name, leaf in (("embedding", "weight"), ("final_norm", "scale"))
-    )
-    stored = StoredConfig(
-        model=config,
+    return StoredModel(
+        found=found,
+        config=config,
         compute=ComputeConfig(dtype=dtype, param_dtype=dtype),
-        scale_dtype=None if scale_dtype == dtype else scale_dtype,
+        dtype=stored,
+        scale_dtype=widest_dtype(matched, scales=True),
+        tokenizer=_tokenizer(found, config.vocab_size),
+        compilation_cache=_NO_RUN.compilation_cache,
+        read=functools.partial(
+            read_params,
+            matched,
+            specs,
+            interleaved=found.format == "meta",
+            title=f"read {found.folder.name}",
+        ),
     )
-    size = sum(x.nbytes for x in jax.tree.leaves(params))
-    with own_folder(folder) as new:
-        say(f"write {folder.name}: {size / 1e6:.1f} MB")  # Orbax tells nothing
-        checkpoints = Checkpoints(new, keep=1, copies=room_for(params))
-        checkpoints.save(0, trainable=params)
-        checkpoints.close()
-        if tokenizer is not None:
-            tokenizer.save(new)
-        storage.write_text(new / RECIPE, recipes.to_yaml(stored))
-
-
-def own_folder(folder: Path) -> contextlib.AbstractContextManager[Path]:
-    """A folder for checkpoints and, last, `RECIPE`: at a URL itself, where Orbax writes."""
-    outputs.check_absent(folder)
-    remote = storage.is_remote(folder)
-    return contextlib.nullcontext(folder) if remote else outputs.new_folder(folder, RECIPE)
-
-
-def differences(there: ModelConfig, here: ModelConfig) -> tuple[bool, list[str]]:
-    """Whether parameters of one model are none of the other, and what the two say differently."""
-    a, b = dataclasses.asdict(there), dataclasses.asdict(here)
-    differ = [key for key in b if key not in ("init", "max_length") and a[key] != b[key]]
-    said = [f"model.{key} is {b[key]}, there {a[key]}" for key in differ]
-    return bool(set(differ) - FREE), said

@@ -9,15 +9,14 @@ import contextlib
 import glob
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import jax
 
 from jllama.errors import StorageError, UserError
 from jllama.files import storage
-
-_MARKER = "commit_success.txt"
+from jllama.store.find import COMMITTED, complete_steps
 
 
 def needed(folder: Path) -> bool:
@@ -25,31 +24,24 @@ def needed(folder: Path) -> bool:
     return str(folder).startswith("s3://")
 
 
-def steps(folder: Path) -> list[int]:
-    """The complete steps at the URL, in order."""
-    found = storage.matches(f"{glob.escape(str(folder))}/*/{_MARKER}")
-    numbers = [name.split("/")[-2] for name in found]
-    return sorted(int(n) for n in numbers if n.isdigit())
-
-
 @contextlib.contextmanager
-def fetched(folder: Path, step: int) -> Iterator[Path]:
-    """A local folder that has a step of `folder`, while the context lasts.
+def fetched(folder: Path, step: int, trees: Collection[str]) -> Iterator[Path]:
+    """A local folder that has some trees of a step of `folder`, while the context lasts.
 
     Raises UserError when the step is not complete at the end of the copy: its marker goes first.
     """
     with tempfile.TemporaryDirectory(prefix="jllama-checkpoint-") as local:
         there = folder / str(step)
         pairs = []
-        for name in storage.matches(f"{glob.escape(str(there))}/**"):
-            file = Path(local, str(step), name.removeprefix(f"{there}/"))
-            if file.name != _MARKER:
+        for tree in trees:
+            for name in storage.matches(f"{glob.escape(str(there / tree))}/**"):
+                file = Path(local, name.removeprefix(f"{there}/"))
                 file.parent.mkdir(parents=True, exist_ok=True)
                 pairs.append((storage.path(name), file))
         try:
             storage.transfer(storage.download, pairs)
         finally:
-            if not storage.exists(there / _MARKER):
+            if not storage.exists(there / COMMITTED):
                 raise UserError(f"{there}: not complete; another run may be removing it")
         yield Path(local)
 
@@ -103,9 +95,9 @@ class Staging:
             files = [f for f in here.rglob("*") if f.is_file()]
             pairs = [(f, there / f.relative_to(here).as_posix()) for f in files]
             storage.transfer(storage.upload, pairs)
-            storage.write_text(there / _MARKER, f"{len(files)} files\n")
-            for old in steps(self._folder)[: -self._keep]:
-                storage.remove(self._folder / str(old) / _MARKER)  # first, and so it is gone
+            storage.write_text(there / COMMITTED, f"{len(files)} files\n")
+            for old in complete_steps(self._folder)[: -self._keep]:
+                storage.remove(self._folder / str(old) / COMMITTED)  # first, and so it is gone
                 storage.remove_folder(self._folder / str(old))
         except UserError as e:
             self._error = e

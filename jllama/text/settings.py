@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,8 @@ class TokenizerSettings:
     carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def load_settings(folder: Path) -> TokenizerSettings:
+def load_settings(folder: Path, names: Collection[str]) -> TokenizerSettings:
     """The folder's settings; those of files that are not there are empty. UserError if damaged."""
-    names = storage.names(folder)
     files = {
         name: parse_json(folder / name) if name in names else {}
         for name in (_CONFIG, _MAP, _ADDED, _GENERATION)

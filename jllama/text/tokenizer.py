@@ -1,5 +1,6 @@
 """The door to tokenizers: a file or a folder in, a `Tokenizer` of its kind out."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """`load_tokenizer` of a folder; None if it has none."""
-    names = storage.names(folder)
+def find_tokenizer(folder: Path, names: Collection[str] | None = None) -> Tokenizer | None:
+    """`load_tokenizer` of a folder; None if it has none.
+
+    `names` are those of its files, where they are known.
+    """
+    names = storage.names(folder) if names is None else names
     if _MODEL not in names and _JSON not in names:
         above = storage.absolute(folder).parent / _MODEL
         if "params.json" in names and storage.exists(above):
             return _from_file(above, _NO_SETTINGS)
         return None
-    settings = load_settings(folder)
+    settings = load_settings(folder, names)
     if _MODEL not in names:
         return _from_file(folder / _JSON, settings)
     if _JSON in names:

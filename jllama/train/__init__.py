@@ -20,7 +20,7 @@ _HOME = {
     "define_state": ("jllama.train.state", "define_state"),
     "evaluate": ("jllama.train.held_out", "evaluate"),
     "init_state": ("jllama.train.state", "init_state"),
-    "load_recipe": ("jllama.config.recipe", "load"),
+    "load_recipe": ("jllama.train.recipe", "load_recipe"),
     "load_state": ("jllama.train.state", "load_state"),
     "make_eval_step": ("jllama.train.step", "make_eval_step"),
     "make_placement": ("jllama.train.placement", "make_placement"),

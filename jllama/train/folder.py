@@ -22,7 +22,7 @@ from jllama.files import storage
 from jllama.files.locks import locked
 from jllama.parallel import distributed
 from jllama.progress import say
-from jllama.store.checkpoint import latest_step
+from jllama.store.find import latest_step
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 
 _DATA = "data.json"

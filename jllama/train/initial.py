@@ -1,8 +1,6 @@
-"""What a run begins from: a model, or an adapter that it trains on over the adapter's own base."""
+"""What a run begins from: a model, or an adapter that it trains on over the adapter's base."""
 
 import dataclasses
-from pathlib import Path
-from typing import NamedTuple
 
 from jllama.adapt.lora import layout
 from jllama.config import (
@@ -19,66 +17,61 @@ from jllama.files import storage
 from jllama.model.rope import original_length
 from jllama.parallel import distributed
 from jllama.progress import say
-from jllama.store.adapter import Adapter, base_path, is_adapter, open_adapted, open_adapter
-from jllama.store.model import StoredModel, differences, open_model
+from jllama.store.adapter import Adapter, base_of, differences, open_adapter
+from jllama.store.find import Found, find
+from jllama.store.model import StoredModel, open_adapted, open_model
 
 
-class Initial(NamedTuple):
-    """The model, or the base; and the adapter over it that is trained on."""
+def open_initial(config: Config) -> StoredModel | None:
+    """The model that `training.init_from` names, or the adapter that is trained on, with its base.
 
-    model: StoredModel
-    adapter: Adapter | None
-
-
-def open_initial(config: Config) -> Initial | None:
-    """What `training.init_from` names, not read yet; says on stderr where it is another.
-
-    Raises UserError when it has other shapes than the recipe's.
+    Differences from the recipe that change no shape are reported on stderr. Raises UserError for
+    those that do.
     """
     where = config.training.init_from
     if not where:
         return None
     try:
-        found = _open(config, storage.path(where))
+        initial = _open(config, find(storage.path(where)))
     except UserError as e:
         raise type(e)(f"training.init_from: {e}") from None
-    stored, adapter = found
-    there = stored.config
-    if adapter is None or adapter.format == "peft":
+    theirs = initial.config
+    if all(adapter.found.format == "peft" for adapter in initial.adapters.values()):
         # Padding of the tables is added or dropped where they are read.
-        there = dataclasses.replace(there, vocab_multiple=config.model.vocab_multiple)
-    fatal, said = differences(there, config.model)
-    if fatal:
-        if config.model.vocab_size > stored.config.vocab_size:
-            said.append("more rows are given by jllama vocabulary grow")
+        theirs = dataclasses.replace(theirs, vocab_multiple=config.model.vocab_multiple)
+    shapes_differ, notes = differences(theirs, config.model)
+    if shapes_differ:
+        if config.model.vocab_size > theirs.vocab_size:
+            notes.append("more rows are given by jllama vocabulary grow")
         raise UserError(
             f"training.init_from={where}: its parameters are not the recipe's model: "
-            + "; ".join(said)
+            + "; ".join(notes)
         )
-    if adapter is not None:
+    for adapter in initial.adapters.values():
         _check_overlay(config, adapter)
-        if adapter.format == "jllama" and adapter.quantize != config.adapt.quantize:
-            said.append(f"adapt.quantize is {config.adapt.quantize}, there {adapter.quantize}")
+        if adapter.found.format == "jllama" and adapter.quantize != config.adapt.quantize:
+            notes.append(f"adapt.quantize is {config.adapt.quantize}, there {adapter.quantize}")
     if distributed.leader():
-        for line in said + _lengths(stored.config, config.model):
+        for line in notes + _lengths(theirs, config.model):
             say(f"note: training.init_from={where}: {line}")
-    return found
+    return initial
 
 
-def _open(config: Config, path: Path) -> Initial:
+def _open(config: Config, found: Found) -> StoredModel:
     adapts = isinstance(config.adapt, LoraConfig)
-    if not is_adapter(path):
+    if not found.is_adapter:
         if adapts and config.adapt.base:
-            raise UserError(f"{path}: is no adapter, and adapt.base is for one; leave that out")
-        return Initial(open_model(path, model=config.model), None)
+            raise UserError(
+                f"{found.path}: is no adapter, and adapt.base is for one; leave that out"
+            )
+        return open_model(found, config.model)
     if not adapts:
         raise UserError(
-            f"{path}: is an adapter: adapt.kind=lora trains it on; to train all parameters, begin"
-            f" from what `jllama convert BASE DST --adapter {path}` makes"
+            f"{found.path}: is an adapter: adapt.kind=lora trains it on; to train all parameters,"
+            f" begin from what `jllama convert BASE DST --adapter {found.path}` makes"
         )
-    base = base_path(open_adapter(path), config.adapt.base)
-    stored, found = open_adapted(base, {path.name: path}, model=config.model)
-    return Initial(stored, found[path.name])
+    base = base_of(open_adapter(found), config.adapt.base)
+    return open_adapted(base, {found.path.name: found.path}, config.model)
 
 
 def _check_overlay(config: Config, adapter: Adapter) -> None:

@@ -19,7 +19,8 @@ from jllama.data.dataset import Data
 from jllama.parallel import distributed
 from jllama.parallel.sharding import Placement
 from jllama.progress import say
-from jllama.store.checkpoint import Checkpoints, latest_step
+from jllama.store.checkpoint import Checkpoints
+from jllama.store.find import latest_step
 from jllama.train.batches import Batches
 from jllama.train.folder import check_same_recipe, open_run, run_folder
 from jllama.train.held_out import EvalStep
@@ -130,7 +131,7 @@ def prepare(config: Config, stack: contextlib.ExitStack) -> tuple[Setup, RunStat
     adapts = isinstance(config.adapt, LoraConfig)
     reads_initial = together(lambda: adapts or not latest_step(folder))
     initial = together(lambda: open_initial(config) if reads_initial else None)
-    tokenizer = initial.model.tokenizer if initial else None
+    tokenizer = initial.tokenizer if initial else None
     _, data = stack.enter_context(open_run(config, tokenizer))
     checkpoints = together(lambda: Checkpoints(folder, config.checkpoint.keep))
     stack.callback(checkpoints.close)

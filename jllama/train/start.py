@@ -8,8 +8,8 @@ from jllama.config import Config, LoraConfig
 from jllama.files import storage
 from jllama.parallel import distributed
 from jllama.parallel.sharding import Placement
-from jllama.store.adapter import note_base, read_base
-from jllama.train.initial import Initial
+from jllama.store.adapter import note_base
+from jllama.store.model import StoredModel, read_base
 from jllama.train.state import (
     StateDef,
     TrainState,
@@ -27,7 +27,7 @@ def start_state(
     definition: StateDef,
     folder: Path,
     step: int = 0,
-    initial: Initial | None = None,
+    initial: StoredModel | None = None,
 ) -> tuple[TrainState, Any]:
     """Returns the state, and `frozen`, the step's second argument. Every process calls it.
 
@@ -48,7 +48,7 @@ def start_state(
     if step:
         return load_state(folder, step, definition), ()
     if initial is not None:
-        return start_from(definition, initial.model.read(definition.placed.trainable)), ()
+        return start_from(definition, initial.read(definition.placed.trainable)), ()
     return init_state(definition, config.run.seed), ()
 
 
@@ -58,16 +58,17 @@ def _start_overlay(
     definition: StateDef,
     folder: Path,
     step: int,
-    initial: Initial,
+    initial: StoredModel,
 ) -> tuple[TrainState, Any]:
     shapes = base_shapes(config, placement)
-    base, digest = read_base(initial.model, shapes, freezer(config))
-    model = str(storage.absolute(initial.model.place))
+    base, digest = read_base(initial, shapes, freezer(config))
+    model = str(storage.absolute(initial.place))
     distributed.together(lambda: note_base(folder, model, digest) if distributed.leader() else None)
     if step:
         state = load_state(folder, step, definition)
-    elif initial.adapter is not None:
-        _, overlay = initial.adapter.read(config.model, placement, base, digest)
+    elif initial.adapters:
+        (adapter,) = initial.adapters.values()
+        _, overlay = adapter.read(config.model, placement, base, digest)
         state = start_from(definition, overlay)
     else:
         state = init_state(definition, config.run.seed, base)

@@ -154,10 +154,9 @@ def base_shapes(config: Config, placement: Placement) -> llama.Params:
 
 def freezer(config: Config) -> EachLeaf:
     """Returns what quantises a base's leaf as `config.adapt` says; it maps shapes to shapes."""
-    specs = llama.param_specs(config.model, config.compute)
     overlay = lora.overlay_specs(config.model, config.compute, config.adapt)
     whole = {".".join(path) for path, _ in lora.whole_leaves(overlay)}
-    return quant.quantizer(specs, config.adapt.quantize, whole)
+    return quant.quantizer(config.model, config.adapt.quantize, whole)
 
 
 def _like_parameters(opt_state: Any, specs: Any, shardings: Any, placement: Placement) -> Any:

@@ -10,6 +10,7 @@ import reference
 import tiny
 
 from jllama.adapt import lora, mixture
+from jllama.adapt.merge import merge
 from jllama.config import LoraConfig, LoraOverride
 from jllama.errors import UserError
 from jllama.model import llama
@@ -106,7 +107,7 @@ def test_beside_and_merged_both_equal_the_float64_model(kind):
     tokens = tiny.tokens(2, 40)
     wanted = reference.logits(by_hand(KINDS[kind], BASE, overlay), MODEL, tokens)
     beside = logits(*lora.attach(KINDS[kind], BASE, overlay), tokens)
-    merged, error = lora.merge(KINDS[kind], BASE, overlay)
+    merged, error = merge(KINDS[kind], BASE, overlay)
     assert error.error == 0.0 < error.change
     assert tiny.relative_error(beside, wanted) < 1e-5
     assert tiny.relative_error(logits(merged, None, tokens), wanted) < 1e-5
@@ -139,8 +140,8 @@ def test_a_matrix_begins_the_same_whatever_else_is_adapted():
 def test_merging_says_what_rounding_did(kind, most):
     cfg = config()
     overlay = random(cfg, BASE)
-    exact, _ = lora.merge(cfg, BASE, overlay)
-    rounded, error = lora.merge(cfg, BASE, overlay, kind)
+    exact, _ = merge(cfg, BASE, overlay)
+    rounded, error = merge(cfg, BASE, overlay, kind)
     off = total = 0.0
     for path in PATH.values():
         x, y = (tree[path[0]][path[1]][path[2]]["kernel"] for tree in (exact, rounded))
@@ -239,7 +240,7 @@ def test_a_column_of_zeros_stays_one_under_dora():
     tokens = tiny.tokens(1, 10)
     wanted = tiny.logits(base, MODEL, tokens)
     assert tiny.relative_error(logits(*lora.attach(cfg, base, fresh), tokens), wanted) < 1e-6
-    merged, _ = lora.merge(cfg, base, fresh)
+    merged, _ = merge(cfg, base, fresh)
     params, joined = mixture.join(base, [(cfg, fresh)])
     both = (merged, None), (params, mixture.weighted(joined, jnp.ones((1, 1))))
     for params, collection in both:
@@ -253,4 +254,4 @@ def test_what_is_not_finite_is_said_as_such():
         overlay["layers"]["mlp"]["down"]["b"].at[0, 0, 0].set(jnp.nan)
     )
     with pytest.raises(UserError, match="the adapter, or its base, is not finite there"):
-        lora.merge(cfg, BASE, overlay)
+        merge(cfg, BASE, overlay)

@@ -22,7 +22,7 @@ from jllama.cli import main
 from jllama.config import TrainedTokenizer
 from jllama.interop import hf
 from jllama.interop.parameters import cast_params
-from jllama.store.model import write_model
+from jllama.store.write import write_model
 from jllama.text.vocabulary import train_sentencepiece
 
 MODEL = tiny.config(num_kv_heads=2, vocab_size=448)
@@ -231,7 +231,7 @@ def test_a_folder_without_its_last_file_is_no_model(own, tmp_path, monkeypatch, 
     def full(*_):
         raise jllama.UserError("disk full")
 
-    monkeypatch.setattr("jllama.store.model.storage.write_text", full)
+    monkeypatch.setattr("jllama.store.write.storage.write_text", full)
     hf_folder = tmp_path / "hf"
     assert convert(own, hf_folder, "--to", "jllama") == 2
     with pytest.raises(jllama.UserError, match="no such folder"):

@@ -11,7 +11,9 @@ import tiny
 import jllama
 from jllama.cli import main
 from jllama.interop import hf
-from jllama.store.model import open_model, write_model
+from jllama.store.find import find
+from jllama.store.model import open_model
+from jllama.store.write import write_model
 from jllama.text.infill import infill_tokens
 
 ENGLISH = "The quick brown fox jumps over the lazy dog.\nPack my box with jugs.\n" * 20
@@ -135,7 +137,7 @@ def test_a_model_grows_and_is_the_same_for_old_tokens(here, source, tmp_path, ca
 
 
 def test_a_model_without_a_tokenizer_grows_by_what_needs_none(here, tmp_path, capsys):
-    stored = open_model(here / "model")
+    stored = open_model(find(here / "model"))
     write_model(tmp_path / "bare", stored.config, tiny.params(stored.config), None)
     grow = ("grow", tmp_path / "bare", here / "merged", tmp_path / "out")
     assert "no tokenizer to spell new pieces with" in refused(capsys, *grow)

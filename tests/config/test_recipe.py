@@ -450,7 +450,7 @@ def test_the_docs_extend_a_large_model_with_the_papers_training(tmp_path):
         command.replace("\\\n", " ").replace("base=models/llama2-7b", f"base={model}")
     )
     words[1] = str(recipes.configs_folder().parent / words[1])
-    loaded = recipes.from_arguments(words)
+    loaded = recipes.from_arguments(words, None)
     assert loaded.model == dataclasses.replace(
         recipes.load_model("llama2-7b"),
         max_length=16384,

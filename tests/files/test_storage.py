@@ -39,7 +39,8 @@ from jllama.errors import StorageError, UserError
 from jllama.files import storage
 from jllama.files.mirror import Mirror
 from jllama.store import staging
-from jllama.store.checkpoint import Checkpoints, latest_step
+from jllama.store.checkpoint import Checkpoints
+from jllama.store.find import complete_steps, latest_step
 from jllama.text.tokenizer import load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train.loop import train
@@ -201,13 +202,16 @@ def test_a_store_that_is_away_costs_no_file(gs, capfd, monkeypatch):
 def test_a_folder_with_brackets_in_its_name_has_its_steps(s3, tmp_path):
     folder = storage.path(s3) / "runs[1]" / "checkpoints"
     storage.write_text(folder / "3" / "rest" / "x", "text")
-    assert staging.steps(folder) == []
-    with pytest.raises(UserError, match="checkpoints/3: not complete"), staging.fetched(folder, 3):
+    assert complete_steps(folder) == []
+    with (
+        pytest.raises(UserError, match="checkpoints/3: not complete"),
+        staging.fetched(folder, 3, ["rest"]),
+    ):
         pass
     storage.write_text(folder / "3" / "commit_success.txt", "1 files")
-    assert staging.steps(folder) == [3]
-    with staging.fetched(folder, 3) as local:
-        assert (local / "3" / "rest" / "x").read_text() == "text"
+    assert complete_steps(folder) == [3]
+    with staging.fetched(folder, 3, ["rest"]) as local:
+        assert (local / "rest" / "x").read_text() == "text"
     assert storage.exists(folder / "3" / "rest" / "x")
     assert not storage.exists(folder / "3")
 

@@ -354,14 +354,14 @@ def test_an_index_that_leaves_the_folder(place, sharded):
     shutil.copy(sharded / "model-00002-of-00002.safetensors", sharded.parent / "x.safetensors")
     _redirect(sharded, place)
     with pytest.raises(UserError) as e:
-        read_folder(sharded)
+        read_folder(sharded, os.listdir(sharded))
     _one_line(e, "model.safetensors.index.json")
 
 
 def test_an_index_that_names_a_missing_shard(sharded):
     (sharded / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors") as e:
-        read_folder(sharded)
+        read_folder(sharded, os.listdir(sharded))
     _one_line(e, "model.safetensors.index.json")
 
 
@@ -370,5 +370,5 @@ def test_an_index_that_names_the_wrong_shard(sharded):
     other = next(file for file in tensors.values() if file != tensors["lm_head.weight"])
     _redirect(sharded, other)
     with pytest.raises(UserError, match=r"lm_head\.weight") as e:
-        read_folder(sharded)
+        read_folder(sharded, os.listdir(sharded))
     _one_line(e, "model.safetensors.index.json")

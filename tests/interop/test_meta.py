@@ -143,10 +143,10 @@ def test_a_tied_head_that_is_there_must_be_the_table(tmp_path, monkeypatch, same
     monkeypatch.setattr(meta, "_facts", lambda *_: {})
     monkeypatch.setattr(meta, "_model", lambda *_: tied)
     if same:
-        assert meta.read_folder(tmp_path, None)[1].keys() == {"tok_embeddings.weight"}
+        assert meta.read_folder(tmp_path, [], None)[1].keys() == {"tok_embeddings.weight"}
     else:
         with pytest.raises(UserError, match=r"output\.weight differs from tok_embeddings"):
-            meta.read_folder(tmp_path, None)
+            meta.read_folder(tmp_path, [], None)
 
 
 def test_norms_are_whole_in_every_shard_and_equal(tmp_path):

@@ -12,7 +12,8 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import jllama
-from jllama.adapt.lora import attach, matrices, merge, overlay_specs, ranks_and_alphas
+from jllama.adapt.lora import attach, matrices, overlay_specs, ranks_and_alphas
+from jllama.adapt.merge import merge
 from jllama.config import LoraConfig, LoraOverride
 from jllama.errors import UserError
 from jllama.interop.peft import read_adapter, write_adapter

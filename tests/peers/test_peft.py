@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import jllama
-from jllama.adapt.lora import attach, merge
+from jllama.adapt.lora import attach
+from jllama.adapt.merge import merge
 from jllama.interop.peft import read_adapter, write_adapter
 from jllama.model import llama
 from tests.tiny import relative_error

@@ -4,6 +4,7 @@ Errors are the largest difference over the largest logit, at positions up to 2,0
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
 import jax
@@ -195,7 +196,7 @@ def test_jllama_reads_what_transformers_wrote(case, peer, made, measured):
 @by_peer
 @by_case
 def test_inverse_frequencies_of_what_transformers_wrote(case, peer, made):
-    config, _ = hf.read_folder(made[peer][case].folder)
+    config, _ = hf.read_folder(made[peer][case].folder, os.listdir(made[peer][case].folder))
     exact = made[peer][case].found()["inv_freq"]
     # Of the kinds that depend on it, the length is that of the text that was read last.
     np.testing.assert_allclose(inverse_frequencies(config, LENGTH), exact, rtol=1e-6)

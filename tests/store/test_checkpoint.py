@@ -16,7 +16,8 @@ from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.store import staging
-from jllama.store.checkpoint import Checkpoints, latest_step, load_params
+from jllama.store.checkpoint import Checkpoints, load_params
+from jllama.store.find import latest_step
 from jllama.store.fingerprint import fingerprint
 from jllama.train.state import define_state, from_trees, init_state, load_state, to_trees
 

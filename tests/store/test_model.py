@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import recipes as small
 import tiny
+import yaml
 
 import jllama
 from jllama.config import (
@@ -28,7 +29,9 @@ from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.store import checkpoint
-from jllama.store.model import open_model, write_model
+from jllama.store.find import find
+from jllama.store.model import architecture_at, open_model
+from jllama.store.write import write_model
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train.initial import open_initial
 from jllama.train.loop import train
@@ -62,7 +65,7 @@ def recipe(text, runs, source, *more):
     return recipes.load(
         text,
         [
-            f"training.init_from={source}",
+            *([f"training.init_from={source}"] if source else []),
             "training.schedule.peak=1e-30",
             "training.schedule.warmup_steps=0",
             "training.steps=2",
@@ -72,6 +75,7 @@ def recipe(text, runs, source, *more):
             "mesh.tensor=2",
             *more,
         ],
+        architecture_at,
     )
 
 
@@ -109,12 +113,65 @@ def test_another_model_is_refused_by_key_before_anything_is_made(text, source, t
 
 
 def test_a_recipe_takes_the_architecture_of_a_models_folder(text, source, tmp_path):
-    if source.name == "jllama":
-        config = recipe(text, tmp_path / "runs", source, f"model={source}", "model.max_length=40")
-        assert config.model == dataclasses.replace(MODEL, max_length=40)
-    else:
-        with pytest.raises(UserError, match=r"^model: .*hf: has no config\.yaml.*jllama convert"):
-            recipe(text, tmp_path / "runs", source, f"model={source}")
+    runs, wanted = tmp_path / "runs", dataclasses.replace(MODEL, max_length=40)
+    config = recipe(text, runs, source, f"model={source}", "model.max_length=40")
+    assert config.model == wanted
+    file = tmp_path / "base.yaml"
+    changes = yaml.safe_load(text.read_text())
+    changes["model"] = {"base": str(source), "max_length": 40}
+    file.write_text(yaml.safe_dump(changes))
+    assert recipe(file, runs, source).model == wanted
+    with pytest.raises(UserError, match=r"^model: .*absent"):
+        recipe(text, runs, source, f"model={tmp_path / 'absent'}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"^model: .*empty: neither a model nor an adapter"):
+        recipe(text, runs, source, f"model={tmp_path / 'empty'}")
+
+
+@pytest.fixture(scope="module", params=["hf", "jllama"])
+def published(request, tmp_path_factory, params):
+    """A model's folder with its tokenizer."""
+    texts = [Path(__file__).read_text()]
+    tokenizer = train_sentencepiece(texts, TrainedTokenizer(kind="train", vocab_size=310))
+    folder = tmp_path_factory.mktemp("published") / request.param
+    write = hf.write_folder if request.param == "hf" else write_model
+    write(folder, MODEL, params, tokenizer)
+    return folder
+
+
+def test_from_is_model_parameters_and_tokenizer_at_once(text, published, params, tmp_path):
+    config = recipe(text, tmp_path / "runs", None, f"from={published}", "data.length=24")
+    assert config.model == dataclasses.replace(MODEL, init=config.model.init)
+    assert config.training.init_from == config.tokenizer.path == str(published)
+    assert train(config).steps == 1
+    tuned = jllama.load(tmp_path / "runs" / "run")
+    jax.tree.map(np.testing.assert_array_equal, tuned.params, params)
+    assert tuned.tokenizer.digest == jllama.load(published).tokenizer.digest
+    # The folder's config has no word of it: it is resolved.
+    assert "from" not in yaml.safe_load((tmp_path / "runs" / "run" / "config.yaml").read_text())
+
+
+def test_what_from_stands_for_can_each_still_be_set(text, published, tmp_path):
+    runs = tmp_path / "runs"
+    own = recipe(text, runs, None).tokenizer
+    changed = recipe(text, runs, None, "model.max_length=40", f"from={published}")
+    assert changed.model.max_length == 40 and changed.training.init_from == str(published)
+    fresh = recipe(text, runs, None, f"from={published}", "training.init_from=")
+    assert fresh.training.init_from == "" and fresh.model.vocab_size == MODEL.vocab_size
+    # In a file its own keys win.
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"from: {published}\n" + text.read_text())
+    config = recipe(file, runs, None)
+    assert config.tokenizer == own and config.model == recipe(text, runs, None).model
+    keys = yaml.safe_load(text.read_text())
+    del keys["model"], keys["tokenizer"], keys["training"]["init_from"]
+    file.write_text(yaml.safe_dump(keys | {"from": str(published)}))
+    config = recipe(file, runs, None)
+    assert config.model.ffn_dim == MODEL.ffn_dim and config.tokenizer.path == str(published)
+    assert config.training.init_from == str(published)
+    with pytest.raises(UserError, match=r"^from: \[\]: expected the path"):
+        file.write_text(yaml.safe_dump(keys | {"from": []}))
+        recipe(file, runs, None)
 
 
 def test_another_tokenizer_is_said(text, params, tmp_path, capsys):
@@ -177,7 +234,7 @@ def test_meta_folders_may_have_another_rope_and_epsilon_too(tmp_path, text, caps
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
     file = ["tokenizer.kind=file", "tokenizer.path=none"]
     config = recipes.load(text, [f"training.init_from={tmp_path / 'meta'}", *file])
-    there = open_model(FIXTURES / "hf-llama3").config
+    there = open_model(find(FIXTURES / "hf-llama3")).config
     wanted = dataclasses.replace(there, rope_theta=1e6, rms_norm_eps=1e-4)
     stored = open_initial(dataclasses.replace(config, model=wanted)).model
     assert stored.config.rope_theta == params["rope_theta"]
@@ -198,18 +255,18 @@ def test_an_array_larger_than_orbax_may_hold_is_read(monkeypatch, tmp_path, para
     devices = jax.devices()[: np.prod(list(mesh.values()))]
     placement = Placement(make_mesh(MeshConfig(**mesh), devices), ShardingConfig())
     placed = llama.placed_shapes(MODEL, placement, dtype, "float32")
-    got = open_model(tmp_path / "own").read(placed)
+    got = open_model(find(tmp_path / "own")).read(placed)
     wanted = jax.tree.map(lambda x, like: x.astype(like.dtype), params, placed)
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 def test_what_a_folder_is_is_found_by_looking(source, tmp_path):
-    assert open_model(source).format == source.name
+    assert find(source).format == source.name
     both = tmp_path / "both"
     shutil.copytree(source, both)
     for name in ("config.json", "config.yaml"):
         (both / name).touch()
     with pytest.raises(UserError, match="may be jllama or hf; convert the one that you mean"):
-        open_model(both)
+        open_model(find(both))
     with pytest.raises(UserError, match="not a model; expected a run or a model"):
-        open_model(tmp_path)
+        open_model(find(tmp_path))

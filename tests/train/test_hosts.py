@@ -27,7 +27,7 @@ from jllama.parallel.distributed import LOST
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.store import checkpoint
-from jllama.store.checkpoint import latest_step
+from jllama.store.find import latest_step
 from jllama.store.fingerprint import fingerprint
 from jllama.train import loop
 from jllama.train import run as run_module

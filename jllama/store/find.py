@@ -1,0 +1,137 @@
+"""What a path holds: a run, a step of one, a model or an adapter, and in which format.
+
+`find` looks once, by one listing of the folder (two for a step of a run); whatever opens the path
+afterwards works from its record. The file that names the format:
+
+  jllama  config.yaml: a run, whose newest checkpoint counts, or a model or an adapter alone
+  hf      config.json: a model of Hugging Face's
+  meta    params.json: a model of Meta's
+  peft    adapter_config.json: an adapter of PEFT's, whatever else lies beside it
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from jllama.config import LoraConfig, StoredConfig
+from jllama.config.recipe import load_stored
+from jllama.errors import UserError
+from jllama.files import storage
+from jllama.interop.names import HF_CONFIG, META_PARAMS, PEFT_CONFIG
+
+RECIPE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+# Put last into the folder of a step at a URL, where a step without it is incomplete. The name and
+# the meaning are Orbax's on gs://.
+COMMITTED = "commit_success.txt"
+
+ModelFormat = Literal["jllama", "hf", "meta"]
+_FORMATS: dict[str, ModelFormat] = {RECIPE: "jllama", HF_CONFIG: "hf", META_PARAMS: "meta"}
+_EXPECTED = (
+    "expected a run or a model with config.yaml in it, RUN/checkpoints/STEP, or a folder of Hugging"
+    " Face (config.json), Meta (params.json) or PEFT (adapter_config.json); jllama downloads"
+    " nothing"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a path holds; nothing but names, and the config.yaml of our own formats, is read yet.
+
+    Attributes:
+      path: as it was given.
+      folder: where the files are: `path`, or for RUN/checkpoints/STEP the run.
+      files: sizes in bytes of the files in `folder`, by name.
+      stored: what config.yaml says; None in the formats of others.
+      step: the step that `path` names; None where it names none.
+    """
+
+    path: Path
+    folder: Path
+    format: ModelFormat | Literal["peft"]
+    files: Mapping[str, int]
+    stored: StoredConfig | None = None
+    step: int | None = None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an overlay of another model, and no model."""
+        if self.stored is None:
+            return self.format == "peft"
+        return isinstance(self.stored.adapt, LoraConfig)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a run, or a step of one."""
+        return self.stored is not None and self.stored.run is not None
+
+    def checkpoint(self) -> int:
+        """The step that counts: the one that the path names, or else the newest.
+
+        Raises UserError if a run has none yet.
+        """
+        step = latest_step(self.folder) if self.step is None else self.step
+        if step is None:
+            raise UserError(f"{self.path}: the run has no checkpoint yet; train it first")
+        return step
+
+
+def find(path: Path, format: ModelFormat | None = None) -> Found:
+    """What `path` holds; `format` chooses where a folder has the files of several.
+
+    Raises UserError if it is none of the above, or may be several.
+    """
+    files = storage.listing(path).files
+    if format is None and PEFT_CONFIG in files:
+        return Found(path, path, "peft", files)
+    formats = [found for file, found in _FORMATS.items() if file in files]
+    if format is not None:
+        formats = [format]
+    if len(formats) > 1:
+        raise UserError(
+            f"{path}: may be {' or '.join(formats)}; convert the one that you mean (jllama convert"
+            " --from), or give a folder of one alone"
+        )
+    if formats and formats[0] != "jllama":
+        return Found(path, path, formats[0], files)
+    if RECIPE in files:
+        return Found(path, path, "jllama", files, load_stored(path / RECIPE))
+    checkpoints = storage.absolute(path).parent
+    if path.name.isdecimal() and checkpoints.name == CHECKPOINTS:
+        run = checkpoints.parent
+        files = storage.listing(run).files
+        if RECIPE not in files:
+            raise UserError(f"{run}: no config.yaml, which a run and a model of jllama have")
+        return Found(path, run, "jllama", files, load_stored(run / RECIPE), int(path.name))
+    if formats:
+        raise UserError(f"{path}: no config.yaml, which a run and a model of jllama have")
+    what = "no such folder"
+    if storage.is_folder(path):
+        what = "neither a model nor an adapter"
+    elif storage.exists(path):
+        what = "a file, give its folder"
+    raise UserError(f"{path}: {what}; {_EXPECTED}")
+
+
+def latest_step(run: Path) -> int | None:
+    """The newest complete checkpoint of a run; None if there is none."""
+    folder = run / CHECKPOINTS
+    return next((step for step in reversed(_begun(folder)) if is_complete(folder, step)), None)
+
+
+def complete_steps(checkpoints: Path) -> list[int]:
+    """The complete steps in a folder of checkpoints, in order."""
+    return [step for step in _begun(checkpoints) if is_complete(checkpoints, step)]
+
+
+def _begun(checkpoints: Path) -> list[int]:
+    names = storage.listing(checkpoints).folders
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def is_complete(checkpoints: Path, step: int) -> bool:
+    """Whether a folder of checkpoints has all of a step."""
+    if not storage.is_remote(checkpoints):
+        return storage.is_folder(checkpoints / str(step))  # Orbax names it once it is complete
+    return storage.exists(checkpoints / str(step) / COMMITTED)
