@@ -18,7 +18,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --for
 	--no-annotate --custom-compile-command "make lock" pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install train long-context test test-peers bench plan plans lint format lock clean
+.PHONY: help install train long-context test test-peers bench plan plans api lint format lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ plan: $(VENV)/.default $(VENV)/.plan  ## install the TPU compiler for jllama pla
 
 plans: plan  ## write docs/plans.md: compile 7B to 405B for TPU slices (half an hour on two cores)
 	$(BIN)/python -m benchmarks.plans docs/plans.md
+
+api: $(VENV)/.dev  ## write the API reference, the docstrings as HTML, to build/api
+	JAX_PLATFORMS=cpu $(BIN)/python docs/api.py build/api
 
 lint: $(VENV)/.dev  ## check format, rules, the lock, and that every extra resolves over it
 	$(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
 """Trains a recipe: python train.py --config configs/train/tiny.yaml --training.steps=100
 
-Any key of the recipe can be overridden: --section.key=value. With the same run folder it resumes.
-Stopped by a signal before its last step, it leaves with status 75: start it again.
+Any key of the recipe can be overridden: --section.key=value. The same command resumes a run that
+was interrupted; one that a signal stops before its last step exits with status 75: start it again.
 """
 
 import json
@@ -16,7 +16,8 @@ from jllama.files import storage
 from jllama.parallel import distributed
 from jllama.store.model import architecture_at
 from jllama.text.infill import FILL_ME, Infill, from_text
-from jllama.train.loop import Result, train
+from jllama.train.loop import train
+from jllama.train.report import Result
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
 
 
 def report(config: Config, result: Result, prompt: str | Infill) -> None:
-    """Writes summary.json, and prints the figures and the sample."""
+    """Writes summary.json, and prints the held-out loss and the sample."""
     summary = {
         "steps": result.steps,
         "tokens": result.tokens,
@@ -45,7 +46,7 @@ def report(config: Config, result: Result, prompt: str | Infill) -> None:
     def save() -> None:
         storage.write_text(result.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
 
-    save()  # whatever comes after may fail
+    save()  # compressing and sampling may fail
     if result.eval and config.eval.compare_xz:
         summary["eval"] |= xz_bits_per_byte(config.data)
         save()

@@ -14,10 +14,10 @@ import jllama
 from jllama.cli import main
 from jllama.config import TrainedTokenizer
 from jllama.config import recipe as recipes
-from jllama.parallel.mesh import make_mesh
 from jllama.store.write import write_model
 from jllama.text.vocabulary import train_sentencepiece
-from jllama.train import loop
+from jllama.train import loop, run
+from jllama.train.placement import make_placement
 
 PAGE = Path(__file__).parent.parent / "docs" / "new-language.md"
 LETTERS = "这本书很好房间干净服务员不错价格便宜喜欢故事一般"
@@ -38,8 +38,9 @@ def blocks(language):
 def here(tmp_path, monkeypatch):
     """A folder with reviews, and a model that knows code alone as `runs/code`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
-    monkeypatch.setattr(loop, "peak_flops", lambda dtype: (1e12, "published"))
+    one = functools.partial(make_placement, devices=jax.devices()[:1])
+    monkeypatch.setattr(run, "make_placement", one)
+    monkeypatch.setattr(run, "peak_flops", lambda dtype: (1e12, "published"))
     some = random.Random(0)
     words = ["".join(some.choices(LETTERS, k=3)) for _ in range(60)]
     Path("zh").mkdir()

@@ -180,7 +180,7 @@ def test_bad_input_is_one_line_and_status_2(recipe, script, args, said):
 def test_another_config_in_the_folder_is_status_2(recipe, script, whole):
     status, out, err = script("--config", str(recipe), "--run.name=whole", "--run.seed=5")
     assert (status, out) == (2, "")
-    assert "run.seed: 0 there, 5 now" in err
+    assert "run.seed: 0 before, 5 now" in err
     assert err.count("\n") == 1
 
 

@@ -33,7 +33,8 @@ from jllama.plan import bounds
 from jllama.plan.devices import compile_only_devices, hbm_bytes
 from jllama.plan.topology import Topology, parse
 from jllama.train.loss import causal_lm_loss
-from jllama.train.state import StateDef, base_shapes, check_batches, define_state
+from jllama.train.placement import check_batches
+from jllama.train.state import StateDef, base_shapes, define_state
 from jllama.train.step import make_eval_step, make_train_step
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}

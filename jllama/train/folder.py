@@ -1,13 +1,16 @@
-"""The run folder: what begins it, who may go on in it, and what all processes must agree on.
+"""The folder of a run: how it is begun, what a resumed run may change, what processes agree on.
 
-RUN/config.yaml  the resolved recipe      RUN/checkpoints/STEP  parameters, optimizer state
-RUN/tokenizer.model, or tokenizer.json     RUN/metrics.jsonl, RUN/tensorboard
-RUN/data.json    digests of the prepared text
-RUN/base.json    of an overlay: the model that it adapts, and the digest of its parameters
+RUN/config.yaml        the resolved recipe
+RUN/tokenizer.model    the tokenizer; or tokenizer.json
+RUN/data.json          digests of the prepared text
+RUN/base.json          where an overlay is trained: its base, and the fingerprint of its parameters
+RUN/checkpoints/STEP   what is trained, and the optimizer's state
+RUN/metrics.jsonl      the metrics of every step; RUN/tensorboard holds the same
 """
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,15 @@ from jllama.data.dataset import Data, open_data, open_tokenizer
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.files.locks import locked
+from jllama.parallel import distributed
 from jllama.progress import say
 from jllama.store.find import latest_step
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 
 _DATA = "data.json"
 
-# What may change between two runs in one folder: none of it changes what a step computes, but for
-# the order of sums on another mesh.
+# A resumed run may change these keys: what a step computes does not depend on them, except that
+# another mesh adds in another order.
 _FREE = (
     "run.folder", "run.name", "run.log_every", "run.profile", "run.stop_after",
     "run.compilation_cache", "checkpoint.", "data.prefetch", "data.prepare.folder",
@@ -33,23 +37,55 @@ _FREE = (
 )  # fmt: skip
 
 
-def begin(
-    config: Config, folder: Path, stack: contextlib.ExitStack, initial: Tokenizer | None = None
-) -> Data:
-    """The leader's part: the folder, locked until `stack` ends, its tokenizer and the data.
+def run_folder(config: Config) -> Path:
+    """The run's folder, `run.folder`/`run.name`; it may be a URL."""
+    return storage.path(config.run.folder) / config.run.name
 
-    `initial` is the tokenizer of the model that the run begins from.
+
+@contextlib.contextmanager
+def open_run(
+    config: Config, initial_tokenizer: Tokenizer | None = None
+) -> Iterator[tuple[Path, Data]]:
+    """Opens the run's folder and its data to train: the context is (folder, data).
+
+    Every process enters it. Process 0 locks the folder for as long as the context lasts, writes
+    config.yaml, tokenizer and data.json, and prepares text that is not prepared yet. When the
+    folder holds a checkpoint, the tokenizer is the folder's.
+
+    Raises `UserError`, in all processes, when a resumed run has another config or other text, when
+    another process trains in the folder, or when sources cannot be read.
+
+    Args:
+      initial_tokenizer: that of the model the run begins from; a note says where the recipe's is
+        another.
     """
+    folder, together = run_folder(config), distributed.together
+    with contextlib.ExitStack() as stack:
+        leader = distributed.leader()
+        # Process 0 makes what is missing while the others wait. They find it, or make their own
+        # where prepared data is not on shared storage.
+        data = together(
+            lambda: _begin(config, folder, stack, initial_tokenizer) if leader else None
+        )
+        data = together(lambda: data or _join(config, folder))
+        distributed.check_same("the prepared text", _digests_text(data), "give all the same files")
+        yield folder, data
+
+
+def _begin(
+    config: Config, folder: Path, stack: contextlib.ExitStack, initial_tokenizer: Tokenizer | None
+) -> Data:
+    """Process 0's part of `open_run`; `stack` releases the lock."""
     busy = "another process trains here; choose another run.name"
     stack.enter_context(locked(folder, busy=busy))
     if latest_step(folder):
         _check_same_config(folder, config)
-        tokenizer = load_tokenizer(folder)  # the run's own, whatever the recipe's is by now
+        tokenizer = load_tokenizer(folder)  # the recipe's path may hold another one by now
         data = open_data(config, tokenizer)
         _check_same_data(folder, data)
     else:
         tokenizer = open_tokenizer(config)
-        if initial is not None and initial.digest != tokenizer.digest:
+        if initial_tokenizer is not None and initial_tokenizer.digest != tokenizer.digest:
             where = config.training.init_from
             say(
                 f"note: the tokenizer is not that of training.init_from={where}, whose parameters"
@@ -57,15 +93,16 @@ def begin(
             )
         data = open_data(config, tokenizer)
         tokenizer.save(folder)
-        storage.write_text(folder / _DATA, digests(data))
+        storage.write_text(folder / _DATA, _digests_text(data))
     _note_unused_rows(config.model.vocab_size, tokenizer.vocab_size)
-    storage.make_folder(folder / "checkpoints")  # Orbax has a traceback for a file in its place
+    # Where a file is in the way this is a UserError; Orbax would raise its own.
+    storage.make_folder(folder / "checkpoints")
     storage.write_text(folder / "config.yaml", recipes.to_yaml(config))
     return data
 
 
 def _note_unused_rows(rows: int, pieces: int) -> None:
-    # Fewer are padding, to a number that divides well.
+    # A few unused rows are padding to a size that divides well.
     if rows - pieces > rows // 100:
         say(
             f"note: {rows - pieces:,} of model.vocab_size={rows:,} rows have no piece: the"
@@ -73,12 +110,12 @@ def _note_unused_rows(rows: int, pieces: int) -> None:
         )
 
 
-def join(config: Config, folder: Path) -> Data:
-    """The others' part: the run's tokenizer, and the data prepared with it."""
+def _join(config: Config, folder: Path) -> Data:
+    """The other processes' part of `open_run`, once process 0 has begun."""
     if not storage.exists(folder / "config.yaml"):
         raise UserError(
-            f"{folder}: process 0 made it, and it is not here: run.folder must be on storage that"
-            " all processes share"
+            f"{folder}: process 0 wrote this folder and this process does not see it: run.folder"
+            " must be on storage that all processes share"
         )
     return open_data(config, load_tokenizer(folder))
 
@@ -89,21 +126,28 @@ def advice(folder: Path) -> str:
     return f"the same command resumes from step {step}" if step else "the same command starts anew"
 
 
-def told_alike(config: Config) -> str:
-    """The keys that must be the same in all processes: all but where a host keeps its own."""
-    own = ("distributed.process_id", "data.prepare.", "run.compilation_cache")
+def check_same_recipe(config: Config) -> None:
+    """Raises `SharedError` unless all processes have the same recipe.
+
+    Keys that may differ from host to host are not compared.
+    """
+    local = ("distributed.process_id", "data.prepare.", "run.compilation_cache")
     keys = flatten(recipes.to_dict(config))
-    return json.dumps({k: v for k, v in sorted(keys.items()) if not k.startswith(own)})
-
-
-def digests(data: Data) -> str:
-    """What the run's tokens are, by source: the text of data.json."""
-    return json.dumps(_digests(data), indent=1)
+    text = json.dumps({k: v for k, v in sorted(keys.items()) if not k.startswith(local)})
+    distributed.check_same("the recipe", text, "start all with the same arguments")
 
 
 def _digests(data: Data) -> dict[str, dict[str, str]]:
+    """The digest of each source's tokens, by part and name."""
     parts = {"train": data.sources, "held_out": data.held_out}
-    return {p: {name: x.digest for name, x in some.items()} for p, some in parts.items()}
+    return {
+        part: {name: prepared.digest for name, prepared in sources.items()}
+        for part, sources in parts.items()
+    }
+
+
+def _digests_text(data: Data) -> str:
+    return json.dumps(_digests(data), indent=1)
 
 
 def _check_same_data(folder: Path, data: Data) -> None:
@@ -124,11 +168,11 @@ def _check_same_data(folder: Path, data: Data) -> None:
 def _check_same_config(folder: Path, config: Config) -> None:
     old = recipes.load(folder / "config.yaml")
     before, after = flatten(recipes.to_dict(old)), flatten(recipes.to_dict(config))
-    # A base may lie elsewhere by now: `note_base` compares its parameters.
+    # An overlay's base may have moved: `note_base` compares its parameters, not its path.
     adapts = isinstance(config.adapt, LoraConfig)
     free = (*_FREE, "training.init_from", "adapt.base") if adapts else _FREE
     changed = [
-        f"{key}: {before.get(key, 'absent')} there, {after.get(key, 'absent')} now"
+        f"{key}: {before.get(key, 'absent')} before, {after.get(key, 'absent')} now"
         for key in sorted(before.keys() | after.keys())
         if before.get(key, ...) != after.get(key, ...) and not key.startswith(free)
     ]
@@ -141,7 +185,7 @@ def _check_same_config(folder: Path, config: Config) -> None:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested values as {dotted key: value}."""
+    """Returns nested values as {dotted key: value}."""
     if isinstance(tree, dict):
         items = tree.items()
     elif isinstance(tree, list) and any(isinstance(x, dict) for x in tree):

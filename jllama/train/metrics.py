@@ -13,21 +13,25 @@ from jllama.files import storage
 from jllama.files.mirror import Mirror
 from jllama.progress import say
 
-_NAME = "metrics.jsonl"
+METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Writes a run's metrics from `start` on; what an earlier run wrote beyond it is dropped.
+    """Writes the metrics of a run to its folder and, in short, to stderr.
 
-    What the local disk does not take is a `UserError`.
+    Raises `UserError` when the local disk cannot be written.
     """
 
     def __init__(self, run: Path, start: int, steps: int, log_every: int):
-        kept = [line for line in read(run / _NAME) if line["step"] <= start]
+        """Goes on after step `start` of `steps`; lines of later steps in the folder are dropped.
+
+        Every `log_every` steps a line goes to stderr, unless a progress bar is shown there.
+        """
+        lines = [line for line in read(run / METRICS) if line["step"] <= start]
         self._mirror = Mirror(run)
-        path = self._mirror.local / _NAME
-        # Put in place at once: a kill here loses nothing.
-        storage.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        path = self._mirror.local / METRICS
+        # The file is replaced as a whole: a kill here loses no line.
+        storage.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._local = self._mirror.local
         folder = self._local / "tensorboard"
         with storage.writing(self._local):
@@ -36,13 +40,14 @@ class MetricsWriter:
         self._boarder = self._board.file_writer.event_writer._worker
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=None, smoothing=0.05)
         self._first, self._steps, self._every = start + 1, steps, log_every
-        self._since: list[tuple[float, float]] = []  # (tokens, seconds) of steps since a line
+        # (tokens, seconds) of each step since the last line on stderr
+        self._since: list[tuple[float, float]] = []
         self._speed = ""
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """The metrics of a training step."""
+        """Writes the metrics of a training step."""
         self._record(step, values)
-        if step == self._first:  # mostly compilation, and so part of no mean
+        if step == self._first:  # most of it is compilation: it is left out of the mean speed
             self._speed = f"first step {values['seconds']:.1f} s"
         else:
             self._since.append((values["weight"], values["seconds"]))
@@ -59,7 +64,7 @@ class MetricsWriter:
             self.say(f"step {step}  {brief}")
 
     def _mean_speed(self, step: int) -> str:
-        """Of the steps since the last line; the bar itself says what is left."""
+        """The speed since the last line, and the time that is left, which a bar shows itself."""
         tokens, seconds = map(sum, zip(*self._since, strict=True))
         speed = f"{tokens / seconds:,.0f} tok/s"
         if not self._bar.disable or step == self._steps:
@@ -68,7 +73,7 @@ class MetricsWriter:
         return f"{speed}  {tqdm.format_interval(left)} left"
 
     def write_eval(self, step: int, values: dict[str, float]) -> None:
-        """The metrics of an evaluation."""
+        """Writes what `evaluate` returned."""
         self._record(step, {f"eval_{k}": v for k, v in values.items()})
         brief = f"step {step}  held-out loss {values['loss']:.4f}"
         if "bits_per_byte" in values:
@@ -76,25 +81,25 @@ class MetricsWriter:
         self.say(brief)
 
     def say(self, line: str) -> None:
-        """A line on stderr that leaves the progress bar whole."""
+        """Writes a line to stderr, above the progress bar."""
         say(line)
 
     def _record(self, step: int, values: dict[str, float]) -> None:
-        with storage.writing(self._local / _NAME):
+        with storage.writing(self._local / METRICS):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._check_board()
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
 
     def _check_board(self) -> None:
-        # A full disk ends tensorboardX's thread, and its queue, once full, would block for ever.
+        # A full disk ends tensorboardX's thread. Its queue would then fill up, and block us.
         if not self._boarder.is_alive():
             raise UserError(f"{self._local / 'tensorboard'}: not writable, see above; disk full?")
 
     def sync(self) -> None:
-        """Where the run is a URL: copies everything there now, as at a checkpoint.
+        """Copies all files to the run's URL now; does nothing when the run's folder is local.
 
-        What the store does not take is said, and is tried again later.
+        A copy that fails is reported on stderr and tried again later.
         """
         with storage.writing(self._local):
             self._check_board()
@@ -102,7 +107,7 @@ class MetricsWriter:
         self._mirror.try_sync()
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Writes what is buffered, and closes the files."""
         self._bar.close()
         with contextlib.ExitStack() as stack:
             stack.callback(self._mirror.close)
@@ -113,7 +118,7 @@ class MetricsWriter:
 
 
 class NoMetricsWriter:
-    """`MetricsWriter` of a process that does not lead: another one writes them."""
+    """A `MetricsWriter` that writes nothing, for all processes but process 0."""
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -127,7 +132,7 @@ class NoMetricsWriter:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that was cut off by a kill is left out."""
+    """Returns the lines of a metrics.jsonl, without a last line that a kill has cut off."""
     try:
         text = storage.read_text(path)
     except FileNotFoundError:

@@ -23,9 +23,10 @@ from jllama.model.llama import ParamSpec
 
 
 def learning_rate(config: Schedule, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Step (0-based) -> learning rate of that step; the warm-up reaches the peak at its last step.
+    """Returns the schedule: step, counted from 0 -> learning rate of that step, float32.
 
-    Cosine and WSD reach their floor at the last of `steps`.
+    The warm-up reaches the peak at its last step. Cosine and WSD reach their floor at the last of
+    `steps`.
     """
 
     def rate(step: jax.Array) -> jax.Array:
@@ -46,10 +47,13 @@ def learning_rate(config: Schedule, steps: int) -> Callable[[jax.Array], jax.Arr
 
 
 def make_optimizer(config: Optimizer, specs: Any) -> optax.GradientTransformation:
-    """Gradient, clipped already -> direction, to be multiplied by minus the learning rate.
+    """Returns what maps a clipped gradient to a direction: minus the rate times it is the update.
 
-    `specs` is the tree of `ParamSpec`: what decays and what is a matrix is decided where each
-    parameter is declared. State and arithmetic are float32 when the parameters handed in are.
+    State and arithmetic are float32 when the parameters given to it are.
+
+    Args:
+      specs: the parameters' `ParamSpec`s. Each says, from where the parameter is declared, whether
+        it decays and whether it is a matrix.
     """
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=jnp.float32)
     match config:
@@ -71,10 +75,12 @@ def _decays(spec: ParamSpec) -> bool:
 
 
 def _muon(momentum: float, specs: Any) -> optax.GradientTransformation:
-    """Orthogonalised momentum, times 0.2 sqrt(max(inputs, outputs)): AdamW's usual update size."""
+    """Momentum, orthogonalised, times 0.2 sqrt(max(inputs, outputs)): the usual size of AdamW's
+    updates (arXiv:2502.16982, equation 4).
+    """
 
     def split(spec: ParamSpec) -> tuple[int, int]:
-        stacked = int(spec.axes[0] == "layers")  # each layer's matrix is orthogonalised alone
+        stacked = int(spec.axes[0] == "layers")  # each layer's matrix is orthogonalised by itself
         return stacked, stacked + spec.inputs
 
     def dimensions(spec: ParamSpec) -> optax.contrib.MuonDimensionNumbers:
@@ -101,5 +107,5 @@ def _muon(momentum: float, specs: Any) -> optax.GradientTransformation:
 
 
 def make_schedule(config: TrainingConfig) -> Callable[[jax.Array], jax.Array]:
-    """The recipe's learning rate."""
+    """Returns the recipe's schedule, as `learning_rate` does."""
     return learning_rate(config.schedule, config.steps)

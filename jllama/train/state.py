@@ -1,12 +1,11 @@
-"""The training state: what a run is at a step, and how it starts.
+"""The training state: its shapes, its placement on a mesh, and how it is made.
 
-A run trains every parameter, or a LoRA overlay; then the base's parameters are `frozen`, an
-argument of the step beside the state.
+A run trains every parameter, or a LoRA overlay. The parameters of the overlay's base are no part of
+the state: they are `frozen`, an argument of the step beside it.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,16 +16,22 @@ import optax
 
 from jllama.adapt import lora, quant
 from jllama.config import Config, LoraConfig
-from jllama.errors import UserError
 from jllama.model import llama
 from jllama.model.param import EachLeaf, dotted, map_leaves
 from jllama.parallel.sharding import Placement
 from jllama.store.checkpoint import load_trees
 from jllama.train.optimizer import make_optimizer
+from jllama.train.placement import check_rows
 
 
 class TrainState(NamedTuple):
-    """`step` optimizer steps have been taken (int32 scalar)."""
+    """The state after some optimizer steps: what a checkpoint holds.
+
+    Attributes:
+      step: how many steps have been taken, int32 scalar.
+      trainable: the parameters in `compute.param_dtype`, or an overlay.
+      opt_state: the optimizer's state; its moments are float32, whatever the parameters are.
+    """
 
     step: jax.Array
     trainable: Any
@@ -35,14 +40,16 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StateDef:
-    """How to make the state of a recipe, and how it is placed.
+    """How the state of a recipe is made, and where it lies.
 
     Attributes:
-      init: (base, key) -> what is trained, pure; the base is () where everything is.
-      start: what is trained -> TrainState at step 0, pure.
-      optimizer: gradient -> direction.
-      shapes, shardings: trees like the state.
-      frozen: what is used of the base and not trained, as placed shapes; () likewise.
+      init: (base, key) -> fresh `trainable`, a pure function. The base is () when every parameter
+        is trained.
+      start: `trainable` -> TrainState at step 0, a pure function.
+      optimizer: gradient -> direction, to be multiplied by minus the learning rate.
+      shapes, shardings: the state with a `jax.ShapeDtypeStruct`, or a sharding, at each leaf.
+      frozen: the base's parameters that are not trained, as shapes with shardings; () when every
+        parameter is trained.
     """
 
     init: Callable[[Any, jax.Array], Any]
@@ -54,7 +61,7 @@ class StateDef:
 
     @property
     def placed(self) -> TrainState:
-        """The state as shapes in their places."""
+        """The state with a `jax.ShapeDtypeStruct` at each leaf, its sharding included."""
         return jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
             self.shapes,
@@ -63,7 +70,9 @@ class StateDef:
 
 
 def to_trees(state: TrainState) -> dict[str, Any]:
-    """The state as the named trees of a checkpoint: {"trainable", "rest"}."""
+    """Returns the trees of a checkpoint, {"trainable", "rest"}, as `Checkpoints.save` takes them:
+    `checkpoints.save(step, **to_trees(state))`.
+    """
     return {
         "trainable": state.trainable,
         "rest": {"step": state.step, "opt_state": state.opt_state},
@@ -71,26 +80,31 @@ def to_trees(state: TrainState) -> dict[str, Any]:
 
 
 def from_trees(trees: dict[str, Any]) -> TrainState:
-    """The inverse of `to_trees`."""
+    """Returns the state whose `to_trees` is given."""
     return TrainState(trees["rest"]["step"], trees["trainable"], trees["rest"]["opt_state"])
 
 
 def load_state(run: Path, step: int, definition: StateDef) -> TrainState:
-    """The state that a run's checkpoint of `step` holds, in the definition's shardings.
+    """Reads the state from a run's checkpoint of `step`, straight into the definition's shardings.
 
-    Raises `UserError` when there is no such checkpoint, or it has other shapes.
+    The run may have been on another mesh. Every process calls it, and reads what its own devices
+    hold. Raises `UserError` when there is no such checkpoint, or it has other shapes.
     """
     return from_trees(load_trees(run, step, **to_trees(definition.placed)))
 
 
 def as_float32(tree: Any) -> Any:
-    """The tree in float32, the dtype of gradients, updates and optimizer state."""
+    """Returns the tree in float32, the dtype of gradients, updates and optimizer state."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def define_state(config: Config, placement: Placement) -> StateDef:
-    """The state of a recipe that trains every parameter, or an overlay as `config.adapt` says."""
-    _check_rows(config, placement)
+    """Says what the recipe's state is and where it lies; computes nothing.
+
+    Raises `UserError`, with the parameter's path, for an array that the mesh cannot share out as
+    the sharding rules ask.
+    """
+    check_rows(config, placement)
     if isinstance(config.adapt, LoraConfig):
         specs = lora.overlay_specs(config.model, config.compute, config.adapt)
         base = map_leaves(base_shapes(config, placement), freezer(config))
@@ -105,13 +119,13 @@ def define_state(config: Config, placement: Placement) -> StateDef:
     optimizer = make_optimizer(config.training.optimizer, specs)
     ratio = getattr(config.adapt, "learning_rate_ratio", 1.0)
     if ratio != 1.0:
-        optimizer = optax.chain(optimizer, _faster_b(ratio))
+        optimizer = optax.chain(optimizer, _scale_b(ratio))
 
     def start(trainable: Any) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, trainable, optimizer.init(as_float32(trainable)))
 
-    # The key is made inside: outside it would start this machine's devices.
+    # The key is made inside eval_shape: outside, it would start this machine's devices.
     shapes = jax.eval_shape(lambda base: start(init(base, jax.random.key(0))), base)
     shardings = jax.tree_util.tree_map_with_path(
         lambda path, s: placement.sharding(s.shape, s.axes, dotted(path)), specs
@@ -121,68 +135,35 @@ def define_state(config: Config, placement: Placement) -> StateDef:
     return StateDef(init, start, optimizer, shapes, placed, frozen)
 
 
-def _faster_b(ratio: float) -> optax.GradientTransformation:
-    """Directions of an overlay, those of each `b` times the ratio (arXiv:2402.12354)."""
+def _scale_b(ratio: float) -> optax.GradientTransformation:
+    """Multiplies the direction of each factor `b` of an overlay by the ratio (arXiv:2402.12354)."""
 
-    def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    def scaled(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         return x * ratio if path[-1].key == "b" else x
 
-    return optax.stateless(lambda xs, _: jax.tree_util.tree_map_with_path(one, xs))
+    return optax.stateless(lambda xs, _: jax.tree_util.tree_map_with_path(scaled, xs))
 
 
 def base_shapes(config: Config, placement: Placement) -> llama.Params:
-    """The base's parameters as they are read: matrices in the dtype that they are used in."""
+    """Returns the base's parameters, as they are read, as shapes with shardings.
+
+    Matrices have the dtype of the computation, scales of norms float32.
+    """
     return llama.placed_shapes(config.model, placement, config.compute.dtype, "float32")
 
 
 def freezer(config: Config) -> EachLeaf:
-    """How the base is kept: quantised if `config.adapt` says so. Shapes give shapes."""
+    """Returns what quantises a base's leaf as `config.adapt` says; it maps shapes to shapes."""
     overlay = lora.overlay_specs(config.model, config.compute, config.adapt)
     whole = {".".join(path) for path, _ in lora.whole_leaves(overlay)}
     return quant.quantizer(config.model, config.adapt.quantize, whole)
 
 
-def _check_rows(config: Config, placement: Placement) -> None:
-    """Raises `UserError` for rows that the context axis would not share out but repeat."""
-    length, ways = config.data.length, placement.mesh.shape["context"]
-    if length % ways:
-        raise UserError(
-            f"data.length={length} does not divide by mesh.context={ways}: every device would"
-            f" compute whole rows; choose a multiple, best of {2 * ways}"
-        )
-
-
-def check_batches(config: Config, placement: Placement) -> None:
-    """Raises `UserError` for a batch, of training or evaluation, that devices cannot share out."""
-    training = config.training
-    _check_batch("training.batch_size", training.batch_size, training.accumulate, placement)
-    if config.data.held_out:
-        _check_batch("eval.batch_size", config.eval.batch_size, 1, placement)
-
-
-def _check_batch(key: str, rows: int, splits: int, placement: Placement) -> None:
-    candidates = placement.rules.batch
-    if None in candidates:
-        return
-    ways = {math.prod(placement.mesh.shape[a] for a in c): c for c in candidates}
-    units = [splits * n for n in ways]
-    if any(rows % unit == 0 for unit in units):
-        return
-    below, above = max(rows // u * u for u in units), min(-(-rows // u) * u for u in units)
-    nearest = f"{below} or {above}" if below else above
-    least = min(ways)
-    micro = f"training.accumulate={splits} microbatches x " if splits > 1 else ""
-    axes = " x ".join(f"mesh.{axis}" for axis in ways[least])
-    raise UserError(
-        f"{key}={rows}: must be a multiple of {splits * least}, {micro}the {least} devices that"
-        f" share out rows ({axes}); nearest: {nearest}"
-    )
-
-
 def _like_parameters(opt_state: Any, specs: Any, shardings: Any, placement: Placement) -> Any:
-    """Shardings of the optimizer's leaves: where the parameter lives whose path they end with.
+    """Returns shardings of the optimizer's leaves.
 
-    What belongs to no parameter, such as a count of steps, is small and on every device.
+    A leaf whose path ends with a parameter's path, and which has its shape, lies as the parameter
+    does. Other leaves, such as a count of steps, are small and are replicated.
     """
     places = {
         path: (spec.shape, place)
@@ -197,14 +178,19 @@ def _like_parameters(opt_state: Any, specs: Any, shardings: Any, placement: Plac
             if shape == leaf.shape:
                 return sharding
         if leaf.size >= 1024:
-            raise ValueError(f"{dotted(path)} {leaf.shape} is like no parameter")
+            raise ValueError(f"{dotted(path)} {leaf.shape}: no parameter has its path and shape")
         return placement.replicated()
 
     return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
 def init_state(definition: StateDef, seed: int, base: Any = ()) -> TrainState:
-    """The state at step 0, made under jit in its shardings: no device holds more than its part."""
+    """Makes the state at step 0 under jit, in its shardings: no device holds more than its shard.
+
+    Args:
+      seed: the fresh parameters are drawn from `jax.random.key(seed)`.
+      base: where an overlay is trained, the parameters of its base; else ().
+    """
     init = jax.jit(
         lambda base, key: definition.start(definition.init(base, key)),
         out_shardings=definition.shardings,
@@ -213,7 +199,10 @@ def init_state(definition: StateDef, seed: int, base: Any = ()) -> TrainState:
 
 
 def start_from(definition: StateDef, params: Any) -> TrainState:
-    """The state at step 0 with these parameters, or this overlay, which are donated."""
+    """Makes the state at step 0 whose `trainable` is `params`, an overlay or all parameters.
+
+    Donates `params`, and casts it to the state's dtypes.
+    """
 
     def start(params: Any) -> TrainState:
         wanted = definition.shapes.trainable

@@ -15,24 +15,32 @@ from jllama.train.loss import Batch
 from jllama.train.optimizer import make_schedule
 from jllama.train.state import StateDef, TrainState, as_float32
 
-# (trainable, frozen, batch, key) -> (loss_sum, weight_sum, metric sums); in evaluation key is None
+# (trainable, frozen, batch, key) -> (loss_sum, weight_sum, sums): float32 scalars, summed over
+# tokens. `sums` has at least "nll_sum", the negative log-likelihood. In evaluation the key is None.
 LossFn = Callable[
     [Any, Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 ]
-StepMetrics = dict[str, jax.Array]
+StepMetrics = dict[str, jax.Array]  # float32 scalars
 
 
 def make_train_step(
     config: Config, loss_fn: LossFn, definition: StateDef, placement: Placement
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, StepMetrics]]:
-    """The jitted step; the state is donated, `frozen` is an argument and is not.
+    """Returns the jitted step: (state, frozen, batch) -> (next state, metrics).
 
-    Every random number of step t comes from fold_in(key(seed), t). Microbatches carry sums of loss,
-    weight and gradient, divided once at the end: accumulation equals the large batch. A batch
-    without a single weighted token leaves the parameters to weight decay and momentum alone.
+    It donates the state, and neither `frozen` nor the batch. Every random number of step t comes
+    from fold_in(key(seed), t). Microbatches add up sums of loss, weight and gradient, which are
+    divided once at the end, so that accumulation equals the large batch. After a batch without any
+    weighted token only weight decay and momentum move the parameters.
 
-    Metrics: loss (nats per token, without the z term), grad_norm (before clipping), learning_rate,
-    weight (predicted tokens).
+    Args:
+      loss_fn: (trainable, frozen, batch, key) -> (loss_sum, weight_sum, sums), for example
+        `functools.partial(causal_lm_loss, config)`. The gradient is that of loss_sum / weight_sum.
+        `sums` has "nll_sum", and any other sums that are to be reported.
+
+    The metrics are float32 scalars: loss (nll_sum / weight_sum: nats per token, without a z term or
+    whatever else the loss function adds), grad_norm (before clipping), learning_rate, weight
+    (weight_sum: predicted tokens), and every other sum by its name, divided by weight_sum.
     """
     rate = make_schedule(config.training)
     optimizer, splits = definition.optimizer, config.training.accumulate
@@ -45,16 +53,16 @@ def make_train_step(
         (_, (weight, sums)), grads = jax.value_and_grad(total, has_aux=True)(trainable)
         return as_float32(grads), weight, sums
 
-    # Replicas add up their own microbatches first: between slices gradients go once.
+    # Each replica adds up its own microbatches first, so that gradients cross slices once a step.
     replicas = 1 if splits == 1 else _replicas(definition, placement)
 
     def accumulated(trainable, frozen, batch, key):
         if splits == 1:
             return gradient(trainable, frozen, batch, key)
-        one = functools.partial(gradient, trainable, frozen)
+        gradient_of = functools.partial(gradient, trainable, frozen)
         if replicas > 1:
-            one = _apart(one, placement, "replica")
-        # Microbatch i takes rows i, i + splits, ... of a replica: every device keeps to its own.
+            gradient_of = _map_over_axis(gradient_of, placement, "replica")
+        # Microbatch i has the rows i, i + splits, ... of a replica: no row moves between devices.
         ways = (replicas,) if replicas > 1 else ()
         micro = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(*ways, -1, splits, *x.shape[1:]), len(ways) + 1, 0),
@@ -62,10 +70,11 @@ def make_train_step(
         )
         keys = jax.random.split(key, (splits, *ways))
         first = jax.tree.map(lambda x: x[0], (micro, keys))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, *first))
+        shapes = jax.eval_shape(gradient_of, *first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
         def add(carry, xs):
-            return jax.tree.map(jnp.add, carry, one(*xs)), None
+            return jax.tree.map(jnp.add, carry, gradient_of(*xs)), None
 
         total, _ = jax.lax.scan(add, zeros, (micro, keys))
         return jax.tree.map(lambda x: jnp.sum(x, 0), total) if replicas > 1 else total
@@ -78,7 +87,7 @@ def make_train_step(
             norm = optax.tree.norm(grads) * scale
             with jax.named_scope("optimizer"):
                 lr = rate(state.step)
-                # Mean and clipping are one factor, so that no second copy of the gradient is made.
+                # One factor both takes the mean and clips: no second copy of the gradient is made.
                 clip = config.training.optimizer.clip_norm
                 factor = scale * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-30))
                 grads = jax.tree.map(lambda g: g * factor, grads)
@@ -88,11 +97,13 @@ def make_train_step(
                     lambda old, p, d: (p - lr * d).astype(old.dtype),
                     state.trainable, params, direction,
                 )  # fmt: skip
+            means = {name: total * scale for name, total in sums.items()}
             metrics = {
-                "loss": sums["nll_sum"] * scale,
+                "loss": means.pop("nll_sum"),
                 "grad_norm": norm,
                 "learning_rate": lr,
                 "weight": weight,
+                **means,
             }
             return TrainState(state.step + 1, trainable, opt_state), metrics
 
@@ -104,30 +115,36 @@ def make_train_step(
 
 
 def _replicas(definition: StateDef, placement: Placement) -> int:
-    """How many replicas can sum gradients by themselves: 1 where they share out parameters."""
-    used = {
+    """The number of replicas that can sum gradients apart: 1 where they share out parameters."""
+    axes = {
         axis
         for x in jax.tree.leaves((definition.placed, definition.frozen))
         for axis in jax.tree.leaves(tuple(x.sharding.spec))
     }
-    return 1 if "replica" in used else placement.mesh.shape["replica"]
+    return 1 if "replica" in axes else placement.mesh.shape["replica"]
 
 
-def _apart(f: Callable[..., Any], placement: Placement, axis: str) -> Callable[..., Any]:
-    """`f` of the devices of each index along a mesh axis, over leading dimensions of that size."""
+def _map_over_axis(f: Callable[..., Any], placement: Placement, axis: str) -> Callable[..., Any]:
+    """Maps `f` over a leading dimension of its arguments, which lies along a mesh axis.
+
+    The devices of each index along that axis compute one entry, without the other devices.
+    """
     inner = dataclasses.replace(placement, apart=(axis,))
 
-    def one(*args):
+    def inside(*args):
         with inner.active():
             return f(*args)
 
-    return jax.vmap(one, spmd_axis_name=axis)
+    return jax.vmap(inside, spmd_axis_name=axis)
 
 
 def make_eval_step(
     loss_fn: LossFn, placement: Placement
 ) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
-    """The jitted evaluation of one batch: (trainable, frozen, batch) -> (nll_sum, weight_sum)."""
+    """Returns the jitted evaluation: (trainable, frozen, batch) -> (nll_sum, weight_sum).
+
+    Both are float32 scalars, the same on all devices; nothing is donated.
+    """
 
     def eval_step(trainable, frozen, batch):
         with placement.active():

@@ -1,4 +1,4 @@
-"""What the compiled step moves between devices, counted, against a count by hand."""
+"""The collectives of the compiled step, counted, against a count by hand."""
 
 import collections
 import functools
@@ -20,14 +20,14 @@ from jllama.train.state import define_state
 from jllama.train.step import make_train_step
 
 L = 7  # layers; no other loop runs as often
-# No two arrays that are told apart have the same number of elements.
+# Arrays are told apart by their number of elements, so no two kinds have the same one.
 SMALL = {"D": 64, "T": 20, "H": 8, "K": 4, "N": 32, "F": 176, "V": 96}
-# Tiles of a TPU.
+# The same for TPUs: multiples of their tiles.
 LARGE = {"D": 1280, "T": 1792, "H": 8, "K": 4, "N": 128, "F": 1536, "V": 2304}
 
 
 def compiled(devices, sizes, mesh, accumulate=1):
-    """The text of the step with remat=full, of one row a device and microbatch."""
+    """The HLO of the step with remat=full and one row for each device and microbatch."""
     rows = math.prod(mesh.values()) // mesh.get("tensor", 1) // mesh.get("context", 1) * accumulate
     config = recipes.in_memory(
         "compute.dtype=bfloat16", "compute.remat=full", f"compute.loss_block={sizes['T'] // 3}",
@@ -52,11 +52,12 @@ def compiled(devices, sizes, mesh, accumulate=1):
 
 
 def counted(text, sizes, fsdp, tensor=1, context=1):
-    """How often each kind of collective runs: in the layers, and around them.
+    """How often each kind of collective runs in the layers, and how often outside of them.
 
-    An array is named by its number of elements: a layer's kernel, its part over tensor or that of
-    one device; the table of the vocabulary likewise; an activation of one row and what it is spread
-    over; or what is small: no more than a scale of all layers, or the integers of a batch.
+    The number of elements tells what an array is. "kernel" and "table" are a layer's kernel and a
+    table of the vocabulary, gathered over fsdp; "own kernel" and "own table" are one device's shard
+    of them. "activation" is one row's, whole or split over tensor. "small" has no more elements
+    than the scales of all layers, or is made of integers.
     """
     D, T, H, K, N, F, V = (sizes[k] for k in "DTHKNFV")
     shards = fsdp * context
@@ -83,59 +84,60 @@ def large(counter):
 
 
 KERNELS = {
-    # q, k, v, o, gate, up, down: once forward, once backward (remat=full keeps none of it; the
-    # recomputed product and the gradient share a gather).
+    # q, k, v, o, gate, up, down: gathered once in the forward pass and once in the backward pass,
+    # where the recomputed product and the gradient share a gather.
     ("all-gather", "kernel"): (7 + 7) * L,
-    # Their gradients: sums over rows, of which a device keeps its part.
+    # Their gradients: sums over rows, of which each device keeps its shard.
     ("reduce-scatter", "own kernel"): 7 * L,
 }
 ACTIVATIONS = {
-    # Over tensor, before q, k, v and before gate, up: forward and recomputed. Backward, the
-    # gradients of what o and down gave.
+    # Over tensor, before q, k, v and before gate, up: forward and recomputed. In the backward pass
+    # the gradients of the outputs of o and down.
     ("all-gather", "activation"): (2 + 2 + 2) * L,
-    # What o and down gave: forward, and o's recomputed (nothing needs down's). Backward, the
-    # gradients of what went into q, k, v, added first, and into gate, up.
+    # The outputs of o and down in the forward pass; o's again when recomputed (nothing needs
+    # down's). In the backward pass the gradients of the input of q, k, v and of that of gate, up.
     ("reduce-scatter", "activation"): (2 + 1 + 2) * L,
 }
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_fully_sharded(accumulate):
-    """fsdp=8: kernels move, activations do not."""
+def test_a_fully_sharded_step_moves_kernels_and_no_activations(accumulate):
+    """On the mesh fsdp=8."""
     text = compiled(jax.devices(), SMALL, {"fsdp": 8}, accumulate)
     layers, around = counted(text, SMALL, 8)
     assert large(layers) == {key: n * accumulate for key, n in KERNELS.items()}
     # The scales of two norms have gradients too.
     assert layers["all-reduce", "small"] == 2 * L * accumulate
-    # The lookup: rows of tokens find the columns of the table, and gradients their way back.
+    # The lookup exchanges rows of tokens for columns of the table; its gradient the reverse.
     assert around.pop(("all-to-all", "activation")) == (1 + 1) * 8 * accumulate
-    # The head: once for all blocks, and for all microbatches too, which XLA sees to.
+    # The head is gathered once for all blocks, and by XLA's doing once for all microbatches.
     assert around.pop(("all-gather", "table")) == 1
-    # Its gradient, a part of the width each.
+    # The gradient of the head: each device keeps a part of the width.
     assert around.pop(("reduce-scatter", "own table")) == accumulate
     assert not large(around)
 
 
-def test_tensor_parallel():
-    """fsdp=4, tensor=2: positions are gathered before a product, and results summed after it."""
+def test_a_tensor_parallel_step_gathers_positions_and_sums_results():
+    """On the mesh fsdp=4, tensor=2."""
     text = compiled(jax.devices(), SMALL, {"fsdp": 4, "tensor": 2})
     layers, around = counted(text, SMALL, 4, tensor=2)
     assert large(layers) == KERNELS | ACTIVATIONS
-    # Norms see a part of the positions: the gradient of a scale is a sum over fsdp and over tensor.
+    # A norm has a part of the positions: a scale's gradient is summed over fsdp and over tensor.
     assert layers["all-reduce", "small"] == 4 * L
-    # The lookup over fsdp as above. Over tensor lie rows of the table: one device has the row.
+    # The lookup over fsdp is as above. The table's rows are split over tensor: one device has the
+    # row, and a sum brings it to the others.
     assert around.pop(("all-to-all", "activation")) == (1 + 1) * 4
     assert around.pop(("all-reduce", "activation")) == 1
-    # Positions: the gradient of the lookup's result, and what the loss takes.
+    # Positions are gathered for the gradient of the lookup's result, and for the loss.
     assert around.pop(("all-gather", "activation")) == 1 + 1
-    assert around.pop(("reduce-scatter", "activation")) == 1  # the gradient of what the loss took
+    assert around.pop(("reduce-scatter", "activation")) == 1  # the gradient of the loss's input
     assert around.pop(("all-gather", "table")) == 1
     assert around.pop(("reduce-scatter", "own table")) == 1
     assert not large(around)
 
 
-def test_loops_are_multiplied_in():
-    """The count itself: a loop in a loop, and a loop that the text says nothing about."""
+def test_collectives_in_loops_are_counted_as_often_as_they_run():
+    """For a loop in a loop, and for a loop whose trip count the HLO does not say."""
 
     def body(x, _):
         return jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.psum(x, "fsdp") / 2, x), None
@@ -152,41 +154,41 @@ def test_loops_are_multiplied_in():
     assert sorted(c.times for c in hlo.collectives(unsaid)) == [1, 15]
 
 
-def test_fully_sharded_on_tpu(no_cache):
+def test_a_fully_sharded_step_on_tpu_moves_kernels_in_bfloat16(no_cache):
     text = compiled(tpu.devices("v5e:2x4"), LARGE, {"fsdp": 8})
     layers, around = counted(text, LARGE, 8)
     assert large(layers) == KERNELS
     gathered = {c.dtype for c in hlo.collectives(text) if c.kind == "all-gather"}
-    assert gathered <= {"bf16", "s32"}  # parameters are float32: the cast comes first
+    assert gathered <= {"bf16", "s32"}  # float32 parameters are cast before they are gathered
     assert around.pop(("all-to-all", "activation")) == 1 + 1
     assert around.pop(("all-gather", "table")) == 1
     assert around.pop(("reduce-scatter", "own table")) == 1
     assert not large(around)
 
 
-def test_tensor_parallel_on_tpu(no_cache):
+def test_a_tensor_parallel_step_on_tpu_moves_the_same(no_cache):
     text = compiled(tpu.devices("v5e:2x4"), LARGE, {"fsdp": 4, "tensor": 2})
     layers, _ = counted(text, LARGE, 4, tensor=2)
     assert large(layers) == KERNELS | ACTIVATIONS
 
 
-def test_long_rows_on_tpu(no_cache):
+def test_long_rows_on_tpu_also_move_keys_and_values(no_cache):
     """fsdp=2, context=2, tensor=2: kernels are spread over context too."""
     text = compiled(tpu.devices("v5e:2x4"), LARGE, {"fsdp": 2, "context": 2, "tensor": 2})
     layers, _ = counted(text, LARGE, 2, tensor=2, context=2)
     assert large(layers) == KERNELS | ACTIVATIONS | {
-        # Every device has the keys and values of whole rows: forward, recomputed, and in the
-        # backward pass of attention; their gradients are summed and go back to their positions.
+        # Every device gathers the keys and values of whole rows: forward, and in the backward
+        # pass of attention. Their gradients are summed and scattered to their positions.
         ("all-gather", "row of keys"): 2 * (1 + 1) * L,
         ("reduce-scatter", "row of keys"): 2 * L,
     }
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_only_own_parts_go_from_slice_to_slice_and_once(no_cache, accumulate):
+def test_each_device_sends_its_shard_of_a_gradient_to_the_other_slice_once(no_cache, accumulate):
     chips = tpu.devices("v5e:2x4", num_slices=2)
     text = compiled(chips, LARGE, {"replica": 2, "fsdp": 8}, accumulate)
-    # Collectives stay within a slice; what leaves it is sent, a device's own part of each gradient.
+    # Collectives stay within a slice. Each device sends its shard of every gradient to the other.
     assert {c.groups for c in hlo.collectives(text)} == {"{{0,1,2,3,4,5,6,7}}"}
     sent = sum(
         math.prod(c.shape) * c.times

@@ -23,7 +23,7 @@ def case():
     return config, tiny.params(config.model, 5.0), recipes.batch(config)
 
 
-def test_a_row_is_one_segment_with_positions_of_the_row(case):
+def test_without_the_mask_a_row_is_one_document(case):
     config, params, batch = case
     logits = reference.logits(params, config.model, batch["tokens"][:, :-1])
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

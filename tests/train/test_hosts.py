@@ -1,6 +1,6 @@
-"""One run by several real processes: as one process, or all end; and the same command resumes.
+"""One run by several real processes: they train as one process does, or they all end.
 
-The processes talk over loopback with gloo. They are started as srun would start them, or by hand.
+They talk over loopback with gloo, and are started as srun would start them, or by hand.
 """
 
 import functools
@@ -30,8 +30,10 @@ from jllama.store import checkpoint
 from jllama.store.find import latest_step
 from jllama.store.fingerprint import fingerprint
 from jllama.train import loop
+from jllama.train import run as run_module
 from jllama.train.metrics import read
-from jllama.train.state import define_state, load_state, to_trees
+from jllama.train.placement import make_placement
+from jllama.train.state import define_state, init_state, load_state, to_trees
 
 STEPS = 24
 
@@ -50,10 +52,10 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory):
-    """An undisturbed run of two processes under the SLURM script: its folder, process and homes."""
+    """A run of two processes under the SLURM script: its folder, the script, the homes' folder."""
     folder = tmp_path_factory.mktemp("slurm")
     hosts.executable(folder / "bin" / "srun", hosts.SRUN)
-    lowest = 65535 - 2**12 + 1  # JAX's port under SLURM is this and the job's number
+    lowest = 65535 - 2**12 + 1  # under SLURM, JAX adds the job's number to this for its port
     job = {
         "SLURM_JOB_ID": str(hosts.free_port(lowest) - lowest),
         "SLURM_NTASKS": "2",
@@ -73,16 +75,16 @@ def whole(recipe, tmp_path_factory):
 
 
 def one_process(recipe, *overrides, devices=2):
-    """The run, continued or whole, in this process."""
-    mesh = functools.partial(make_mesh, devices=jax.devices()[:devices])
+    """Trains the run, or resumes it, in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", mesh)
-        patch.setattr(loop, "peak_flops", lambda dtype: (1e12, "published"))
+        some = functools.partial(make_placement, devices=jax.devices()[:devices])
+        patch.setattr(run_module, "make_placement", some)
+        patch.setattr(run_module, "peak_flops", lambda dtype: (1e12, "published"))
         return loop.train(configs.load(recipe, list(overrides)))
 
 
 def run(recipe, name, count, *overrides, devices=1):
-    """The processes of a run, of `devices` each, as a context."""
+    """Starts `count` processes of a run, with `devices` devices each; a context."""
     commands = hosts.by_hand(
         count, "train.py", "--config", str(recipe), f"--run.name={name}",
         "--distributed.heartbeat_seconds=20", "--sample.max_new_tokens=0", *overrides,
@@ -104,14 +106,14 @@ def digest(folder):
 
 def test_two_processes_train_as_one_does(recipe, whole, tmp_path):
     alone = one_process(recipe, f"run.folder={tmp_path}")
-    # The same program on the same number of devices; gloo adds up in its own order.
+    # The same program on the same number of devices, but gloo adds in another order.
     np.testing.assert_allclose(losses(whole[0]), losses(alone.folder), rtol=1e-4)
     summary = json.loads((whole[0] / "summary.json").read_text())
     assert summary["eval"] == pytest.approx(alone.eval, rel=1e-4)
     assert summary["tokens"] == alone.tokens
 
 
-def test_processes_begin_from_another_formats_model_each_with_its_own_parts(recipe, tmp_path):
+def test_each_process_reads_its_own_shards_of_a_hugging_face_model(recipe, tmp_path):
     model = configs.load(recipe).model
     params = tiny.params(model)
     hf.write_folder(tmp_path / "model", model, params, None)
@@ -137,7 +139,7 @@ def test_processes_quantise_a_base_and_adapt_it_as_one_does(recipe, whole, tmp_p
     np.testing.assert_allclose(there, losses(alone.folder), rtol=1e-4)
 
 
-def test_process_0_writes_and_prints_once_for_all(whole):
+def test_only_process_0_writes_and_prints(whole):
     folder, script, _ = whole
     assert [step for step, *_ in losses(folder)] == list(range(1, STEPS + 1))
     for step in range(1, STEPS + 1):
@@ -153,8 +155,8 @@ def test_hosts_without_shared_storage_prepare_their_own_data(whole):
     assert [p.name for p in first] == [p.name for p in second] != []
 
 
-def test_a_killed_worker_ends_the_run_and_the_same_command_ends_bit_for_bit(recipe, whole):
-    # One device each: ranks of gloo in one process do not notice that a neighbour gave up.
+def test_a_killed_worker_ends_the_run_and_the_same_command_resumes_bit_for_bit(recipe, whole):
+    # One device each: gloo's ranks within one process do not notice that another rank gave up.
     with run(recipe, "killed", 2) as (leader, worker):
         leader.until_step(11)
         worker.send(signal.SIGKILL)
@@ -175,7 +177,7 @@ def test_a_killed_worker_ends_the_run_and_the_same_command_ends_bit_for_bit(reci
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["16", str(STEPS)]
 
 
-def test_a_signal_to_one_stops_all_and_other_numbers_of_processes_go_on(recipe, whole):
+def test_a_signal_to_one_process_stops_all_and_other_numbers_of_them_resume(recipe, whole):
     folder = recipe.parent / "runs" / "stopped"
     with run(recipe, "stopped", 2, devices=2) as (leader, worker):
         leader.until_step(4)
@@ -187,21 +189,21 @@ def test_a_signal_to_one_stops_all_and_other_numbers_of_processes_go_on(recipe, 
     assert latest_step(folder) == int(stopped[1])
     assert worker.err == ""
 
-    # Four processes of which two each hold the same rows; a coordinator that is silent.
+    # Four processes, of which two each hold the same rows, and whose coordinator falls silent.
     with run(recipe, "stopped", 4, "--mesh.tensor=2") as (leader, *workers):
         leader.until_step(int(stopped[1]) + 3)
         assert f"resumed at step {stopped[1]} of {STEPS}" in leader.err
         leader.send(signal.SIGSTOP)
         silent = time.monotonic()
         assert all(worker.status() != 0 for worker in workers)
-        assert time.monotonic() - silent < 70  # and not JAX's own 100
+        assert time.monotonic() - silent < 70  # seconds; JAX's default is 100
 
     result = one_process(recipe, "run.name=stopped", "sample.max_new_tokens=0", devices=1)
     assert result.done
     np.testing.assert_allclose(losses(folder), losses(whole[0]), rtol=1e-3)
 
 
-def test_bad_input_on_one_host_ends_all_with_its_line(recipe, tmp_path):
+def test_bad_input_on_one_host_ends_all_processes_with_the_same_error(recipe, tmp_path):
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "train.txt").write_text((recipe.parent / "train.txt").read_text())
     commands = hosts.by_hand(
@@ -220,7 +222,7 @@ def test_bad_input_on_one_host_ends_all_with_its_line(recipe, tmp_path):
         assert "Traceback" not in process.err
 
 
-def test_processes_that_do_not_come_are_one_line(tmp_path, recipe):
+def test_processes_that_never_start_are_a_one_line_error(tmp_path, recipe):
     commands = hosts.by_hand(
         2, "train.py", "--config", str(recipe), "--distributed.start_seconds=1"
     )[1:]
@@ -234,13 +236,15 @@ def test_processes_that_do_not_come_are_one_line(tmp_path, recipe):
 
 @pytest.fixture(scope="module")
 def seen(recipe, tmp_path_factory):
-    """What each of two processes with two devices found; see host_program.py."""
+    """What host_program.py printed in each of two processes, and the saved state's fingerprint."""
     folder = tmp_path_factory.mktemp("seen")
     config = configs.load(recipe, [f"run.folder={folder}"])
     whole_leaves = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
-    state = loop.init_state(define_state(config, whole_leaves), 0)
+    state = init_state(define_state(config, whole_leaves), 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_CHUNK_BYTES", 4096)  # a host's part of a leaf is some of them
+        patch.setattr(
+            checkpoint, "_CHUNK_BYTES", 4096
+        )  # so that a host needs some of a leaf's chunks
         checkpoints = checkpoint.Checkpoints(folder, 1)
         checkpoints.save(0, **to_trees(state))
         checkpoints.close()
@@ -273,11 +277,11 @@ def test_a_process_reads_only_the_rows_of_its_devices(seen, mesh, rows):
         assert found["whole"] == list(range(8))
 
 
-def test_what_one_device_saved_is_restored_with_each_process_holding_its_part(seen):
+def test_each_process_restores_only_its_shards_of_what_one_device_saved(seen):
     found, saved = seen
     for process in found:
         assert process["fingerprint"] == saved
-        # Half of the parameters. What is read from the disk for them is up to TensorStore, which
-        # joins reads of neighbouring pieces: in files this small, at times nearly all.
+        # A process holds half of the parameters. It may read more: TensorStore joins reads of
+        # neighbouring chunks, and in files this small that can be nearly all of them.
         assert process["held"] < 0.55 * process["bytes"]
         assert 0 < process["read"] <= process["on_disk"]

@@ -1,4 +1,4 @@
-"""A run that infills: stopped and resumed bit for bit, and what it says of its rows."""
+"""A run with the infilling objective resumes bit for bit, and reports how many rows it cut."""
 
 import functools
 import re
@@ -9,10 +9,10 @@ import recipes
 
 from jllama.config import recipe as configs
 from jllama.errors import UserError
-from jllama.parallel.mesh import make_mesh
-from jllama.parallel.sharding import Placement
 from jllama.store.fingerprint import fingerprint
-from jllama.train import loop
+from jllama.train import loop, run
+from jllama.train.folder import run_folder
+from jllama.train.placement import make_placement
 from jllama.train.state import define_state, load_state
 
 STEPS = 4
@@ -29,16 +29,14 @@ def text(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(loop, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
-    monkeypatch.setattr(loop, "peak_flops", lambda dtype: (1e12, "published"))
+    one = functools.partial(make_placement, devices=jax.devices()[:1])
+    monkeypatch.setattr(run, "make_placement", one)
+    monkeypatch.setattr(run, "peak_flops", lambda dtype: (1e12, "published"))
 
 
 def digest(config):
-    placement = Placement(make_mesh(config.mesh, jax.devices()[:1]), config.sharding)
-    folder = f"{config.run.folder}/{config.run.name}"
-    return fingerprint(
-        load_state(loop.storage.path(folder), STEPS, define_state(config, placement))
-    )
+    placement = make_placement(config, jax.devices()[:1])
+    return fingerprint(load_state(run_folder(config), STEPS, define_state(config, placement)))
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(text, tmp_path, capfd):
@@ -53,11 +51,11 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(text, tmp_path, capf
     loop.train(recipe("run.name=parts", "run.stop_after=2"))
     loop.train(recipe("run.name=parts"))
     assert digest(recipe("run.name=parts")) == digest(recipe("run.name=whole"))
-    with pytest.raises(UserError, match=r"data\.objective\.kind: infill there, causal now"):
+    with pytest.raises(UserError, match=r"data\.objective\.kind: infill before, causal now"):
         loop.train(recipe("run.name=whole", "data.objective.kind=causal"))
 
 
-def test_a_tokenizer_without_the_tokens_is_one_line(text, tmp_path):
+def test_a_tokenizer_without_infilling_tokens_is_a_one_line_error(text, tmp_path):
     with pytest.raises(UserError, match=r"no ▁<PRE>.*tokenizer\.infill=true"):
         loop.train(
             configs.load(text, [*INFILL, "tokenizer.infill=false", f"run.folder={tmp_path}"])

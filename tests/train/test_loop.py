@@ -1,11 +1,9 @@
-"""A run in a folder: metrics, resuming bit for bit, evaluation, refusals, traces.
+"""Training in a folder: metrics, resuming bit for bit, evaluation, errors, traces.
 
-On one device unless a test says otherwise. The programs themselves, with signals, are tested in
-test_train_script.py.
+On one device unless a test says otherwise. Signals are tested in test_train_script.py.
 """
 
 import fcntl
-import functools
 import math
 import shutil
 
@@ -16,15 +14,15 @@ import recipes
 from test_metrics import scalars
 
 import jllama
-from jllama.config import MeshConfig
 from jllama.config import recipe as configs
 from jllama.errors import UserError
 from jllama.flops import parameter_count, train_flops_per_token
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.store.fingerprint import fingerprint
-from jllama.train import loop
+from jllama.train import loop, run
 from jllama.train.metrics import read
+from jllama.train.placement import make_placement
 from jllama.train.state import define_state, load_state
 
 PEAK = 1e12
@@ -36,28 +34,29 @@ STEP_METRICS = {
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """The recipe's path, with its text, and what is prepared of it by the first run."""
+    """The path of a recipe and its text; the first run prepares the text beside it."""
     return recipes.on_disk(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def fast():
-    """One device, no measurement of its peak; every step of every run is kept in `fast`."""
+    """Runs use one device and a made-up peak; yields the train steps that they make."""
     with pytest.MonkeyPatch.context() as patch:
-        steps, make = [], loop.make_train_step
-        one = functools.partial(make_mesh, devices=jax.devices()[:1])
-        patch.setattr(loop, "make_mesh", lambda config: one(config) if config.fsdp < 0 else EIGHT)
-        patch.setattr(loop, "peak_flops", lambda dtype: (PEAK, "published"))
-        patch.setattr(loop, "make_train_step", lambda *a: steps.append(make(*a)) or steps[-1])
+        steps, make = [], run.make_train_step
+        patch.setattr(run, "make_placement", placed)
+        patch.setattr(run, "peak_flops", lambda dtype: (PEAK, "published"))
+        patch.setattr(run, "make_train_step", lambda *a: steps.append(make(*a)) or steps[-1])
         yield steps
 
 
-EIGHT = make_mesh(MeshConfig(fsdp=4, tensor=2))
+def placed(config):
+    """On one device, unless the recipe has a mesh for all."""
+    return make_placement(config, jax.devices()[: 1 if config.mesh.fsdp < 0 else None])
 
 
 @pytest.fixture
 def recipe(text, tmp_path):
-    """Makes the recipe with overrides; runs go to the test's own folder."""
+    """A function of overrides that returns the recipe; its runs go to the test's folder."""
     return lambda *overrides: configs.load(text, [f"run.folder={tmp_path}", *overrides])
 
 
@@ -105,7 +104,7 @@ def test_every_metric_of_every_step_is_written(whole):
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
 
 
-def test_tensorboard_holds_the_same(whole):
+def test_tensorboard_holds_the_values_of_metrics_jsonl(whole):
     board = scalars(whole.folder / "tensorboard")
     lines = read(whole.folder / "metrics.jsonl")
     wanted = {(k, line["step"]): v for line in lines for k, v in line.items() if k != "step"}
@@ -113,7 +112,7 @@ def test_tensorboard_holds_the_same(whole):
     assert all(board[key] == pytest.approx(wanted[key], rel=1e-6) for key in wanted)
 
 
-def test_held_out_text_is_evaluated_on_the_way_and_at_the_end(whole):
+def test_held_out_text_is_evaluated_during_training_and_at_the_end(whole):
     lines = [x for x in read(whole.folder / "metrics.jsonl") if "eval_loss" in x]
     assert [line["step"] for line in lines] == [5, 10]
     assert lines[1] == {"step": 10} | {f"eval_{k}": v for k, v in whole.eval.items()}
@@ -125,12 +124,12 @@ def test_the_step_compiles_once_in_a_run(whole, fast):
     assert fast[0]._cache_size() == 1
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(recipe, whole, capfd):
+def test_a_stopped_run_resumes_bit_for_bit(recipe, whole, capfd):
     stopped = loop.train(recipe("run.stop_after=6", "eval.stride=9"))
     assert (stopped.steps, stopped.done, stopped.eval) == (6, False, None)
-    assert not stopped.stopped  # as told, and by no signal
+    assert not stopped.stopped  # run.stop_after stopped it, not a signal
     assert "stopped at step 6 of 10, checkpointed" in capfd.readouterr().err
-    # What changes no step may change.
+    # Keys that no step depends on may change.
     free = ["checkpoint.keep=1", "run.log_every=7", "data.prefetch=0", "eval.every=3"]
     result = loop.train(recipe("eval.stride=9", *free))
     assert "resumed at step 6 of 10" in capfd.readouterr().err
@@ -140,7 +139,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(recipe, whole, capfd):
     assert [p.name for p in (result.folder / "checkpoints").iterdir()] == ["10"]
 
 
-def test_a_run_begins_with_what_runs_on_what(recipe, capfd):
+def test_the_first_line_names_parameters_devices_mesh_and_checkpoints(recipe, capfd):
     changes = ["model.vocab_size=400", "mesh.fsdp=4", "mesh.tensor=2"]
     config = recipe("run.stop_after=1", *changes)
     folder = loop.train(config).folder
@@ -168,8 +167,8 @@ def test_a_run_without_checkpoints_says_so_and_a_finished_one_compiles_nothing(
     assert "note: " not in err  # as many pieces as rows
 
 
-def test_a_run_that_lost_its_last_checkpoint_goes_on_from_the_one_before(recipe, whole, tmp_path):
-    # As after a crash: later metrics are there, and half a line.
+def test_a_run_that_lost_its_last_checkpoint_resumes_from_the_one_before(recipe, whole, tmp_path):
+    # A crash leaves metrics of later steps, and half a line.
     shutil.copytree(whole.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "10")
     with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
@@ -186,7 +185,7 @@ def test_a_finished_run_is_only_evaluated_again(recipe, whole, tmp_path):
     assert losses(result.folder) == losses(whole.folder)
 
 
-def test_a_run_goes_on_on_another_mesh(recipe, whole):
+def test_a_run_resumes_on_another_mesh(recipe, whole):
     loop.train(recipe("run.stop_after=6"))
     result = loop.train(recipe("mesh.fsdp=4", "mesh.tensor=2", "eval.stride=9"))
     np.testing.assert_allclose(losses(result.folder), losses(whole.folder), rtol=1e-4)
@@ -203,15 +202,15 @@ def test_a_finished_run_without_its_metrics_is_still_evaluated(recipe, whole, tm
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        (["training.batch_size=16"], "training.batch_size: 8 there, 16 now"),
-        (["run.seed=3"], "run.seed: 0 there, 3 now"),
-        (["model.num_layers=1"], "model.num_layers: 2 there, 1 now"),
+        (["training.batch_size=16"], "training.batch_size: 8 before, 16 now"),
+        (["run.seed=3"], "run.seed: 0 before, 3 now"),
+        (["model.num_layers=1"], "model.num_layers: 2 before, 1 now"),
         (["training.schedule={kind: constant, peak: 0.01, warmup_steps: 2}"], "schedule.floor: "),
-        (["data.train.0.weight=2"], "data.train.0.weight: 1.0 there, 2.0 now"),
+        (["data.train.0.weight=2"], "data.train.0.weight: 1.0 before, 2.0 now"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else None,
 )
-def test_another_config_in_the_folder_is_an_error_that_names_it(
+def test_another_config_in_the_folder_is_an_error_that_names_the_key(
     recipe, whole, changes, named, tmp_path
 ):
     shutil.copytree(whole.folder, tmp_path / "run")
@@ -229,7 +228,7 @@ def test_a_folder_without_a_checkpoint_takes_any_config(recipe, tmp_path):
     assert configs.load(tmp_path / "run" / "config.yaml").run.seed == 0
 
 
-def test_other_text_behind_the_same_names_is_an_error(text, tmp_path):
+def test_changed_text_in_the_same_files_is_an_error(text, tmp_path):
     shutil.copytree(text.parent, tmp_path / "text")
     moved = [
         f"run.folder={tmp_path}",
@@ -243,7 +242,7 @@ def test_other_text_behind_the_same_names_is_an_error(text, tmp_path):
     assert "the train source train is not the text that this run began with" in said
 
 
-def test_a_file_in_the_place_of_the_checkpoints_is_one_line(recipe, tmp_path):
+def test_a_file_where_checkpoints_belong_is_a_one_line_error(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("")
     assert "run/checkpoints: not writable: File exists" in message(recipe())
@@ -282,9 +281,10 @@ def test_a_profile_holds_the_named_scopes_of_a_block(recipe, tmp_path, profile):
 
 
 def nats(model, stream, starts, row_starts, length):
-    """-log p of each token of a stream that follows another of its document; float64.
+    """-log p, in float64, of each token of a stream except the first of each document.
 
-    `row_starts[p]` is the first token that target p may see; a document sees only itself.
+    `starts` are the positions of the documents' first tokens. The target at p is predicted from the
+    tokens from `row_starts[p]` on that belong to its document.
     """
     texts = {}
     for p in range(1, len(stream)):
@@ -304,7 +304,7 @@ def nats(model, stream, starts, row_starts, length):
 
 
 def nats_of(model, documents, stride):
-    """`nats` of one source's documents in its rows, and their UTF-8 bytes."""
+    """Returns the `nats` of a source's documents in its rows, and the documents' UTF-8 bytes."""
     ids = [[1, *model.tokenizer.encode(text), 2] for text in documents]
     ordered = ids[0::2] + ids[1::2]  # two shards, one after the other
     stream = np.concatenate(ordered)
@@ -316,7 +316,7 @@ def nats_of(model, documents, stride):
 
 
 @pytest.mark.parametrize("stride", [24, 9])
-def test_bits_per_byte_are_those_of_the_loaded_model(recipe, whole, tmp_path, stride):
+def test_bits_per_byte_equal_those_computed_with_the_loaded_model(recipe, whole, tmp_path, stride):
     found, size = nats_of(jllama.load(whole.folder), recipes.texts(12, seed=2), stride)
     wanted = {"loss": np.mean(found), "bits_per_byte": sum(found) / math.log(2) / size}
     got = whole.eval
@@ -326,7 +326,7 @@ def test_bits_per_byte_are_those_of_the_loaded_model(recipe, whole, tmp_path, st
     assert got == pytest.approx(wanted, rel=1e-5)
 
 
-def test_several_held_out_sources_count_by_their_tokens_and_bytes(recipe, tmp_path):
+def test_held_out_sources_are_weighted_by_their_tokens_and_bytes(recipe, tmp_path):
     texts = recipes.texts(12, seed=2)
     parts = {"small": texts[:2], "large": ["数据" * 9, *texts[2:]]}
     held_out = []
@@ -343,6 +343,6 @@ def test_several_held_out_sources_count_by_their_tokens_and_bytes(recipe, tmp_pa
     nll, size = np.concatenate([nats for nats, _ in found]), sum(size for _, size in found)
     assert line["eval_loss"] == pytest.approx(nll.mean(), rel=1e-5)
     assert line["eval_bits_per_byte"] == pytest.approx(nll.sum() / math.log(2) / size, rel=1e-5)
-    # Not the mean of the sources' own: they differ.
+    # The mean of the sources' means would be another number.
     each = [np.mean(nats) for nats, _ in found]
     assert abs(np.mean(each) - nll.mean()) > 1e-3

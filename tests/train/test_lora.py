@@ -1,4 +1,4 @@
-"""Training an overlay: what is trained, what is kept, what it costs."""
+"""Training a LoRA overlay: gradients, what changes and what does not, meshes, FLOPs."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ LORA = (
 
 
 class Run:
-    """A recipe's definition, base and step, on a mesh over `devices` of the virtual ones."""
+    """A recipe's definition, base, state and step, on a mesh over the first `devices` devices."""
 
     def __init__(self, config, devices=1, **mesh):
         self.config = config
@@ -66,7 +66,7 @@ def moved(overlay, std=0.05):
 @pytest.mark.parametrize(
     "more", [(), ("adapt.full=[embedding,head,'*norm']",), ("adapt.dora=true",)]
 )
-def test_gradients_are_those_through_the_merged_matrices(more):
+def test_gradients_equal_those_through_merged_matrices(more):
     run = Run(recipes.in_memory(*LORA, *more))
     overlay = moved(run.state.trainable)
     batch, adapt = recipes.batch(run.config), run.config.adapt
@@ -98,7 +98,7 @@ def test_gradients_are_those_through_the_merged_matrices(more):
     assert max(jax.tree.leaves(errors)) < 2e-5, errors
 
 
-def test_it_learns_and_the_base_is_as_it_was():
+def test_an_overlay_learns_and_its_base_does_not_change():
     run = Run(recipes.in_memory(*LORA, "training.schedule.peak=0.03"))
     before = jax.tree.map(np.asarray, run.frozen)
     fresh = jax.tree.map(np.asarray, run.state.trainable)
@@ -116,7 +116,7 @@ def test_it_learns_and_the_base_is_as_it_was():
     assert run.step._cache_size() == 1
 
 
-def test_state_is_of_the_overlay_alone():
+def test_the_state_holds_the_overlay_alone():
     run = Run(recipes.in_memory(*LORA, "adapt.full=[head]", "adapt.dora=true"))
     m = run.config.model
     D, H, K, N, F, R, L = m.hidden_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_dim, 4, 2
@@ -156,7 +156,7 @@ def test_eight_devices_equal_one(mesh, more):
         assert down.sharding.shard_shape(down.shape)[1] == down.shape[1] // 8
 
 
-def test_what_is_dropped_does_not_depend_on_how_parameters_are_spread():
+def test_dropout_does_not_depend_on_the_sharding():
     config = recipes.in_memory(
         *LORA, "adapt.dropout=0.3", hidden_dim=64, num_kv_heads=4, ffn_dim=128
     )
@@ -183,7 +183,7 @@ def test_a_quantised_base_trains_as_its_rounded_values_do(kind):
     assert run.go(1)[0] > 0
 
 
-def test_b_may_learn_faster_than_all_else():
+def test_learning_rate_ratio_scales_the_updates_of_b_alone():
     full = "adapt.full=[head]"
     one, four = (
         Run(recipes.in_memory(*LORA, full, *more))
@@ -204,7 +204,7 @@ def test_b_may_learn_faster_than_all_else():
     np.testing.assert_array_equal(steps[0]["head"]["weight"], steps[1]["head"]["weight"])
 
 
-def test_rank_0_is_no_overlay_in_that_layer():
+def test_a_layer_of_rank_0_has_no_overlay():
     none = "adapt.overrides=[{match: '*', layers: [0], rank: 0}]"
     run = Run(recipes.in_memory(*LORA, none, "training.schedule.peak=0.03"))
     run.go(3)
@@ -223,7 +223,7 @@ def test_rank_0_is_no_overlay_in_that_layer():
             Run(recipes.in_memory(*LORA, *more))
 
 
-def test_dropout_drops_in_training_alone_another_part_at_each_step():
+def test_dropout_depends_on_the_key_and_is_off_in_evaluation():
     run = Run(recipes.in_memory(*LORA, "adapt.dropout=0.5"))
     run.state = run.state._replace(trainable=moved(run.state.trainable))
     batch = run.placement.put_batch(recipes.batch(run.config))
@@ -240,7 +240,7 @@ def test_dropout_drops_in_training_alone_another_part_at_each_step():
     assert float(kept) == float(wanted)
 
 
-def test_dropped_inputs_are_made_up_for_on_average():
+def test_dropout_scales_what_it_keeps_so_that_the_mean_stays():
     run = Run(recipes.in_memory(*LORA, "adapt.dropout=0.25", "adapt.targets=[down]"))
     overlay = moved(run.state.trainable)
     _, kept = lora.attach(run.config.adapt, run.frozen, overlay, jax.random.key(0))
@@ -252,7 +252,7 @@ def test_dropped_inputs_are_made_up_for_on_average():
 
 
 def flops(config) -> float:
-    """Of the gradient, as XLA counts them."""
+    """The FLOPs of the gradient, as XLA counts them."""
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
     definition = define_state(config, placement)
     loss = functools.partial(causal_lm_loss, config)
@@ -267,7 +267,7 @@ def flops(config) -> float:
     return compiled.cost_analysis()["flops"]
 
 
-def test_a_gradient_takes_at_most_0_70_of_full_fine_tuning():
+def test_a_gradient_takes_at_most_0_70_of_the_flops_of_full_fine_tuning():
     sizes = {
         "vocab_size": 4096, "hidden_dim": 768, "num_heads": 12, "num_kv_heads": 12,
         "head_dim": 64, "ffn_dim": 2048, "num_layers": 2, "max_length": 256,
@@ -282,5 +282,5 @@ def test_a_gradient_takes_at_most_0_70_of_full_fine_tuning():
     assert overlay / full < 0.70
     m = config.model
     counted = lora.adapted_flops_per_token(m, config.adapt, 256) * 256
-    # XLA counts the whole square of attention's scores and all that is no product.
+    # XLA also counts the masked half of attention's scores, and operations other than products.
     assert overlay == pytest.approx(counted, rel=0.08)

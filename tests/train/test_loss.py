@@ -1,4 +1,4 @@
-"""The causal-LM loss against a float64 LLaMA; positions; what padding weighs."""
+"""The causal-LM loss against a float64 LLaMA; positions; padding."""
 
 import functools
 
@@ -13,7 +13,7 @@ import tiny
 from jllama.train.loss import causal_lm_loss, row_positions
 
 
-def test_positions_start_anew_in_each_segment():
+def test_positions_restart_in_each_segment():
     segments = jnp.array([[1, 1, 1, 2, 2, 3, 0, 0], [4, 4, 4, 4, 4, 4, 4, 4]])
     wanted = [[0, 1, 2, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7]]
     assert row_positions(segments).tolist() == wanted
@@ -29,7 +29,7 @@ def sums(config, params, batch):
     return out, grads
 
 
-def test_the_loss_of_a_batch_is_that_of_a_float64_llama():
+def test_the_loss_of_a_batch_equals_that_of_a_float64_llama():
     config = recipes.in_memory("training.z_loss=0.01", "compute.loss_block=40")
     params, batch = tiny.params(config.model, 5.0), recipes.batch(config)
     inputs = batch["segments"][:, :-1]
@@ -43,7 +43,7 @@ def test_the_loss_of_a_batch_is_that_of_a_float64_llama():
     assert weight == pytest.approx(batch["weights"][:, 1:].sum())
 
 
-def test_gradients_are_those_of_the_naive_loss():
+def test_gradients_equal_those_of_the_naive_loss():
     config = recipes.in_memory(
         "compute.loss_block=40", "compute.attention={kind: blockwise, block: 6}"
     )

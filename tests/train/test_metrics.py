@@ -1,4 +1,4 @@
-"""Where metrics go, and what a resumed run keeps of them."""
+"""Metrics in metrics.jsonl, in TensorBoard and on stderr, also after a run is resumed."""
 
 import json
 import struct
@@ -62,7 +62,7 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
     assert read(tmp_path / "absent") == []
 
 
-def test_resuming_drops_what_lies_beyond_and_mends_a_cut_line(tmp_path):
+def test_resuming_drops_later_steps_and_a_line_that_was_cut_off(tmp_path):
     write(tmp_path, range(1, 8)).close()
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 8, "lo')
@@ -86,7 +86,7 @@ def test_a_line_has_the_mean_speed_since_the_last_and_the_time_left(tmp_path, ca
         metrics.write(step, VALUES | {"seconds": taken})
     metrics.close()
     ends = [line.rpartition("e-03  ")[2] for line in capfd.readouterr().err.splitlines()]
-    # Step 5 compiled: it is in no mean.
+    # Step 5, the first one, compiled: no mean counts it.
     assert ends == ["100 tok/s  00:12 left", "33 tok/s  00:27 left", "100 tok/s  00:06 left"]
 
 
@@ -97,7 +97,7 @@ def test_the_first_line_says_how_long_the_first_step_took(tmp_path, capfd):
     assert second.endswith("  100 tok/s  00:08 left")
 
 
-def test_a_full_disk_is_one_line_and_no_wait(tmp_path):
+def test_a_full_disk_is_a_one_line_error_and_does_not_block(tmp_path):
     metrics = write(tmp_path, (1,))
     metrics._file.close()
     metrics._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
@@ -107,7 +107,7 @@ def test_a_full_disk_is_one_line_and_no_wait(tmp_path):
         metrics.close()
 
 
-def test_a_board_that_died_is_one_line_and_no_wait(tmp_path):
+def test_a_tensorboard_thread_that_ended_is_an_error_and_does_not_block(tmp_path):
     metrics = write(tmp_path, (1,))
     metrics._boarder.stop()
     with pytest.raises(UserError, match="tensorboard: not writable"):

@@ -1,4 +1,4 @@
-"""AdamW against an independent NumPy one; what decays; the schedules by hand."""
+"""AdamW against one in NumPy, Muon, which parameters decay, and the schedules by hand."""
 
 import functools
 
@@ -50,7 +50,7 @@ def test_matrices_decay_and_norms_do_not(changes, decayed, undecayed):
 
 
 class NumpyAdamW:
-    """From the paper (arXiv:1711.05101, algorithm 2), with clipping; float64, {path: array}."""
+    """arXiv:1711.05101, algorithm 2, with clipping, in float64; trees are {path: array}."""
 
     def __init__(self, c, params, decayed):
         self.c, self.params, self.decayed, self.t = c, dict(params), decayed, 0
@@ -77,7 +77,7 @@ def by_path(tree):
 
 
 def test_several_steps_equal_an_independent_adamw():
-    # A clip below and above the norms met, and an eps and a decay that show.
+    # The clip lies among the norms of these steps; eps and decay are large enough to matter.
     config = recipes.in_memory(
         "training.optimizer.weight_decay=0.5",
         "training.optimizer.eps=0.001",
@@ -149,7 +149,7 @@ def test_wsd_is_constant_and_then_falls_linearly():
 
 
 def newton_schulz(g):
-    """Five steps of Muon's iteration with its published coefficients; g [inputs, outputs]."""
+    """Five steps of Muon's iteration with its published coefficients, for g [inputs, outputs]."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g / np.linalg.norm(g)
     for _ in range(5):
@@ -168,7 +168,7 @@ def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam():
     params, grads = tiny.params(model), tiny.params(model, seed=1)
     direction, _ = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(grads, params)
     got, grads, params = by_path(direction), by_path(grads), by_path(params)
-    # Inputs of the matrices as they are used: x [D] -> heads, heads -> x, and x -> x.
+    # The number of inputs of each matrix: the model's width, the heads' for o, the MLP's for down.
     inputs = {"q": 48, "k": 48, "v": 48, "o": 64, "gate": 48, "up": 48, "down": 80}
     for path, g in grads.items():
         name = path.split(".")[-2]

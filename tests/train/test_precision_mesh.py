@@ -1,4 +1,4 @@
-"""bfloat16 on a mesh: the loss and the gradients of one device, to its roundings."""
+"""bfloat16 on a mesh gives the loss and gradients of one device, up to rounding."""
 
 import math
 
@@ -18,7 +18,7 @@ MESHES = [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "context": 2}]
 CONFIG = recipes.in_memory(
     "compute.dtype=bfloat16", "data.length=32", "compute.attention={kind: blockwise, block: 8}"
 )
-ROUNDING = 2.0**-8  # half the distance between neighbours, relative: 8 bits of mantissa
+ROUNDING = 2.0**-8  # the relative rounding error of bfloat16, which has 8 bits of mantissa
 
 
 def place(sizes):
@@ -48,7 +48,7 @@ def loss_and_gradients(config, sizes):
 
 
 def distance(got, wanted):
-    """Norm of the difference over the norm, of the leaf where it is largest."""
+    """The norm of a leaf's difference over the leaf's norm; of all leaves the largest."""
     ratios = jax.tree.map(
         lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)), got, wanted
     )
@@ -61,7 +61,7 @@ def one_device():
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_a_bfloat16_step_on_eight_devices_is_that_of_one(sizes, one_device):
+def test_a_bfloat16_step_on_eight_devices_equals_that_on_one(sizes, one_device):
     loss, gradients = loss_and_gradients(CONFIG, sizes)
     assert loss == pytest.approx(one_device[0], rel=ROUNDING / 4)
     assert distance(gradients, one_device[1]) < 8 * ROUNDING  # 3%: sums of parts are rounded too

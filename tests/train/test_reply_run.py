@@ -1,4 +1,4 @@
-"""A run of instruction tuning: what is held out is scored as what is trained on."""
+"""Instruction tuning: only replies are scored, in held-out text as in training."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_held_out_loss_is_of_replies_and_has_no_bits_per_byte(run):
     for prompt, reply in PROMPTS[:7]:
         given = model.tokenizer.encode(prompt, bos=True)
         ids = [*model.tokenizer.encode(prompt + reply, bos=True), model.tokenizer.eos_id]
-        assert ids[: len(given)] == given  # else they would not be what the run has
+        assert ids[: len(given)] == given  # the run tokenises prompt and reply together
         logits = np.asarray(model.logits(np.array([ids])), np.float64)[0]
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         found += [-log_p[n - 1, ids[n]] for n in range(len(given), len(ids))]

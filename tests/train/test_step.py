@@ -1,4 +1,4 @@
-"""The train step: accumulation, meshes, one compile, no growth with depth, float32 state."""
+"""The train step: accumulation, meshes, one compilation whatever the depth, float32 state."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ from jllama.train.step import make_eval_step, make_train_step
 
 
 def setup(config, **sizes):
-    """What training needs on a mesh of `sizes`, one device by default."""
+    """Placement, definition and step on a mesh of `sizes`, one device by default."""
     sizes = {"fsdp": 1} | sizes
     devices = jax.devices()[: math.prod(sizes.values())]
     placement = Placement(make_mesh(MeshConfig(**sizes), devices), config.sharding)
@@ -32,7 +32,7 @@ def setup(config, **sizes):
 
 
 def train(config, steps=3, **sizes):
-    """The state after some steps, and the metrics of each."""
+    """Returns the state after some steps, and the metrics of each step."""
     placement, definition, step = setup(config, **sizes)
     state, metrics = init_state(definition, 0), []
     for t in range(steps):
@@ -51,7 +51,7 @@ def check_same(got, wanted):
     for one, want in zip(metrics, wanted_metrics, strict=True):
         assert one == pytest.approx(want, rel=1e-5)
     errors = jax.tree.map(tiny.relative_error, state.trainable, wanted_state.trainable)
-    # Adam turns a difference in the last bit of a gradient near zero into one of the learning rate.
+    # For a gradient near zero, Adam turns a difference in the last bit into a step of full size.
     assert max(jax.tree.leaves(errors)) < 1e-3, errors
 
 
@@ -87,7 +87,7 @@ def test_muon_on_eight_devices_equals_one():
 def test_accumulation_equals_the_large_batch(accumulate, one_device):
     config = recipes.in_memory(f"training.accumulate={accumulate}")
     weights = recipes.batch(config)["weights"].reshape(-1, accumulate, 13).sum((0, 2))
-    assert weights.max() > 1.05 * weights.min()  # or a mean of means would do
+    assert weights.max() > 1.05 * weights.min()  # else a mean of means would give the same
     check_same(train(config), one_device)
 
 
@@ -105,8 +105,8 @@ def test_accumulation_on_a_mesh_equals_the_large_batch(sizes, one_device):
 
 
 def test_the_gradient_is_that_of_the_weighted_mean():
-    # One step of plain descent shows the gradient: Adam's direction is g / (|g| + eps), which a
-    # huge eps makes g / eps.
+    # A huge eps makes Adam's direction g / (|g| + eps) proportional to the gradient, so that one
+    # step shows it.
     config = recipes.in_memory(
         "training.optimizer.eps=1e6",
         "training.optimizer.weight_decay=0",
@@ -133,7 +133,7 @@ def test_the_gradient_is_that_of_the_weighted_mean():
     assert max(jax.tree.leaves(errors)) < 1e-4, errors
 
 
-def test_a_batch_of_padding_alone_moves_nothing_but_by_decay():
+def test_a_batch_of_padding_moves_no_parameter_without_weight_decay():
     config = recipes.in_memory("training.optimizer.weight_decay=0")
     placement, definition, step = setup(config)
     state = init_state(definition, 0)
@@ -175,7 +175,7 @@ def test_a_batch_that_does_not_fill_the_mesh_is_an_error():
         train(config, fsdp=8)
 
 
-def test_evaluation_gives_the_same_sums():
+def test_evaluation_returns_the_sums_of_the_loss_function():
     config = recipes.in_memory("training.z_loss=0.5")
     placement, definition, _ = setup(config)
     step = make_eval_step(functools.partial(causal_lm_loss, config), placement)
@@ -187,7 +187,7 @@ def test_evaluation_gives_the_same_sums():
 
 
 def build(num_layers):
-    """CPU seconds to trace and compile the step, the size of the program, and the program."""
+    """CPU seconds to trace and compile the step; its StableHLO; its compiled HLO."""
     config = recipes.in_memory(num_layers=num_layers)
     placement, definition, step = setup(config)
     state = jax.tree.map(
@@ -206,9 +206,9 @@ def test_tracing_and_compiling_take_no_longer_for_80_layers_than_for_8():
     jax.config.update("jax_enable_compilation_cache", False)
     jax.clear_caches()
     try:
-        build(2)  # what is done once for all is not counted
+        build(2)  # so that work done only once is not counted below
         shallow, deep = build(8), build(80)
-        for _ in range(4):  # a shared machine is noisy; the least of several counts
+        for _ in range(4):  # a shared machine is noisy: the least of several times is taken
             if deep[0] <= 1.3 * shallow[0]:
                 break
             shallow = min(shallow, build(8))
@@ -216,7 +216,7 @@ def test_tracing_and_compiling_take_no_longer_for_80_layers_than_for_8():
     finally:
         jax.config.update("jax_enable_compilation_cache", was)
     assert deep[0] <= 1.3 * shallow[0]
-    # The same programs, but for the number of layers.
+    # The programs have the same length: only the number of layers differs.
     sizes = [[len(re.findall(r"\n", text)) for text in texts] for _, *texts in (shallow, deep)]
     assert sizes[0][0] == sizes[1][0]
     assert sizes[1][1] <= 1.1 * sizes[0][1]

@@ -1,0 +1,171 @@
+"""A run: what it works with, its state between two steps, and how both are prepared."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jllama.adapt.lora import adapted_flops_per_token
+from jllama.chips import peak_flops
+from jllama.config import Config, LoraConfig
+from jllama.data.dataset import Data
+from jllama.parallel import distributed
+from jllama.parallel.sharding import Placement
+from jllama.progress import say
+from jllama.store.checkpoint import Checkpoints
+from jllama.store.find import latest_step
+from jllama.train.batches import Batches
+from jllama.train.folder import check_same_recipe, open_run, run_folder
+from jllama.train.held_out import EvalStep
+from jllama.train.initial import open_initial
+from jllama.train.loss import Batch, causal_lm_loss
+from jllama.train.metrics import MetricsWriter, NoMetricsWriter
+from jllama.train.placement import make_placement
+from jllama.train.profile import Profile
+from jllama.train.report import opening_line
+from jllama.train.start import start_state
+from jllama.train.state import TrainState, define_state
+from jllama.train.step import StepMetrics, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run works with: nothing here changes from step to step.
+
+    Attributes:
+      config: the recipe.
+      folder: run.folder/run.name.
+      placement: the mesh, and where arrays lie on it.
+      data: the prepared text, as rows to train on and rows that are held out.
+      frozen: the parameters that the step reads and does not train; () where it trains all.
+      train_step, eval_step: the jitted functions.
+      checkpoints: saves the state while training goes on.
+      metrics: writes metrics in process 0, and nothing in the others.
+      vote: tells every process whether any of them has received a signal.
+      flops_per_token: model FLOPs of training on one token.
+      peak_flops: FLOP/s of all devices together; infinite except in process 0, which reports.
+    """
+
+    config: Config
+    folder: Path
+    placement: Placement
+    data: Data
+    frozen: Any
+    train_step: Callable[[TrainState, Any, Batch], tuple[TrainState, StepMetrics]]
+    eval_step: EvalStep
+    checkpoints: Checkpoints
+    metrics: MetricsWriter | NoMetricsWriter
+    vote: distributed.Vote
+    flops_per_token: float
+    peak_flops: float
+
+
+class Pending(NamedTuple):
+    """A dispatched step whose metrics are not written yet.
+
+    Attributes:
+      step: the number of steps taken, this one included.
+      metrics: what the train step returned.
+      vote: more than 0 if a process had received a signal before this step.
+    """
+
+    step: int
+    metrics: StepMetrics
+    vote: jax.Array | bool
+
+
+@dataclasses.dataclass
+class RunState:
+    """The state of a run between two steps. Only the functions of `jllama.train.loop` change it.
+
+    Attributes:
+      batches: the placed batches from `step` on, in order.
+      profile: the trace of some steps.
+      train_state: the parameters and the optimizer's state; devices may still be computing it.
+      step: how many steps have been dispatched, those of earlier runs in the folder included.
+      saved: the step of the newest checkpoint; 0 if there is none.
+      pending: the last dispatched step, until its metrics are written.
+      signals: SIGTERM and SIGINT that this process has received.
+      halt: whether to stop before the next step because some process received a signal. All
+        processes find that out while they record the same step.
+      recorded_at: when the time of the next recorded step began, by time.perf_counter().
+      data_wait_seconds: time since `recorded_at` spent waiting for batches.
+      checkpoint_seconds: time since `recorded_at` spent in the last save.
+    """
+
+    batches: Iterator[tuple[int, Batch]]
+    profile: Profile
+    train_state: TrainState
+    step: int
+    saved: int
+    pending: Pending | None = None
+    signals: list[signal.Signals] = dataclasses.field(default_factory=list)
+    halt: bool = False
+    recorded_at: float = dataclasses.field(default_factory=time.perf_counter)
+    data_wait_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+
+
+def last_step(config: Config) -> int:
+    """The step after which this call of `train` stops: the recipe's last, or `run.stop_after`."""
+    return min(config.training.steps, config.run.stop_after or config.training.steps)
+
+
+def prepare(config: Config, stack: contextlib.ExitStack) -> tuple[Setup, RunState]:
+    """Opens all that a run needs; `stack` closes it. Every process calls this.
+
+    Raises `UserError` for bad input, before anything is written where that can be known.
+    """
+    together, leader, folder = distributed.together, distributed.leader(), run_folder(config)
+    check_same_recipe(config)
+    placement = together(lambda: make_placement(config))
+    definition = together(lambda: define_state(config, placement))
+    # The base of an overlay is in no checkpoint: a resumed run reads it again.
+    adapts = isinstance(config.adapt, LoraConfig)
+    reads_initial = together(lambda: adapts or not latest_step(folder))
+    initial = together(lambda: open_initial(config) if reads_initial else None)
+    tokenizer = initial.tokenizer if initial else None
+    _, data = stack.enter_context(open_run(config, tokenizer))
+    checkpoints = together(lambda: Checkpoints(folder, config.checkpoint.keep))
+    stack.callback(checkpoints.close)
+    step = checkpoints.latest() or 0
+    distributed.check_same("the newest checkpoint", str(step), "run.folder must be shared storage")
+    if leader:
+        say(opening_line(config, placement, definition, folder, step))
+    state, frozen = start_state(config, placement, definition, folder, step, initial)
+    steps, every = config.training.steps, config.run.log_every
+    metrics = MetricsWriter(folder, step, steps, every) if leader else NoMetricsWriter()
+    stack.callback(metrics.close)
+    if step:
+        metrics.say(f"resumed at step {step} of {steps}")
+    loss = functools.partial(causal_lm_loss, config)
+    # Only process 0 reports, and measures the peak where none is published.
+    peak = peak_flops(config.compute.dtype)[0] if leader else math.inf
+    setup = Setup(
+        config=config,
+        folder=folder,
+        placement=placement,
+        data=data,
+        frozen=frozen,
+        train_step=make_train_step(config, loss, definition, placement),
+        eval_step=make_eval_step(loss, placement),
+        checkpoints=checkpoints,
+        metrics=metrics,
+        vote=distributed.Vote(),
+        flops_per_token=adapted_flops_per_token(config.model, config.adapt, config.data.length),
+        peak_flops=peak * placement.mesh.size,
+    )
+    return setup, RunState(
+        batches=Batches(config, data, placement).iterate(step),
+        profile=Profile(config.run.profile, last_step(config), folder),
+        train_state=state,
+        step=step,
+        saved=step,
+    )
