@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
 from jllama.config import PrepareConfig
 from jllama.data.worker import token_dtype
@@ -43,51 +44,23 @@ def features(vocab_size: int) -> tfds.features.FeaturesDict:
 
 
 def encode_record(tokens: np.ndarray, starts: np.ndarray) -> bytes:
-    """A record of `features` as TFDS stores it: a tf.train.Example in protobuf's wire format.
+    """Returns a record of `features` as TFDS stores it, a serialised tf.train.Example.
 
-    TFDS's own writer orders the two features at random, and equal data must give equal bytes.
+    Equal data give equal bytes: TFDS's own writer orders the two features at random.
     """
-    entries = b""
+    example = tf_example_pb2.Example()
     for name, values in (("starts", starts), ("tokens", tokens)):
         data = values.astype(values.dtype.newbyteorder("<")).tobytes()
-        bytes_list = _field(1, data)
-        feature = _field(1, bytes_list)
-        entries += _field(1, _field(1, name.encode()) + _field(2, feature))
-    return _field(1, entries)
-
-
-def _field(number: int, payload: bytes) -> bytes:
-    """A length-delimited protobuf field."""
-    head, left = bytes([number << 3 | 2]), len(payload)
-    while left > 0x7F:
-        head += bytes([left & 0x7F | 0x80])
-        left >>= 7
-    return head + bytes([left]) + payload
+        example.features.feature[name].bytes_list.value.append(data)
+    return example.SerializeToString(deterministic=True)
 
 
 def decode_record(data: bytes, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, starts) of a record. Three times faster than TFDS's reader, which gives the same."""
-    values = {}
-    for entry in _parse(_parse(memoryview(data))[0]):
-        name, feature = _parse(entry)
-        values[bytes(name)] = _parse(_parse(feature)[0])[0]
-    tokens = np.frombuffer(values[b"tokens"], token_dtype(vocab_size).newbyteorder("<"))
-    return tokens, np.frombuffer(values[b"starts"], "<i4")
-
-
-def _parse(message: memoryview) -> list[memoryview]:
-    """Payloads of a message's length-delimited fields."""
-    payloads, at = [], 0
-    while at < len(message):
-        at, size, shift = at + 1, 0, 0  # past the tag
-        while True:
-            byte = message[at]
-            at, size, shift = at + 1, size | (byte & 0x7F) << shift, shift + 7
-            if byte < 0x80:
-                break
-        payloads.append(message[at : at + size])
-        at += size
-    return payloads
+    """Returns (tokens, starts) of a record; several times faster than TFDS's own reader."""
+    feature = tf_example_pb2.Example.FromString(data).features.feature
+    tokens, starts = (feature[name].bytes_list.value[0] for name in ("tokens", "starts"))
+    dtype = token_dtype(vocab_size).newbyteorder("<")
+    return np.frombuffer(tokens, dtype), np.frombuffer(starts, "<i4")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,6 +51,7 @@ from jllama.config import (
     schema,
 )
 from jllama.config import recipe as recipes
+from jllama.config.plain_yaml import parse_yaml
 from jllama.errors import UserError
 
 BASE = {
@@ -263,6 +264,25 @@ def test_an_override_reads_numbers_and_words_as_people_write_them(recipe):
     assert loaded.eval.compare_xz is True
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["1e-3", "3:5", "2024-01-01", "yes", "null", "", "${run.name}", " a # b", "a: b", "é\n\t", "="],
+)
+def test_any_text_is_saved_and_read_as_it_is(recipe, tmp_path, text):
+    loaded = recipes.load(recipe, [f"sample.prompt={json.dumps(text)}"])
+    assert loaded.sample.prompt == text
+    (tmp_path / "saved.yaml").write_text(recipes.to_yaml(loaded))
+    assert recipes.load(tmp_path / "saved.yaml") == loaded
+
+
+def test_a_file_reads_numbers_and_words_as_people_write_them():
+    text = "{a: 1e-3, b: 3:5, c: 2024-01-01, d: 1_000, e: 089, f: .5, g: ~, h: on, i: 0x10}"
+    assert parse_yaml(text) == {
+        "a": 1e-3, "b": "3:5", "c": "2024-01-01", "d": 1000, "e": "089", "f": 0.5, "g": None,
+        "h": True, "i": 16,
+    }  # fmt: skip
+
+
 def test_another_kind_drops_the_keys_of_the_old_one(recipe):
     loaded = recipes.load(
         recipe,
@@ -390,6 +410,8 @@ def test_a_mistake_is_one_line_with_the_key_and_what_is_allowed(recipe, override
     [
         (None, "no such file"),
         ("a: [1", "not readable as YAML"),
+        ("run: {name: a}\nrun: {name: b}\n", "'run' appears twice"),
+        ("[" * 10_000, "nested too deeply"),
         ("- 1\n- 2\n", "expected keys and values"),
         ("", "model, compute, tokenizer, data, training, run: are required and missing"),
         ("training: {steps: 3}\n", "training.batch_size, "),
