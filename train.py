@@ -14,7 +14,7 @@ from jllama.config import Config, recipe
 from jllama.evaluate.compress import xz_bits_per_byte
 from jllama.files import storage
 from jllama.parallel import distributed
-from jllama.text.infill import FILL_ME, Infill, from_text
+from jllama.text.infill import FILL_ME, Infill, parse_prompt
 from jllama.train.loop import Result, train
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
         print(f"{__doc__}\n{recipe.help_text()}")
         return os.EX_OK
     config = recipe.from_arguments(argv)
-    prompt = from_text("sample.prompt", config.sample.prompt)
+    prompt = parse_prompt("sample.prompt", config.sample.prompt)
     result = train(config)
     if result.done and distributed.leader():
         report(config, result, prompt)

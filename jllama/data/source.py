@@ -1,8 +1,8 @@
-"""Documents from a source: the standard library, TFDS, text, JSON lines or Parquet.
+"""Reads documents from a source: the standard library, TFDS, text, JSON lines or Parquet.
 
 Everything streams: memory is bounded by the longest document. A document that cannot be used
-(broken UTF-8, malformed line, missing field, empty text) is reported with its file and line, and
-counted; one more of them than `max_skipped` is an error. A broken *file* is always an error.
+(broken UTF-8, malformed line, missing field, empty text) is skipped and reported with its file and
+line; more than `max_skipped` of them are an error. A broken *file* is always an error.
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ import pyarrow.parquet
 import tensorflow_datasets as tfds
 
 from jllama.config import JsonlSource, ParquetSource, Source, StdlibSource, TextSource, TfdsSource
-from jllama.data import files
+from jllama.data import text_files
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.progress import say
 
-_EXAMPLES = 10_000  # of a TFDS dataset, in a part
+_EXAMPLES = 10_000  # in one part of a TFDS dataset
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text, never empty, and where it came from (`file:line`, or `file` for a whole file)."""
+    """A text, which is never empty, and its place: `file:line`, or `file` for a whole file."""
 
     text: str
     where: str
@@ -38,9 +38,12 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """One file of a source: `name` is stable (as matched, or relative), `path` opens it.
+    """One file of a source.
 
-    `version` is `jllama.files.storage.Stat`'s: equal sizes and versions are equal content.
+    Attributes:
+      name: the path as the pattern matched it, or relative to the source's root.
+      path: opens the file.
+      size, version: as in `jllama.files.storage.Stat`; if both are equal, so is the content.
     """
 
     name: str
@@ -50,61 +53,65 @@ class SourceFile:
 
 
 class Skipped(Exception):
-    """A document that cannot be used: why."""
+    """The reason why a document cannot be used."""
 
 
 def documents(
     source: Source, *, max_skipped: int = 0, report: Callable[[str], None] = say
 ) -> Iterator[Document]:
-    """Documents in a fixed order: files sorted, then as they stand in each file.
+    """Yields the documents of a source: its files are sorted, and each is read in order.
 
-    `report` gets one line for each document skipped. Raises UserError, naming the place, for the
-    document after `max_skipped` skipped ones, for a broken or missing file and an empty source.
+    `report` gets one line for each skipped document. Raises UserError, naming the place, if more
+    than `max_skipped` documents cannot be used, for a broken or missing file, and for a source
+    without documents.
     """
-    skipped = found = 0
+    skipped = count = 0
     for part in parts(source):
-        for where, text in read(source, part):
+        for where, text in read_part(source, part):
             if not isinstance(text, Skipped):
-                found += 1
+                count += 1
                 yield Document(text, where)
                 continue
-            report(skip(where, str(text), skipped, max_skipped))
+            report(skip_message(where, str(text), skipped, max_skipped))
             skipped += 1
-    if not found:
+    if not count:
         raise no_documents(source)
 
 
-def skip(where: str, reason: str, skipped: int, max_skipped: int) -> str:
-    """The report of a bad document after `skipped` others; UserError if it is one too many."""
+def skip_message(where: str, reason: str, skipped: int, max_skipped: int) -> str:
+    """Returns the report on a bad document, after `skipped` others.
+
+    Raises UserError if `max_skipped` documents have been skipped already.
+    """
     if skipped == max_skipped:
         limit = f"after max_skipped={max_skipped} others" if max_skipped else "max_skipped=0"
         raise UserError(
-            f"{where}: {reason} ({limit}); mend it, or raise data.prepare.max_skipped in a recipe"
+            f"{where}: {reason} ({limit}); correct the document, or raise data.prepare.max_skipped"
         )
     return f"{where}: {reason}; skipped ({skipped + 1} of at most {max_skipped})"
 
 
 def no_documents(source: Source) -> UserError:
-    """The error of a source without a usable document."""
+    """Returns the error for a source without a usable document."""
     return UserError(f"{summary(source)}: no documents in it; check the source")
 
 
 def parts(source: Source) -> list["SourceFile | range"]:
-    """What a source can be read by, in order: its files, or ranges of a TFDS dataset's examples."""
+    """Returns the parts of a source in order: its files, or ranges of a TFDS dataset's examples."""
     if isinstance(source, TfdsSource):
         count = _split(_builder(source), source).num_examples
         return [range(i, min(i + _EXAMPLES, count)) for i in range(0, count, _EXAMPLES)]
     return source_files(source)
 
 
-def read(source: Source, part: "SourceFile | range") -> Iterator[tuple[str, str | Skipped]]:
-    """(where, text or why it cannot be used) of a part's documents, in order."""
+def read_part(source: Source, part: "SourceFile | range") -> Iterator[tuple[str, str | Skipped]]:
+    """Yields each document of a part as (its place, its text or why it cannot be used)."""
     for where, text in _READERS[type(source)](source, part):
         yield where, text or Skipped("empty document")
 
 
 def summary(source: Source) -> str:
-    """The source in a few words, for messages."""
+    """Describes the source in a few words, for messages."""
     match source:
         case StdlibSource():
             return f"standard library ({source.split})"
@@ -115,14 +122,15 @@ def summary(source: Source) -> str:
 
 
 def version(source: Source) -> str:
-    """What else tells two sources of equal config apart: the interpreter, for its own library."""
+    """Returns what else decides the source's text beside its config: the interpreter's version."""
     return platform.python_version() if isinstance(source, StdlibSource) else ""
 
 
 def source_files(source: Source, *, fetch: bool = True) -> list[SourceFile]:
-    """The files that `source` is made of, in reading order. UserError if a pattern matches none.
+    """Returns the files of a source, in the order in which they are read.
 
-    A TFDS dataset that is not here is downloaded and built; without `fetch` that is a UserError.
+    A TFDS dataset that is not on this machine is downloaded and built. Raises UserError if a
+    pattern matches no file, and for a TFDS dataset that is missing if `fetch` is false.
     """
     match source:
         case StdlibSource():
@@ -134,7 +142,7 @@ def source_files(source: Source, *, fetch: bool = True) -> list[SourceFile]:
             pairs = [(p.name, p) for p in paths]
         case _:
             suffix = ".txt" if isinstance(source, TextSource) else f".{source.kind}"
-            pairs = [(p, storage.path(p)) for p in files.matches(source.files, suffix)]
+            pairs = [(p, storage.path(p)) for p in text_files.find_files(source.files, suffix)]
     return [_file(name, path) for name, path in pairs]
 
 
@@ -151,9 +159,9 @@ def _file(name: str, path: Path) -> SourceFile:
 
 def _library(root: Path, source: StdlibSource) -> list[str]:
     names = []
-    for folder, inner, found in os.walk(root):
-        inner[:] = [name for name in inner if name not in _NOT_LIBRARY]
-        paths = [Path(folder, name) for name in found if name.endswith(".py")]
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY]
+        paths = [Path(folder, name) for name in files if name.endswith(".py")]
         # An empty file holds no document.
         names += [p.relative_to(root).as_posix() for p in paths if p.stat().st_size]
     held_out = source.split == "held_out"
@@ -161,7 +169,7 @@ def _library(root: Path, source: StdlibSource) -> list[str]:
 
 
 def is_held_out(name: str, one_in: int) -> bool:
-    """Whether the library file of this relative POSIX path is held out, on every machine alike."""
+    """Whether the library file with this relative POSIX path is held out, by a hash of the path."""
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     return number % one_in == 0
 
@@ -172,16 +180,16 @@ def _read_library(source: StdlibSource, file: SourceFile) -> Iterator[tuple[str,
         yield file.name, text
         return
     line = 1
-    for part in _between_lines(text, source.max_characters):
+    for part in _cut_between_lines(text, source.max_characters):
         yield f"{file.name}:{line}", part
         line += part.count("\n")
 
 
-def _between_lines(text: str, most: int) -> Iterator[str]:
-    """Cuts a text after lines, into parts of at most `most` characters or of one line."""
+def _cut_between_lines(text: str, max_characters: int) -> Iterator[str]:
+    """Yields parts of whole lines with at most `max_characters`, or of one longer line."""
     part = ""
     for line in text.splitlines(keepends=True):
-        if part and len(part) + len(line) > most:
+        if part and len(part) + len(line) > max_characters:
             yield part
             part = ""
         part += line
@@ -202,22 +210,22 @@ def _text(data: bytes) -> str | Skipped:
 
 def _read_text(source: TextSource, file: SourceFile) -> Iterator[tuple[str, str | Skipped]]:
     if source.separator is None:
-        yield file.name, _text(b"".join(files.chunks(file.path)))
+        yield file.name, _text(b"".join(text_files.read_chunks(file.path)))
         return
     if not source.separator:
-        raise UserError("separator: is empty; null makes a file one document")
-    parts = files.split(file.path, source.separator.encode())
-    held = next(parts)
-    for part in parts:
-        yield f"{file.name}:{held[0]}", _text(held[1])
-        held = part
-    if held[1]:  # what follows the last separator; nothing does if it ends the file
-        yield f"{file.name}:{held[0]}", _text(held[1])
+        raise UserError("separator: is empty; write null to make each file one document")
+    pending = None
+    for line, data in text_files.split_file(file.path, source.separator.encode()):
+        if pending is not None:
+            yield pending
+        pending = f"{file.name}:{line}", _text(data)
+    if data:  # the last part is empty if a separator ends the file
+        yield pending
 
 
 def _read_jsonl(source: JsonlSource, file: SourceFile) -> Iterator[tuple[str, str | Skipped]]:
-    for line, data in files.split(file.path, b"\n"):
-        if data.strip():  # a blank line is no document
+    for line, data in text_files.split_file(file.path, b"\n"):
+        if data.strip():  # a blank line is not a document
             yield f"{file.name}:{line}", _json_text(data, source.field)
 
 
@@ -264,7 +272,7 @@ def _read_parquet(source: ParquetSource, file: SourceFile) -> Iterator[tuple[str
                     row += 1
                     yield f"{file.name}: row {row}", _arrow_text(value, source.field)
     except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"{file.name}: not readable as Parquet: {_one_line(e)}") from None
+        raise UserError(f"{file.name}: not readable as Parquet: {_first_line(e)}") from None
 
 
 def _arrow_text(value: pyarrow.Scalar, field: str) -> str | Skipped:
@@ -280,7 +288,7 @@ def _arrow_text(value: pyarrow.Scalar, field: str) -> str | Skipped:
 def _builder(source: TfdsSource, fetch: bool = True):
     folder = storage.path(source.name)
     if "s3" in {source.name.partition("://")[0], (source.data_dir or "").partition("://")[0]}:
-        raise UserError(f"{summary(source)}: array_record reads local files and gs:// alone")
+        raise UserError(f"{summary(source)}: array_record reads only local files and gs://")
     try:
         if storage.exists(folder / "dataset_info.json"):
             return tfds.builder_from_directory(folder)
@@ -288,13 +296,13 @@ def _builder(source: TfdsSource, fetch: bool = True):
             source.name, data_dir=source.data_dir, file_format="array_record", try_gcs=False
         )
         if fetch:
-            builder.download_and_prepare()  # does nothing if it is there
+            builder.download_and_prepare()  # does nothing if that was done before
         elif not builder.is_prepared():
-            raise UserError("not on this machine")
+            raise UserError("the dataset is not on this machine")
         return builder
-    # TFDS and the dataset's own script raise what they like; all of it is about this name.
+    # TFDS and the dataset's own script may raise anything, always because of this dataset.
     except Exception as e:
-        raise UserError(f"{summary(source)}: {_one_line(e)}") from None
+        raise UserError(f"{summary(source)}: {_first_line(e)}") from None
 
 
 def _split(builder, source: TfdsSource):
@@ -302,7 +310,7 @@ def _split(builder, source: TfdsSource):
         split = builder.info.splits[source.split]
     except (KeyError, ValueError, AssertionError) as e:
         names = ", ".join(sorted(builder.info.splits))
-        raise UserError(f"{summary(source)}: {_one_line(e)}; splits: {names}") from None
+        raise UserError(f"{summary(source)}: {_first_line(e)}; splits: {names}") from None
     if source.field not in builder.info.features:
         names = ", ".join(sorted(builder.info.features))
         raise UserError(f"{summary(source)}: no feature {source.field!r}; features: {names}")
@@ -313,14 +321,14 @@ def _read_tfds(source: TfdsSource, examples: range) -> Iterator[tuple[str, str |
     try:
         rows = _builder(source).as_data_source(source.split)
     except Exception as e:  # see _builder
-        raise UserError(f"{summary(source)}: {_one_line(e)}") from None
+        raise UserError(f"{summary(source)}: {_first_line(e)}") from None
     for i in examples:
         value = rows[i][source.field]
         where = f"{summary(source)}: example {i}"
         yield where, _text(value) if isinstance(value, bytes) else _string(value, source.field)
 
 
-def _one_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     lines = str(error).split("\n")
     return " ".join(lines[0].split()) or type(error).__name__
 

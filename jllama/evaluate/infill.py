@@ -18,7 +18,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from jllama.config import Source, StdlibSource, TextSource
-from jllama.data import files
+from jllama.data import text_files
 from jllama.data.source import Document, documents
 from jllama.errors import UserError
 from jllama.files import storage
@@ -113,7 +113,7 @@ def _span(problem: Problem) -> Problem:
 
 
 def _ready_made(path: str) -> Iterator[Problem]:
-    for number, data in files.split(storage.path(path), b"\n"):
+    for number, data in text_files.split_file(storage.path(path), b"\n"):
         if not data.strip():
             continue
         try:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from jllama.errors import UserError
 
-MOST_IDS = 1 << 24
+MAX_VOCAB_SIZE = 1 << 24
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -49,7 +49,7 @@ class AddedToken:
         return {"content": self.text} | {flag: getattr(self, flag) for flag in _FLAGS}
 
 
-def check(added: Iterable[AddedToken], ids: Mapping[str, int], where: str) -> None:
+def check_added_tokens(added: Iterable[AddedToken], ids: Mapping[str, int], where: str) -> None:
     """Raises UserError unless `added` tokens have ids of their own beside the vocabulary's `ids`.
 
     Ids that no token has are allowed between them: the rows of a model are what they are, and
@@ -58,7 +58,7 @@ def check(added: Iterable[AddedToken], ids: Mapping[str, int], where: str) -> No
     ids = dict(ids)
     texts = {id: text for text, id in ids.items()}
     for token in added:
-        if not 0 <= token.id < MOST_IDS:
+        if not 0 <= token.id < MAX_VOCAB_SIZE:
             raise UserError(f"{where}: added token {token.text!r} has the impossible id {token.id}")
         if ids.setdefault(token.text, token.id) != token.id:
             raise UserError(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from jllama.errors import UserError
-from jllama.text.added import AddedToken, Splitter, check
+from jllama.text.added import AddedToken, Splitter, check_added_tokens
 from jllama.text.interface import SPACE, Tokenizer, to_json
 from jllama.text.llama3 import BEGIN, END, STOPS
 from jllama.text.tokenizer_json import BYTE_TOKENS, LETTERS, TokenizerJson
@@ -50,7 +50,7 @@ class HuggingFaceTokenizer(Tokenizer):
         known = file.vocab | {token.text: token.id for token in file.added}
         more = tuple(token for token in added if known.get(token.text) != token.id)
         tokens = [*file.added, *more]
-        check(tokens, file.vocab, where)
+        check_added_tokens(tokens, file.vocab, where)
         ids = known | {token.text: token.id for token in more}
         bos = _end(ids, bos_token, ("<s>", BEGIN), f"{where}: bos_token")
         eos = _end(ids, eos_token, ("</s>", END), f"{where}: eos_token")

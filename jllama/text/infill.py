@@ -125,13 +125,13 @@ def prompt_from_options(
             )
         prefix, suffix = ("" if f is None else _read(f) for f in (prefix_file, suffix_file))
         return Infill(prefix, suffix, format or "psm")
-    asked = from_text("--prompt", prompt, format or "psm")
+    asked = parse_prompt("--prompt", prompt, format or "psm")
     if format is not None and asked == prompt:
         raise UserError(f"--infill-format {format}: there is nothing to fill; write {FILL_ME}")
     return asked
 
 
-def from_text(key: str, text: str, format: InfillFormat = "psm") -> str | Infill:
+def parse_prompt(key: str, text: str, format: InfillFormat = "psm") -> str | Infill:
     """What a prompt asks for: its continuation, or the place of its `<FILL_ME>`.
 
     Raises UserError, naming the key that it is the value of, for `<FILL_ME>` twice.

@@ -40,7 +40,7 @@ class Merged:
     unreachable: int
 
 
-def merge(
+def merge_vocabularies(
     base: Tokenizer,
     new: Tokenizer | None,
     *,
@@ -143,7 +143,7 @@ def _alone(by: Tokenizer, tokenizer: Tokenizer, start: int, count: int) -> list[
     return out
 
 
-def made_of(base: Tokenizer, grown: Tokenizer) -> list[list[int]]:
+def spell_new_ids(base: Tokenizer, grown: Tokenizer) -> list[list[int]]:
     """For each id that `grown` has beyond `base`, the base's ids of its text; [] for none.
 
     Special tokens have no text. Raises UserError unless `grown` keeps every id of `base`.

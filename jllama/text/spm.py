@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import sentencepiece
 
 from jllama.errors import UserError
-from jllama.text.added import AddedToken, check
+from jllama.text.added import AddedToken, check_added_tokens
 from jllama.text.interface import SPACE, Tokenizer, to_json
 
 _PART = 1 << 17  # characters
@@ -57,7 +57,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
         ids = {piece: i for i, piece in enumerate(self.pieces)}
         added = tuple(added)
-        check(added, ids, where)
+        check_added_tokens(added, ids, where)
         own = tuple(token for token in added if token.text not in ids)
         self.added_tokens = {token.text: token.id for token in own}
         self.legacy = legacy

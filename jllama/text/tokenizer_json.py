@@ -12,7 +12,7 @@ import tokenizers
 
 from jllama.errors import UserError
 from jllama.files import storage
-from jllama.text.added import MOST_IDS, AddedToken
+from jllama.text.added import MAX_VOCAB_SIZE, AddedToken
 from jllama.text.interface import SPACE, Prefix
 
 BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
@@ -42,7 +42,7 @@ def vocabulary(file: Any, where: str) -> dict[str, int]:
             vocab = {piece: id for id, (piece, _) in enumerate(vocab)}
         added = {token["content"]: token["id"] for token in file.get("added_tokens") or ()}
         vocab = vocab | added
-        if not all(type(id) is int and 0 <= id < MOST_IDS for id in vocab.values()):
+        if not all(type(id) is int and 0 <= id < MAX_VOCAB_SIZE for id in vocab.values()):
             raise TypeError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{where}: not a tokenizer.json: no vocabulary in it") from None

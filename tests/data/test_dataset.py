@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jllama.config import recipe as recipes
-from jllama.data.dataset import Dataset, eval_batches, open_data, open_tokenizer
+from jllama.data.dataset import Dataset, eval_batches
+from jllama.data.opening import open_data, open_tokenizer
 from jllama.data.pack import CutRows
 from jllama.errors import UserError
 
@@ -134,7 +135,7 @@ def test_a_recipe_opens_to_training_and_held_out_rows(recipe, tmp_path, monkeypa
     assert held_out.documents == 10
     scored = sum(b["weights"].sum() for b in eval_batches(data.held_out_rows["held_out"], 4))
     assert scored == held_out.tokens - held_out.documents
-    monkeypatch.setattr("jllama.data.dataset.train_sentencepiece", None)
+    monkeypatch.setattr("jllama.data.opening.train_sentencepiece", None)
     monkeypatch.setattr("jllama.data.prepare._make", None)
     assert open_tokenizer(recipe).digest == tokenizer.digest
     assert equal(open_data(recipe, tokenizer).train.batch(7), data.train.batch(7))

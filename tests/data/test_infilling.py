@@ -7,7 +7,8 @@ import pytest
 
 from jllama.config import InfillObjective, PrepareConfig, TrainedTokenizer
 from jllama.config import recipe as recipes
-from jllama.data.dataset import Dataset, open_data, open_tokenizer
+from jllama.data.dataset import Dataset
+from jllama.data.opening import open_data, open_tokenizer
 from jllama.data.pack import CutRows, WholeRows
 from jllama.data.prepare import prepare
 from jllama.data.rewrite import Infilling

@@ -13,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jllama.config import PrepareConfig
-from jllama.data import files
+from jllama.data import text_files
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError
@@ -62,7 +62,7 @@ def test_a_dataset_whose_file_went_away_while_it_was_made_gets_no_marker(
     monkeypatch.setattr(
         storage, "names", lambda f: {n: size for n, size in names(f).items() if n != gone}
     )
-    with pytest.raises(UserError, match=rf"{gone}: went away \(1 files did\) while"):
+    with pytest.raises(UserError, match=rf"{gone}: was removed while .*\(1 such files\)"):
         prepare_texts(folder=str(tmp_path), shards=2)
     assert not list(tmp_path.rglob("identity.json"))
 
@@ -78,7 +78,7 @@ def test_any_part_of_the_stream_can_be_read(prepare_texts):
 
 
 def test_one_and_three_processes_write_the_same_bytes(tmp_path, prepare_texts, monkeypatch):
-    monkeypatch.setattr("jllama.data.prepare._CHUNK_CHARACTERS", 200)
+    monkeypatch.setattr("jllama.data.prepare.CHUNK_CHARACTERS", 200)
     one = prepare_texts(folder=str(tmp_path / "one"), workers=1)
     three = prepare_texts(folder=str(tmp_path / "three"), workers=3)
     assert one.folder.name == three.folder.name
@@ -127,13 +127,13 @@ def test_content_that_was_compared_once_is_not_hashed_again(
     config = PrepareConfig(folder=str(tmp_path / "prepared"), workers=1)
     source, path = write_jsonl(texts), tmp_path / "texts.jsonl"
     first = prepare(source, tokenizer, config)
-    hashed, digest = [], files.digest
-    monkeypatch.setattr(files, "digest", lambda p: hashed.append(p) or digest(p))
+    hashed, digest = [], text_files.file_digest
+    monkeypatch.setattr(text_files, "file_digest", lambda p: hashed.append(p) or digest(p))
     for when in (1, 2, 1, 2):  # as on two machines with copies of the source
         os.utime(path, ns=(when, when))
         assert prepare(source, tokenizer, config).identity == first.identity
     assert hashed == [path, path]
-    assert "comparing 1 source files whose times of change differ" in capfd.readouterr().err
+    assert "comparing 1 source files whose modification times differ" in capfd.readouterr().err
     path.write_text(path.read_text().replace("number", "Number"))
     os.utime(path, ns=(3, 3))
     with pytest.raises(UserError, match="has changed"):
@@ -164,7 +164,7 @@ def test_prepared_tokens_outlive_their_source(
     (tmp_path / "texts.jsonl").unlink()
     config = PrepareConfig(folder=str(prepared.folder.parent), shards=3, block_tokens=50)
     assert prepare(source, tokenizer, config).digest == prepared.digest
-    assert "its source is not here" in capfd.readouterr().err
+    assert "its source is not on this machine" in capfd.readouterr().err
 
 
 def test_too_many_bad_documents_leave_nothing_to_trust(prepare_texts, tmp_path, capfd, texts):

@@ -69,7 +69,7 @@ def test_rows_without_replies_are_refused(prepared, tokenizer):
     rows = WholeRows(prepared, 150, "error", 2)
     Replies(ReplyObjective(kind="reply"), tokenizer, seed=0).check("a", rows)
     with pytest.raises(
-        UserError, match=r"data\.objective\.after='NOPE': stands nowhere in the first"
+        UserError, match=r"data\.objective\.after='NOPE': does not appear in the first"
     ):
         Replies(ReplyObjective(kind="reply", after="NOPE"), tokenizer, seed=0).check("a", rows)
     with pytest.raises(UserError, match=r"needs data\.packing\.kind=whole"):

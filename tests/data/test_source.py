@@ -12,7 +12,7 @@ import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from jllama.config import JsonlSource, ParquetSource, StdlibSource, TextSource, TfdsSource
-from jllama.data import files
+from jllama.data import text_files
 from jllama.data.source import Document, documents, is_held_out, source_files
 from jllama.errors import UserError
 
@@ -78,7 +78,7 @@ def test_a_text_file_is_one_document_with_its_newlines_untouched(tmp_path):
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 18])
 def test_separators_split_a_stream(tmp_path, suffix, chunk, monkeypatch):
-    monkeypatch.setattr(files, "_CHUNK", max(chunk, 8) if suffix == ".zst" else chunk)
+    monkeypatch.setattr(text_files, "_CHUNK", max(chunk, 8) if suffix == ".zst" else chunk)
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(packed(suffix, "é\n<>one<<>two\n\n<>three\n<>".encode()))
     found = list(documents(text_source(path, separator="<>")))
