@@ -182,7 +182,7 @@ class _Tokenise(beam.DoFn):
                 for piece in pieces:
                     piece.close()
             file = Path(work, "run")
-            _join(file, [Path(piece.name) for piece in pieces], lengths)
+            _write_run(file, [Path(piece.name) for piece in pieces], lengths)
             storage.put(file, runs / f"run-{number:05d}")
         result = Run(number, documents, text_bytes, tuple(bad), error)
         storage.write_text(runs / f"run-{number:05d}.json", json.dumps(dataclasses.asdict(result)))
@@ -190,7 +190,7 @@ class _Tokenise(beam.DoFn):
 
 
 class _Pack(beam.DoFn):
-    """Maps the number of a logical shard to its files, and writes its counts beside the runs."""
+    """Packs the logical shard of a given number, and writes its counts beside the runs."""
 
     def __init__(self, tokenizer: Tokenizer, folder: Path, config: PrepareConfig):
         self._vocab_size, self._config, self._folder = tokenizer.vocab_size, config, str(folder)
@@ -206,7 +206,7 @@ class _Pack(beam.DoFn):
             before = 0
             for run in runs:
                 file = folder / _RUNS / f"run-{run.number:05d}"
-                lengths, tokens = _piece(
+                lengths, tokens = _read_piece(
                     file, run.documents, self._config.shards, shard - before, dtype
                 )
                 at = 0
@@ -221,7 +221,7 @@ class _Pack(beam.DoFn):
         storage.write_text(folder / _RUNS / f"shard-{shard:05d}.json", text)
 
 
-def _join(run: Path, pieces: list[Path], lengths: list[array]) -> None:
+def _write_run(run: Path, pieces: list[Path], lengths: list[array]) -> None:
     """Writes a run from its pieces.
 
     A run holds, little-endian: int64 [S+1], where each piece begins and ends among the tokens;
@@ -237,7 +237,7 @@ def _join(run: Path, pieces: list[Path], lengths: list[array]) -> None:
                 shutil.copyfileobj(opened, file)
 
 
-def _piece(
+def _read_piece(
     file: Path, documents: int, shards: int, shard: int, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (lengths, tokens) of piece `shard` modulo S of a run, with S = `shards`."""

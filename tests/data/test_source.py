@@ -150,7 +150,7 @@ def test_broken_text_documents_are_named_by_line(tmp_path):
 def test_no_file_and_no_document_are_errors(tmp_path):
     with pytest.raises(UserError, match=r"none\*\.txt: no file matches"):
         read(text_source(tmp_path / "none*.txt"))
-    with pytest.raises(UserError, match="is a folder; its files are '.*/" + r"\*\*/\*\.txt'"):
+    with pytest.raises(UserError, match="is a folder; write '.*/" + r"\*\*/\*\.txt'"):
         read(text_source(f"{tmp_path}/"))
     with pytest.raises(UserError, match=r"/\*\*/\*\.jsonl'"):
         read(jsonl_source(tmp_path))

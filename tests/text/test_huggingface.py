@@ -198,16 +198,16 @@ SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "in
         ("byte", "decoder", None, "its decoder is none"),
         ("spaced", "decoder", {"type": "BPEDecoder"}, "its decoder is BPEDecoder"),
         ("spaced", "normalizer", LOWER, "the normaliser NFKC changes text"),
-        ("spaced", "normalizer", None, "of a space"),
+        ("spaced", "normalizer", None, "a space by U"),
         ("spaced", "pre_tokenizer", {"type": "Whitespace"}, "the pre-tokeniser Whitespace"),
         ("spaced", "pre_tokenizer", {"type": "Metaspace", "replacement": "_"}, "something else"),
         ("spaced", "model.byte_fallback", False, "it has no byte fallback"),
         ("spaced", "model.ignore_merges", True, "ignore_merges"),
         ("spaced", "model.vocab", {"a": 0}, "256 of 256 bytes have no token"),
         ("spaced", "model.vocab", {"a": 0, "b": 0}, "two of its pieces have one id"),
-        ("spaced", "model.merges", [["a", "nothing"]], "tokenizers does not read it"),
-        ("spaced", "added_tokens", [added("<s>", 7)], "'<s>' has the id 7, and 1 elsewhere"),
-        ("spaced", "added_tokens", [added("<z>", 7)], "'<z>' has the id 7, which is that of"),
+        ("spaced", "model.merges", [["a", "nothing"]], "cannot read it"),
+        ("spaced", "added_tokens", [added("<s>", 7)], "'<s>' has the id 7, but 1 elsewhere"),
+        ("spaced", "added_tokens", [added("<z>", 7)], "'<z>' has the id 7, which belongs to"),
         ("spaced", "added_tokens", [{"id": 3}], "not a tokenizer.json"),
         ("spaced", "added_tokens", 3, "not a tokenizer.json"),
         ("spaced", "model.vocab", {"a": "b"}, "not a tokenizer.json"),
@@ -233,7 +233,7 @@ def test_what_does_not_give_text_back_is_refused_by_name(
 
 def test_a_file_without_ends_is_an_error(byte_json):
     file = byte_json | {"added_tokens": byte_json["added_tokens"][2:]}
-    with pytest.raises(UserError, match=r"^here: bos_token: the file names none"):
+    with pytest.raises(UserError, match=r"^here: bos_token: the file has none"):
         HuggingFaceTokenizer(file, "here")
     with pytest.raises(UserError, match=r"eos_token '</s>' is not in the vocabulary"):
         HuggingFaceTokenizer(byte_json, "here", eos_token="</s>")

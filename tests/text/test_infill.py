@@ -215,12 +215,12 @@ def test_a_command_line_says_what_to_fill(tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "prefix", "format", "said"),
     [
-        ("<FILL_ME> and <FILL_ME>", None, None, "--prompt: <FILL_ME> stands in it 2 times; .*one"),
+        ("<FILL_ME> and <FILL_ME>", None, None, "--prompt: <FILL_ME> appears 2 times.*one"),
         (
             "text",
             "file",
             None,
-            "--prompt: stands beside --prefix-file or --suffix-file; .* not both",
+            "--prompt: .*--prefix-file.*--suffix-file",
         ),
         ("text", None, "spm", "--infill-format spm: there is nothing to fill; write <FILL_ME>"),
         ("", "nowhere/file", None, "nowhere/file: no such file"),

@@ -90,7 +90,10 @@ def broken(ranks: list[bytes]) -> dict[str, tuple[bytes, str]]:
         "cut in a piece": (b"".join(lines[:300]) + lines[300][:3], ":301: not a piece"),
         "cut in a rank": (b"".join(lines[:300]) + one + b" 3", ":301: rank 3 where 300 is due"),
         "a gap": (b"".join(lines[:300] + lines[301:]), ":301: rank 301 where 300 is due"),
-        "twice": (b"".join(lines[:301]) + one + b" 301\n", ":302: the piece .* of rank 300 again"),
+        "twice": (
+            b"".join(lines[:301]) + one + b" 301\n",
+            ":302: repeats the piece .* of rank 300",
+        ),
         "an empty line": (b"".join(lines[:9]) + b"\n", ":10: not a piece"),
         "words": (b"".join(lines[:9]) + b"a b c\n", ":10: not a piece"),
         "no base64": (b"".join(lines[:9]) + b"*** 9\n", ":10: not a piece"),

@@ -138,7 +138,7 @@ def test_another_vocabulary_is_refused_by_its_first_id(base, merged):
     with pytest.raises(UserError, match=r"has 400 ids and the model's own .*grows"):
         spell_new_ids(merged.tokenizer, base)
     other = train_sentencepiece([CODE[::-1]], TrainedTokenizer(kind="train", vocab_size=420))
-    with pytest.raises(UserError, match=r"id \d+ is '.*', and '.*' in the model's own"):
+    with pytest.raises(UserError, match=r"id \d+ is '.*', but '.*' in the model's own"):
         spell_new_ids(base, other)
 
 
@@ -160,10 +160,10 @@ def test_types_that_do_not_mix_are_one_line(base, llama3_model, merged):
             merge_vocabularies(ours, theirs)
         assert "\n" not in str(e.value)
     for tokens, why in (
-        (["<s>"], "'<s>': is a piece already"),
-        (["文"], "'文': is a piece already"),
-        (["[X]", "x"], "'x': is a piece already"),
-        (["[X]", "[X]"], r"'\[X\]': .*, or given twice"),
+        (["<s>"], "'<s>': already is a piece"),
+        (["文"], "'文': already is a piece"),
+        (["[X]", "x"], "'x': already is a piece"),
+        (["[X]", "[X]"], r"'\[X\]': .*given twice"),
         ([""], "'': has no text"),
         (["a\0"], r"'a\\x00': is not printable"),
         (["\udcff"], r"'\\udcff': is not printable"),

@@ -99,8 +99,8 @@ def test_ids_between_the_model_and_an_added_token_have_no_text(spm_model, sp):
 @pytest.mark.parametrize(
     ("text", "id", "said"),
     [
-        (PAD, 5, r"\[PAD\]' has the id 5, which is that of '<0x02>'"),
-        ("<s>", 40, "<s>' has the id 40, and 1 elsewhere"),
+        (PAD, 5, r"\[PAD\]' has the id 5, which belongs to '<0x02>'"),
+        ("<s>", 40, "<s>' has the id 40, but 1 elsewhere"),
         (PAD, -1, "impossible id -1"),
         (PAD, 1 << 40, "impossible id"),
     ],
