@@ -1,4 +1,4 @@
-"""Recipes: how a config is loaded, overridden and saved.
+"""Loads, overrides and saves configs; a recipe is the config of a run.
 
 A recipe is YAML. Dotted overrides are set in its values, then pydantic validates the result into
 the frozen dataclasses of `jllama.config`: unknown keys, wrong types and impossible values raise
@@ -25,7 +25,7 @@ _STORED = {field.name for field in dataclasses.fields(StoredConfig)}
 
 
 def configs_folder() -> Path:
-    """The shipped recipes: `configs/` of the checkout, or the copy inside an installed wheel."""
+    """Returns the folder of shipped configs: `configs/` of the checkout, or its copy in a wheel."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package.parent / "configs", package / "configs"):
         if (folder / "model").is_dir():
@@ -34,7 +34,7 @@ def configs_folder() -> Path:
 
 
 def model_names() -> list[str]:
-    """Names of the shipped models, as `model: NAME` takes them."""
+    """Returns the names of the shipped models, for `model: NAME`."""
     return sorted(p.stem for p in (configs_folder() / "model").glob("*.yaml"))
 
 
@@ -119,13 +119,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_stored(path: Path) -> StoredConfig:
-    """What a folder's config.yaml says of the parameters in it; of a run, a part of its recipe."""
+    """Reads what a folder's config.yaml says about its parameters; a run's is a whole recipe."""
     data = _read_yaml(path)
     return _validate(StoredConfig, {k: v for k, v in data.items() if k in _STORED}, str(path))
 
 
 def _validate(cls: type[T], data: dict, where: str, given: Sequence[str] = ()) -> T:
-    """`where` names the file in errors, and `given` are overrides: of these it names the key."""
+    """Makes a config of plain values.
+
+    The UserError names the key as an option if one of the overrides `given` has set it, and the
+    file `where` otherwise.
+    """
     try:
         # JSON mode: strict about types, and lists still become tuples.
         return pydantic.TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
@@ -138,32 +142,32 @@ def _validate(cls: type[T], data: dict, where: str, given: Sequence[str] = ()) -
             beneath = any(o.startswith(f"{key}.") for key in keys for o in options)
             place = "" if beneath else f"{where}: "
             raise UserError(f"{place}{', '.join(keys)}: {text}") from None
-        raise UserError(f"{where}: not plain values: {e}") from None
+        raise UserError(f"{where}: has values that JSON cannot express: {e}") from None
 
 
 def _is_given(key: str, options: Sequence[str]) -> bool:
-    """Whether a key was set by an override, or is needed for the kind that one chose."""
+    """Whether an override set the key, or chose a kind that needs it."""
     kind = f"{key.rpartition('.')[0]}.kind"
     return any(key == o or key.startswith(f"{o}.") or kind == o for o in options)
 
 
 def to_dict(config: Any) -> Any:
-    """Plain nested values of a config, fit for YAML and JSON."""
+    """Returns a config as plain nested values, for YAML and JSON."""
     return json.loads(pydantic.TypeAdapter(type(config)).dump_json(config))
 
 
 def from_dict(data: dict, where: str) -> Config:
-    """The inverse of `to_dict` for a whole recipe; `where` names the file in errors."""
+    """Makes a recipe of the values of `to_dict`; `where` names the file in errors."""
     return _validate(Config, data, where)
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved config as YAML; `load` reads it back to an equal config."""
+    """Writes the resolved config as YAML; `load` reads an equal config from it."""
     return format_yaml(to_dict(config))
 
 
 def from_arguments(argv: Sequence[str]) -> Config:
-    """The recipe of a command line: `--config F --section.key=value --section.key value ...`."""
+    """Loads the recipe of a command line: `--config F --section.key=value --section.key value`."""
     pairs, rest = [], list(argv)
     while rest:
         word = rest.pop(0)
@@ -177,7 +181,7 @@ def from_arguments(argv: Sequence[str]) -> Config:
         pairs.append((key, value))
     files = [value for key, value in pairs if key == "config"]
     if len(files) != 1:
-        raise UserError(f"--config FILE: give it once; shipped: {', '.join(_recipes())}")
+        raise UserError(f"--config FILE: must be given once; shipped: {', '.join(_recipes())}")
     return load(files[0], [f"{key}={value}" for key, value in pairs if key != "config"])
 
 
@@ -186,7 +190,7 @@ def _recipes() -> list[str]:
 
 
 def help_text() -> str:
-    """Every key of a recipe with its type, meaning and default, one a line."""
+    """Returns a line for every key of a recipe, with its type, meaning and default."""
     rows = [(f"--{key}", kind, meaning) for key, kind, meaning in schema.describe_keys(Config)]
     width = max(len(key) for key, _, _ in rows)
     lines = [f"{key:{width}}  {kind}: {meaning}" for key, kind, meaning in rows]

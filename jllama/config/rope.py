@@ -78,7 +78,7 @@ class YarnRopeScaling:
     factor: Stretch = doc("frequencies of slow pairs are divided by this")
     original_length: PositiveInt = doc("length of the training before scaling")
     beta_fast: PositiveFloat = default(
-        "pairs with more rotations than this in that length are kept", 32.0
+        "pairs with more rotations than this in original_length are kept", 32.0
     )
     beta_slow: PositiveFloat = default(
         "pairs with fewer rotations than this are divided fully", 1.0

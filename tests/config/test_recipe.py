@@ -1,4 +1,4 @@
-"""Recipes: every key can be overridden and changes nothing else; mistakes are one line."""
+"""Recipes: an override changes its key and nothing else; a mistake is one line."""
 
 import dataclasses
 import json
@@ -94,7 +94,7 @@ BASE = {
     "run": {"name": "test"},
 }
 
-# A valid value of every member of every sum type, with what it needs and no more.
+# The required keys of every member of every sum type, with valid values.
 MEMBERS = {
     NoRopeScaling: {},
     LinearRopeScaling: {"factor": 2.0},
@@ -136,7 +136,7 @@ MEMBERS = {
     WsdSchedule: {"peak": 1e-3, "warmup_steps": 10, "decay_steps": 20, "floor": 0.1},
 }
 
-# Where the next value in line would break a rule between two keys, or the key's pattern.
+# Values of keys for which `another` would break a pattern or a rule between two keys.
 CHOSEN = {
     "model.num_heads": 8,
     "model.num_kv_heads": 2,
@@ -153,7 +153,7 @@ def tag(member: type) -> str | None:
 
 
 def unwrap(hint: Any) -> tuple[Any, list]:
-    """The type inside `Annotated`, and its bounds and patterns."""
+    """Returns the type inside `Annotated`, and its bounds and patterns."""
     marks = []
     while typing.get_origin(hint) is Annotated:
         hint, *more = typing.get_args(hint)
@@ -168,9 +168,9 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def leaves(cls: type = Config, prefix: str = "", setup: tuple[str, ...] = ()):
-    """(setup, key, hint) of every key that holds a plain value.
+    """Yields (setup, key, hint) of every key that holds a plain value.
 
-    `setup` are the overrides that put the members of sum types on the way in place.
+    `setup` are the overrides that choose the members of sum types above the key.
     """
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         key = prefix + name
@@ -194,7 +194,7 @@ def leaves(cls: type = Config, prefix: str = "", setup: tuple[str, ...] = ()):
 
 
 def another(hint: Any, old: Any) -> Any:
-    """A valid value of the type that is not `old`."""
+    """Returns a valid value of the type that is not `old`."""
     options = [a for a in alternatives(hint) if a is not type(None)]
     inner, marks = unwrap(options[0])
     marks = marks + unwrap(hint)[1]
@@ -233,8 +233,8 @@ LEAVES = list(leaves())
 
 
 def test_every_member_and_every_chosen_key_exists():
-    found = {m for m in vars(config).values() if dataclasses.is_dataclass(m) and tag(m)}
-    assert found == set(MEMBERS)
+    members = {m for m in vars(config).values() if dataclasses.is_dataclass(m) and tag(m)}
+    assert members == set(MEMBERS)
     assert {key for _, key, _ in LEAVES} >= set(CHOSEN)
     described = {key for key, _, _ in schema.describe_keys(Config) if not key.endswith("kind")}
     assert described >= {key for _, key, _ in LEAVES}
@@ -313,7 +313,7 @@ def test_a_model_may_be_another_with_changes(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (
             ["training.stepz=3"],
@@ -363,7 +363,7 @@ def test_a_model_may_be_another_with_changes(recipe, tmp_path):
         ),
         (
             ["data.train.0.source.kind=text", "data.train.0.source.files.0=/x"],
-            r"^--data\.train\.0\.source\.files: .*; there is none yet: write '\[\"/x\"\]'$",
+            r"^--data\.train\.0\.source\.files: .*; does not exist yet: write '\[\"/x\"\]'$",
         ),
         (["mesh.replica=-1"], r"^mesh: replica and fsdp are -1 "),
         (["training.step=3"], r"^--training\.step: unknown key; did you mean steps\?"),
@@ -397,16 +397,16 @@ def test_a_model_may_be_another_with_changes(recipe, tmp_path):
         (["training.steps=[1"], r"training\.steps: '\[1' is not a YAML value"),
     ],
 )
-def test_a_mistake_is_one_line_with_the_key_and_what_is_allowed(recipe, overrides, said):
+def test_a_mistake_is_one_line_with_the_key_and_what_is_allowed(recipe, overrides, expected):
     with pytest.raises(UserError) as caught:
         recipes.load(recipe, overrides)
     message = str(caught.value)
-    assert re.search(said, message), message
+    assert re.search(expected, message), message
     assert "\n" not in message
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (None, "no such file"),
         ("a: [1", "not readable as YAML"),
@@ -419,14 +419,14 @@ def test_a_mistake_is_one_line_with_the_key_and_what_is_allowed(recipe, override
         ("run: {name: ${nowhere}}\n", "not readable as YAML"),
     ],
 )
-def test_a_bad_file_is_named(tmp_path, text, said):
+def test_a_bad_file_is_named(tmp_path, text, expected):
     path = tmp_path / "bad.yaml"
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError) as caught:
         recipes.load(path)
     assert str(caught.value).startswith(str(path))
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

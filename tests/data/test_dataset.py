@@ -14,7 +14,7 @@ from jllama.errors import UserError
 
 
 class Numbered:
-    """`count` rows of which each holds its own number."""
+    """`count` rows; each holds its number."""
 
     length = 3
 
@@ -165,12 +165,12 @@ def test_missing_files_are_named_by_key_before_a_tokenizer_is_trained(
     recipe, tmp_path, part, capfd
 ):
     bad = changed(recipe, f"data.{part}.0.source.files=[{tmp_path}]")
-    said = rf"^data\.{part}\.0\.source\.files: {tmp_path}: is a folder"
-    with pytest.raises(UserError, match=said):
+    expected = rf"^data\.{part}\.0\.source\.files: {tmp_path}: is a folder"
+    with pytest.raises(UserError, match=expected):
         open_tokenizer(bad)
     assert "tokenizer: training" not in capfd.readouterr().err
-    # With a tokenizer that is there, the text is missed when it is prepared.
-    with pytest.raises(UserError, match=said):
+    # With an existing tokenizer, the missing text is an error when it is prepared.
+    with pytest.raises(UserError, match=expected):
         open_data(bad, open_tokenizer(recipe))
 
 

@@ -1,4 +1,4 @@
-"""Preparing: the same bytes however made, found again, and never trusted half-made."""
+"""Preparing writes the same bytes in any way, is not repeated, and is trusted only when whole."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def content(folder):
 
 
 def stream(prepared):
-    """Documents as lists of ids, in the order of the stream."""
+    """Returns the documents as lists of ids, in the order of the stream."""
     tokens, starts = prepared.read(0, prepared.tokens)
     return [part.tolist() for part in np.split(tokens, np.flatnonzero(starts))[1:]]
 
@@ -56,7 +56,7 @@ def test_every_document_is_there_with_bos_and_eos(
 def test_a_dataset_whose_file_went_away_while_it_was_made_gets_no_marker(
     prepare_texts, tmp_path, monkeypatch
 ):
-    # As by another maker at the same URL, which removes the folder when it starts.
+    # As another process does that prepares at the same URL: it removes the folder when it starts.
     names = storage.names
     gone = "document-ends.00001.u64"
     monkeypatch.setattr(
@@ -72,9 +72,9 @@ def test_any_part_of_the_stream_can_be_read(prepare_texts):
     tokens, starts = prepared.read(0, prepared.tokens)
     for start in (*range(9), 20, prepared.tokens - 1):
         for stop in (start, *range(start + 1, prepared.tokens, 67), prepared.tokens):
-            some, some_starts = prepared.read(start, stop)
-            assert some.tolist() == tokens[start:stop].tolist()
-            assert some_starts.tolist() == starts[start:stop].tolist()
+            part, part_starts = prepared.read(start, stop)
+            assert part.tolist() == tokens[start:stop].tolist()
+            assert part_starts.tolist() == starts[start:stop].tolist()
 
 
 def test_one_and_three_processes_write_the_same_bytes(tmp_path, prepare_texts, monkeypatch):
@@ -116,7 +116,7 @@ def test_a_changed_source_is_an_error_that_names_the_file(prepare_texts, tmp_pat
     with pytest.raises(UserError, match=rf"texts\.jsonl: has changed since {prepared.folder}"):
         prepare_texts([*texts[:-1], "another"])
     assert Prepared.open(prepared.folder) is not None
-    prepare_texts()  # restored: another time of change, the same content
+    prepare_texts()  # restored: the same content with another modification time
     os.utime(path, ns=(1, 1))
     prepare_texts()
 
@@ -142,10 +142,10 @@ def test_content_that_was_compared_once_is_not_hashed_again(
 
 def test_files_that_come_and_go_are_errors(tmp_path, tokenizer, write_jsonl, texts):
     config = PrepareConfig(folder=str(tmp_path / "prepared"), workers=1)
-    some = write_jsonl(texts, "a")
+    first = write_jsonl(texts, "a")
     source = write_jsonl(texts, "all")
     files = tuple(f.replace("all.jsonl", "*.jsonl") for f in source.source.files)
-    source = type(some)(name="x", source=type(some.source)(kind="jsonl", files=files))
+    source = type(first)(name="x", source=type(first.source)(kind="jsonl", files=files))
     prepare(source, tokenizer, config)
     write_jsonl(["new"], "b")
     with pytest.raises(UserError, match=r"b\.jsonl: is new since"):

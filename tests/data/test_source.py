@@ -1,4 +1,4 @@
-"""Reading documents: what comes out, and what happens to what is broken."""
+"""Reading documents from every kind of source, whole and broken."""
 
 import gzip
 import json
@@ -38,14 +38,14 @@ def test_the_library_is_split_by_file_and_holds_out_400_kb():
         split: list(documents(StdlibSource(kind="stdlib", split=split)))
         for split in ("train", "held_out")
     }
-    names = {split: [d.where for d in some] for split, some in parts.items()}
+    names = {split: [d.where for d in texts] for split, texts in parts.items()}
     assert not set(names["train"]) & set(names["held_out"])
-    assert all(some == sorted(some) for some in names.values())
-    size = {split: sum(len(d.text.encode()) for d in some) for split, some in parts.items()}
+    assert all(group == sorted(group) for group in names.values())
+    size = {split: sum(len(d.text.encode()) for d in texts) for split, texts in parts.items()}
     assert size["held_out"] > 400_000
     assert 0.02 < size["held_out"] / sum(size.values()) < 0.08
     excluded = {"test", "tests", "site-packages", "idle_test", "__pycache__"}
-    assert not [n for some in names.values() for n in some if excluded & set(n.split("/")[:-1])]
+    assert not [n for group in names.values() for n in group if excluded & set(n.split("/")[:-1])]
 
 
 def test_library_files_are_cut_between_lines_and_nothing_is_lost():
@@ -81,9 +81,9 @@ def test_separators_split_a_stream(tmp_path, suffix, chunk, monkeypatch):
     monkeypatch.setattr(text_files, "_CHUNK", max(chunk, 8) if suffix == ".zst" else chunk)
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(packed(suffix, "é\n<>one<<>two\n\n<>three\n<>".encode()))
-    found = list(documents(text_source(path, separator="<>")))
-    assert [d.text for d in found] == ["é\n", "one<", "two\n\n", "three\n"]
-    assert [d.where.rpartition(":")[2] for d in found] == ["1", "2", "2", "4"]
+    parts = list(documents(text_source(path, separator="<>")))
+    assert [d.text for d in parts] == ["é\n", "one<", "two\n\n", "three\n"]
+    assert [d.where.rpartition(":")[2] for d in parts] == ["1", "2", "2", "4"]
 
 
 def test_a_zst_file_may_hold_several_frames(tmp_path):

@@ -1,4 +1,4 @@
-"""Merged vocabularies: the base's ids stay, the rest follows, and sentencepiece encodes alike."""
+"""Merged vocabularies: the base keeps its ids, and sentencepiece gives the same ids."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_it_is_saved_with_its_pad_token(merged, tmp_path):
     again = load_tokenizer(tmp_path)
     assert again.digest == merged.tokenizer.digest
     assert again.carried == {"pad_token": "[PAD]"}
-    # The model's own file says it too.
+    # The model's file has it too.
     alone = load_tokenizer(tmp_path / "tokenizer.model")
     for tokenizer in (again, alone):
         config = json.loads(tokenizer_files(tokenizer)["tokenizer_config.json"])
@@ -92,7 +92,7 @@ def test_it_is_saved_with_its_pad_token(merged, tmp_path):
 
 
 def test_what_is_special_in_new_is_no_piece_of_the_text(base, tmp_path):
-    """Code Llama's model has its tokens of infilling as normal pieces."""
+    """Code Llama's model has its infill tokens as normal pieces."""
     more = [Piece(text, -1.0, PieceType.NORMAL) for text in ("☃☄", *PIECES)]
     (tmp_path / "new.model").write_bytes(append_pieces(base.model, more))
     made = merge_vocabularies(base, load_tokenizer(tmp_path / "new.model"), specials=PIECES)
@@ -145,7 +145,7 @@ def test_another_vocabulary_is_refused_by_its_first_id(base, merged):
 def test_types_that_do_not_mix_are_one_line(base, llama3_model, merged):
     chinese = sentencepiece_model("unigram")
     tiktoken = TiktokenTokenizer(llama3_model, "file")
-    for ours, theirs, said in (
+    for ours, theirs, expected in (
         (chinese, base, r"^BASE: .*type unigram.*must be of type bpe"),
         (
             base,
@@ -156,7 +156,7 @@ def test_types_that_do_not_mix_are_one_line(base, llama3_model, merged):
         (base, tiktoken, r"^NEW: a Tiktoken tokenizer"),
         (base, sentencepiece_model("bpe", treat_whitespace_as_suffix=True), "different sides"),
     ):
-        with pytest.raises(UserError, match=said) as e:
+        with pytest.raises(UserError, match=expected) as e:
             merge_vocabularies(ours, theirs)
         assert "\n" not in str(e.value)
     for tokens, why in (
