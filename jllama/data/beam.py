@@ -158,7 +158,7 @@ class _Tokenise(beam.DoFn):
             for part in parts:
                 for where, text in sources.read_part(self._source, part):
                     if isinstance(text, sources.Skipped):
-                        bad.append((where, str(text)))
+                        bad.append((where, text.reason))
                         if len(bad) > max_skipped:
                             return
                     else:
