@@ -47,7 +47,7 @@ class Prepared:
         self._token_starts = np.concatenate([[0], np.cumsum(tokens)])
         self._record_starts = np.concatenate([[0], np.cumsum(records)])
         self._files = folder if copies is None else copies
-        # array_record opens a file only when it reads it if the name holds the number of records.
+        # With the number of records in its name, array_record opens a file only to read it.
         self._records = ArrayRecordDataSource(
             [
                 f"{self._files / records_file(i, self._shards)}[0:{n}]"
@@ -119,7 +119,7 @@ def _copies(folder: Path, identity: dict, cache: str) -> Path | None:
     """
     if not (storage.is_remote(folder) and cache):
         return None
-    # The key has URL and content: another bucket, or a later time, may have other bytes by a name.
+    # The key covers URL and content, because other bytes may have the same folder name.
     key = hashlib.sha256(f"{folder} {identity['content']}".encode()).hexdigest()
     copies = storage.path(cache) / f"{folder.name}-{key[:16]}"
     with locked(copies):

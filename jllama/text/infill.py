@@ -21,8 +21,8 @@ from jllama.text.interface import TextStream, Tokenizer
 
 InfillFormat = Literal["psm", "spm"]
 FILL_ME = "<FILL_ME>"
-# A text put before one that continues another, so that the space goes before the anchor. The first
-# is Code Llama's; the others serve vocabularies in which it merges with what follows.
+# An anchor is put before a text that continues another, so that the tokenizer adds its space before
+# the anchor. The first is Code Llama's; the others serve if it merges with the text after it.
 _ANCHORS = ("☺", "\n", "\ue000")
 
 

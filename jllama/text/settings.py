@@ -38,14 +38,14 @@ class TokenizerSettings:
 
 
 def load_settings(folder: Path) -> TokenizerSettings:
-    """Reads the settings of a folder. Raises UserError if a file of theirs is damaged."""
+    """Reads the settings of a folder. Raises UserError if one of its files is damaged."""
     names = storage.names(folder)
     files = {
         name: storage.read_json(folder / name) if name in names else {}
         for name in (_CONFIG, _MAP, _ADDED, _GENERATION)
     }
     config, roles = files[_CONFIG], files[_MAP]
-    name = _CONFIG  # of the file that is being read
+    name = _CONFIG  # the file that is being read
     try:
         named = {key: _text(config.get(f"{key}_token")) for key in _ROLES}
         special = {*named.values(), *_additional_tokens(config)}

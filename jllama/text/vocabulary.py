@@ -20,7 +20,7 @@ from jllama.text.spm import SentencePieceTokenizer
 
 _RESERVED = 3 + 256  # <unk>, <s>, </s> and one piece per byte
 _BREAK = re.compile(r"((?:\r?\n)+[ \t]*)")
-# A word includes the space before it. Its length is bounded, because a long blob has many words.
+# A word includes the space before it. Its length is bounded, so that a long blob is many words.
 _WORD = re.compile(r" ?[^\W\d]{1,64}|\d| ?[^\s\w]{1,64}| +(?= )| |[^\S ]+|\w")
 _LINE = re.compile(r".{1,256}", re.DOTALL)
 _BREAK_SHARE = 1 / 500  # of all breaks; one that is as common as this is a piece
