@@ -12,7 +12,7 @@ from jllama.text.interface import TextStream, Tokenizer
 from jllama.text.llama3 import TiktokenTokenizer, is_tiktoken
 from jllama.text.settings import TokenizerSettings, load_settings
 from jllama.text.spm import SentencePieceTokenizer
-from jllama.text.tokenizer_json import spell, vocabulary
+from jllama.text.tokenizer_json import spell, token_ids
 
 __all__ = [
     "HuggingFaceTokenizer",
@@ -63,7 +63,7 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
         ids = _ids(plain)
         for token in settings.added:
             ids.setdefault(token.text, token.id)
-        if any(ids.get(text) != id for text, id in vocabulary(file, str(folder / _JSON)).items()):
+        if any(ids.get(text) != id for text, id in token_ids(file, str(folder / _JSON)).items()):
             return _from_json(file, folder / _JSON, settings)
     return _from_file(folder / _MODEL, settings)
 

@@ -35,7 +35,7 @@ def spell(piece: bytes) -> str:
     return "".join([_LETTER[byte] for byte in piece])
 
 
-def vocabulary(file: Any, where: str) -> dict[str, int]:
+def token_ids(file: Any, where: str) -> dict[str, int]:
     """Returns text -> id of every token of a tokenizer.json of any kind.
 
     Raises UserError if it is not a tokenizer.json.
@@ -69,7 +69,7 @@ class TokenizerJson:
 
     def __init__(self, file: Any, where: str):
         self._file, self._where = file, where
-        vocabulary(file, where)
+        token_ids(file, where)
         model = file["model"]
         kind = model.get("type") or ("BPE" if "merges" in model else "of no type")
         if kind != "BPE" or not isinstance(model["vocab"], dict):
