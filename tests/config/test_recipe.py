@@ -363,7 +363,7 @@ def test_a_model_may_be_another_with_changes(recipe, tmp_path):
         ),
         (
             ["data.train.0.source.kind=text", "data.train.0.source.files.0=/x"],
-            r"^--data\.train\.0\.source\.files: .*; the list does not exist yet: write '\[\"/x\"\]'$",
+            r"^--data\.train\.0\.source\.files: .*list does not exist yet: write '\[\"/x\"\]'$",
         ),
         (["mesh.replica=-1"], r"^mesh: replica and fsdp are -1 "),
         (["training.step=3"], r"^--training\.step: unknown key; did you mean steps\?"),
