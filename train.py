@@ -15,7 +15,7 @@ from jllama.evaluate.compress import xz_bits_per_byte
 from jllama.files import storage
 from jllama.parallel import distributed
 from jllama.store.model import architecture_at
-from jllama.text.infill import FILL_ME, Infill, from_text
+from jllama.text.infill import FILL_ME, Infill, parse_prompt
 from jllama.train.loop import train
 from jllama.train.report import Result
 
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         print(f"{__doc__}\n{recipe.help_text()}")
         return os.EX_OK
     config = recipe.from_arguments(argv, architecture_at)
-    prompt = from_text("sample.prompt", config.sample.prompt)
+    prompt = parse_prompt("sample.prompt", config.sample.prompt)
     result = train(config)
     if result.done and distributed.leader():
         report(config, result, prompt)

@@ -164,7 +164,7 @@ def script(capsys):
         (["--training.batch_size=20"], "(mesh.replica x mesh.fsdp); nearest: 16 or 24"),
         (["--eval.batch_size=3"], "eval.batch_size=3: must be a multiple of 8, the 8 devices"),
         (["--model.vocab_size=100"], "tokenizer.vocab_size=320 does not fit"),
-        (["--sample.prompt=<FILL_ME>, <FILL_ME>"], "sample.prompt: <FILL_ME> stands in it 2 times"),
+        (["--sample.prompt=<FILL_ME>, <FILL_ME>"], "sample.prompt: <FILL_ME> appears 2 times"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else None,
 )

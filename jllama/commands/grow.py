@@ -15,7 +15,7 @@ from jllama.progress import say
 from jllama.store.find import find
 from jllama.store.model import open_model
 from jllama.store.write import write_model
-from jllama.text.merge import made_of
+from jllama.text.merge import spell_new_ids
 from jllama.text.tokenizer import load_tokenizer
 
 
@@ -38,7 +38,7 @@ def grow(args: argparse.Namespace) -> None:
     else:
         base = stored.tokenizer.vocab_size
         try:
-            spelt = made_of(stored.tokenizer, tokenizer)
+            spelt = spell_new_ids(stored.tokenizer, tokenizer)
         except UserError as e:
             raise UserError(f"{args.tokenizer}: {e}") from None
     config = dataclasses.replace(

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Callable
 
 from jllama.config import recipe as recipes
-from jllama.data.dataset import open_data, open_tokenizer
+from jllama.data.opening import open_data, open_tokenizer
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError

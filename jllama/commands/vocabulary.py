@@ -9,12 +9,12 @@ from typing import Any
 
 from jllama.commands.table import table
 from jllama.config import TrainedTokenizer
-from jllama.data import files
+from jllama.data import text_files
 from jllama.errors import UserError
 from jllama.files import outputs, storage
 from jllama.progress import say
 from jllama.text.infill import PIECES
-from jllama.text.merge import merge
+from jllama.text.merge import merge_vocabularies
 from jllama.text.tokenizer import SentencePieceTokenizer, load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
 
@@ -121,7 +121,7 @@ def _train(args: argparse.Namespace) -> None:
         cross_words=args.cross_words,
         infill=args.infill,
     )
-    paths = [storage.path(name) for name in files.matches(tuple(args.files), ".txt")]
+    paths = [storage.path(name) for name in text_files.find_files(tuple(args.files), ".txt")]
     sizes = [storage.stat(path).size for path in paths]
     total = sum(sizes)
     if total > args.max_bytes:
@@ -144,7 +144,9 @@ def _merge(args: argparse.Namespace) -> None:
     base = load_tokenizer(args.base)
     new = None if args.new is None else load_tokenizer(args.new)
     specials = [*(PIECES if args.infill else ()), *args.special]
-    merged = merge(base, new, specials=specials, pad=args.pad, names=(args.base, args.new))
+    merged = merge_vocabularies(
+        base, new, specials=specials, pad=args.pad, names=(args.base, args.new)
+    )
     if not merged.appended + merged.specials:
         raise UserError(
             f"{args.new}: has no piece that {args.base} lacks; nothing to merge"
@@ -176,7 +178,7 @@ def _texts(path: Path) -> Iterator[str]:
     """A file's text in parts of whole lines; UserError if it is not UTF-8."""
     decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
     try:
-        for chunk in files.chunks(path):
+        for chunk in text_files.read_chunks(path):
             rest += decoder.decode(chunk)
             end = rest.rfind("\n") + 1
             if end:
@@ -200,7 +202,7 @@ def _first(path: Path, left: int) -> Iterator[str]:
 
 def _compare(args: argparse.Namespace) -> None:
     tokenizers = [(name, load_tokenizer(name)) for name in args.tokenizers]
-    names = [name for pattern in args.text for name in files.matches((pattern,), ".txt")]
+    names = [name for pattern in args.text for name in text_files.find_files((pattern,), ".txt")]
     rows, totals = [], dict.fromkeys(range(len(tokenizers)), (0, 0))
     for name in names:
         text = "".join(_texts(storage.path(name)))

@@ -1,7 +1,7 @@
-"""Every config dataclass: frozen, hashable, validated by pydantic.
+"""All config dataclasses: frozen, hashable, validated by pydantic.
 
 A choice between variants is a sum type with a mandatory `kind`. `jllama.config.recipe` loads,
-overrides and saves them.
+overrides and saves configs.
 """
 
 from jllama.config.adapt import Adapt, LoraConfig, LoraOverride, NoAdapter

@@ -1,4 +1,4 @@
-"""What every config is made of: the class decorator, described fields, and numbers with limits."""
+"""The parts of every config: a class decorator, described fields, and numbers with limits."""
 
 import functools
 from typing import Annotated, Any
@@ -22,10 +22,10 @@ configclass = functools.partial(
 
 
 def doc(text: str, **kwargs: Any) -> Any:
-    """A required field; `text` is its line of `--help`."""
+    """Declares a required field; `text` is its description in `--help`."""
     return Field(description=text, **kwargs)
 
 
 def default(text: str, value: Any, **kwargs: Any) -> Any:
-    """A field that may be left out; `text` is its line of `--help`."""
+    """Declares an optional field; `text` is its description in `--help`."""
     return Field(default=value, description=text, **kwargs)

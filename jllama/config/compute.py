@@ -1,4 +1,4 @@
-"""How the function is computed: dtypes, rematerialisation, attention kernels."""
+"""Config of the computation: dtypes, rematerialisation, attention kernels."""
 
 from typing import Annotated, Literal
 
@@ -9,17 +9,17 @@ from jllama.config.base import PositiveInt, configclass, default, doc
 
 @configclass
 class AutoAttention:
-    """Splash on TPU, cuDNN on GPU where rows are one segment, blockwise elsewhere."""
+    """Splash on TPU, cuDNN on GPU if each row is one segment, blockwise otherwise."""
 
     kind: Literal["auto"] = doc("the best kernel for the platform")
-    block: PositiveInt = default("queries and keys at a time", 512)
+    block: PositiveInt = default("queries and keys per block", 512)
 
 
 @configclass
 class ReferenceAttention:
-    """All scores of a row at once: memory grows with the square of the length."""
+    """Computes all scores of a row at once: memory grows with the square of the length."""
 
-    kind: Literal["reference"] = doc("all scores at once, for tests and comparisons")
+    kind: Literal["reference"] = doc("computes all scores at once, for tests and comparisons")
 
 
 @configclass
@@ -27,22 +27,22 @@ class BlockwiseAttention:
     """XLA, with an online softmax over blocks (arXiv:2205.14135): memory grows with the length."""
 
     kind: Literal["blockwise"] = doc("XLA, block by block: any platform, any segments")
-    block: PositiveInt = default("queries and keys at a time", 512)
+    block: PositiveInt = default("queries and keys per block", 512)
 
 
 @configclass
 class CudnnAttention:
-    """cuDNN's flash attention; it knows no segments, so data.document_mask must be off."""
+    """cuDNN's flash attention, which has no segments: data.document_mask must be false."""
 
     kind: Literal["cudnn"] = doc("cuDNN flash attention on NVIDIA GPUs, without segments")
 
 
 @configclass
 class SplashAttention:
-    """Splash attention, jax's Pallas kernel for TPU, with segments."""
+    """Splash attention: JAX's Pallas kernel for TPUs, with segments."""
 
-    kind: Literal["splash"] = doc("Pallas kernel for TPU")
-    block: PositiveInt = default("queries and keys at a time; a multiple of 128", 512)
+    kind: Literal["splash"] = doc("Pallas kernel for TPUs, with segments")
+    block: PositiveInt = default("queries and keys per block; a multiple of 128", 512)
 
 
 AttentionConfig = Annotated[
@@ -53,28 +53,30 @@ AttentionConfig = Annotated[
 
 @configclass
 class ComputeConfig:
-    """How the function is computed; the architecture does not depend on it.
+    """How the model's function is computed; the architecture does not depend on it.
 
-    Norms, softmax, logits, loss and optimizer state are float32 whatever is chosen here.
+    Norms, softmax, logits, loss and optimizer state are always float32.
     """
 
     dtype: Literal["float32", "bfloat16"] = doc(
-        "activations and matrix multiplications; TPUs and recent GPUs round the factors of float32"
-        " products unless JAX_DEFAULT_MATMUL_PRECISION=highest"
+        "dtype of activations and matrix products; TPUs and recent GPUs round the factors of"
+        " float32 products unless JAX_DEFAULT_MATMUL_PRECISION=highest"
     )
     param_dtype: Literal["float32", "bfloat16"] = default(
-        "stored parameters; bfloat16 loses updates below 1/256 of a weight", "float32"
+        "dtype of stored parameters; bfloat16 loses updates below 1/256 of a weight", "float32"
     )
     remat: Literal["none", "dots", "attention", "full", "offload"] = default(
-        "the backward pass recomputes: none = nothing; dots = all but products and attention;"
-        " attention = all but attention; full = each block; offload = each block, whose input"
-        " waits in the host's memory",
+        "what the backward pass recomputes: none = nothing; dots = all but matrix products and"
+        " attention; attention = all but attention; full = each block; offload = each block, with"
+        " its input in host memory",
         "none",
     )
-    attention: AttentionConfig = default("attention without a cache", AutoAttention(kind="auto"))
+    attention: AttentionConfig = default(
+        "kernel of attention without a cache", AutoAttention(kind="auto")
+    )
     loss_block: PositiveInt = default(
-        "tokens of a device whose logits exist at a time in the loss", 1024
+        "tokens per device whose logits the loss computes at a time", 1024
     )
     scan_unroll: PositiveInt = default(
-        "layers per iteration of the layer loop: more compiles longer and may run faster", 1
+        "layers per iteration of the loop over layers; more compile longer and may run faster", 1
     )

@@ -1,4 +1,4 @@
-"""Sources of text, how documents fill rows, and what rows teach."""
+"""Config of the data: sources of text, packing of documents into rows, objective of training."""
 
 from typing import Annotated, Literal
 
@@ -17,13 +17,18 @@ from jllama.config.base import (
 
 @configclass
 class StdlibSource:
-    """The running interpreter's Python standard library, without tests: one document a file."""
+    """The Python standard library of the running interpreter, without its tests.
 
-    kind: Literal["stdlib"] = doc("the running interpreter's own standard library")
-    split: Literal["train", "held_out"] = doc("which part, by a hash of the relative path")
-    held_out_one_in: Annotated[int, Field(ge=2)] = default("one file in so many is held out", 25)
+    Each file is a document.
+    """
+
+    kind: Literal["stdlib"] = doc("the standard library of the running Python interpreter")
+    split: Literal["train", "held_out"] = doc("part of the files, by a hash of their relative path")
+    held_out_one_in: Annotated[int, Field(ge=2)] = default("one file in this many is held out", 25)
     max_characters: Count = default(
-        "cut files between lines into documents of at most so many characters; 0 is whole files", 0
+        "files are cut between lines into documents of at most this many characters; 0 means whole"
+        " files",
+        0,
     )
 
 
@@ -32,28 +37,28 @@ class TfdsSource:
     """A TensorFlow Datasets dataset stored as array_record; TensorFlow is not needed."""
 
     kind: Literal["tfds"] = doc("a TensorFlow Datasets dataset in array_record format")
-    name: str = doc("name/config:version, or the folder of a prepared dataset")
+    name: str = doc("name/config:version, or the folder of a dataset that is built")
     split: str = doc("split or slice, such as train or train[:95%]")
     field: str = default("feature that holds the text", "text")
-    data_dir: str | None = default("where datasets are stored; null is TFDS's default", None)
+    data_dir: str | None = default("folder of the datasets; null means TFDS's default", None)
 
 
 @configclass
 class TextSource:
-    """Plain UTF-8 text files, .gz and .zst too."""
+    """Plain UTF-8 text files, which may be compressed (.gz, .zst)."""
 
-    kind: Literal["text"] = doc("plain UTF-8 files, .gz and .zst too")
+    kind: Literal["text"] = doc("plain UTF-8 files; also .gz and .zst")
     files: tuple[str, ...] = doc("paths or globs, read in sorted order")
     separator: str | None = default(
-        "text between two documents; null makes a file one document", None
+        "text between two documents; null makes each file one document", None
     )
 
 
 @configclass
 class JsonlSource:
-    """One JSON object a line, .gz and .zst too."""
+    """Files with a JSON object per line, which may be compressed (.gz, .zst)."""
 
-    kind: Literal["jsonl"] = doc("one JSON object a line, .gz and .zst too")
+    kind: Literal["jsonl"] = doc("one JSON object per line; also .gz and .zst")
     files: tuple[str, ...] = doc("paths or globs, read in sorted order")
     field: str = default("key that holds the text", "text")
 
@@ -78,23 +83,25 @@ class SourceConfig:
     """A named source and its share of the mixture."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = doc("short name, for reports")
-    weight: PositiveFloat = default("share of the rows; shares are normalised", 1.0)
+    weight: PositiveFloat = default("share of the rows, over the sum of all weights", 1.0)
     source: Source = doc("where the documents come from")
 
 
 @configclass
 class CutPacking:
-    """Rows cut from the stream of documents: a document continues in the next row."""
+    """Cuts rows from the stream of all documents: a document continues in the next row."""
 
     kind: Literal["cut"] = doc("documents continue in the next row; no padding")
 
 
 @configclass
 class WholePacking:
-    """Whole documents, several to a row by best fit; the rest of a row is padding."""
+    """Puts whole documents into rows, several to a row by best fit; padding fills the rest."""
 
-    kind: Literal["whole"] = doc("documents are never cut; best fit by length")
-    too_long: Literal["error", "skip"] = default("documents longer than a row", "error")
+    kind: Literal["whole"] = doc("whole documents, several to a row by best fit")
+    too_long: Literal["error", "skip"] = default(
+        "what to do with documents longer than a row", "error"
+    )
 
 
 Packing = Annotated[CutPacking | WholePacking, Field(discriminator="kind")]
@@ -102,35 +109,35 @@ Packing = Annotated[CutPacking | WholePacking, Field(discriminator="kind")]
 
 @configclass
 class CausalObjective:
-    """Documents as they are."""
+    """Predicts documents as they are."""
 
-    kind: Literal["causal"] = doc("each document from its beginning to its end")
+    kind: Literal["causal"] = doc("predicts each document from its beginning to its end")
 
 
 @configclass
 class InfillObjective:
-    """Code Llama's infilling (arXiv:2308.12950): middles come last, cut anew each epoch.
+    """Code Llama's infilling (arXiv:2308.12950): the middle of a document comes last.
 
-    Documents that a row holds whole are cut in three at two random characters; others stay as
-    they are. The tokenizer needs the infill tokens.
+    A document that a row holds whole is cut in three at two random characters, at others in each
+    epoch; other documents stay as they are. The tokenizer needs the infill tokens.
     """
 
-    kind: Literal["infill"] = doc("the middle of a document after what surrounds it")
+    kind: Literal["infill"] = doc("predicts the middle of a document after its beginning and end")
     rate: Fraction = default("share of the documents that are cut", 0.9)
-    spm: Fraction = default("share of these that are suffix-prefix-middle, not PSM", 0.5)
+    spm: Fraction = default("share of the cut documents in the order SPM instead of PSM", 0.5)
 
 
 @configclass
 class ReplyObjective:
-    """Instruction tuning: of a document the reply is predicted, and the prompt before it is not.
+    """Instruction tuning: predicts the reply in a document, and not the prompt before it.
 
-    Prompt and reply are encoded apart, as when a model replies. A document that a row does not hold
-    whole, or without the marker, is predicted as it is.
+    Prompt and reply are encoded separately, as when a model replies. A document that a row does not
+    hold whole, or that lacks the marker, is predicted as it is.
     """
 
-    kind: Literal["reply"] = doc("prompts and replies, of which replies are predicted")
+    kind: Literal["reply"] = doc("predicts only the replies to prompts")
     after: str = default(
-        "the prompt ends with this, where it first appears", "### Response:", min_length=1
+        "the prompt ends with the first occurrence of this text", "### Response:", min_length=1
     )
 
 
@@ -141,34 +148,34 @@ Objective = Annotated[
 
 @configclass
 class PrepareConfig:
-    """How text becomes tokens on disk, once per source and tokenizer."""
+    """How text is tokenised on disk, once per source and tokenizer."""
 
-    folder: str = default("where prepared datasets are kept", "prepared")
+    folder: str = default("folder of the prepared datasets", "prepared")
     shards: PositiveInt = default("array_record files per dataset", 4)
     block_tokens: PositiveInt = default("tokens per record", 4096)
-    workers: Count = default("processes that tokenise; 0 is one per core", 0)
+    workers: Count = default("processes that tokenise; 0 means one per core", 0)
     cache: str = default(
-        "local folder for copies of shards whose folder is a URL; empty reads gs:// in place and"
-        " s3:// not at all",
+        "local folder for copies of the shards if folder is a URL; if empty, gs:// is read in"
+        " place and s3:// cannot be read",
         "",
     )
-    max_skipped: Count = default("bad documents that may be skipped; one more is an error", 0)
+    max_skipped: Count = default("unusable documents that may be skipped; one more is an error", 0)
 
 
 @configclass
 class DataConfig:
-    """Where rows come from and how they are cut."""
+    """Where rows come from and how they are made."""
 
     length: PositiveInt = doc("predicted tokens per row")
     packing: Packing = doc("how documents fill rows")
     objective: Objective = default(
-        "what training rows teach; held-out rows are causal", CausalObjective(kind="causal")
+        "what training rows predict; held-out rows are causal", CausalObjective(kind="causal")
     )
     document_mask: bool = default(
-        "attention and positions stay within a document; false: within the row, as LLaMA 1 and 2",
+        "attention and positions stay within a document; if false, within the row (LLaMA 1 and 2)",
         True,
     )
     train: tuple[SourceConfig, ...] = doc("training sources", min_length=1)
-    held_out: tuple[SourceConfig, ...] = default("sources for evaluation", ())
-    prepare: PrepareConfig = default("tokenisation on disk", PrepareConfig())
-    prefetch: Count = default("batches read ahead by threads", 4)
+    held_out: tuple[SourceConfig, ...] = default("evaluation sources", ())
+    prepare: PrepareConfig = default("tokenised text on disk", PrepareConfig())
+    prefetch: Count = default("batches that threads read ahead", 4)

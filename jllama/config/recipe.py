@@ -1,25 +1,22 @@
-"""Recipes: how a config is loaded, overridden and saved.
+"""Loads, overrides and saves configs; a recipe is the config of a run.
 
-A recipe is YAML. OmegaConf merges it with dotted overrides, then pydantic validates the result into
+A recipe is YAML. Dotted overrides are set in its values, then pydantic validates the result into
 the frozen dataclasses of `jllama.config`: unknown keys, wrong types and impossible values raise
 `UserError`, one line that names the key.
 """
 
 import dataclasses
-import io
 import json
-import re
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from jllama.config import Config, ModelConfig, StoredConfig, schema
+from jllama.config.overrides import override
+from jllama.config.plain_yaml import format_yaml, parse_yaml
 from jllama.errors import UserError
 from jllama.files import storage
 
@@ -29,7 +26,7 @@ _STORED = {field.name for field in dataclasses.fields(StoredConfig)}
 
 
 def configs_folder() -> Path:
-    """The shipped recipes: `configs/` of the checkout, or the copy inside an installed wheel."""
+    """Returns the folder of shipped configs: `configs/` of the checkout, or its copy in a wheel."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package.parent / "configs", package / "configs"):
         if (folder / "model").is_dir():
@@ -38,18 +35,18 @@ def configs_folder() -> Path:
 
 
 def model_names() -> list[str]:
-    """Names of the shipped models, as `model: NAME` takes them."""
+    """Returns the names of the shipped models, for `model: NAME`."""
     return sorted(p.stem for p in (configs_folder() / "model").glob("*.yaml"))
 
 
 def _read_yaml(path: Path) -> dict:
     try:
-        loaded = OmegaConf.load(io.StringIO(storage.read_text(path)))
-        data = OmegaConf.to_container(loaded, resolve=True)
+        data = parse_yaml(storage.read_text(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as e:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(e).split())}") from None
+    except ValueError as e:
+        raise UserError(f"{path}: not readable as YAML: {e}") from None
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected keys and values at the top level")
     return data
@@ -161,71 +158,17 @@ def _implied(folder: Any) -> dict[str, Any]:
 
 
 def load_stored(path: Path) -> StoredConfig:
-    """What a folder's config.yaml says of the parameters in it; of a run, a part of its recipe."""
+    """Reads what a folder's config.yaml says about its parameters; a run's is a whole recipe."""
     data = _read_yaml(path)
     return _validate(StoredConfig, {k: v for k, v in data.items() if k in _STORED}, str(path))
 
 
-def override(data: dict, overrides: Sequence[str]) -> dict:
-    """Sets dotted `key=value` in plain nested values, in place, before validation."""
-    given: set[str] = set()
-    for item in overrides:
-        key, eq, text = item.partition("=")
-        if not eq or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
-            raise UserError(f"{item!r}: an override is written key=value, with dots inside the key")
-        try:
-            value = OmegaConf.to_container(OmegaConf.create({"v": _scalar(text)}))["v"]
-        except (yaml.YAMLError, OmegaConfBaseException) as e:
-            raise UserError(
-                f"{key}: {text!r} is not a YAML value: {' '.join(str(e).split())}"
-            ) from None
-        _assign(data, key, value, given)
-        given.add(key)
-    return data
-
-
-def _scalar(text: str) -> Any:
-    # OmegaConf's own dotlist parser reads 1e-3 as a number, which plain YAML 1.1 does not.
-    if re.fullmatch(r"(\d+:\d+)?", text):
-        return text  # nothing is no null; YAML 1.1 takes FROM:TO for a number in base 60
-    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"v={text}"]))["v"]
-    # Plain text is taken as it stands: YAML would drop spaces at its ends and what follows " #".
-    plain = isinstance(value, str) and not text.lstrip().startswith(("'", '"', "|", ">", "&", "!"))
-    return text if plain else value
-
-
-def _assign(data: dict, key: str, value: Any, given: set[str]) -> None:
-    node: Any = data
-    *parents, last = key.split(".")
-    for i, name in enumerate(parents):
-        if isinstance(node, list):
-            node = node[_index(node, name, ".".join(parents[: i + 1]))]
-        else:
-            if node.get(name) is None:
-                node[name] = {}
-            node = node[name]
-        if not isinstance(node, (dict, list)):
-            raise UserError(f"{key}: {'.'.join(parents[: i + 1])} is a single value, without keys")
-    if isinstance(node, list):
-        node[_index(node, last, key)] = value
-    elif last == "kind" and node.get("kind") != value:
-        # Another member of a sum type: the keys of the old one mean nothing in it. Those that an
-        # earlier override set are meant for the new one.
-        kept = {k: v for k, v in node.items() if ".".join([*parents, k]) in given}
-        node.clear()
-        node |= kept | {"kind": value}
-    else:
-        node[last] = value
-
-
-def _index(node: list, name: str, key: str) -> int:
-    if not name.isdigit() or int(name) >= len(node):
-        raise UserError(f"{key}: a list of {len(node)} takes an index below {len(node)}")
-    return int(name)
-
-
 def _validate(cls: type[T], data: dict, where: str, given: Sequence[str] = ()) -> T:
-    """`where` names the file in errors, and `given` are overrides: of these it names the key."""
+    """Makes a config of plain values.
+
+    The UserError names the key as an option if one of the overrides `given` has set it, and the
+    file `where` otherwise.
+    """
     try:
         # JSON mode: strict about types, and lists still become tuples.
         return pydantic.TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
@@ -238,22 +181,22 @@ def _validate(cls: type[T], data: dict, where: str, given: Sequence[str] = ()) -
             beneath = any(o.startswith(f"{key}.") for key in keys for o in options)
             place = "" if beneath else f"{where}: "
             raise UserError(f"{place}{', '.join(keys)}: {text}") from None
-        raise UserError(f"{where}: not plain values: {e}") from None
+        raise UserError(f"{where}: has values that JSON cannot express: {e}") from None
 
 
 def _is_given(key: str, options: Sequence[str]) -> bool:
-    """Whether a key was set by an override, or is needed for the kind that one chose."""
+    """Whether an override set the key, or chose a kind that needs it."""
     kind = f"{key.rpartition('.')[0]}.kind"
     return any(key == o or key.startswith(f"{o}.") or kind == o for o in options)
 
 
 def to_dict(config: Any) -> Any:
-    """Plain nested values of a config, fit for YAML and JSON."""
+    """Returns a config as plain nested values, for YAML and JSON."""
     return json.loads(pydantic.TypeAdapter(type(config)).dump_json(config))
 
 
 def from_dict(data: dict, where: str) -> Config:
-    """The inverse of `to_dict` for a whole recipe; `where` names the file in errors."""
+    """Makes a recipe of the values of `to_dict`; `where` names the file in errors."""
     return _validate(Config, data, where)
 
 
@@ -263,25 +206,12 @@ def model_from_dict(data: dict, where: str) -> ModelConfig:
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved config as YAML; `load` reads it back to an equal config."""
-    # OmegaConf's own writer: it quotes every text that its reader would take for a number.
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(to_dict(config))))
-
-
-def _escaped(value: Any) -> Any:
-    """Nested values in which no text is an interpolation: `load` would resolve `${...}`."""
-    match value:
-        case dict():
-            return {k: _escaped(v) for k, v in value.items()}
-        case list():
-            return [_escaped(v) for v in value]
-        case str():
-            return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
-    return value
+    """Writes the resolved config as YAML; `load` reads an equal config from it."""
+    return format_yaml(to_dict(config))
 
 
 def from_arguments(argv: Sequence[str], architecture: Architecture) -> Config:
-    """The recipe of a command line: `--config F --section.key=value --section.key value ...`.
+    """Loads the recipe of a command line: `--config F --section.key=value --section.key value`.
 
     `architecture` is that of `load`.
     """
@@ -298,10 +228,9 @@ def from_arguments(argv: Sequence[str], architecture: Architecture) -> Config:
         pairs.append((key, value))
     files = [value for key, value in pairs if key == "config"]
     if len(files) != 1:
-        raise UserError(f"--config FILE: give it once; shipped: {', '.join(_recipes())}")
-    return load(
-        files[0], [f"{key}={value}" for key, value in pairs if key != "config"], architecture
-    )
+        raise UserError(f"--config FILE: must be given once; shipped: {', '.join(_recipes())}")
+    overrides = [f"{key}={value}" for key, value in pairs if key != "config"]
+    return load(files[0], overrides, architecture)
 
 
 def _recipes() -> list[str]:
@@ -309,7 +238,7 @@ def _recipes() -> list[str]:
 
 
 def help_text() -> str:
-    """Every key of a recipe with its type, meaning and default, one a line."""
+    """Returns a line for every key of a recipe, with its type, meaning and default."""
     rows = [(f"--{key}", kind, meaning) for key, kind, meaning in schema.describe_keys(Config)]
     width = max(len(key) for key, _, _ in rows)
     lines = [f"{key:{width}}  {kind}: {meaning}" for key, kind, meaning in rows]

@@ -1,4 +1,4 @@
-"""A whole recipe, and what a folder keeps of one."""
+"""Config of a whole run (a recipe), and of the parameters that a folder stores."""
 
 from typing import Annotated, Literal
 
@@ -16,31 +16,33 @@ from jllama.config.training import CheckpointConfig, EvalConfig, TrainingConfig
 
 @configclass
 class SampleConfig:
-    """The sample that ends a run; `max_new_tokens: 0` is none."""
+    """The sample at the end of a run; `max_new_tokens: 0` means none."""
 
-    prompt: str = default("text to continue, or with <FILL_ME> in it to fill", "")
+    prompt: str = default("text to continue, or to fill in at <FILL_ME>", "")
     max_new_tokens: Count = default("tokens to generate", 0)
-    temperature: Nonnegative = default("0 is greedy", 0.8)
-    top_k: Count = default("keep the K likeliest; 0 is off", 0)
-    top_p: Fraction = default("keep the likeliest that sum to this; 1 is off", 0.95)
+    temperature: Nonnegative = default("temperature of the distribution; 0 means greedy", 0.8)
+    top_k: Count = default("sample from this many likeliest tokens; 0 means all", 0)
+    top_p: Fraction = default(
+        "sample from the likeliest tokens that sum to this; 1 means all", 0.95
+    )
 
 
 @configclass
 class RunConfig:
-    """Where a run lives and what it reports."""
+    """Where a run is stored and what it reports."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")] = doc(
-        "folder under `folder`"
+        "name of the run: its folder in run.folder"
     )
     folder: str = default("folder of runs", "runs")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = default("every random number comes from this", 0)
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = default("seed of every random number", 0)
     log_every: PositiveInt = default("steps between lines of the log", 1)
     profile: Annotated[str, Field(pattern=r"^(\d+:\d+)?$")] = default(
-        "FROM:TO writes an xprof trace of these steps", ""
+        "FROM:TO, the steps of which an xprof trace is written; empty means none", ""
     )
-    stop_after: Count = default("stop, checkpointed, after this step; 0 is off", 0)
+    stop_after: Count = default("save a checkpoint and stop after this step; 0 means never", 0)
     compilation_cache: str = default(
-        "persistent compilation cache; empty is off", "~/.cache/jllama/xla"
+        "folder of the persistent compilation cache; empty means none", "~/.cache/jllama/xla"
     )
 
     def __post_init__(self):
@@ -52,14 +54,14 @@ class RunConfig:
 
 @configclass
 class StoredConfig:
-    """What the config.yaml of a folder says of its parameters: a run's, or a model's alone."""
+    """The part of a folder's config.yaml about its parameters: those of a run, or of a model."""
 
     model: ModelConfig = doc("architecture")
-    compute: ComputeConfig = doc("how it is computed, and the dtype it is stored in")
-    run: RunConfig | None = default("the run; a model alone has none", None)
-    adapt: Adapt = default("what is stored is an overlay of another model", NoAdapter(kind="none"))
+    compute: ComputeConfig = doc("computation, and the dtype of the stored parameters")
+    run: RunConfig | None = default("the run; null if the folder holds only a model", None)
+    adapt: Adapt = default("overlay of another model, if one is stored", NoAdapter(kind="none"))
     scale_dtype: Literal["float32", "bfloat16"] | None = default(
-        "the norms' scales are stored in it; null is compute.param_dtype", None
+        "dtype of the norms' stored scales; null means compute.param_dtype", None
     )
 
 
@@ -68,30 +70,32 @@ class Config:
     """A recipe: everything that a run depends on."""
 
     model: ModelConfig = doc(
-        "architecture: a name in configs/model, a YAML file, a run or model's folder, or its keys;"
-        " with the key base, one of the former and the changes to it"
+        "architecture: a name in configs/model, a YAML file, the folder of a run or model, or its"
+        " keys; keys beside `base` change the model that `base` names"
     )
-    compute: ComputeConfig = doc("how it is computed")
+    compute: ComputeConfig = doc("computation")
     distributed: DistributedConfig = default("processes", DistributedConfig())
     mesh: MeshConfig = default("devices", MeshConfig())
     sharding: ShardingConfig = default("placement of parameters and activations", ShardingConfig())
-    tokenizer: TokenizerConfig = doc("text to tokens")
+    tokenizer: TokenizerConfig = doc("tokenizer")
     data: DataConfig = doc("training and held-out rows")
-    adapt: Adapt = default("what is trained of the model", NoAdapter(kind="none"))
+    adapt: Adapt = default("trained parameters", NoAdapter(kind="none"))
     training: TrainingConfig = doc("optimisation")
     eval: EvalConfig = default("evaluation", EvalConfig())
     checkpoint: CheckpointConfig = default("checkpoints", CheckpointConfig())
-    sample: SampleConfig = default("the sample at the end", SampleConfig())
-    run: RunConfig = doc("the run")
+    sample: SampleConfig = default("sample at the end of the run", SampleConfig())
+    run: RunConfig = doc("name and folder of the run, and what it reports")
 
     def __post_init__(self):
-        wanted = getattr(self.tokenizer, "vocab_size", None)
-        if wanted is not None and wanted > self.model.vocab_size:
-            rows = self.model.vocab_size
-            raise ValueError(f"tokenizer.vocab_size={wanted} does not fit model.vocab_size={rows}")
+        trained = getattr(self.tokenizer, "vocab_size", 0)
+        if trained > self.model.vocab_size:
+            raise ValueError(
+                f"tokenizer.vocab_size={trained} does not fit into"
+                f" model.vocab_size={self.model.vocab_size}"
+            )
         if isinstance(self.adapt, LoraConfig) and not self.training.init_from:
             raise ValueError(
-                "adapt.kind=lora: say in training.init_from which model's parameters it adapts"
+                "adapt.kind=lora: needs training.init_from, the model whose parameters it adapts"
             )
         if self.data.length > self.model.max_length:
             raise ValueError(

@@ -1,6 +1,6 @@
-"""What the config's dataclasses say of themselves: their keys, and what is wrong with a value.
+"""Describes the keys of the config dataclasses, and explains validation errors in one line.
 
-Both walk the type hints: dataclasses, tuples of them, and sum types told apart by `kind`.
+Both walk the type hints: dataclasses, tuples of them, and sum types whose members have a `kind`.
 """
 
 import dataclasses
@@ -14,15 +14,15 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 _MISSING = ("missing", "missing_argument")
-_MOST_KEYS = 8  # named in one line
+_MAX_KEYS = 8  # in one line
 
 
 def explain(cls: type, error: pydantic.ValidationError) -> tuple[list[str], str]:
-    """The keys that are wrong in one way, and what is wrong."""
-    # A list with a bad item counts as too short as well: what is wrong inside is what is said.
+    """Returns the keys of the likeliest mistake, and what is wrong with them."""
+    # A list with a bad item also counts as too short; only the error of the item is reported.
     inside = {e["loc"][:i] for e in error.errors() for i in range(len(e["loc"]))}
     errors = [e for e in error.errors() if e["loc"] not in inside]
-    # An unknown key is the likeliest mistake and the likeliest cause of the others.
+    # An unknown key is the likeliest mistake, and likely causes the other errors.
     errors.sort(key=lambda e: e["type"] != "unexpected_keyword_argument")
     first = errors[0]
     path, allowed, tags = _walk(cls, first["loc"])
@@ -33,7 +33,7 @@ def explain(cls: type, error: pydantic.ValidationError) -> tuple[list[str], str]
         hint = f"did you mean {near[0]}? " if near else ""
         text = f"unknown key; {hint}allowed: {', '.join(allowed)}"
     elif kind in _MISSING:
-        absent = [e["loc"] for e in errors if e["type"] in _MISSING][:_MOST_KEYS]
+        absent = [e["loc"] for e in errors if e["type"] in _MISSING][:_MAX_KEYS]
         keys = [".".join(_walk(cls, loc)[0]) for loc in absent]
         text = f"{'is' if len(keys) == 1 else 'are'} required and missing"
     elif kind == "union_tag_not_found":
@@ -50,15 +50,20 @@ def explain(cls: type, error: pydantic.ValidationError) -> tuple[list[str], str]
                 case str(item):
                     text += f"; write '{json.dumps([item])}'"
                 case dict(items) if all(key.isdigit() for key in items):
-                    text += f"; there is none yet: write '{json.dumps(list(items.values()))}'"
+                    text += (
+                        f"; the list does not exist yet: write '{json.dumps(list(items.values()))}'"
+                    )
         if kind == "string_type" and not isinstance(first["input"], dict | list):
             text += "; put text that YAML reads as something else in double quotes"
-    left = len(errors) - len(keys)
-    return keys, text + (f" (and {left} more)" if left else "")
+    others = len(errors) - len(keys)
+    return keys, text + (f" (and {others} more)" if others else "")
 
 
 def _walk(cls: Any, loc: Sequence[str | int]) -> tuple[list[str], list[str], list[str]]:
-    """Pydantic's location without the sum types' tags; the keys and the kinds allowed there."""
+    """Follows pydantic's location of an error.
+
+    Returns the location without the tags of sum types, and the keys and kinds allowed there.
+    """
     path: list[str] = []
     allowed: list[str] = []
     members = _members(cls)
@@ -89,7 +94,7 @@ def _strip(hint: Any) -> Any:
 
 
 def _members(hint: Any) -> tuple[type, ...]:
-    """The dataclasses that a type hint admits: itself, a union's members, or a tuple's items."""
+    """Returns the dataclasses in a type hint: itself, a union's members, or a tuple's items."""
     hint = _strip(hint)
     if dataclasses.is_dataclass(hint):
         return (hint,)
@@ -104,13 +109,13 @@ def _tag(cls: type) -> str | None:
 
 
 def describe_keys(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
-    """Every key of a config, as (dotted key, type, meaning with its default)."""
+    """Returns (dotted key, type, meaning with its default) of every key of a config."""
     rows = []
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         hint, key = hints[field.name], prefix + field.name
         members = _members(hint)
-        many = typing.get_origin(_strip(hint)) is tuple
+        is_list = typing.get_origin(_strip(hint)) is tuple
         info = field.default  # pydantic keeps its FieldInfo here
         meaning = info.description
         if not members:
@@ -119,9 +124,9 @@ def describe_keys(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
             rows.append((key, _type_name(hint), meaning))
             continue
         kinds = [k for m in members if (k := _tag(m))]
-        rows.append((key, "list" if many else " | ".join(kinds) or "keys", meaning))
+        rows.append((key, "list" if is_list else " | ".join(kinds) or "keys", meaning))
         for member in members:
-            inner = f"{key}.0." if many else f"{key}."
+            inner = f"{key}.0." if is_list else f"{key}."
             tag = _tag(member)
             for k, t, m in describe_keys(member, inner):
                 rows.append((k, t, f"({tag}) {m}" if len(kinds) > 1 and tag else m))

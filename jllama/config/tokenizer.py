@@ -1,4 +1,4 @@
-"""Where the tokenizer comes from."""
+"""Config of the tokenizer."""
 
 from typing import Annotated, Literal
 
@@ -9,21 +9,25 @@ from jllama.config.base import PositiveInt, configclass, default, doc
 
 @configclass
 class TokenizerFile:
-    """A tokenizer that exists."""
+    """An existing tokenizer."""
 
-    kind: Literal["file"] = doc("a tokenizer that exists")
-    path: str = doc("tokenizer.model, tokenizer.json, or a folder that holds one")
+    kind: Literal["file"] = doc("an existing tokenizer")
+    path: str = doc("tokenizer.model, tokenizer.json, or a folder with one of them")
 
 
 @configclass
 class TrainedTokenizer:
-    """A SentencePiece BPE model trained on the training sources: lossless, with byte fallback."""
+    """A lossless SentencePiece BPE model with byte fallback, trained on the training sources."""
 
     kind: Literal["train"] = doc("train SentencePiece BPE on the training sources")
-    vocab_size: Annotated[int, Field(ge=300)] = doc("pieces, the 3 control and 256 byte ones in it")
-    max_bytes: PositiveInt = default("text read for training, in bytes", 50_000_000)
+    vocab_size: Annotated[int, Field(ge=300)] = doc(
+        "number of pieces, including 3 control and 256 byte pieces"
+    )
+    max_bytes: PositiveInt = default("bytes of text to train on", 50_000_000)
     cross_words: bool = default("pieces may span several words", False)
-    infill: bool = default("4 more control pieces, as data.objective.kind=infill needs", False)
+    infill: bool = default(
+        "include the 4 control pieces that data.objective.kind=infill needs", False
+    )
 
 
 TokenizerConfig = Annotated[TokenizerFile | TrainedTokenizer, Field(discriminator="kind")]

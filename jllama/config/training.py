@@ -1,4 +1,4 @@
-"""Optimizer, learning rate, evaluation and checkpoints."""
+"""Config of the training: optimizer, learning rate, evaluation, checkpoints."""
 
 from typing import Annotated, Literal
 
@@ -19,12 +19,12 @@ from jllama.config.base import (
 
 @configclass
 class AdamWConfig:
-    """AdamW (arXiv:1711.05101), float32 state, after clipping by global norm."""
+    """AdamW (arXiv:1711.05101) with float32 state, after clipping by the global norm."""
 
     kind: Literal["adamw"] = doc("Adam with decoupled weight decay")
     beta1: Beta = doc("decay of the first moment")
     beta2: Beta = doc("decay of the second moment")
-    eps: PositiveFloat = doc("added to the root of the second moment")
+    eps: PositiveFloat = doc("term added to the root of the second moment")
     weight_decay: Nonnegative = doc("decoupled decay of matrices, times the learning rate")
     clip_norm: PositiveFloat = doc("largest global norm of the gradient")
 
@@ -33,15 +33,17 @@ class AdamWConfig:
 class MuonConfig:
     """Muon (Jordan et al., 2024) for the blocks' matrices, AdamW for the rest.
 
-    Updates have the root mean square of AdamW's (arXiv:2502.16982, equation 4), so that learning
-    rate and weight decay carry over.
+    Its updates have the root mean square of AdamW's (arXiv:2502.16982, equation 4), so that it uses
+    the same learning rate and weight decay.
     """
 
-    kind: Literal["muon"] = doc("orthogonalised momentum for the blocks' matrices, else AdamW")
+    kind: Literal["muon"] = doc(
+        "orthogonalised momentum for the blocks' matrices, AdamW for the rest"
+    )
     momentum: Beta = doc("decay of the matrices' Nesterov momentum")
     beta1: Beta = doc("AdamW: decay of the first moment")
     beta2: Beta = doc("AdamW: decay of the second moment")
-    eps: PositiveFloat = doc("AdamW: added to the root of the second moment")
+    eps: PositiveFloat = doc("AdamW: term added to the root of the second moment")
     weight_decay: Nonnegative = doc("decoupled decay of matrices, times the learning rate")
     clip_norm: PositiveFloat = doc("largest global norm of the gradient")
 
@@ -51,9 +53,9 @@ Optimizer = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
 
 @configclass
 class CosineSchedule:
-    """Linear warm-up, then a half cosine to `floor` times the peak."""
+    """A linear warm-up, then half a cosine down to `floor` times the peak."""
 
-    kind: Literal["cosine"] = doc("warm-up, then a half cosine")
+    kind: Literal["cosine"] = doc("warm-up, then half a cosine")
     peak: PositiveFloat = doc("learning rate after the warm-up")
     warmup_steps: Count = doc("steps of linear warm-up")
     floor: Fraction = doc("last learning rate over the peak")
@@ -61,18 +63,18 @@ class CosineSchedule:
 
 @configclass
 class ConstantSchedule:
-    """Linear warm-up, then constant."""
+    """A linear warm-up, then a constant rate."""
 
-    kind: Literal["constant"] = doc("warm-up, then constant")
+    kind: Literal["constant"] = doc("warm-up, then a constant rate")
     peak: PositiveFloat = doc("learning rate after the warm-up")
     warmup_steps: Count = doc("steps of linear warm-up")
 
 
 @configclass
 class WsdSchedule:
-    """Warm-up, stable, decay (arXiv:2404.06395): constant, then linear to `floor` x the peak."""
+    """Warm-up, stable, decay (arXiv:2404.06395): the decay is linear to `floor` times the peak."""
 
-    kind: Literal["wsd"] = doc("warm-up, constant, then a linear decay at the end")
+    kind: Literal["wsd"] = doc("warm-up, a constant rate, then a linear decay")
     peak: PositiveFloat = doc("learning rate after the warm-up")
     warmup_steps: Count = doc("steps of linear warm-up")
     decay_steps: PositiveInt = doc("steps of the decay at the end")
@@ -84,14 +86,14 @@ Schedule = Annotated[CosineSchedule | ConstantSchedule | WsdSchedule, Field(disc
 
 @configclass
 class TrainingConfig:
-    """The optimisation."""
+    """How the parameters are optimised."""
 
     steps: PositiveInt = doc("optimizer steps of the whole run")
     batch_size: PositiveInt = doc("rows per step, over all devices")
-    accumulate: PositiveInt = default("microbatches a step is split into", 1)
+    accumulate: PositiveInt = default("microbatches into which a step is split", 1)
     init_from: str = default(
-        "begin from these parameters: a run, one of its steps, or a model's folder in any format;"
-        " or with adapt.kind=lora from this adapter; empty is from fresh ones",
+        "initial parameters: a run, one of its steps, or the folder of a model in any format; with"
+        " adapt.kind=lora also an adapter; empty means random ones",
         "",
     )
     z_loss: Nonnegative = default("weight of log(Z)^2 in the loss", 0.0)
@@ -105,25 +107,29 @@ class TrainingConfig:
             )
         warmup = self.schedule.warmup_steps + getattr(self.schedule, "decay_steps", 0)
         if warmup > self.steps:
-            raise ValueError(f"schedule: warm-up and decay take {warmup} of steps={self.steps}")
+            raise ValueError(
+                f"schedule: warm-up and decay take {warmup} steps, more than steps={self.steps}"
+            )
 
 
 @configclass
 class EvalConfig:
     """Evaluation on the held-out sources."""
 
-    every: Count = default("steps between evaluations; 0 is only at the end", 0)
-    batch_size: PositiveInt = default("rows at a time", 16)
-    max_rows: Count = default("rows per evaluation while training; 0 is all", 0)
+    every: Count = default("steps between evaluations; 0 means only at the end", 0)
+    batch_size: PositiveInt = default("rows per batch", 16)
+    max_rows: Count = default("rows per evaluation during training; 0 means all", 0)
     stride: Count = default(
-        "at the end: new tokens scored per row, the rest being context; 0 is all of them", 0
+        "at the end: tokens to score per row, after the others as context; 0 means all", 0
     )
-    compare_xz: bool = default("at the end: also compress the held-out text with xz -9", False)
+    compare_xz: bool = default(
+        "at the end: also compress the held-out text with xz -9, to compare", False
+    )
 
 
 @configclass
 class CheckpointConfig:
-    """Checkpoints of the run."""
+    """When checkpoints are saved, and how many are kept."""
 
-    every: Count = default("steps between checkpoints; 0 is only at the end", 1000)
-    keep: PositiveInt = default("newest checkpoints kept", 2)
+    every: Count = default("steps between checkpoints; 0 means only at the end", 1000)
+    keep: PositiveInt = default("number of newest checkpoints to keep", 2)

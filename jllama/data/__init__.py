@@ -1,1 +1,1 @@
-"""Text on disk to training rows: read, tokenise once, cut into rows, mix into batches."""
+"""Turns text on disk into training rows: reads, tokenises once, packs, mixes into batches."""

@@ -1,19 +1,24 @@
-"""Preparing as an Apache Beam pipeline (extra `beam`): the bytes of `prepare`, on any runner.
+"""Prepares a source with an Apache Beam pipeline (extra `beam`), on any runner.
 
-Tokens are never shuffled, so nothing is sorted and no shard is ever in memory:
+The dataset has the same bytes as one that `prepare` makes in processes. Tokens are never shuffled,
+so nothing has to be sorted, and no shard is ever whole in memory:
 
-1. A task reads some parts of the source in order, tokenises them, and writes one object, its run:
-   the documents j = r, r + S, r + 2S, ... of the task for each r below S, the number of shards.
-2. Once every run is there, a task per logical shard knows how many documents came before each run,
-   and so which r of it is its own: it reads that range of every run, in order, and packs it.
+1. A task reads some parts of the source in order, tokenises them, and writes one object, its run.
+   With S logical shards a run has S pieces; piece r holds the documents r, r + S, r + 2S, ... of
+   the task.
+2. Once all runs exist, one task per logical shard counts the documents before each run. The count
+   tells which piece of the run belongs to the shard. The task reads that piece of every run, in
+   order, and packs it.
 
-A worker holds one chunk of text, or the tokens that one run has for one shard; on its disk, one run
-or one shard. Parts are whole files (of TFDS, ranges of examples): a source in one file is one task.
+A worker holds in memory one chunk of text, or one piece of a run, and on its disk one run or one
+shard. The parts of a source are whole files (of a TFDS dataset, ranges of examples), so a source
+with a single file is a single task.
 """
 
 import dataclasses
 import itertools
 import json
+import shutil
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator
@@ -26,7 +31,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from jllama.config import PrepareConfig, Source, SourceConfig
 from jllama.data import source as sources
 from jllama.data import worker
-from jllama.data.prepare import chunks, finish, wipe
+from jllama.data.prepare import CHUNK_CHARACTERS, finish, grouped, wipe
 from jllama.data.records import ShardCounts, ShardWriter, ends_file, records_file
 from jllama.errors import UserError
 from jllama.files import storage
@@ -40,19 +45,19 @@ RUNNERS = {
     "flink": "FlinkRunner",
     "spark": "SparkRunner",
 }
-_TASK_BYTES = 64_000_000  # source that is worth a task
-_RUNS = "beam"  # folder in the dataset's, gone when it is whole
+_TASK_BYTES = 64_000_000  # of the source, in one task
+_RUNS = "beam"  # folder of the runs, within the dataset's until that is whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a task found.
+    """What a task has read.
 
     Attributes:
-      number: the task's; runs in this order are the source.
-      documents, text_bytes: usable ones, and their UTF-8 bytes.
-      bad: (where, reason) of those that are not, up to one more than may be skipped.
-      error: why the task ended early; empty if it did not.
+      number: the number of the task; the runs in this order are the source.
+      documents, text_bytes: the number of usable documents and of their UTF-8 bytes.
+      bad: (place, reason) of the unusable documents, up to one more than may be skipped.
+      error: why the task ended early, or empty.
     """
 
     number: int
@@ -63,7 +68,10 @@ class Run:
 
 
 def maker(runner: str, options: dict[str, object]) -> Callable[..., None]:
-    """The `make` of `jllama.data.prepare.prepare` on a runner, with Beam's pipeline options."""
+    """Returns a `make` for `jllama.data.prepare.prepare` that uses a runner.
+
+    `options` are Beam's pipeline options.
+    """
 
     def make(
         folder: Path,
@@ -75,21 +83,23 @@ def maker(runner: str, options: dict[str, object]) -> Callable[..., None]:
         if runner == "dataflow" and not storage.is_remote(folder):
             raise UserError(
                 f"{folder}: Dataflow's workers share no disk with this machine; set"
-                " data.prepare.folder to gs:// or s3://"
+                " data.prepare.folder to a gs:// or s3:// URL"
             )
         inputs = sources.source_files(source.source)
         runs = folder / _RUNS
         wipe(folder)
         storage.make_folder(runs)
         try:
-            tasks = list(_tasks(sources.parts(source.source)))
+            parts = sources.parts(source.source)
+            tasks = list(enumerate(grouped(parts, _part_bytes, _TASK_BYTES)))
             _pipeline(runner, options, tasks, folder, source.source, tokenizer, config)
-            found = [Run(**_load(runs / f"run-{i:05d}.json")) for i in range(len(tasks))]
-            skipped = _report(source.source, found, config.max_skipped)
+            done = [Run(**storage.read_json(runs / f"run-{i:05d}.json")) for i in range(len(tasks))]
+            skipped = _report(source.source, done, config.max_skipped)
             shards = [
-                ShardCounts(**_load(runs / f"shard-{i:05d}.json")) for i in range(config.shards)
+                ShardCounts(**storage.read_json(runs / f"shard-{i:05d}.json"))
+                for i in range(config.shards)
             ]
-            text_bytes = sum(run.text_bytes for run in found)
+            text_bytes = sum(run.text_bytes for run in done)
             finish(folder, folder, key, source, tokenizer, inputs, shards, text_bytes, skipped)
         finally:
             storage.remove_folder(runs)
@@ -97,18 +107,9 @@ def maker(runner: str, options: dict[str, object]) -> Callable[..., None]:
     return make
 
 
-def _tasks(parts: list) -> Iterator[tuple[int, list]]:
-    """(number, consecutive parts) of about `_TASK_BYTES`."""
-    number, some, size = 0, [], 0
-    for part in parts:
-        some.append(part)
-        # Examples of TFDS: what they weigh is not known, and a range of them is a task.
-        size += _TASK_BYTES if isinstance(part, range) else part.size
-        if size >= _TASK_BYTES:
-            yield number, some
-            number, some, size = number + 1, [], 0
-    if some:
-        yield number, some
+def _part_bytes(part: sources.SourceFile | range) -> int:
+    # The size of a range of examples is unknown; each range is a task of its own.
+    return _TASK_BYTES if isinstance(part, range) else part.size
 
 
 def _pipeline(runner, options, tasks, folder, source, tokenizer, config) -> None:
@@ -116,10 +117,10 @@ def _pipeline(runner, options, tasks, folder, source, tokenizer, config) -> None
         options = {"direct_num_workers": config.workers, **options}
         if str(options["direct_num_workers"]) != "1":
             options = {"direct_running_mode": "multi_processing", **options}
-    given = PipelineOptions.from_dictionary(options)
+    pipeline_options = PipelineOptions.from_dictionary(options)
     tokenise, pack = _Tokenise(source, tokenizer, folder, config), _Pack(tokenizer, folder, config)
     try:
-        with beam.Pipeline(runner=RUNNERS[runner], options=given) as pipeline:
+        with beam.Pipeline(runner=RUNNERS[runner], options=pipeline_options) as pipeline:
             runs = (
                 pipeline
                 | "parts" >> beam.Create(tasks)
@@ -132,13 +133,13 @@ def _pipeline(runner, options, tasks, folder, source, tokenizer, config) -> None
                 | "spread shards" >> beam.Reshuffle()
                 | "pack" >> beam.ParDo(pack, beam.pvalue.AsList(runs))
             )
-    except Exception as e:  # runners raise what they like, mostly a worker's traceback as text
+    except Exception as e:  # runners may raise anything, mostly a worker's traceback as text
         lines = [line for line in str(e).splitlines() if line.strip()]
         raise UserError(f"--runner {runner}: {lines[-1] if lines else type(e).__name__}") from e
 
 
 class _Tokenise(beam.DoFn):
-    """(number, parts) -> Run, and the run's object."""
+    """Maps (number, parts) to a `Run`, and writes the run's object."""
 
     def __init__(self, source: Source, tokenizer, folder: Path, config: PrepareConfig):
         self._source, self._tokenizer, self._config = source, tokenizer, config
@@ -147,7 +148,7 @@ class _Tokenise(beam.DoFn):
     def process(self, task):
         number, parts = task
         runs = storage.path(self._folder) / _RUNS
-        shards, most = self._config.shards, self._config.max_skipped
+        shards, max_skipped = self._config.shards, self._config.max_skipped
         bad: list[tuple[str, str]] = []
         documents = text_bytes = 0
         lengths = [array("I") for _ in range(shards)]
@@ -155,10 +156,10 @@ class _Tokenise(beam.DoFn):
 
         def texts() -> Iterator[str]:
             for part in parts:
-                for where, text in sources.read(self._source, part):
+                for where, text in sources.read_part(self._source, part):
                     if isinstance(text, sources.Skipped):
-                        bad.append((where, str(text)))
-                        if len(bad) > most:
+                        bad.append((where, text.reason))
+                        if len(bad) > max_skipped:
                             return
                     else:
                         yield text
@@ -166,8 +167,8 @@ class _Tokenise(beam.DoFn):
         with tempfile.TemporaryDirectory(prefix="jllama-run-") as work:
             pieces = [open(Path(work, str(r)), "wb") for r in range(shards)]  # noqa: SIM115
             try:
-                for chunk in chunks(texts()):
-                    tokens, counts, size = worker.encode(self._tokenizer, chunk)
+                for chunk in grouped(texts(), len, CHUNK_CHARACTERS):
+                    tokens, counts, size = worker.encode_texts(self._tokenizer, chunk)
                     tokens = tokens.astype(tokens.dtype.newbyteorder("<"))
                     at = 0
                     for n in counts:
@@ -180,16 +181,16 @@ class _Tokenise(beam.DoFn):
             finally:
                 for piece in pieces:
                     piece.close()
-            run = Path(work, "run")
-            _join(run, [Path(piece.name) for piece in pieces], lengths)
-            storage.copy_file(run, runs / f"run-{number:05d}")
-        found = Run(number, documents, text_bytes, tuple(bad), error)
-        storage.write_text(runs / f"run-{number:05d}.json", json.dumps(dataclasses.asdict(found)))
-        yield found
+            file = Path(work, "run")
+            _write_run(file, [Path(piece.name) for piece in pieces], lengths)
+            storage.copy_file(file, runs / f"run-{number:05d}")
+        result = Run(number, documents, text_bytes, tuple(bad), error)
+        storage.write_text(runs / f"run-{number:05d}.json", json.dumps(dataclasses.asdict(result)))
+        yield result
 
 
 class _Pack(beam.DoFn):
-    """A logical shard's number -> its files in the dataset's folder, and its counts beside."""
+    """Packs the logical shard of a given number, and writes its counts beside the runs."""
 
     def __init__(self, tokenizer: Tokenizer, folder: Path, config: PrepareConfig):
         self._vocab_size, self._config, self._folder = tokenizer.vocab_size, config, str(folder)
@@ -198,14 +199,14 @@ class _Pack(beam.DoFn):
         runs = sorted(runs, key=lambda run: run.number)
         bad = sum(len(run.bad) for run in runs)
         if bad > self._config.max_skipped or any(run.error for run in runs):
-            return  # the error is for whoever started the pipeline to raise
+            return  # the process that started the pipeline raises the error
         folder, dtype = storage.path(self._folder), worker.token_dtype(self._vocab_size)
         with tempfile.TemporaryDirectory(prefix="jllama-shard-") as work:
             writer = ShardWriter(Path(work), shard, self._vocab_size, self._config)
             before = 0
             for run in runs:
                 file = folder / _RUNS / f"run-{run.number:05d}"
-                lengths, tokens = _piece(
+                lengths, tokens = _read_piece(
                     file, run.documents, self._config.shards, shard - before, dtype
                 )
                 at = 0
@@ -220,23 +221,26 @@ class _Pack(beam.DoFn):
         storage.write_text(folder / _RUNS / f"shard-{shard:05d}.json", text)
 
 
-def _join(run: Path, pieces: list[Path], lengths: list[array]) -> None:
-    """A run: int64 [S+1] where each piece's tokens begin, uint32 lengths, tokens; little-endian."""
-    tokens = [0, *itertools.accumulate(sum(some) for some in lengths)]
+def _write_run(run: Path, pieces: list[Path], lengths: list[array]) -> None:
+    """Writes a run from its pieces.
+
+    A run holds, little-endian: int64 [S+1], where each piece begins and ends among the tokens;
+    uint32 [documents], the documents' lengths; and all tokens.
+    """
+    bounds = [0, *itertools.accumulate(map(sum, lengths))]
     with open(run, "wb") as file:
-        file.write(np.array(tokens, "<i8").tobytes())
-        for some in lengths:
-            file.write(np.array(some, "<u4").tobytes())
+        file.write(np.array(bounds, "<i8").tobytes())
+        for piece_lengths in lengths:
+            file.write(np.array(piece_lengths, "<u4").tobytes())
         for piece in pieces:
             with open(piece, "rb") as opened:
-                while data := opened.read(1 << 20):
-                    file.write(data)
+                shutil.copyfileobj(opened, file)
 
 
-def _piece(
+def _read_piece(
     file: Path, documents: int, shards: int, shard: int, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(lengths, tokens joined) of a run's documents `shard`, `shard` + S, ... modulo S."""
+    """Returns (lengths, tokens) of piece `shard` modulo S of a run, with S = `shards`."""
     r = shard % shards
     head = 8 * (shards + 1)
     start, stop = np.frombuffer(storage.read_range(file, 8 * r, 8 * r + 16), "<i8").tolist()
@@ -248,19 +252,15 @@ def _piece(
     return np.frombuffer(lengths, "<u4"), np.frombuffer(tokens, dtype.newbyteorder("<"))
 
 
-def _report(source: Source, runs: list[Run], most: int) -> int:
-    """Reports what was skipped, in the source's order, as `jllama.data.source.documents` does."""
+def _report(source: Source, runs: list[Run], max_skipped: int) -> int:
+    """Reports skipped documents in order, as `jllama.data.source.documents` does; counts them."""
     skipped = 0
     for run in runs:
         for where, reason in run.bad:
-            say(sources.skip(where, reason, skipped, most))
+            say(sources.skip_message(where, reason, skipped, max_skipped))
             skipped += 1
         if run.error:
             raise UserError(run.error)
     if not sum(run.documents for run in runs):
         raise sources.no_documents(source)
     return skipped
-
-
-def _load(file: Path) -> dict:
-    return json.loads(storage.read_text(file))

@@ -1,29 +1,34 @@
-"""Whether a source is still what was prepared from it: sizes, versions and digests of its files.
+"""Tells whether a source still is what a dataset was prepared from, file by file.
 
-A file of the same size and version (`jllama.files.storage.Stat`) is the same. A local one whose
-time of change differs, as after a copy, is compared by its SHA-256, once: what was found equal is
-noted in `verified.json` beside the dataset, where that can be written. Objects at a URL have no
-SHA-256 here: the store's own checksum or tag is their version, and hashing would read them again.
+A file with the same size and version (`jllama.files.storage.Stat`) is unchanged. A local file whose
+modification time differs, as after a copy, is compared by its SHA-256, once: the versions that were
+equal are stored in `verified.json` beside the dataset, if its folder can be written. For objects at
+a URL no SHA-256 is stored, because hashing would read them again; the store's own checksum or tag
+is their version.
 """
 
 import contextlib
 import json
 from pathlib import Path
+from typing import NoReturn
 
 from jllama.config import SourceConfig
-from jllama.data import files
 from jllama.data import source as sources
+from jllama.data import text_files
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.progress import say
 
 VERIFIED = "verified.json"
-_KEPT = 16  # versions of a file that are remembered: machines with copies of their own
+_MAX_VERSIONS = 16  # stored for each file: every machine may have a copy of its own
 
 
 def manifest(source: SourceConfig, before: list[sources.SourceFile]) -> list[dict]:
-    """The source's files for `identity.json`; UserError if they are not as `before` the reading."""
+    """Returns the entries of the source's files in `identity.json`.
+
+    Raises UserError if the files changed since `before`, which was listed before they were read.
+    """
     if sources.source_files(source.source) != before:
         raise UserError(
             f"{sources.summary(source.source)}: its files changed while they were read; run again"
@@ -33,14 +38,17 @@ def manifest(source: SourceConfig, before: list[sources.SourceFile]) -> list[dic
             "name": f.name,
             "size": f.size,
             "version": f.version,
-            "sha256": None if storage.is_remote(f.path) else files.digest(f.path),
+            "sha256": None if storage.is_remote(f.path) else text_files.file_digest(f.path),
         }
         for f in before
     ]
 
 
-def check(prepared: Prepared, source: SourceConfig, max_skipped: int) -> None:
-    """UserError unless the source is still what was prepared, within what may be skipped now."""
+def check_unchanged(prepared: Prepared, source: SourceConfig, max_skipped: int) -> None:
+    """Raises UserError if the source has changed since it was prepared, or too much was skipped.
+
+    `max_skipped` is the number of documents that may have been skipped then.
+    """
     identity = prepared.identity
     if identity["skipped"] > max_skipped:
         raise UserError(
@@ -48,49 +56,51 @@ def check(prepared: Prepared, source: SourceConfig, max_skipped: int) -> None:
             f" data.prepare.max_skipped={max_skipped}; raise it, or mend the source and delete the"
             " folder"
         )
-    was = {f["name"]: f for f in identity["source_files"]}
+    before = {f["name"]: f for f in identity["source_files"]}
     try:
         now = {f.name: f for f in sources.source_files(source.source, fetch=False)}
     except UserError as e:
-        # Prepared elsewhere, and the text is not on this machine: the tokens are all there is.
-        say(f"{prepared.folder}: used as prepared; its source is not here: {e}")
+        # It was prepared elsewhere, and this machine has the tokens without the text.
+        say(f"{prepared.folder}: used as prepared; its source is not on this machine: {e}")
         return
-    for name in sorted(was.keys() ^ now.keys()):
-        _changed(prepared, name, "is gone" if name in was else "is new")
-    _compare(prepared, was, now)
+    for name in sorted(before.keys() ^ now.keys()):
+        _raise_changed(prepared, name, "is gone" if name in before else "is new")
+    _compare(prepared, before, now)
 
 
-def _compare(prepared: Prepared, was: dict[str, dict], now: dict[str, sources.SourceFile]) -> None:
-    others = []
-    for name in sorted(was):
-        if now[name].size != was[name]["size"]:
-            _changed(prepared, name, "has changed")
-        if now[name].version != was[name].get("version"):
-            others.append(name)
-    verified = _read(prepared.folder) if others else {}
-    others = [n for n in others if now[n].version not in verified.get(n, ())]
-    if not others:
+def _compare(
+    prepared: Prepared, before: dict[str, dict], now: dict[str, sources.SourceFile]
+) -> None:
+    touched = []
+    for name in sorted(before):
+        if now[name].size != before[name]["size"]:
+            _raise_changed(prepared, name, "has changed")
+        if now[name].version != before[name].get("version"):
+            touched.append(name)
+    verified = _read_verified(prepared.folder) if touched else {}
+    touched = [n for n in touched if now[n].version not in verified.get(n, ())]
+    if not touched:
         return
-    say(f"{prepared.folder}: comparing {len(others)} source files whose times of change differ")
-    for name in others:
-        wanted = was[name]["sha256"]
-        if wanted is None or files.digest(now[name].path) != wanted:
-            _changed(prepared, name, "has changed")
-        verified[name] = [*verified.get(name, ()), now[name].version][-_KEPT:]
-    # A dataset that only others may write is compared again at the next start.
+    say(f"{prepared.folder}: comparing {len(touched)} source files whose modification times differ")
+    for name in touched:
+        wanted = before[name]["sha256"]
+        if wanted is None or text_files.file_digest(now[name].path) != wanted:
+            _raise_changed(prepared, name, "has changed")
+        verified[name] = [*verified.get(name, ()), now[name].version][-_MAX_VERSIONS:]
+    # If the folder cannot be written, the files are compared again at the next start.
     with contextlib.suppress(UserError):
         storage.write_text(prepared.folder / VERIFIED, json.dumps(verified, indent=1))
 
 
-def _read(folder: Path) -> dict[str, list[str]]:
+def _read_verified(folder: Path) -> dict[str, list[str]]:
     try:
         return json.loads(storage.read_text(folder / VERIFIED))
     except (FileNotFoundError, ValueError):
         return {}
 
 
-def _changed(prepared: Prepared, name: str, how: str) -> None:
+def _raise_changed(prepared: Prepared, name: str, change: str) -> NoReturn:
     raise UserError(
-        f"{name}: {how} since {prepared.folder} was made from it; "
-        "delete that folder to prepare anew, or restore the file"
+        f"{name}: {change} since {prepared.folder} was made from it;"
+        " delete that folder to prepare the source again, or restore the file"
     )

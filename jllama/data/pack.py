@@ -1,12 +1,12 @@
-"""Rows of one shape from prepared tokens: pure functions of (prepared data, length, row).
+"""Packs prepared tokens into rows of one shape: pure functions of (prepared data, length, row).
 
 A row of length T has T + 1 positions:
 
-    tokens    int32   [T+1]  0 where there is padding
-    segments  int32   [T+1]  1, 2, ... numbers the documents in the row; 0 is padding
-    weights   float32 [T+1]  weight of predicting this token from those before it in its segment
+    tokens    int32   [T+1]  token ids; 0 in the padding
+    segments  int32   [T+1]  the document's number in the row, from 1; 0 in the padding
+    weights   float32 [T+1]  weight of predicting this token from the earlier ones of its segment
 
-so the first token of a segment has weight 0, and so has position 0.
+The first token of a segment has weight 0, and position 0 always is one.
 """
 
 from typing import Literal, Protocol
@@ -20,7 +20,7 @@ Row = dict[str, np.ndarray]
 
 
 class Rows(Protocol):
-    """Random access to rows; safe from several threads."""
+    """Random access to rows. Several threads may read at once."""
 
     length: int
 
@@ -30,7 +30,7 @@ class Rows(Protocol):
 
 
 def empty_row(length: int) -> Row:
-    """All padding."""
+    """Returns a row of padding."""
     return {
         "tokens": np.zeros(length + 1, np.int32),
         "segments": np.zeros(length + 1, np.int32),
@@ -41,13 +41,13 @@ def empty_row(length: int) -> Row:
 class CutRows:
     """Rows cut from the stream of all documents; a document continues in the next row.
 
-    Neighbouring rows share one token, so each token that follows another of its document is
-    predicted exactly once, by rows `stride` targets apart. With `stride` below `length` (for
-    evaluation) a target has at least `length - stride` tokens before it, where the stream has them.
+    Neighbouring rows share one token, so that every token but the first of its document is
+    predicted exactly once. A row has `stride` targets. With `stride` below `length` (for
+    evaluation) at least `length - stride` tokens come before each target, if the stream has them.
     """
 
     def __init__(self, prepared: Prepared, length: int, stride: int | None = None):
-        """Raises UserError unless 1 <= stride <= length; `None` is `length`."""
+        """Raises UserError unless 1 <= stride <= length. A stride of None means `length`."""
         self.length = length
         self._stride = length if stride is None else stride
         self._prepared = prepared
@@ -76,11 +76,15 @@ class CutRows:
 
 
 class WholeRows:
-    """Whole documents, several to a row by best fit; the rest of the row is padding.
+    """Rows of whole documents, several to a row; padding fills the rest.
 
-    A document of n tokens, BOS and EOS in it, takes n of the T + 1 positions and n - 1 targets, so
-    one of up to T + 1 tokens fits. Rows are made from lengths alone: best-fit decreasing, ties in
-    the order of the stream. Keeps 24 bytes per document in memory.
+    A document of n tokens, counting BOS and EOS, takes n of the T + 1 positions and has n - 1
+    targets, so a document of up to T + 1 tokens fits. The rows follow from the lengths alone:
+    best-fit decreasing, with ties in the order of the stream. Takes 24 bytes of host memory per
+    document.
+
+    Attributes:
+      too_long: number of documents left out because they are longer than a row.
     """
 
     def __init__(
@@ -92,7 +96,7 @@ class WholeRows:
     ):
         """Raises UserError for a document longer than a row, unless `too_long` is "skip".
 
-        `spare` positions are kept free for each document, where the row has them.
+        The row leaves `spare` positions free for each document, if it has that many.
         """
         self.length = length
         self._prepared = prepared
@@ -101,13 +105,12 @@ class WholeRows:
         lengths = ends - starts
         fits = np.flatnonzero(lengths <= length + 1)
         self.too_long = len(lengths) - len(fits)
-        """Documents left out because they are longer than a row."""
         if self.too_long and too_long == "error":
             first = int(np.argmax(lengths > length + 1))
             raise UserError(
                 f"{prepared.folder}: document {first} has {lengths[first]} tokens and a row holds "
-                f"{length + 1} ({self.too_long} documents are too long); raise data.length or set "
-                "packing.too_long=skip"
+                f"{length + 1} ({self.too_long} documents are too long); raise data.length, or set "
+                "data.packing.too_long=skip"
             )
         row_of = best_fit(np.minimum(lengths[fits] + spare, length + 1), length + 1)
         order = np.argsort(row_of, kind="stable")
@@ -122,64 +125,64 @@ class WholeRows:
         result, at = empty_row(self.length), 0
         for segment, i in enumerate(range(self._first[row], self._first[row + 1]), start=1):
             tokens, _ = self._prepared.read(int(self._starts[i]), int(self._ends[i]))
-            here = slice(at, at + len(tokens))
-            result["tokens"][here] = tokens
-            result["segments"][here] = segment
-            result["weights"][at + 1 : here.stop] = 1
-            at = here.stop
+            end = at + len(tokens)
+            result["tokens"][at:end] = tokens
+            result["segments"][at:end] = segment
+            result["weights"][at + 1 : end] = 1
+            at = end
         return result
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The row of each document by best-fit decreasing: int64 [documents].
+    """Returns the row of each document by best-fit decreasing: int64 [documents].
 
-    All lengths are within `capacity`. Works by (length, room left) classes, not document by
-    document: among rows with the least sufficient room c, one takes c // length documents before
-    any other row is a better fit, so whole classes move at once.
+    No length is above `capacity`. Documents of one length and rows with the same room left are
+    placed together: of the rows with the least sufficient room c, each takes c // length documents
+    before any other row fits better.
     """
     row_of = np.empty(len(lengths), np.int64)
     by_length = np.argsort(-lengths, kind="stable")
     values, firsts = np.unique(-lengths[by_length], return_index=True)
     bounds = np.append(firsts, len(lengths))
-    room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # rows by room left
-    rooms = np.zeros(capacity + 1, bool)
-    rows = 0
+    rows_by_room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
+    has_rows = np.zeros(capacity + 1, bool)
+    num_rows = 0
 
-    def fill(some: np.ndarray, left: int, documents: np.ndarray, length: int) -> np.ndarray:
-        """Puts documents into `some` rows, each with room `left`; returns what is over."""
-        each = left // length
-        used = min(len(some), -(-len(documents) // each))
+    def fill(rows: np.ndarray, room: int, documents: np.ndarray, length: int) -> np.ndarray:
+        """Places documents into rows with `room` each; returns the documents that are left."""
+        each = room // length
+        used = min(len(rows), -(-len(documents) // each))
         placed = min(len(documents), used * each)
-        row_of[documents[:placed]] = np.repeat(some[:used], each)[:placed]
+        row_of[documents[:placed]] = np.repeat(rows[:used], each)[:placed]
         full, partly = divmod(placed, each)
-        put(some[:full], left - each * length)
-        put(some[full:used], left - partly * length)
-        put(some[used:], left)
+        offer(rows[:full], room - each * length)
+        offer(rows[full:used], room - partly * length)
+        offer(rows[used:], room)
         return documents[placed:]
 
-    def put(some: np.ndarray, left: int) -> None:
-        if len(some) and left:
-            room[left].append(some)
-            rooms[left] = True
+    def offer(rows: np.ndarray, room: int) -> None:
+        if len(rows) and room:
+            rows_by_room[room].append(rows)
+            has_rows[room] = True
 
     for i, negative in enumerate(values):
         length = int(-negative)
         documents = by_length[bounds[i] : bounds[i + 1]]
-        for left in np.flatnonzero(rooms[length:]) + length:
+        for room in np.flatnonzero(has_rows[length:]) + length:
             if not len(documents):
                 break
-            some = np.concatenate(room[left])
-            room[left], rooms[left] = [], False
-            documents = fill(some, int(left), documents, length)
+            rows = np.concatenate(rows_by_room[room])
+            rows_by_room[room], has_rows[room] = [], False
+            documents = fill(rows, int(room), documents, length)
         if len(documents):
-            new = np.arange(rows, rows + -(-len(documents) // (capacity // length)))
-            rows += len(new)
+            new = np.arange(num_rows, num_rows + -(-len(documents) // (capacity // length)))
+            num_rows += len(new)
             fill(new, capacity, documents, length)
     return row_of
 
 
-def _index(row: int, rows: int) -> int:
+def _index(row: int, num_rows: int) -> int:
     row = int(row)
-    if not -rows <= row < rows:
-        raise IndexError(f"row {row} of {rows}")
-    return row % rows
+    if not -num_rows <= row < num_rows:
+        raise IndexError(f"row {row} of {num_rows}")
+    return row % num_rows

@@ -1,10 +1,10 @@
-"""Tokenises a source once and keeps it on disk as a TFDS dataset of token blocks.
+"""Tokenises a source once and stores it on disk as a TFDS dataset of token blocks.
 
-A document is BOS, its tokens, EOS. Document `i` belongs to logical shard `i % shards`; the
-documents of a shard, joined, are cut into records of `block_tokens` tokens with the places where
-documents start. So the bytes on disk depend on the source, the tokenizer, `shards` and
-`block_tokens` alone, never on how many processes made them. `identity.json`, written last, says
-that the dataset is whole and what it was made from: a folder without it is made anew.
+A document is stored as BOS, its tokens and EOS. Document `i` belongs to logical shard `i % shards`.
+The documents of a shard are joined and cut into records of `block_tokens` tokens, which also hold
+the places where documents start. So the bytes on disk depend on the source, the tokenizer, `shards`
+and `block_tokens` alone, and not on the number of processes. `identity.json` is written last: it
+marks the dataset as whole and says what it was made from. A folder without it is made again.
 """
 
 import collections
@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from jllama.config import PrepareConfig, SourceConfig
 from jllama.config.recipe import to_dict
 from jllama.data import source as sources
 from jllama.data import worker
-from jllama.data.manifest import VERIFIED, check, manifest
+from jllama.data.manifest import VERIFIED, check_unchanged, manifest
 from jllama.data.prepared import FORMAT, MARKER, Prepared
 from jllama.data.records import (
     ShardCounts,
@@ -42,10 +43,11 @@ from jllama.files.locks import locked
 from jllama.progress import Progress, say
 from jllama.text.tokenizer import Tokenizer
 
-_CHUNK_CHARACTERS = 1 << 18  # text that goes to a process at a time
-_PROCESS_BYTES = 16_000_000  # source that is worth a process
+CHUNK_CHARACTERS = 1 << 18  # of text, sent to a process at a time
+_PROCESS_BYTES = 16_000_000  # of the source, enough to start one more process for
 _LOCK = ".lock"
 _NOT_DATA = {_LOCK, MARKER, VERIFIED}
+_Item = TypeVar("_Item")
 
 
 def prepare(
@@ -54,9 +56,10 @@ def prepare(
     config: PrepareConfig,
     make: Callable[..., None] | None = None,
 ) -> Prepared:
-    """The source as tokens: found in `config.folder` if it is there, made if not.
+    """Returns the source as tokens, from `config.folder`; tokenises it unless it is there.
 
-    `make` makes it in another way than processes of this machine; see `jllama.data.beam`.
+    `make` writes the dataset in another way than with processes of this machine; see
+    `jllama.data.beam`.
 
     Raises UserError if the source cannot be read, has more than `config.max_skipped` bad
     documents, or has changed since it was prepared.
@@ -71,7 +74,7 @@ def prepare(
     }
     identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = storage.path(config.folder) / f"{source.name}-{identity[:16]}"
-    prepared = Prepared.open(folder, config.cache)  # unlocked: it may be read-only by now
+    prepared = Prepared.open(folder, config.cache)  # without the lock: the folder may be read-only
     if prepared is None:
         try:
             with locked(folder, _LOCK):
@@ -81,11 +84,11 @@ def prepare(
         except OSError as e:
             fix = "data.prepare.folder must be writable"
             if e.errno == errno.EMFILE:
-                fix = "raise ulimit -n or lower data.prepare.shards"
+                fix = "raise ulimit -n, or lower data.prepare.shards"
             raise UserError(f"{e.filename or folder}: {e.strerror}; {fix}") from None
         prepared = prepared or Prepared.open(folder, config.cache)
         assert prepared is not None
-    check(prepared, source, config.max_skipped)
+    check_unchanged(prepared, source, config.max_skipped)
     return prepared
 
 
@@ -97,8 +100,8 @@ def _make(
     config: PrepareConfig,
 ) -> None:
     inputs = sources.source_files(source.source)
-    packed = any(f.path.suffix in (".gz", ".zst", ".parquet") for f in inputs)
-    size = None if packed else sum(f.size for f in inputs)
+    compressed = any(f.path.suffix in (".gz", ".zst", ".parquet") for f in inputs)
+    size = None if compressed else sum(f.size for f in inputs)
     progress = Progress(f"prepare {source.name}", size)
     # A process takes longer to start than to tokenise a few megabytes.
     most = 1 + sum(f.size for f in inputs) // _PROCESS_BYTES
@@ -142,20 +145,21 @@ def finish(
     text_bytes: int,
     skipped: int,
 ) -> None:
-    """Makes the shards in `work` the dataset in `folder`: the metadata, and at last the marker.
+    """Completes the shards in `work` to the dataset in `folder`: metadata first, marker last.
 
-    Raises UserError if the source's files are not `inputs` any more, or a shard's are not there.
+    Raises UserError if the source's files have changed since they were listed in `inputs`, or if a
+    shard's file is missing.
     """
     with tempfile.TemporaryDirectory(prefix="jllama-metadata-") as metadata:
         for name in write_tfds_metadata(Path(metadata), shards, tokenizer.vocab_size):
             storage.copy_file(Path(metadata, name), work / name)
-    there = {n: size for n, size in sorted(storage.names(work).items()) if n not in _NOT_DATA}
+    files = {n: size for n, size in sorted(storage.names(work).items()) if n not in _NOT_DATA}
     numbers = range(len(shards))
     wanted = {records_file(i, len(shards)) for i in numbers} | {ends_file(i) for i in numbers}
-    if missing := sorted(wanted - there.keys()):
+    if missing := sorted(wanted - files.keys()):
         raise UserError(
-            f"{work / missing[0]}: went away ({len(missing)} files did) while the dataset was made;"
-            " let one process at a time prepare it, then start again"
+            f"{work / missing[0]}: was removed while the dataset was made ({len(missing)} such"
+            " files); let only one process at a time prepare it, then start again"
         )
     identity = key | {
         "name": source.name,
@@ -168,20 +172,20 @@ def finish(
         "shard_documents": [s.documents for s in shards],
         "content": hashlib.sha256("".join(s.digest for s in shards).encode()).hexdigest(),
         "source_files": manifest(source, inputs),
-        "files": there,
+        "files": files,
     }
     if work != folder:
-        storage.transfer(storage.upload, [(work / n, folder / n) for n in there])
-    # Last, and so the dataset is whole.
+        storage.transfer(storage.upload, [(work / n, folder / n) for n in files])
+    # The marker comes last: with it the dataset is whole.
     storage.write_text(folder / MARKER, json.dumps(identity, indent=1))
 
 
 @contextlib.contextmanager
 def _workplace(folder: Path) -> Iterator[Path]:
-    """Where shards are written: array_record writes local files alone.
+    """Yields the local folder to write shards to, since array_record writes only local files.
 
-    For a local folder itself, empty at the start and again if the work fails; for a URL a temporary
-    folder of this machine, with room for the whole dataset.
+    If `folder` is local, it is the folder itself, which is emptied first, and again if the work
+    fails. If it is a URL, it is a temporary folder, which needs room for the whole dataset.
     """
     if storage.is_remote(folder):
         with tempfile.TemporaryDirectory(prefix="jllama-prepare-") as work:
@@ -198,19 +202,20 @@ def _workplace(folder: Path) -> Iterator[Path]:
 def _tokenise(
     texts: Iterable[str], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[np.ndarray, list[int], int]]:
-    """`worker.encode` of the texts, chunk by chunk in order, with few chunks in flight."""
+    """Yields `worker.encode_texts` of the texts, chunk by chunk in order, with few in flight."""
+    chunks = grouped(texts, len, CHUNK_CHARACTERS)
     if workers == 1:
-        for chunk in chunks(texts):
-            yield worker.encode(tokenizer, chunk)
+        for chunk in chunks:
+            yield worker.encode_texts(tokenizer, chunk)
         return
-    # Spawned, not forked: JAX may have threads by now.
+    # Spawned and not forked, because JAX may have started threads by now.
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), worker.start, (tokenizer,)
+        workers, multiprocessing.get_context("spawn"), worker.start_worker, (tokenizer,)
     )
     pending: collections.deque[concurrent.futures.Future] = collections.deque()
     try:
-        for chunk in chunks(texts):
-            pending.append(pool.submit(worker.encode_here, chunk))
+        for chunk in chunks:
+            pending.append(pool.submit(worker.encode_in_worker, chunk))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -218,27 +223,29 @@ def _tokenise(
     except BrokenProcessPool:
         raise UserError(
             f"prepare: one of {workers} tokenising processes died (out of memory?); "
-            "lower prepare.workers"
+            "lower data.prepare.workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in lists of about `_CHUNK_CHARACTERS`."""
-    chunk, size = [], 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
-        if size >= _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+def grouped(
+    items: Iterable[_Item], size: Callable[[_Item], int], limit: int
+) -> Iterator[list[_Item]]:
+    """Yields lists of consecutive items; a list ends once the sizes in it sum to `limit`."""
+    group, total = [], 0
+    for item in items:
+        group.append(item)
+        total += size(item)
+        if total >= limit:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
 
 
 def wipe(folder: Path) -> None:
-    """Empties a dataset's folder of what an earlier try left in it, but for its lock."""
+    """Removes what an earlier try left in a dataset's folder, except its lock."""
     if storage.is_remote(folder):
         storage.remove_folder(folder)
         return

@@ -1,7 +1,7 @@
-"""A prepared dataset, opened: its counts, and random access to its stream of tokens.
+"""Opens a prepared dataset: its counts, and random access to its stream of tokens.
 
-Where its folder is a URL, array_record reads gs:// in place, a request a record; with a cache, and
-always on s3://, each machine fetches the shards once and reads its copies.
+If its folder is a gs:// URL, array_record reads it in place, with one request per record. With a
+cache, which s3:// needs, every machine fetches the shards once and reads its copies.
 """
 
 import hashlib
@@ -21,13 +21,16 @@ MARKER = "identity.json"
 
 
 class Prepared:
-    """The tokens of one source: a stream of `tokens` ids, the shards one after another.
+    """The tokens of one source: a stream of ids, shard after shard. Several threads may read it.
 
-    Safe to read from several threads.
+    Attributes:
+      documents, tokens: how many the stream has; the tokens include BOS and EOS.
+      bytes: UTF-8 bytes of the documents.
+      digest: SHA-256 of the content, in hex.
     """
 
     def __init__(self, folder: Path, identity: dict, copies: Path | None = None):
-        """`copies` is a local folder with the files of `folder`, to be read instead."""
+        """`copies` is a local folder with copies of the files, which are read instead."""
         self.folder = folder
         self.identity = identity
         self.name: str = identity["name"]
@@ -40,11 +43,11 @@ class Prepared:
         self._block = identity["block_tokens"]
         tokens = np.array(identity["shard_tokens"], np.int64)
         records = -(-tokens // self._block)
-        # Where each shard begins: in the stream, and among the records.
+        # The first token and the first record of each shard.
         self._token_starts = np.concatenate([[0], np.cumsum(tokens)])
         self._record_starts = np.concatenate([[0], np.cumsum(records)])
         self._files = folder if copies is None else copies
-        # With the number of records in its name, no file is opened before it is read.
+        # With the number of records in its name, array_record opens a file only to read it.
         self._records = ArrayRecordDataSource(
             [
                 f"{self._files / records_file(i, self._shards)}[0:{n}]"
@@ -55,30 +58,35 @@ class Prepared:
 
     @classmethod
     def open(cls, folder: str | Path, cache: str = "") -> "Prepared | None":
-        """The dataset in `folder`; None if it was never finished. UserError if it is damaged.
+        """Returns the dataset in `folder`, or None if it was never finished.
 
-        `cache` is a local folder for copies of a dataset at a URL; s3:// needs one.
+        `cache` is a local folder for copies of a dataset at a URL; s3:// needs one. Raises
+        UserError if the dataset is damaged.
         """
         folder = storage.path(folder)
         if str(folder).startswith("s3://") and not cache:
             raise UserError(
-                f"{folder}: array_record reads local files and gs:// alone; name a local folder for"
-                " copies in data.prepare.cache"
+                f"{folder}: array_record reads only local files and gs://; set"
+                " data.prepare.cache to a local folder for copies"
             )
         try:
             identity = json.loads(storage.read_text(folder / MARKER))
         except (FileNotFoundError, ValueError):
             return None
-        there = storage.names(folder)
+        sizes = storage.names(folder)
         for name, size in identity["files"].items():
-            if there.get(name) != size:
+            if sizes.get(name) != size:
                 raise UserError(
-                    f"{folder / name}: missing or cut short; delete {folder} to prepare anew"
+                    f"{folder / name}: missing or cut short; delete {folder} to prepare the"
+                    " source again"
                 )
         return cls(folder, identity, _copies(folder, identity, cache))
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Stream positions [start, stop): (tokens int32, whether a document starts there, bool)."""
+        """Returns the stream positions [start, stop).
+
+        The result is (tokens int32, whether a document starts there bool), both [stop - start].
+        """
         tokens = np.empty(stop - start, np.int32)
         starts = np.zeros(stop - start, bool)
         at = start
@@ -89,13 +97,13 @@ class Prepared:
             block_tokens, block_starts = decode_record(record, self.vocab_size)
             n = min(stop - at, len(block_tokens) - skip)
             tokens[at - start : at - start + n] = block_tokens[skip : skip + n]
-            here = block_starts - skip
-            starts[at - start + here[(here >= 0) & (here < n)]] = True
+            offsets = block_starts - skip
+            starts[at - start + offsets[(offsets >= 0) & (offsets < n)]] = True
             at += n
         return tokens, starts
 
     def document_ends(self) -> np.ndarray:
-        """Stream position after each document, shard by shard: int64 [documents]."""
+        """Returns the stream position after each document: int64 [documents]."""
         ends = []
         for shard in range(self._shards):
             if self.identity["shard_documents"][shard]:
@@ -105,14 +113,17 @@ class Prepared:
 
 
 def _copies(folder: Path, identity: dict, cache: str) -> Path | None:
-    """The local folder with copies of a dataset at a URL, fetched if need be; None without."""
+    """Returns the local folder with copies of a dataset at a URL; fetches those that are missing.
+
+    Returns None for a local dataset, and without a cache.
+    """
     if not (storage.is_remote(folder) and cache):
         return None
-    # By URL and content: the same name may stand for other bytes elsewhere, or later.
+    # The key covers URL and content, because other bytes may have the same folder name.
     key = hashlib.sha256(f"{folder} {identity['content']}".encode()).hexdigest()
     copies = storage.path(cache) / f"{folder.name}-{key[:16]}"
     with locked(copies):
-        here = storage.names(copies)
-        missing = [n for n, size in identity["files"].items() if here.get(n) != size]
+        sizes = storage.names(copies)
+        missing = [n for n, size in identity["files"].items() if sizes.get(n) != size]
         storage.transfer(storage.download, [(folder / n, copies / n) for n in missing])
     return copies

@@ -1,8 +1,8 @@
 """The files of a prepared dataset: array_record shards of token blocks that TFDS reads.
 
-A record is a tf.train.Example with `tokens` (uint16 or uint32, little-endian bytes) and `starts`
-(int32: the places in the record where documents start). Beside each shard a plain file says where
-its documents end.
+A record is a tf.train.Example with `tokens` (uint16 or uint32) and `starts` (int32, the places in
+the record where documents start), both as little-endian bytes. Beside each shard lies a plain file
+with the places in the shard where documents end.
 """
 
 import dataclasses
@@ -13,24 +13,25 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
 from jllama.config import PrepareConfig
 from jllama.data.worker import token_dtype
 
 
 def records_file(shard: int, shards: int) -> str:
-    """Name that TFDS expects for a shard's token blocks."""
+    """Returns the name that TFDS expects for a shard's records."""
     return f"tokens-train.array_record-{shard:05d}-of-{shards:05d}"
 
 
 def ends_file(shard: int) -> str:
-    """Name of the little-endian uint64 file of where, in the shard, each document ends."""
+    """Returns the name of the file with the end of each document in a shard, as uint64."""
     return f"document-ends.{shard:05d}.u64"
 
 
 @functools.cache
 def features(vocab_size: int) -> tfds.features.FeaturesDict:
-    """One record: tokens, and the places in it where documents start."""
+    """Returns the features of a record, for TFDS."""
     kinds = {"tokens": token_dtype(vocab_size).type, "starts": np.int32}
     return tfds.features.FeaturesDict(
         {
@@ -43,56 +44,28 @@ def features(vocab_size: int) -> tfds.features.FeaturesDict:
 
 
 def encode_record(tokens: np.ndarray, starts: np.ndarray) -> bytes:
-    """A record of `features` as TFDS stores it: a tf.train.Example in protobuf's wire format.
+    """Returns a record of `features` as TFDS stores it, a serialised tf.train.Example.
 
-    TFDS's own writer orders the two features at random, and equal data must give equal bytes.
+    Equal data give equal bytes: TFDS's own writer orders the two features at random.
     """
-    entries = b""
+    example = tf_example_pb2.Example()
     for name, values in (("starts", starts), ("tokens", tokens)):
         data = values.astype(values.dtype.newbyteorder("<")).tobytes()
-        bytes_list = _field(1, data)
-        feature = _field(1, bytes_list)
-        entries += _field(1, _field(1, name.encode()) + _field(2, feature))
-    return _field(1, entries)
-
-
-def _field(number: int, payload: bytes) -> bytes:
-    """A length-delimited protobuf field."""
-    head, left = bytes([number << 3 | 2]), len(payload)
-    while left > 0x7F:
-        head += bytes([left & 0x7F | 0x80])
-        left >>= 7
-    return head + bytes([left]) + payload
+        example.features.feature[name].bytes_list.value.append(data)
+    return example.SerializeToString(deterministic=True)
 
 
 def decode_record(data: bytes, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, starts) of a record. Three times faster than TFDS's reader, which gives the same."""
-    values = {}
-    for entry in _parse(_parse(memoryview(data))[0]):
-        name, feature = _parse(entry)
-        values[bytes(name)] = _parse(_parse(feature)[0])[0]
-    tokens = np.frombuffer(values[b"tokens"], token_dtype(vocab_size).newbyteorder("<"))
-    return tokens, np.frombuffer(values[b"starts"], "<i4")
-
-
-def _parse(message: memoryview) -> list[memoryview]:
-    """Payloads of a message's length-delimited fields."""
-    payloads, at = [], 0
-    while at < len(message):
-        at, size, shift = at + 1, 0, 0  # past the tag
-        while True:
-            byte = message[at]
-            at, size, shift = at + 1, size | (byte & 0x7F) << shift, shift + 7
-            if byte < 0x80:
-                break
-        payloads.append(message[at : at + size])
-        at += size
-    return payloads
+    """Returns (tokens, starts) of a record; several times faster than TFDS's own reader."""
+    feature = tf_example_pb2.Example.FromString(data).features.feature
+    tokens, starts = (feature[name].bytes_list.value[0] for name in ("tokens", "starts"))
+    dtype = token_dtype(vocab_size).newbyteorder("<")
+    return np.frombuffer(tokens, dtype), np.frombuffer(starts, "<i4")
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardCounts:
-    """What a shard came to: tokens, documents, records and their bytes, SHA-256 of the records."""
+    """The size of a shard, and the SHA-256 of its records in hex."""
 
     tokens: int
     documents: int
@@ -102,7 +75,7 @@ class ShardCounts:
 
 
 class ShardWriter:
-    """One array_record file being written, and beside it where its documents end."""
+    """Writes one shard: its array_record file and the file with the ends of its documents."""
 
     def __init__(self, folder: Path, shard: int, vocab_size: int, config: PrepareConfig):
         self._tokens = self._documents = self._written = self._bytes = 0
@@ -115,6 +88,7 @@ class ShardWriter:
         self._ends = (folder / ends_file(shard)).open("wb")
 
     def add(self, tokens: np.ndarray) -> None:
+        """Appends a document."""
         self._starts.append(self._filled)
         self._tokens += len(tokens)
         self._documents += 1
@@ -136,6 +110,7 @@ class ShardWriter:
         self._filled, self._starts = 0, []
 
     def close(self) -> ShardCounts:
+        """Writes what remains and closes the files."""
         if self._filled:
             self._flush()
         self._records.close()
@@ -145,17 +120,19 @@ class ShardWriter:
         )
 
     def abandon(self) -> None:
+        """Closes the files without writing what remains. Does nothing after `close`."""
         if self._records.is_open():
             self._records.close()
         self._ends.close()
 
 
 def write_tfds_metadata(folder: Path, shards: list[ShardCounts], vocab_size: int) -> list[str]:
-    """What `tfds.builder_from_directory` needs to read the shards as the split `train`.
+    """Writes what `tfds.builder_from_directory` needs to read the shards as the split `train`.
 
-    Written to an empty local folder, in which TFDS wants to see the shards' names; returns the
-    names of the files to put beside the shards.
+    `folder` is an empty local folder. Returns the names of the files in it that belong beside the
+    shards.
     """
+    # TFDS looks for the shards' names beside the metadata.
     stand_ins = {records_file(i, len(shards)) for i in range(len(shards))}
     for name in stand_ins:
         (folder / name).touch()

@@ -1,8 +1,8 @@
-"""What an objective makes of rows at read time: it rewrites the whole documents in them.
+"""Rewrites the whole documents of a row at read time, as the objective asks.
 
-Prepared data is tokens in their order; here a document's tokens become its text again, and the text
-other ids, of which some are predicted. A function of (seed, epoch, document) and of nothing else:
-not of the row, its length or the packing.
+A document's tokens are decoded to its text, and the text is encoded to other ids, some of which are
+predicted. The result is a function of (seed, epoch, document) alone, and does not depend on the
+row, its length or the packing.
 """
 
 import abc
@@ -20,11 +20,11 @@ from jllama.text.tokenizer import Tokenizer
 
 
 class Rewriting(abc.ABC):
-    """Rows to rows. Counts what it does, over all threads.
+    """Maps rows to rows, and counts what it does over all threads.
 
     Attributes:
-      gain: ids that a document usually gains.
-      done: what is done to a document, for the report.
+      gain: number of ids that a document usually gains.
+      done: what happens to a document, in the words of the report.
     """
 
     gain: int
@@ -37,16 +37,17 @@ class Rewriting(abc.ABC):
 
     @abc.abstractmethod
     def document(self, tokens: np.ndarray, epoch: int) -> tuple[list[int], int] | None:
-        """The ids of a whole document, and how many of the first are not predicted; None: as it is.
+        """Rewrites a whole document, `tokens`, which begin with BOS and end with EOS.
 
-        `tokens` begin with BOS and end with EOS, and so do, or end otherwise, the ids.
+        Returns its new ids and how many of the first ones are not predicted, or None to leave it as
+        it is.
         """
 
     def __call__(self, row: Row, epoch: int) -> Row:
-        """The row of this epoch.
+        """Returns the row as it is in this epoch.
 
-        A document of which the row holds but a part stays as it is. What the row cannot hold
-        afterwards is left out at its end.
+        A document that the row holds only in part stays as it is. What no longer fits into the row
+        is cut off at its end.
         """
         length = len(row["tokens"]) - 1
         parts, documents, rewritten = [], 0, 0
@@ -63,7 +64,7 @@ class Rewriting(abc.ABC):
                 tokens = np.array(new[0], np.int32)
                 weights = (np.arange(len(tokens)) >= new[1]).astype(np.float32)
             parts.append((tokens, weights))
-        tokens, weights = (np.concatenate(some) for some in zip(*parts, strict=True))
+        tokens, weights = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         numbers = np.repeat(np.arange(1, documents + 1), [len(part) for part, _ in parts])
         result, n = empty_row(length), min(len(tokens), length + 1)
         result["tokens"][:n] = tokens[:n]
@@ -75,12 +76,12 @@ class Rewriting(abc.ABC):
         return result
 
     def _is_whole(self, tokens: np.ndarray) -> bool:
-        # Neither is made from text, so each stands only where a document begins or ends.
+        # Text is never encoded to BOS or EOS, so they mark where a document begins and ends.
         bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
         return len(tokens) > 1 and tokens[0] == bos and tokens[-1] == eos
 
     def report(self) -> str:
-        """What was done until now, in a line."""
+        """Returns one line on what was done until now."""
         with self._lock:
             rows, documents, rewritten, tokens, lost = self._counts.tolist()
         return (
@@ -90,9 +91,9 @@ class Rewriting(abc.ABC):
 
 
 class Infilling(Rewriting):
-    """Cut in three with the middle last; every token but the first is predicted."""
+    """Cuts documents in three and puts the middle last; all tokens but the first are predicted."""
 
-    gain = 6  # three more control tokens than EOS, and pieces cut in two
+    gain = 6  # three control tokens besides the last, and pieces that a cut splits
     done = "infilling, cut in three"
 
     def __init__(self, objective: InfillObjective, tokenizer: Tokenizer, seed: int):
@@ -102,8 +103,8 @@ class Infilling(Rewriting):
         self._objective = objective
 
     def document(self, tokens: np.ndarray, epoch: int) -> tuple[list[int], int] | None:
-        document = hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=16).digest()
-        random = np.random.default_rng([self._seed, epoch, *np.frombuffer(document, "<u4")])
+        digest = hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=16).digest()
+        random = np.random.default_rng([self._seed, epoch, *np.frombuffer(digest, "<u4")])
         chosen, spm = random.random(2) < (self._objective.rate, self._objective.spm)
         if not chosen:
             return None
@@ -113,9 +114,9 @@ class Infilling(Rewriting):
 
 
 class Replies(Rewriting):
-    """Prompt and reply, encoded apart as they are when a model replies; the reply is predicted."""
+    """Encodes prompt and reply separately, as when a model replies; only the reply is predicted."""
 
-    gain = 2  # pieces cut in two
+    gain = 2  # pieces that the cut splits
     done = "replies, predicted after their prompt"
 
     def __init__(self, objective: ReplyObjective, tokenizer: Tokenizer, seed: int):
@@ -123,19 +124,19 @@ class Replies(Rewriting):
         self._after = objective.after
 
     def check(self, name: str, rows: Rows) -> None:
-        """Raises UserError for rows of a source in which no reply is found."""
+        """Raises UserError if no reply is found in the rows of source `name`."""
         if isinstance(rows, CutRows):
             raise UserError(
-                "data.objective.kind=reply: needs data.packing.kind=whole, as a part of a document"
-                " does not say what in it is a reply"
+                "data.objective.kind=reply: needs data.packing.kind=whole, because a part of a"
+                " document does not show where its reply begins"
             )
         first = range(min(len(rows), 64))
         if not any(
             self._after in self._tokenizer.decode(rows[i]["tokens"].tolist()) for i in first
         ):
             raise UserError(
-                f"data.objective.after={self._after!r}: stands nowhere in the first {len(first)}"
-                f" rows of source {name}; every prompt would be predicted"
+                f"data.objective.after={self._after!r}: does not appear in the first {len(first)}"
+                f" rows of source {name}, so that prompts would be predicted too; correct it"
             )
 
     def document(self, tokens: np.ndarray, epoch: int) -> tuple[list[int], int] | None:
@@ -149,7 +150,7 @@ class Replies(Rewriting):
 
 
 def rewriting(objective: Objective, tokenizer: Tokenizer, seed: int) -> Rewriting | None:
-    """What the objective does to rows; None if nothing."""
+    """Returns what the objective does to rows, or None if it leaves them as they are."""
     match objective:
         case InfillObjective():
             return Infilling(objective, tokenizer, seed)

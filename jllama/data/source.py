@@ -1,140 +1,124 @@
-"""Documents from a source: the standard library, TFDS, text, JSON lines or Parquet.
+"""Lists the files of a source, and reads its documents in order.
 
-Everything streams: memory is bounded by the longest document. A document that cannot be used
-(broken UTF-8, malformed line, missing field, empty text) is reported with its file and line, and
-counted; one more of them than `max_skipped` is an error. A broken *file* is always an error.
+A document that cannot be used (broken UTF-8, malformed line, missing field, empty text) is skipped
+and reported with its file and line; more than `max_skipped` of them are an error. A broken *file*
+is always an error.
 """
 
 import dataclasses
 import hashlib
-import json
 import os
 import platform
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-import tensorflow_datasets as tfds
-
-from jllama.config import JsonlSource, ParquetSource, Source, StdlibSource, TextSource, TfdsSource
-from jllama.data import files
+from jllama.config import Source, StdlibSource, TextSource, TfdsSource
+from jllama.data import text_files
+from jllama.data.readers import READERS, Skipped, SourceFile, find_split, open_builder, tfds_summary
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.progress import say
 
-_EXAMPLES = 10_000  # of a TFDS dataset, in a part
+_PART_EXAMPLES = 10_000  # in one part of a TFDS dataset
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text, never empty, and where it came from (`file:line`, or `file` for a whole file)."""
+    """A text, which is never empty, and its place: `file:line`, or `file` for a whole file."""
 
     text: str
     where: str
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceFile:
-    """One file of a source: `name` is stable (as matched, or relative), `path` opens it.
-
-    `version` is `jllama.files.storage.Stat`'s: equal sizes and versions are equal content.
-    """
-
-    name: str
-    path: Path
-    size: int
-    version: str
-
-
-class Skipped(Exception):
-    """A document that cannot be used: why."""
-
-
 def documents(
     source: Source, *, max_skipped: int = 0, report: Callable[[str], None] = say
 ) -> Iterator[Document]:
-    """Documents in a fixed order: files sorted, then as they stand in each file.
+    """Yields the documents of a source: its files are sorted, and each is read in order.
 
-    `report` gets one line for each document skipped. Raises UserError, naming the place, for the
-    document after `max_skipped` skipped ones, for a broken or missing file and an empty source.
+    `report` gets one line for each skipped document. Raises UserError, naming the place, if more
+    than `max_skipped` documents cannot be used, for a broken or missing file, and for a source
+    without documents.
     """
-    skipped = found = 0
+    skipped = count = 0
     for part in parts(source):
-        for where, text in read(source, part):
+        for where, text in read_part(source, part):
             if not isinstance(text, Skipped):
-                found += 1
+                count += 1
                 yield Document(text, where)
                 continue
-            report(skip(where, str(text), skipped, max_skipped))
+            report(skip_message(where, text.reason, skipped, max_skipped))
             skipped += 1
-    if not found:
+    if not count:
         raise no_documents(source)
 
 
-def skip(where: str, reason: str, skipped: int, max_skipped: int) -> str:
-    """The report of a bad document after `skipped` others; UserError if it is one too many."""
+def skip_message(where: str, reason: str, skipped: int, max_skipped: int) -> str:
+    """Returns the report on a bad document, after `skipped` others.
+
+    Raises UserError if `max_skipped` documents have been skipped already.
+    """
     if skipped == max_skipped:
         limit = f"after max_skipped={max_skipped} others" if max_skipped else "max_skipped=0"
         raise UserError(
-            f"{where}: {reason} ({limit}); mend it, or raise data.prepare.max_skipped in a recipe"
+            f"{where}: {reason} ({limit}); correct the document, or raise data.prepare.max_skipped"
         )
     return f"{where}: {reason}; skipped ({skipped + 1} of at most {max_skipped})"
 
 
 def no_documents(source: Source) -> UserError:
-    """The error of a source without a usable document."""
+    """Returns the error for a source without a usable document."""
     return UserError(f"{summary(source)}: no documents in it; check the source")
 
 
-def parts(source: Source) -> list["SourceFile | range"]:
-    """What a source can be read by, in order: its files, or ranges of a TFDS dataset's examples."""
+def parts(source: Source) -> list[SourceFile | range]:
+    """Returns the parts of a source in order: its files, or ranges of a TFDS dataset's examples."""
     if isinstance(source, TfdsSource):
-        count = _split(_builder(source), source).num_examples
-        return [range(i, min(i + _EXAMPLES, count)) for i in range(0, count, _EXAMPLES)]
+        count = find_split(open_builder(source), source).num_examples
+        return [range(i, min(i + _PART_EXAMPLES, count)) for i in range(0, count, _PART_EXAMPLES)]
     return source_files(source)
 
 
-def read(source: Source, part: "SourceFile | range") -> Iterator[tuple[str, str | Skipped]]:
-    """(where, text or why it cannot be used) of a part's documents, in order."""
-    for where, text in _READERS[type(source)](source, part):
+def read_part(source: Source, part: SourceFile | range) -> Iterator[tuple[str, str | Skipped]]:
+    """Yields each document of a part as (its place, its text or why it cannot be used)."""
+    for where, text in READERS[type(source)](source, part):
         yield where, text or Skipped("empty document")
 
 
 def summary(source: Source) -> str:
-    """The source in a few words, for messages."""
+    """Describes the source in a few words, for messages."""
     match source:
         case StdlibSource():
             return f"standard library ({source.split})"
         case TfdsSource():
-            return f"TFDS {source.name}[{source.split}]"
+            return tfds_summary(source)
         case _:
             return f"{source.kind} {', '.join(source.files)}"
 
 
 def version(source: Source) -> str:
-    """What else tells two sources of equal config apart: the interpreter, for its own library."""
+    """Returns what decides the text beside the config: Python's version for its own library."""
     return platform.python_version() if isinstance(source, StdlibSource) else ""
 
 
 def source_files(source: Source, *, fetch: bool = True) -> list[SourceFile]:
-    """The files that `source` is made of, in reading order. UserError if a pattern matches none.
+    """Returns the files of a source, in the order in which they are read.
 
-    A TFDS dataset that is not here is downloaded and built; without `fetch` that is a UserError.
+    A TFDS dataset that is not on this machine is downloaded and built. Raises UserError if a
+    pattern matches no file, and for a TFDS dataset that is missing if `fetch` is false.
     """
     match source:
         case StdlibSource():
             root = Path(sysconfig.get_paths()["stdlib"])
             pairs = [(name, root / name) for name in _library(root, source)]
         case TfdsSource():
-            builder = _builder(source, fetch)
-            paths = [storage.path(p) for p in _split(builder, source).filepaths]
+            builder = open_builder(source, fetch)
+            paths = [storage.path(p) for p in find_split(builder, source).filepaths]
             pairs = [(p.name, p) for p in paths]
         case _:
             suffix = ".txt" if isinstance(source, TextSource) else f".{source.kind}"
-            pairs = [(p, storage.path(p)) for p in files.matches(source.files, suffix)]
+            pairs = [(p, storage.path(p)) for p in text_files.find_files(source.files, suffix)]
     return [_file(name, path) for name, path in pairs]
 
 
@@ -146,14 +130,11 @@ def _file(name: str, path: Path) -> SourceFile:
     return SourceFile(name, path, stat.size, stat.version)
 
 
-# ------------------------------------------------------------------------------ standard library
-
-
 def _library(root: Path, source: StdlibSource) -> list[str]:
     names = []
-    for folder, inner, found in os.walk(root):
-        inner[:] = [name for name in inner if name not in _NOT_LIBRARY]
-        paths = [Path(folder, name) for name in found if name.endswith(".py")]
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY]
+        paths = [Path(folder, name) for name in files if name.endswith(".py")]
         # An empty file holds no document.
         names += [p.relative_to(root).as_posix() for p in paths if p.stat().st_size]
     held_out = source.split == "held_out"
@@ -161,174 +142,6 @@ def _library(root: Path, source: StdlibSource) -> list[str]:
 
 
 def is_held_out(name: str, one_in: int) -> bool:
-    """Whether the library file of this relative POSIX path is held out, on every machine alike."""
+    """Whether the library file with this relative POSIX path is held out, by a hash of the path."""
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     return number % one_in == 0
-
-
-def _read_library(source: StdlibSource, file: SourceFile) -> Iterator[tuple[str, str | Skipped]]:
-    text = _text(file.path.read_bytes())
-    if isinstance(text, Skipped) or not source.max_characters:
-        yield file.name, text
-        return
-    line = 1
-    for part in _between_lines(text, source.max_characters):
-        yield f"{file.name}:{line}", part
-        line += part.count("\n")
-
-
-def _between_lines(text: str, most: int) -> Iterator[str]:
-    """Cuts a text after lines, into parts of at most `most` characters or of one line."""
-    part = ""
-    for line in text.splitlines(keepends=True):
-        if part and len(part) + len(line) > most:
-            yield part
-            part = ""
-        part += line
-    yield part
-
-
-# ------------------------------------------------------------------------------------------ files
-
-
-def _text(data: bytes) -> str | Skipped:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        line = data.count(b"\n", 0, e.start)
-        at = f" {line} lines into it" if line else ""
-        return Skipped(f"invalid UTF-8, byte 0x{data[e.start]:02x}{at}")
-
-
-def _read_text(source: TextSource, file: SourceFile) -> Iterator[tuple[str, str | Skipped]]:
-    if source.separator is None:
-        yield file.name, _text(b"".join(files.chunks(file.path)))
-        return
-    if not source.separator:
-        raise UserError("separator: is empty; null makes a file one document")
-    parts = files.split(file.path, source.separator.encode())
-    held = next(parts)
-    for part in parts:
-        yield f"{file.name}:{held[0]}", _text(held[1])
-        held = part
-    if held[1]:  # what follows the last separator; nothing does if it ends the file
-        yield f"{file.name}:{held[0]}", _text(held[1])
-
-
-def _read_jsonl(source: JsonlSource, file: SourceFile) -> Iterator[tuple[str, str | Skipped]]:
-    for line, data in files.split(file.path, b"\n"):
-        if data.strip():  # a blank line is no document
-            yield f"{file.name}:{line}", _json_text(data, source.field)
-
-
-def _json_text(data: bytes, field: str) -> str | Skipped:
-    text = _text(data)
-    if isinstance(text, Skipped):
-        return text
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        return Skipped(f"malformed JSON: {e}")
-    if not isinstance(record, dict):
-        return Skipped("not a JSON object")
-    if field not in record:
-        return Skipped(f"no field {field!r}")
-    return _string(record[field], field)
-
-
-def _string(value: object, field: str) -> str | Skipped:
-    if not isinstance(value, str):
-        return Skipped(f"field {field!r} is {type(value).__name__}, not text")
-    try:
-        value.encode("utf-8")  # JSON can spell half a surrogate pair
-    except UnicodeEncodeError as e:
-        return Skipped(f"field {field!r} has an unpaired surrogate at character {e.start}")
-    return value
-
-
-def _read_parquet(source: ParquetSource, file: SourceFile) -> Iterator[tuple[str, str | Skipped]]:
-    try:
-        with (
-            storage.reading(file.path),
-            storage.open_read(file.path) as opened,
-            pyarrow.parquet.ParquetFile(opened) as parquet,
-        ):
-            schema = parquet.schema_arrow
-            if source.field not in schema.names:
-                raise UserError(
-                    f"{file.name}: no column {source.field!r}; it has {', '.join(schema.names)}"
-                )
-            row = 0
-            for batch in parquet.iter_batches(batch_size=256, columns=[source.field]):
-                for value in batch.column(0):
-                    row += 1
-                    yield f"{file.name}: row {row}", _arrow_text(value, source.field)
-    except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"{file.name}: not readable as Parquet: {_one_line(e)}") from None
-
-
-def _arrow_text(value: pyarrow.Scalar, field: str) -> str | Skipped:
-    try:
-        return _string(value.as_py(), field)
-    except UnicodeDecodeError as e:
-        return Skipped(f"invalid UTF-8 at byte {e.start}")
-
-
-# ------------------------------------------------------------------------------------------- TFDS
-
-
-def _builder(source: TfdsSource, fetch: bool = True):
-    folder = storage.path(source.name)
-    if "s3" in {source.name.partition("://")[0], (source.data_dir or "").partition("://")[0]}:
-        raise UserError(f"{summary(source)}: array_record reads local files and gs:// alone")
-    try:
-        if storage.exists(folder / "dataset_info.json"):
-            return tfds.builder_from_directory(folder)
-        builder = tfds.builder(
-            source.name, data_dir=source.data_dir, file_format="array_record", try_gcs=False
-        )
-        if fetch:
-            builder.download_and_prepare()  # does nothing if it is there
-        elif not builder.is_prepared():
-            raise UserError("not on this machine")
-        return builder
-    # TFDS and the dataset's own script raise what they like; all of it is about this name.
-    except Exception as e:
-        raise UserError(f"{summary(source)}: {_one_line(e)}") from None
-
-
-def _split(builder, source: TfdsSource):
-    try:
-        split = builder.info.splits[source.split]
-    except (KeyError, ValueError, AssertionError) as e:
-        names = ", ".join(sorted(builder.info.splits))
-        raise UserError(f"{summary(source)}: {_one_line(e)}; splits: {names}") from None
-    if source.field not in builder.info.features:
-        names = ", ".join(sorted(builder.info.features))
-        raise UserError(f"{summary(source)}: no feature {source.field!r}; features: {names}")
-    return split
-
-
-def _read_tfds(source: TfdsSource, examples: range) -> Iterator[tuple[str, str | Skipped]]:
-    try:
-        rows = _builder(source).as_data_source(source.split)
-    except Exception as e:  # see _builder
-        raise UserError(f"{summary(source)}: {_one_line(e)}") from None
-    for i in examples:
-        value = rows[i][source.field]
-        where = f"{summary(source)}: example {i}"
-        yield where, _text(value) if isinstance(value, bytes) else _string(value, source.field)
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).split("\n")
-    return " ".join(lines[0].split()) or type(error).__name__
-
-
-_READERS = {
-    StdlibSource: _read_library,
-    TfdsSource: _read_tfds,
-    TextSource: _read_text,
-    JsonlSource: _read_jsonl,
-    ParquetSource: _read_parquet,
-}

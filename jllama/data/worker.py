@@ -1,4 +1,4 @@
-"""What a tokenising process runs. It imports no more than it needs: such a process starts often."""
+"""The code of a tokenising process. It imports little, because such processes start often."""
 
 import multiprocessing
 import os
@@ -12,8 +12,11 @@ from jllama.text.tokenizer import Tokenizer
 _tokenizer: Tokenizer
 
 
-def start(tokenizer: Tokenizer) -> None:
-    """Readies this process: Ctrl-C is the parent's to handle, and its death ends this one too."""
+def start_worker(tokenizer: Tokenizer) -> None:
+    """Prepares this process to tokenise.
+
+    It ignores Ctrl-C, which its parent handles, and it ends when its parent dies.
+    """
     global _tokenizer
     _tokenizer = tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -25,18 +28,21 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def encode_here(texts: list[str]) -> tuple[np.ndarray, list[int], int]:
-    """`encode` with the tokenizer that this process was started with."""
-    return encode(_tokenizer, texts)
+def encode_in_worker(texts: list[str]) -> tuple[np.ndarray, list[int], int]:
+    """Calls `encode_texts` with the tokenizer that this process was started with."""
+    return encode_texts(_tokenizer, texts)
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, list[int], int]:
-    """(tokens of all texts joined, each in BOS and EOS; tokens per text; UTF-8 bytes)."""
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, list[int], int]:
+    """Returns (tokens of all texts, joined; number of tokens of each; UTF-8 bytes of all).
+
+    Each text's tokens begin with BOS and end with EOS.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
     ids = [np.array(tokenizer.encode(text, bos=True, eos=True), dtype) for text in texts]
     return np.concatenate(ids), [len(i) for i in ids], sum(len(t.encode()) for t in texts)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smaller of uint16 and uint32 that holds every id."""
+    """Returns the smaller of uint16 and uint32 that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)

@@ -15,9 +15,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from rapidfuzz.distance import Levenshtein
 
 from jllama.config import Source, StdlibSource, TextSource
-from jllama.data import files
+from jllama.data import text_files
 from jllama.data.source import Document, documents
 from jllama.errors import UserError
 from jllama.files import storage
@@ -46,7 +47,8 @@ class Score:
 
     Attributes:
       exact: share of the answers that equal the middle.
-      similarity: mean `edit_similarity` of answer and middle.
+      similarity: mean of 1 - d / n, where d is the Levenshtein distance between answer and middle
+        and n the length of the longer one.
       answers: in the order of the problems.
     """
 
@@ -110,7 +112,7 @@ def _span(problem: Problem) -> Problem:
 
 
 def _ready_made(path: str) -> Iterator[Problem]:
-    for number, data in files.split(storage.path(path), b"\n"):
+    for number, data in text_files.split_file(storage.path(path), b"\n"):
         if not data.strip():
             continue
         try:
@@ -205,7 +207,7 @@ def evaluate(
     pairs = list(zip(answers, wanted, strict=True))
     return Score(
         exact=sum(a == b for a, b in pairs) / len(pairs),
-        similarity=sum(edit_similarity(a, b) for a, b in pairs) / len(pairs),
+        similarity=sum(Levenshtein.normalized_similarity(a, b) for a, b in pairs) / len(pairs),
         answers=tuple(answers),
     )
 
@@ -217,13 +219,3 @@ def _commonest(problem: Problem) -> str:
     )
     del counts[""]
     return max(counts, key=counts.__getitem__, default="")
-
-
-def edit_similarity(a: str, b: str) -> float:
-    """1 - d / n for the Levenshtein distance d and the longer length n; 1 for two empty texts."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return 1 - row[-1] / max(len(a), len(b), 1)

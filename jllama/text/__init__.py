@@ -1,1 +1,1 @@
-"""Text to token ids and back."""
+"""Encodes text to token ids and decodes ids to text."""

@@ -1,4 +1,4 @@
-"""Tokens added to a vocabulary: what is said of them, and where their texts stand in a text."""
+"""Tokens added to a vocabulary: their properties, and how a text is split at them."""
 
 import dataclasses
 import re
@@ -6,19 +6,21 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from jllama.errors import UserError
 
-MOST_IDS = 1 << 24
+MAX_VOCAB_SIZE = 1 << 24
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in the text before the rest is encoded; fields as Hugging Face's.
+    """A token that is looked for in a text before the rest is encoded.
+
+    The fields are Hugging Face's.
 
     Attributes:
-      special: found only where special tokens are asked for, and no part of decoded text.
-      lstrip, rstrip: takes the white space on that side with it.
-      single_word: found only between word boundaries.
-      normalized: found in the text after normalisation.
+      special: is matched only if special tokens are asked for, and decodes to no text.
+      lstrip, rstrip: the match includes the white space on the left, on the right.
+      single_word: is matched only between word boundaries.
+      normalized: is matched in the text after normalisation.
     """
 
     text: str
@@ -31,12 +33,12 @@ class AddedToken:
 
     @property
     def plain(self) -> bool:
-        """Found whatever is beside it, and takes nothing of that."""
+        """Whether its match is its text alone, whatever stands beside it."""
         return not (self.lstrip or self.rstrip or self.single_word)
 
     @classmethod
     def from_json(cls, value: Mapping, id: int) -> "AddedToken":
-        """From Hugging Face's keys. Raises KeyError or TypeError for anything else."""
+        """Reads Hugging Face's keys. Raises KeyError or TypeError for anything else."""
         text = value["content"]
         if type(id) is not int or not isinstance(text, str) or not text:
             raise TypeError
@@ -49,42 +51,42 @@ class AddedToken:
         return {"content": self.text} | {flag: getattr(self, flag) for flag in _FLAGS}
 
 
-def check(added: Iterable[AddedToken], ids: Mapping[str, int], where: str) -> None:
-    """Raises UserError unless `added` tokens have ids of their own beside the vocabulary's `ids`.
+def check_added_tokens(added: Iterable[AddedToken], ids: Mapping[str, int], where: str) -> None:
+    """Raises UserError if an added token has an id or a text of another token.
 
-    Ids that no token has are allowed between them: the rows of a model are what they are, and
-    such a one is never made from text.
+    `ids` are the vocabulary's. There may be ids between the two without a token: a model may have
+    rows that no text is encoded to.
     """
     ids = dict(ids)
     texts = {id: text for text, id in ids.items()}
     for token in added:
-        if not 0 <= token.id < MOST_IDS:
+        if not 0 <= token.id < MAX_VOCAB_SIZE:
             raise UserError(f"{where}: added token {token.text!r} has the impossible id {token.id}")
         if ids.setdefault(token.text, token.id) != token.id:
             raise UserError(
-                f"{where}: added token {token.text!r} has the id {token.id}, and"
+                f"{where}: added token {token.text!r} has the id {token.id}, but"
                 f" {ids[token.text]} elsewhere in this tokenizer; correct one of them"
             )
         if texts.setdefault(token.id, token.text) != token.text:
             raise UserError(
-                f"{where}: added token {token.text!r} has the id {token.id}, which is that of"
-                f" {texts[token.id]!r}; give it one that is free"
+                f"{where}: added token {token.text!r} has the id {token.id}, which belongs to"
+                f" {texts[token.id]!r}; give it a free id"
             )
 
 
 class Splitter:
-    """Cuts texts at added tokens: the leftmost first, and of those that begin there the longest."""
+    """Splits texts at added tokens: the leftmost first, and the longest of those at one place."""
 
     def __init__(self, tokens: Iterable[AddedToken]):
         ordered = sorted(tokens, key=lambda t: -len(t.text))
         self._flagged = [token.id for token in ordered if not token.plain]
         self._plain = {token.text: token.id for token in ordered if token.plain}
-        # Groups for those alone whose texts are not what is found: without them search is fast.
+        # Only tokens with flags get a group, because a search without groups is fast.
         parts = [re.escape(t.text) if t.plain else _pattern(t) for t in ordered]
         self._pattern = re.compile("|".join(parts)) if parts else None
 
     def split(self, text: str) -> Iterator[str | int]:
-        """Texts between tokens, none of them empty, and the tokens' ids."""
+        """Yields, in order, the ids of the tokens and the texts between them, if not empty."""
         at = 0
         if self._pattern:
             for match in self._pattern.finditer(text):
@@ -101,5 +103,5 @@ def _pattern(token: AddedToken) -> str:
     text = re.escape(token.text)
     if token.single_word:
         text = rf"(?<!\w){text}(?!\w)"
-    # White space is tried from its beginning alone: a long run would take its length squared.
+    # A match may begin only at the first white space: else a long run takes quadratic time.
     return "(" + r"(?:(?<!\s)\s+)?" * token.lstrip + text + r"\s*" * token.rstrip + ")"

@@ -1,14 +1,15 @@
-"""tokenizer.json: Hugging Face's `tokenizers` encodes.
+"""Tokenizers of a tokenizer.json, encoded by Hugging Face's `tokenizers`.
 
-It is given what `jllama.text.tokenizer_json` leaves of the file. Added tokens, the space before a
-text and decoding are `jllama.text.interface`'s, as they are for every kind.
+`tokenizers` gets only the parts of the file that `jllama.text.tokenizer_json` passes on. As for
+every kind of tokenizer, `jllama.text.interface` handles added tokens, the space before a text, and
+decoding.
 """
 
 import re
 from collections.abc import Iterable, Iterator
 
 from jllama.errors import UserError
-from jllama.text.added import AddedToken, Splitter, check
+from jllama.text.added import AddedToken, Splitter, check_added_tokens
 from jllama.text.interface import SPACE, Tokenizer, to_json
 from jllama.text.llama3 import BEGIN, END, STOPS
 from jllama.text.tokenizer_json import BYTE_TOKENS, LETTERS, TokenizerJson
@@ -18,10 +19,10 @@ _CUT = re.compile(f"[^{SPACE}](?={SPACE})")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json of byte-level or SentencePiece-like byte pair encoding.
+    """The tokenizer of a tokenizer.json with byte-level or SentencePiece-like BPE.
 
     Attributes:
-      json: the file, parsed.
+      json: the parsed file.
       added: its added tokens, and those of the files beside it.
     """
 
@@ -36,13 +37,13 @@ class HuggingFaceTokenizer(Tokenizer):
         special: Iterable[str] = (),
         stop_ids: Iterable[int] = (),
     ):
-        """Raises UserError, naming `where`, for what is not such a tokenizer.
+        """Raises UserError, naming `where`, if the file is not such a tokenizer.
 
         Args:
-          json: the file's content, which is kept as it is.
-          added: tokens that the file does not have.
-          bos_token, eos_token: the tokens; without them the usual names are looked for.
-          special: tokens that are special, whatever the file says.
+          json: the file's content, which `files` gives back unchanged.
+          added: tokens that are missing in the file.
+          bos_token, eos_token: their texts; if empty, the usual names are looked for.
+          special: texts of tokens that are special, whatever the file says.
           stop_ids: ids that end a text, besides EOS and Llama-3's.
         """
         self.json = json
@@ -50,23 +51,23 @@ class HuggingFaceTokenizer(Tokenizer):
         known = file.vocab | {token.text: token.id for token in file.added}
         more = tuple(token for token in added if known.get(token.text) != token.id)
         tokens = [*file.added, *more]
-        check(tokens, file.vocab, where)
+        check_added_tokens(tokens, file.vocab, where)
         ids = known | {token.text: token.id for token in more}
-        bos = _end(ids, bos_token, ("<s>", BEGIN), f"{where}: bos_token")
-        eos = _end(ids, eos_token, ("</s>", END), f"{where}: eos_token")
-        marked = {token.text for token in tokens if token.special}
-        said = {text for text in special if text in ids} - marked - {bos, eos, file.unk}
-        named = marked | said | {bos, eos} | {file.unk} & ids.keys()
+        bos = _find_token(ids, bos_token, ("<s>", BEGIN), f"{where}: bos_token")
+        eos = _find_token(ids, eos_token, ("</s>", END), f"{where}: eos_token")
+        flagged = {token.text for token in tokens if token.special}
+        declared = {text for text in special if text in ids} - flagged - {bos, eos, file.unk}
+        all_special = flagged | declared | {bos, eos} | {file.unk} & ids.keys()
         options = {
             "added": more,
             "bos_token": bos,
             "eos_token": eos,
-            "special": tuple(sorted(said)),
+            "special": tuple(sorted(declared)),
             "stop_ids": tuple(sorted(stop_ids)),
         }
-        self.added = [token.as_special(token.text in named) for token in tokens]
-        # Normalised tokens are found in the text as the normaliser leaves it: with a space before
-        # it, and with spaces marked.
+        self.added = [token.as_special(token.text in all_special) for token in tokens]
+        # Normalised tokens are matched after the normaliser, which puts a space before the text and
+        # marks spaces.
         changes = file.prepends or file.marks
         early, late = [], []
         for token in self.added:
@@ -75,12 +76,12 @@ class HuggingFaceTokenizer(Tokenizer):
         space = " " if file.prepends else ""
         table = [b""] * (max(ids.values()) + 1)
         for piece, id in file.vocab.items():
-            table[id] = _spelt(piece) if file.byte_level else _spaced(piece)
+            table[id] = _byte_level_bytes(piece) if file.byte_level else _spaced_bytes(piece)
         for token in tokens:
             table[token.id] = token.text.encode()
         for token in late:
-            table[token.id] = _spaced(space + token.text)
-        for text in named:
+            table[token.id] = _spaced_bytes(space + token.text)
+        for text in all_special:
             table[ids[text]] = b""
         self._late = Splitter(
             AddedToken(_mark(space + token.text), token.id, single_word=token.single_word)
@@ -88,15 +89,15 @@ class HuggingFaceTokenizer(Tokenizer):
         )
         self._prepends, self._marks_spaces = file.prepends, not file.byte_level
         self._cuts = self._marks_spaces and not any(_CUT.search(piece) for piece in file.vocab)
-        self._encoder = file.encoder(named)
+        self._encoder = file.encoder(all_special)
         super().__init__(
             table=table,
             added=early,
             prefix=file.prefix,
-            special_tokens={text: ids[text] for text in sorted(named, key=ids.__getitem__)},
+            special_tokens={text: ids[text] for text in sorted(all_special, key=ids.__getitem__)},
             bos_id=ids[bos],
             eos_id=ids[eos],
-            own_stops=[ids[name] for name in STOPS if name in named],
+            own_stops=[ids[name] for name in STOPS if name in all_special],
             content=json,
             options=options,
             where=where,
@@ -129,9 +130,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return ids
 
     def _cut(self, text: str) -> Iterator[str]:
-        """Cuts at spaces that are marked: a long text as one word is slow.
+        """Cuts a long text at marked spaces, because `tokenizers` is slow on a long word.
 
-        No id changes: where no piece has a space after a letter, nothing merges over one.
+        The ids stay the same: no piece has a space after a letter, so no merge crosses a cut.
         """
         at = 0
         while self._cuts and len(text) - at > _PART and (cut := _CUT.search(text, at + _PART)):
@@ -144,19 +145,19 @@ def _mark(text: str) -> str:
     return text.replace(" ", SPACE)
 
 
-def _spelt(piece: str) -> bytes:
-    """The bytes of a byte-level piece; of one that is not spelt so, its text."""
+def _byte_level_bytes(piece: str) -> bytes:
+    """Returns the bytes of a byte-level piece, or the piece's text if it is not one."""
     try:
         return bytes([LETTERS[letter] for letter in piece])
     except KeyError:
         return piece.encode()
 
 
-def _spaced(piece: str) -> bytes:
+def _spaced_bytes(piece: str) -> bytes:
     return BYTE_TOKENS.get(piece) or piece.replace(SPACE, " ").encode()
 
 
-def _end(ids: dict[str, int], text: str, usual: tuple[str, ...], what: str) -> str:
+def _find_token(ids: dict[str, int], text: str, usual: tuple[str, ...], what: str) -> str:
     if text:
         if text not in ids:
             raise UserError(f"{what} {text!r} is not in the vocabulary; name a token that is")
@@ -164,4 +165,4 @@ def _end(ids: dict[str, int], text: str, usual: tuple[str, ...], what: str) -> s
     for name in usual:
         if name in ids:
             return name
-    raise UserError(f"{what}: the file names none; name it in a tokenizer_config.json beside it")
+    raise UserError(f"{what}: the file has none; name it in a tokenizer_config.json beside it")

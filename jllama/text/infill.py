@@ -1,17 +1,17 @@
 """Infilling: a text in three pieces, the middle one last (arXiv:2207.14255, arXiv:2308.12950).
 
-Ids are those of Code Llama. With enc* for an encoding without the space that a tokenizer may put
-before a text:
+The formats are Code Llama's. enc encodes a text, and enc* encodes it without the space that a
+tokenizer may put before a text:
 
     PSM   BOS PRE enc(prefix) SUF enc*(suffix) MID enc*(middle) EOT
     SPM   BOS PRE SUF enc*(suffix) MID enc(prefix + middle) EOT
 
-A prompt is the same without the middle and EOT. In SPM prefix and middle are one text, so no token
-ends where the one meets the other.
+A prompt has all but the middle and EOT. SPM encodes prefix and middle as one text, so a token may
+span the place where they meet.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -21,14 +21,13 @@ from jllama.text.interface import TextStream, Tokenizer
 
 InfillFormat = Literal["psm", "spm"]
 FILL_ME = "<FILL_ME>"
-_FORMATS = ("psm", "spm")
-# Put before a text that goes on from another: Code Llama's, and others where a vocabulary has
-# pieces that join it with what follows.
+# An anchor is put before a text that continues another, so that the tokenizer adds its space before
+# the anchor. The first is Code Llama's; the others serve if it merges with the text after it.
 _ANCHORS = ("☺", "\n", "\ue000")
 
 
 class InfillTokens(NamedTuple):
-    """The ids that mark the pieces."""
+    """The ids of the tokens that mark the pieces."""
 
     prefix: int
     suffix: int
@@ -36,14 +35,14 @@ class InfillTokens(NamedTuple):
     end: int
 
 
-# As Code Llama's tokenizer.model spells them: 32007 to 32010 there.
+# The spelling of Code Llama's tokenizer.model, where they have the ids 32007 to 32010.
 EOT = "▁<EOT>"
 PIECES = ("▁<PRE>", "▁<SUF>", "▁<MID>", EOT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Infill:
-    """A prompt of which the middle is wanted."""
+    """A prompt that asks for the text between `prefix` and `suffix`."""
 
     prefix: str
     suffix: str
@@ -51,19 +50,19 @@ class Infill:
 
 
 def infill_tokens(tokenizer: Tokenizer) -> InfillTokens:
-    """The tokenizer's infill ids, by name. Raises UserError if it lacks one of them."""
+    """Returns the tokenizer's infill ids. Raises UserError if it lacks one of them."""
     known = tokenizer.special_tokens
     if missing := [piece for piece in PIECES if piece not in known]:
         raise UserError(
-            f"infilling: the tokenizer has no {', '.join(missing)}; take one of a model made for"
-            " infilling, as Code Llama's 7B and 13B, add them (jllama vocabulary merge --infill,"
-            " then grow), or train it with tokenizer.infill=true"
+            f"infilling: the tokenizer has no {', '.join(missing)}; use the tokenizer of a model"
+            " that was trained to infill, such as Code Llama 7B or 13B, add the tokens (jllama"
+            " vocabulary merge --infill, then grow), or train one with tokenizer.infill=true"
         )
     return InfillTokens(*(known[piece] for piece in PIECES))
 
 
 def encode_continued(tokenizer: Tokenizer, text: str) -> list[int]:
-    """enc*: the ids of a text that goes on from another, without a space that is not in it."""
+    """Returns enc*(text): the ids of a text that continues another, without a space before it."""
     if not tokenizer.adds_space:
         return tokenizer.encode(text)
     for anchor in _ANCHORS:
@@ -74,8 +73,11 @@ def encode_continued(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def prompt_ids(tokenizer: Tokenizer, infill: Infill) -> list[int]:
-    """The prompt after which a model writes the middle and EOT. Raises UserError."""
-    if infill.format not in _FORMATS:
+    """Returns the prompt after which a model writes the middle and EOT.
+
+    Raises UserError for an unknown format or a tokenizer without infill tokens.
+    """
+    if infill.format not in get_args(InfillFormat):
         raise UserError(f"infilling: format {infill.format!r} is unknown; psm or spm")
     pre, suf, mid, _ = infill_tokens(tokenizer)
     prefix = tokenizer.encode(infill.prefix)
@@ -86,16 +88,16 @@ def prompt_ids(tokenizer: Tokenizer, infill: Infill) -> list[int]:
 
 
 def middle_stream(tokenizer: Tokenizer, infill: Infill) -> TextStream:
-    """Turns the ids that a model writes after `prompt_ids` into the middle, exactly."""
-    # Where the middle begins a text of its own, its first space is the tokenizer's.
-    begins = infill.format == "spm" and not infill.prefix
-    return tokenizer.stream(after=() if begins else tokenizer.encode(_ANCHORS[0]))
+    """Returns a stream that decodes what a model writes after `prompt_ids` to the exact middle."""
+    # If the encoded text begins with the middle, the tokenizer has put a space before it.
+    starts_text = infill.format == "spm" and not infill.prefix
+    return tokenizer.stream(after=() if starts_text else tokenizer.encode(_ANCHORS[0]))
 
 
 def document_ids(
     tokenizer: Tokenizer, text: str, cuts: tuple[int, int], format: InfillFormat
 ) -> list[int]:
-    """A training document: `text` cut at two characters, its middle written last, then EOT."""
+    """Returns the ids of a training document: `text` cut at two characters, the middle last."""
     first, second = cuts
     prefix, middle, suffix = text[:first], text[first:second], text[second:]
     end = infill_tokens(tokenizer).end
@@ -106,7 +108,7 @@ def document_ids(
 
 
 def random_cuts(random: np.random.Generator, text: str) -> tuple[int, int]:
-    """Two places among the characters of a text, in order: each uniform from 0 to its length."""
+    """Draws two places in a text, each uniform from 0 to its length, and returns them in order."""
     first, second = sorted(random.integers(0, len(text), 2, endpoint=True).tolist())
     return first, second
 
@@ -114,33 +116,35 @@ def random_cuts(random: np.random.Generator, text: str) -> tuple[int, int]:
 def prompt_from_options(
     prompt: str, prefix_file: str | None, suffix_file: str | None, format: InfillFormat | None
 ) -> str | Infill:
-    """What a command line asks for: `prompt`, the place of its `<FILL_ME>`, or that between files.
+    """Returns the prompt of a command line.
 
-    Raises UserError for `<FILL_ME>` twice, files beside a prompt, and a format without infilling.
+    It is `prompt`, or asks for the text in place of its `<FILL_ME>`, or for the text between the
+    contents of two files. Raises UserError if `<FILL_ME>` appears twice, if files are given beside
+    a prompt, and if a format is given without anything to fill.
     """
     if prefix_file is not None or suffix_file is not None:
         if prompt:
             raise UserError(
-                "--prompt: stands beside --prefix-file or --suffix-file; give it or them, not both"
+                "--prompt: excludes --prefix-file and --suffix-file; give the prompt or the files"
             )
         prefix, suffix = ("" if f is None else _read(f) for f in (prefix_file, suffix_file))
         return Infill(prefix, suffix, format or "psm")
-    asked = from_text("--prompt", prompt, format or "psm")
-    if format is not None and asked == prompt:
+    parsed = parse_prompt("--prompt", prompt, format or "psm")
+    if format is not None and parsed == prompt:
         raise UserError(f"--infill-format {format}: there is nothing to fill; write {FILL_ME}")
-    return asked
+    return parsed
 
 
-def from_text(key: str, text: str, format: InfillFormat = "psm") -> str | Infill:
-    """What a prompt asks for: its continuation, or the place of its `<FILL_ME>`.
+def parse_prompt(key: str, text: str, format: InfillFormat = "psm") -> str | Infill:
+    """Returns a prompt: `text` to continue, or an `Infill` if it holds `<FILL_ME>`.
 
-    Raises UserError, naming the key that it is the value of, for `<FILL_ME>` twice.
+    Raises UserError, naming `key`, if `<FILL_ME>` appears twice.
     """
     prefix, *rest = text.split(FILL_ME)
     if len(rest) > 1:
         raise UserError(
-            f"{key}: {FILL_ME} stands in it {len(rest)} times; one place is filled at a time,"
-            " leave one"
+            f"{key}: {FILL_ME} appears {len(rest)} times, and one place is filled at a time;"
+            " leave one of them"
         )
     return Infill(prefix, *rest, format) if rest else text
 

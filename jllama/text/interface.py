@@ -1,8 +1,8 @@
-"""What every tokenizer does: text to ids, ids to text, and text from ids as they come.
+"""The interface of every tokenizer: it encodes text to ids, and decodes ids at once or as a stream.
 
-Encoding is each kind's own. Decoding is one rule for all: a table of each id's bytes, one UTF-8
-decoder, and the removal of a space that encoding put before the text. So decoding a list and
-streaming it id by id are the same, and never cut a UTF-8 character in two.
+Each kind of tokenizer encodes in its own way. All kinds decode in the same way: with a table of the
+bytes of each id, an incremental UTF-8 decoder, and the removal of the space that encoding put
+before the text. So decoding a list and streaming it id by id give the same whole characters.
 """
 
 import abc
@@ -20,20 +20,21 @@ from jllama.files import storage
 from jllama.text.added import AddedToken, Splitter
 
 SPACE = "\u2581"  # SentencePiece's mark for a space
-# Where encoding puts a space that is not in the text: before it, or before each part between
-# added tokens.
+# Where encoding adds a space: nowhere, before the text, or before every part of it between added
+# tokens.
 Prefix = Literal["never", "first", "always"]
 
 
 class Tokenizer(abc.ABC):
-    """Text to ids and back. Pickles, for worker processes.
+    """Encodes text to ids and decodes ids to text. Can be pickled, for worker processes.
 
     Attributes:
-      vocab_size: ids are 0 to vocab_size - 1; a few of them may have no text.
-      bos_id, eos_id: the tokens that begin and end a text.
-      special_tokens: every control and special token, text -> id.
-      stop_ids: ids that end a generated text, `eos_id` among them.
-      carried: chat_template, pad_token, padding_side: keys of tokenizer_config.json for others.
+      vocab_size: the ids are 0 to vocab_size - 1; a few of them may have no text.
+      bos_id, eos_id: the ids of the tokens that begin and end a text.
+      special_tokens: text -> id of every control and special token.
+      stop_ids: the ids that end a generated text, including `eos_id`.
+      carried: keys of tokenizer_config.json that only other programs use (chat_template, pad_token
+        and padding_side); they are saved again as they were read.
     """
 
     carried: Mapping[str, str] = MappingProxyType({})
@@ -52,15 +53,16 @@ class Tokenizer(abc.ABC):
         options: Mapping[str, Any],
         where: str,
     ):
-        """For the kinds.
+        """Called by the subclasses.
 
         Args:
-          content, options: what makes it again: its class's first argument, and those by name,
-            `stop_ids` among them.
-          table: what each id adds to the text.
-          added: tokens that every text is searched for before the rest is encoded.
-          prefix: where encoding puts a space.
-          own_stops: ids that end a text by this kind's own names, beside those of `options`.
+          table: the bytes that each id adds to the text.
+          added: tokens that are looked for in every text before the rest is encoded.
+          prefix: where encoding adds a space.
+          special_tokens, bos_id, eos_id: the attributes.
+          own_stops: ids that end a text by the names of this kind, beside those in `options`.
+          content, options: the first argument and the keyword arguments that make the subclass
+            again; `stop_ids` is one of the latter.
           where: the file, for errors.
         """
         self._content, self._options = content, options
@@ -75,7 +77,7 @@ class Tokenizer(abc.ABC):
             if not 0 <= id < len(table):
                 raise UserError(
                     f"{where}: eos_token_id {id} of generation_config.json is not in the vocabulary"
-                    f" of {len(table)}"
+                    f" of {len(table)} ids"
                 )
         self._bytes = table
         self._prefix = prefix
@@ -91,12 +93,12 @@ class Tokenizer(abc.ABC):
 
     @property
     def adds_space(self) -> bool:
-        """Whether encoding puts a space before a text, which decoding takes away."""
+        """Whether encoding adds a space before a text, which decoding removes."""
         return self._prefix != "never"
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256, in hex, of what decides ids and texts: the tokenizer's identity."""
+        """The tokenizer's identity: a SHA-256, in hex, of everything that decides ids and texts."""
         files = self._files()
         if len(files) == 1:
             return hashlib.sha256(*files.values()).hexdigest()
@@ -105,10 +107,10 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _files(self) -> dict[str, bytes]:
-        """`files`, but for what only says where texts end."""
+        """Returns the files that decide ids and texts, without stop ids and `carried`."""
 
     def files(self) -> dict[str, bytes]:
-        """Contents by name, as in Hugging Face folders; `load_tokenizer` reads them back."""
+        """Returns the files of a Hugging Face folder, by name; `load_tokenizer` reads them."""
         files = self._files()
         if self.carried:
             config = json.loads(files.get("tokenizer_config.json", b"{}"))
@@ -118,7 +120,7 @@ class Tokenizer(abc.ABC):
         return files
 
     def save(self, folder: str | Path) -> None:
-        """Writes `files` into a folder, each whole or not at all."""
+        """Writes `files` to a folder, each whole or not at all."""
         folder = storage.path(folder)
         storage.make_folder(folder)
         for name, data in self.files().items():
@@ -126,22 +128,22 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _encode(self, text: str, prefix: bool) -> list[int]:
-        """Ids of a text without added tokens, after a space if `prefix`."""
+        """Encodes a text without added tokens, and with a space before it if `prefix`."""
 
     def encode(
         self, text: str, bos: bool = False, eos: bool = False, special: bool = False
     ) -> list[int]:
-        """Ids of `text`; `bos` and `eos` add those tokens around it.
+        """Returns the ids of `text`, between BOS if `bos` and EOS if `eos`.
 
-        A special token is never made from its text, unless `special` is true. Raises UserError if
-        `text` holds an unpaired surrogate.
+        The text of a special token is encoded to that token only if `special` is true. Raises
+        UserError if `text` holds an unpaired surrogate.
         """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as e:
             raise UserError(
-                f"text: unpaired surrogate U+{ord(text[e.start]):04X} at character {e.start}; "
-                "it is no Unicode character, remove it"
+                f"text: unpaired surrogate U+{ord(text[e.start]):04X} at character {e.start};"
+                " it is not a Unicode character, remove it"
             ) from None
         ids = [self.bos_id] if bos else []
         first, always = True, self._prefix == "always"
@@ -154,15 +156,16 @@ class Tokenizer(abc.ABC):
         return [*ids, self.eos_id] if eos else ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`. Special and unknown tokens are dropped; broken UTF-8 becomes U+FFFD.
+        """Returns the text of `ids`.
 
-        Raises UserError for an id outside the vocabulary.
+        Special and unknown tokens have no text; broken UTF-8 becomes U+FFFD. Raises UserError for
+        an id outside the vocabulary.
         """
         stream = self.stream()
         return "".join([stream.feed(i) for i in ids]) + stream.end()
 
     def stream(self, after: Iterable[int] = ()) -> "TextStream":
-        """Text from ids as they come; `after` is a prompt whose own text is not repeated."""
+        """Returns a stream that decodes ids one by one, as a continuation of the ids in `after`."""
         stream = TextStream(self)
         for i in after:
             stream.feed(i)
@@ -170,12 +173,12 @@ class Tokenizer(abc.ABC):
 
 
 def to_json(value: Any) -> bytes:
-    """A file of JSON, the same for the same value."""
+    """Returns a JSON file; equal values give equal bytes."""
     return (json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode()
 
 
 class TextStream:
-    """Ids in, text out, in whole characters; all of it joined is `decode` of the ids."""
+    """Decodes ids one by one, in whole characters; all texts joined are `decode` of the ids."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -183,12 +186,15 @@ class TextStream:
         self._strip = tokenizer.adds_space
 
     def feed(self, id: int) -> str:
-        """The text that `id` completes; empty inside a character. UserError if out of range."""
+        """Returns the text that `id` completes, which is empty inside a character.
+
+        Raises UserError for an id outside the vocabulary.
+        """
         tokenizer = self._tokenizer
         if not 0 <= id < tokenizer.vocab_size:
             raise UserError(
-                f"token {id}: the vocabulary has ids 0 to {tokenizer.vocab_size - 1}; "
-                "use the tokenizer that the ids were made with"
+                f"token {id}: the vocabulary has ids 0 to {tokenizer.vocab_size - 1};"
+                " use the tokenizer that made the ids"
             )
         data = tokenizer._bytes[id]
         if id in tokenizer._visible:
@@ -199,5 +205,5 @@ class TextStream:
         return self._utf8.decode(data)
 
     def end(self) -> str:
-        """What is left: U+FFFD if the ids stop inside a character."""
+        """Returns the rest: U+FFFD if the ids stop inside a character, else nothing."""
         return self._utf8.decode(b"", final=True)

@@ -1,7 +1,8 @@
 """Llama-3's tokenizer: byte pair encoding from a tiktoken-format tokenizer.model.
 
-A line is a piece in base64, a space, and its rank, which is its id. The names of the 256 special
-tokens after them and the pattern that cuts words are not in the file; they are here.
+A line of the file has a piece in base64, a space, and the piece's rank, which is its id. The file
+has neither the names of the 256 special tokens, whose ids follow, nor the pattern that cuts a text
+into words; this module has them.
 """
 
 import base64
@@ -34,10 +35,10 @@ SPECIAL_TOKENS = (
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 STOPS = (END, "<|eom_id|>", "<|eot_id|>")
 
-# tiktoken's regular expression goes back over white space, and panics somewhere above 400,000
-# characters of it. So a run this long is cut here, where the pattern would.
+# tiktoken's regular expression backtracks over white space, and panics on a run of more than about
+# 400,000 characters. So a run of this length is cut here as the pattern would cut it.
 _RUN = 100_000
-# White space as Unicode has it, and the pattern: Python's own has U+001C to U+001F too.
+# The pattern means Unicode's white space; Python's \s has U+001C to U+001F too.
 _NO_BREAK = "\t\v\f \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
@@ -45,11 +46,11 @@ _LONG_RUN = re.compile(f"[\r\n{_NO_BREAK}]{{{_RUN},}}")
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Byte pair encoding by ranks, and Llama-3's 256 special tokens after them.
+    """Byte pair encoding by ranks, with Llama-3's 256 special tokens after the ranks.
 
     Attributes:
       model: the file's bytes.
-      ranks: the bytes of each piece -> its id.
+      ranks: bytes of a piece -> its id.
     """
 
     def __init__(
@@ -62,13 +63,13 @@ class TiktokenTokenizer(Tokenizer):
         eos_token: str = "",
         stop_ids: Iterable[int] = (),
     ):
-        """Raises UserError, with the line, unless `model` is such a file.
+        """Raises UserError, with the number of the line, if the file is damaged.
 
         Args:
           model: the bytes of the file.
-          added: what other files say of the special tokens; an error if it is not the same.
-          bos_token, eos_token: special tokens to take instead of Llama-3's.
-          stop_ids: ids that end a text, besides those that Llama-3 names.
+          added: the special tokens in other files; it is an error if they differ from Llama-3's.
+          bos_token, eos_token: special tokens to use instead of Llama-3's.
+          stop_ids: ids that end a text, besides those of Llama-3.
         """
         self.model = model
         self.ranks = _ranks(model, where)
@@ -77,7 +78,7 @@ class TiktokenTokenizer(Tokenizer):
             if special.get(token.text) != token.id:
                 raise UserError(
                     f"{where}: added token {token.text!r} with the id {token.id} is none of"
-                    " Llama-3's special tokens; put the tokenizer.json that has it beside the file"
+                    " Llama-3's special tokens; put the tokenizer.json that has it beside this file"
                 )
         for key, token in (("bos_token", bos_token), ("eos_token", eos_token)):
             if token and token not in special:
@@ -114,11 +115,11 @@ class TiktokenTokenizer(Tokenizer):
         ids, at = [], 0
         for match in _LONG_RUN.finditer(text):
             start, end = match.span()
-            # Punctuation takes the line breaks that follow it.
+            # A word of punctuation includes the line breaks after it.
             if start and not text[start - 1].isalnum():
                 start = end - len(text[start:end].lstrip("\r\n"))
             breaks = start + len(text[start:end].rstrip(_NO_BREAK))
-            # The last space goes with what follows.
+            # The last space belongs to the next word.
             rest = end - (end < len(text) and breaks < end)
             ids += self._bpe.encode_ordinary(text[at:start])
             for piece in (text[start:breaks], text[breaks:rest]):
@@ -135,7 +136,7 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def is_tiktoken(data: bytes) -> bool:
-    """Whether a file begins like one: base64, a space and a number."""
+    """Whether a file begins like a tiktoken file: base64, a space and a number."""
     return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data[:4096] + b"\n") is not None
 
 
@@ -156,19 +157,19 @@ def _ranks(model: bytes, where: str) -> dict[bytes, int]:
             )
         if int(rank) != len(ranks):
             raise UserError(
-                f"{where}:{number}: rank {int(rank)} where {len(ranks)} is due; ranks count up from"
-                " 0, the file is damaged"
+                f"{where}:{number}: rank {int(rank)} where {len(ranks)} is due: ranks count up "
+                " from 0; the file is damaged"
             )
         if token in ranks:
             raise UserError(
-                f"{where}:{number}: the piece {token!r} is that of rank {ranks[token]} again; the"
-                " file is damaged"
+                f"{where}:{number}: repeats the piece {token!r} of rank {ranks[token]}; the file is"
+                " damaged"
             )
         ranks[token] = len(ranks)
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise UserError(
             f"{where}:{len(lines)}: the file ends without the single byte 0x{missing[0]:02X}"
-            f" ({len(missing)} of 256 are missing); it is damaged"
+            f" ({len(missing)} of 256 bytes are missing); it is damaged"
         )
     return ranks

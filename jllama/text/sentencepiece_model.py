@@ -1,7 +1,7 @@
-"""What a SentencePiece model's file says: pieces with scores, and how texts are normalised.
+"""Reads and extends the file of a SentencePiece model: pieces with scores, and normalisation.
 
-A protocol buffer, sentencepiece_model.proto. The module that comes with sentencepiece reads and
-writes it too, but asks for a newer protobuf than other packages allow.
+The file is a protocol buffer, sentencepiece_model.proto. The module for it in sentencepiece needs a
+newer protobuf than other packages allow, and would not keep the bytes of a file that is extended.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class PieceType(enum.IntEnum):
-    """As the file numbers them."""
+    """The type of a piece, with its number in the file."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -24,7 +24,7 @@ class PieceType(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """An entry of the vocabulary; its place is its id."""
+    """An entry of the vocabulary; its index is its id."""
 
     text: str
     score: float
@@ -33,15 +33,15 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceModel:
-    """The parts of a model's file that decide ids.
+    """The parts of a model's file that decide the ids of a text.
 
     Attributes:
       algorithm: "unigram", "bpe", "word" or "char".
-      pad_id: None if there is none.
-      add_dummy_prefix: a space is put before each text.
-      remove_extra_whitespaces: at both ends, and several in a row.
-      marks_before: spaces are marked by U+2581, before a word and not after it.
-      charsmap: compiled normalisation rules; empty is the identity.
+      pad_id: the id of the padding, or None.
+      add_dummy_prefix: whether a space is put before each text.
+      remove_extra_whitespaces: whether spaces at both ends, and repeated ones, are removed.
+      marks_before: whether U+2581 marks a space before a word, and not after it.
+      charsmap: compiled normalisation rules; if empty, texts are not normalised.
     """
 
     pieces: tuple[Piece, ...]
@@ -54,7 +54,7 @@ class SentencePieceModel:
 
 
 def parse_sentencepiece(model: bytes) -> SentencePieceModel:
-    """Reads what sentencepiece has loaded before: a file that is damaged otherwise is not told."""
+    """Parses a model that sentencepiece has loaded, so the file is known to be whole."""
     # Fields by their numbers in the .proto, and its defaults.
     pieces, trainer, normalizer = [], {}, {}
     for number, value in _fields(model):
@@ -79,27 +79,27 @@ def parse_sentencepiece(model: bytes) -> SentencePieceModel:
     )
 
 
-_SELF_TEST = 4  # sample texts with their pieces, which sentencepiece checks when it loads a model
+_SELF_TEST = 4  # field of sample texts with their pieces, which sentencepiece checks on loading
 
 
 def append_pieces(model: bytes, pieces: Iterable[Piece], pad: str = "") -> bytes:
-    """The model with more pieces: every other byte of it is kept, but for samples of encoding.
+    """Returns the model with more pieces; except for samples of encoding, its bytes stay.
 
-    Fields of a protocol buffer that stand in it twice are lists, or the last one counts: so what is
-    new goes to the end. `pad` is the text of a control piece that becomes the model's padding.
+    A field that appears twice in a protocol buffer is a list, or its last value counts. So the new
+    fields go to the end. `pad` is the text of a control piece that becomes the model's padding.
     """
     fields = list(_fields(model))
     ids = [piece for number, piece in fields if number == 1]
     texts = {dict(_fields(piece))[1].decode(): id for id, piece in enumerate(ids)}
-    out = [_field(number, value) for number, value in fields if number != _SELF_TEST]
+    parts = [_field(number, value) for number, value in fields if number != _SELF_TEST]
     for piece in pieces:
         texts[piece.text] = len(texts)
         score, type = struct.pack("<f", piece.score), _varint(piece.type)
-        out.append(_field(1, _field(1, piece.text.encode()) + b"\x15" + score + b"\x18" + type))
+        parts.append(_field(1, _field(1, piece.text.encode()) + b"\x15" + score + b"\x18" + type))
     trainer = b"\x20" + _varint(len(texts))  # vocab_size
     if pad:
         trainer += b"\xd8\x02" + _varint(texts[pad]) + _field(48, pad.encode())  # pad_id, pad_piece
-    return b"".join([*out, _field(2, trainer)])
+    return b"".join([*parts, _field(2, trainer)])
 
 
 def _field(number: int, value: bytes) -> bytes:
@@ -115,7 +115,7 @@ def _varint(value: int) -> bytes:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of a message's fields: int, or the bytes of whatever they are."""
+    """Yields (number, value) of a message's fields; a value is an int or the field's bytes."""
     at = 0
 
     def varint() -> int:

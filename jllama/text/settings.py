@@ -1,7 +1,6 @@
-"""What the files beside a tokenizer say of it, in a Hugging Face folder."""
+"""Reads the settings of a tokenizer from the files beside it in a Hugging Face folder."""
 
 import dataclasses
-import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,15 @@ _ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSettings:
-    """Empty where no file says it.
+    """The settings that the files of a folder give; the others have their defaults.
 
     Attributes:
-      bos_token, eos_token: their texts.
-      added: tokens with their ids.
-      special: texts of special tokens, of the vocabulary or added.
-      legacy: whether a text after an added token gets a space, in a SentencePiece vocabulary.
+      bos_token, eos_token: texts of the tokens that begin and end a text.
+      added: tokens beside the vocabulary, with their ids.
+      special: texts of special tokens, in the vocabulary or added.
+      legacy: whether a SentencePiece vocabulary adds a space after an added token.
       stop_ids: ids that end a generated text.
-      carried: chat_template, pad_token and padding_side, which others read and nothing here does.
+      carried: chat_template, pad_token and padding_side, which only other programs use.
     """
 
     bos_token: str = ""
@@ -39,43 +38,43 @@ class TokenizerSettings:
 
 
 def load_settings(folder: Path, names: Collection[str]) -> TokenizerSettings:
-    """The folder's settings; those of files that are not there are empty. UserError if damaged."""
+    """Reads the settings of a folder. Raises UserError if one of its files is damaged.
+
+    `names` are those of its files.
+    """
     files = {
-        name: parse_json(folder / name) if name in names else {}
+        name: storage.read_json(folder / name) if name in names else {}
         for name in (_CONFIG, _MAP, _ADDED, _GENERATION)
     }
     config, roles = files[_CONFIG], files[_MAP]
-    for name, value in files.items():
-        if not isinstance(value, dict):
-            raise UserError(f"{folder / name}: not a JSON object")
-    at = _CONFIG  # the file that is being read
+    name = _CONFIG  # the file that is being read
     try:
         named = {key: _text(config.get(f"{key}_token")) for key in _ROLES}
-        special = {*named.values(), *_more(config)}
+        special = {*named.values(), *_additional_tokens(config)}
         added = [
-            AddedToken.from_json(value, int(id))  # its keys are texts
+            AddedToken.from_json(value, int(id))  # JSON has the ids as texts
             for id, value in (config.get("added_tokens_decoder") or {}).items()
         ]
-        at = _MAP
+        name = _MAP
         for key in _ROLES:
             text = _text(roles.get(f"{key}_token"))
             named[key] = named[key] or text
             special.add(text)
-        special |= set(_more(roles))
-        at = _ADDED
+        special |= set(_additional_tokens(roles))
+        name = _ADDED
         known = {token.text for token in added}
         for text, id in files[_ADDED].items():
             if text not in known:
                 added.append(AddedToken.from_json({"content": text}, id))
-        at = _GENERATION
+        name = _GENERATION
         stops = files[_GENERATION].get("eos_token_id")
         stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
         if not all(type(id) is int for id in stops):
             raise TypeError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
-            f"{folder / at}: not as Hugging Face writes it: tokens are texts or objects with"
-            " content, ids are whole numbers"
+            f"{folder / name}: not as Hugging Face writes it: a token is a text or an object with"
+            " content, and an id is a whole number"
         ) from None
     special |= {token.text for token in added if token.special}
     carried = {
@@ -96,25 +95,15 @@ def load_settings(folder: Path, names: Collection[str]) -> TokenizerSettings:
     )
 
 
-def parse_json(file: Path, data: bytes | None = None) -> Any:
-    """A file of JSON, whose bytes are `data` if they are read already. UserError if it is not."""
-    try:
-        return json.loads(storage.read_bytes(file) if data is None else data)
-    except ValueError as e:  # not UTF-8, too
-        raise UserError(f"{file}: not JSON: {e}") from None
-    except RecursionError:
-        raise UserError(f"{file}: not JSON: nested too deeply") from None
-
-
 def _text(token: Any) -> str:
-    """A token's text, from a text or an object; empty for none."""
+    """Returns the text of a token that is written as a text or an object; empty for none."""
     text = token["content"] if isinstance(token, dict) else token
     if not isinstance(text, str | None):
         raise TypeError
     return text or ""
 
 
-def _more(file: dict) -> Iterator[str]:
+def _additional_tokens(file: dict) -> Iterator[str]:
     for key in ("additional_special_tokens", "extra_special_tokens"):
         tokens = file.get(key) or []
         for token in tokens.values() if isinstance(tokens, dict) else tokens:

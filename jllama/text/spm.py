@@ -1,8 +1,8 @@
-"""SentencePiece models, and the tokens that Hugging Face's files add to them.
+"""Tokenizers of SentencePiece models, with the tokens that Hugging Face's files add to them.
 
-Encoding is SentencePiece's own. `decode(encode(text)) == text` for every text, given byte fallback
-and no normalisation (LLaMA's, Llama-2's and every tokenizer trained here), with one exception that
-is SentencePiece's: U+2581, its mark for a space, comes back as a space.
+SentencePiece encodes. With byte fallback and without normalisation, as in LLaMA's and Llama-2's
+tokenizers and all that jllama trains, `decode(encode(text)) == text` for every text but one that
+holds U+2581: SentencePiece marks spaces with it, so it is decoded to a space.
 """
 
 import functools
@@ -12,22 +12,22 @@ from collections.abc import Iterable, Iterator
 import sentencepiece
 
 from jllama.errors import UserError
-from jllama.text.added import AddedToken, check
+from jllama.text.added import AddedToken, check_added_tokens
 from jllama.text.interface import SPACE, Tokenizer, to_json
 
 _PART = 1 << 17  # characters
 _SPACE_IN_TEXT = re.compile(r"(?<=\S) (?=\S)")
-# Protocol buffers merge when they are joined: this sets normalizer_spec.add_dummy_prefix to false.
+# Appended to a model, this field sets normalizer_spec.add_dummy_prefix to false.
 _NO_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, and tokens added to it.
+    """The tokenizer of a SentencePiece model and of tokens added to it.
 
     Attributes:
       model: the serialised model.
-      pieces: the model's own, by id.
-      added_tokens: the tokens that are not in the model, text -> id.
+      pieces: texts of the model's pieces, by id.
+      added_tokens: text -> id of the tokens that are not in the model.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class SentencePieceTokenizer(Tokenizer):
         eos_token: str = "",
         stop_ids: Iterable[int] = (),
     ):
-        """Raises UserError, naming `where`, unless `model` is one with BOS and EOS.
+        """Raises UserError, naming `where`, unless `model` is a model with BOS and EOS.
 
         Args:
           model: the bytes of the .model file.
-          added: tokens with ids of their own; those that are pieces of the model change nothing.
+          added: tokens beside the model; those that are pieces of it are ignored.
           special: texts of tokens that are special, besides the model's control tokens.
           legacy: whether a text after an added token gets a space too; Hugging Face's key.
-          bos_token, eos_token: tokens to take instead of the model's.
+          bos_token, eos_token: tokens to use instead of the model's.
           stop_ids: ids that end a text, besides EOS.
         """
         self.model = model
@@ -57,38 +57,39 @@ class SentencePieceTokenizer(Tokenizer):
         self.pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
         ids = {piece: i for i, piece in enumerate(self.pieces)}
         added = tuple(added)
-        check(added, ids, where)
-        own = tuple(token for token in added if token.text not in ids)
-        self.added_tokens = {token.text: token.id for token in own}
+        check_added_tokens(added, ids, where)
+        added = tuple(token for token in added if token.text not in ids)
+        self.added_tokens = {token.text: token.id for token in added}
         self.legacy = legacy
         ids |= self.added_tokens
         names = {i: text for text, i in ids.items()}
-        bos = _end(ids, bos_token, sp.bos_id(), f"{where}: bos_token")
-        eos = _end(ids, eos_token, sp.eos_id(), f"{where}: eos_token")
+        bos = _find_id(ids, bos_token, sp.bos_id(), f"{where}: bos_token")
+        eos = _find_id(ids, eos_token, sp.eos_id(), f"{where}: eos_token")
         control = {i for i in range(len(self.pieces)) if sp.is_control(i) or sp.is_unknown(i)}
-        said = {ids[text] for text in special if text in ids} | {bos, eos}
-        said |= {token.id for token in own if token.special}
+        declared = {ids[text] for text in special if text in ids} | {bos, eos}
+        declared |= {token.id for token in added if token.special}
         table = [b""] * (max(names) + 1)
-        for i in names.keys() - control - said:
+        for i in names.keys() - control - declared:
             table[i] = _bytes(sp, i) if i < len(self.pieces) else names[i].encode()
-        self.added = [token.as_special(token.id in said) for token in own]
+        self.added = [token.as_special(token.id in declared) for token in added]
         options = {
-            "added": own,
-            "special": tuple(names[i] for i in sorted(said - control)),
+            "added": added,
+            "special": tuple(names[i] for i in sorted(declared - control)),
             "legacy": legacy,
             "bos_token": "" if bos == sp.bos_id() else bos_token,
             "eos_token": "" if eos == sp.eos_id() else eos_token,
             "stop_ids": tuple(sorted(stop_ids)),
         }
-        # Special by name, though SentencePiece would make them from text: spelt by letters there.
-        self._spelt = {i: names[i] for i in said - control if i < len(self.pieces)}
+        # These pieces are special though SentencePiece encodes text to them. Where it does, their
+        # letters are encoded one by one instead.
+        self._spelt = {i: names[i] for i in declared - control if i < len(self.pieces)}
         first = sp.encode("a")
         adds_space = bool(first) and self.pieces[first[0]].startswith(SPACE)
         super().__init__(
             table=table,
             added=self.added,
             prefix=("always" if legacy else "first") if adds_space else "never",
-            special_tokens={names[i]: i for i in sorted(control | said)},
+            special_tokens={names[i]: i for i in sorted(control | declared)},
             bos_id=bos,
             eos_id=eos,
             content=model,
@@ -129,11 +130,11 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _parts(text: str, prefix: bool) -> Iterator[str]:
-    """Cuts a long text before single spaces: SentencePiece takes 50 bytes of memory a byte.
+    """Cuts a long text before single spaces, because SentencePiece needs 50 times its memory.
 
-    The ids are those of the whole text, but for a vocabulary whose pieces cross words, and for near
-    ties in a Unigram model, whose sums of scores lose digits over a long text. `prefix`: each part
-    gets a space of its own, and the one before it is left out.
+    The ids are those of the whole text, except in a vocabulary whose pieces cross words, and for
+    near ties in a Unigram model, whose sums of scores lose digits over a long text. With `prefix`
+    SentencePiece adds a space to each part, so the text's own space before the part is left out.
     """
     at = 0
     while len(text) - at > _PART and (space := _SPACE_IN_TEXT.search(text, at + _PART)):
@@ -157,14 +158,14 @@ def _processor(model: bytes, where: str) -> sentencepiece.SentencePieceProcessor
 
 
 def _bytes(sp: sentencepiece.SentencePieceProcessor, id: int) -> bytes:
-    """What an id adds to the text."""
+    """Returns the bytes that an id adds to the text."""
     piece = sp.id_to_piece(id)
     if sp.is_byte(id):
         return bytes([int(piece[1:-1], 16)])  # "<0x0A>"
     return piece.replace(SPACE, " ").encode()
 
 
-def _end(ids: dict[str, int], text: str, otherwise: int, what: str) -> int:
+def _find_id(ids: dict[str, int], text: str, otherwise: int, what: str) -> int:
     if text and text not in ids:
         raise UserError(f"{what} {text!r} is not in the vocabulary; name a token that is")
     id = ids[text] if text else otherwise

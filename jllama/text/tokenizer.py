@@ -1,5 +1,6 @@
-"""The door to tokenizers: a file or a folder in, a `Tokenizer` of its kind out."""
+"""Loads a tokenizer of any kind from its file or folder."""
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from jllama.text.huggingface import HuggingFaceTokenizer
 from jllama.text.infill import PIECES
 from jllama.text.interface import TextStream, Tokenizer
 from jllama.text.llama3 import TiktokenTokenizer, is_tiktoken
-from jllama.text.settings import TokenizerSettings, load_settings, parse_json
+from jllama.text.settings import TokenizerSettings, load_settings
 from jllama.text.spm import SentencePieceTokenizer
-from jllama.text.tokenizer_json import spell, vocabulary
+from jllama.text.tokenizer_json import spell, token_ids
 
 __all__ = [
     "HuggingFaceTokenizer",
@@ -28,14 +29,14 @@ _NO_SETTINGS = TokenizerSettings()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer from its file, or from a folder with its settings; URLs too.
+    """Loads a tokenizer from its file, or from a folder that holds it and its settings.
 
-    A file is a SentencePiece model, Llama-3's tiktoken file or a tokenizer.json, whichever its
-    content is. In a folder tokenizer.model comes first, with the tokens that are added to it; a
-    tokenizer.json beside it wins where it gives other ids or has more tokens. A folder of Meta's,
-    with params.json, may have its tokenizer.model one folder above.
+    `path` may be a URL. The content of a file decides its kind: a SentencePiece model, Llama-3's
+    tiktoken file or a tokenizer.json. In a folder, tokenizer.model and the tokens added to it are
+    used, unless a tokenizer.json beside it gives other ids or has more tokens. A folder of Meta's,
+    which has a params.json, may have its tokenizer.model one folder above.
 
-    Raises UserError if there is none, or it is damaged.
+    Raises UserError if there is no tokenizer or it is damaged.
     """
     path = storage.path(path)
     if not storage.is_folder(path):
@@ -47,9 +48,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def find_tokenizer(folder: Path, names: Collection[str] | None = None) -> Tokenizer | None:
-    """`load_tokenizer` of a folder; None if it has none.
+    """Loads the tokenizer of a folder as `load_tokenizer` does; returns None if it has none.
 
-    `names` are those of its files, where they are known.
+    `names` are those of the folder's files, where the caller has listed them.
     """
     names = storage.names(folder) if names is None else names
     if _MODEL not in names and _JSON not in names:
@@ -61,12 +62,12 @@ def find_tokenizer(folder: Path, names: Collection[str] | None = None) -> Tokeni
     if _MODEL not in names:
         return _from_file(folder / _JSON, settings)
     if _JSON in names:
-        file = parse_json(folder / _JSON)
+        file = _parse_json(storage.read_bytes(folder / _JSON), folder / _JSON)
         plain = _from_file(folder / _MODEL, _NO_SETTINGS)
         ids = _ids(plain)
         for token in settings.added:
             ids.setdefault(token.text, token.id)
-        if any(ids.get(text) != id for text, id in vocabulary(file, str(folder / _JSON)).items()):
+        if any(ids.get(text) != id for text, id in token_ids(file, str(folder / _JSON)).items()):
             return _from_json(file, folder / _JSON, settings)
     return _from_file(folder / _MODEL, settings)
 
@@ -77,50 +78,55 @@ def _from_file(path: Path, settings: TokenizerSettings) -> Tokenizer:
     except FileNotFoundError:
         raise UserError(f"{path}: no such tokenizer file") from None
     if path.suffix == ".json" or data.lstrip()[:1] == b"{":
-        return _from_json(parse_json(path, data), path, settings)
+        return _from_json(_parse_json(data, path), path, settings)
+    options = _options(settings)
     if is_tiktoken(data):
-        tokenizer = TiktokenTokenizer(data, str(path), **_said(settings))
+        tokenizer = TiktokenTokenizer(data, str(path), **options)
     else:
-        tokenizer = SentencePieceTokenizer(
-            data,
-            str(path),
-            special=_special(settings),
-            legacy=settings.legacy,
-            **_said(settings),
-        )
-    return _carrying(tokenizer, settings)
+        options |= {"special": _special(settings), "legacy": settings.legacy}
+        tokenizer = SentencePieceTokenizer(data, str(path), **options)
+    return _set_carried(tokenizer, settings)
+
+
+def _parse_json(data: bytes, path: Path) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not JSON: {storage.one_line(e)}") from None
 
 
 def _from_json(file: Any, path: Path, settings: TokenizerSettings) -> Tokenizer:
-    tokenizer = HuggingFaceTokenizer(file, str(path), special=_special(settings), **_said(settings))
-    return _carrying(tokenizer, settings)
+    tokenizer = HuggingFaceTokenizer(
+        file, str(path), special=_special(settings), **_options(settings)
+    )
+    return _set_carried(tokenizer, settings)
 
 
 def _special(settings: TokenizerSettings) -> frozenset[str]:
-    """Special by what the files say; and by name, as Code Llama's model has normal pieces."""
+    """Returns the texts of special tokens: Code Llama's model has its own as normal pieces."""
     return settings.special | {*PIECES}
 
 
-def _said(settings: TokenizerSettings) -> dict[str, Any]:
-    """What every kind takes of the settings."""
+def _options(settings: TokenizerSettings) -> dict[str, Any]:
+    """Returns the keyword arguments that every kind of tokenizer takes."""
     names = ("added", "bos_token", "eos_token", "stop_ids")
     return {name: getattr(settings, name) for name in names}
 
 
-def _carrying(tokenizer: Tokenizer, settings: TokenizerSettings) -> Tokenizer:
-    # transformers would make a new id for a pad token that the vocabulary has not.
-    keep = {
+def _set_carried(tokenizer: Tokenizer, settings: TokenizerSettings) -> Tokenizer:
+    # transformers would make a new id for a pad token that is not in the vocabulary.
+    carried = {
         key: value
         for key, value in settings.carried.items()
         if key != "pad_token" or value in tokenizer.special_tokens
     }
-    if keep:
-        tokenizer.carried = keep
+    if carried:
+        tokenizer.carried = carried
     return tokenizer
 
 
 def _ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Every token of a tokenizer.model as a tokenizer.json spells it, text -> id."""
+    """Returns text -> id of every token of a tokenizer.model, spelt as in a tokenizer.json."""
     if isinstance(tokenizer, TiktokenTokenizer):
         pieces = {spell(piece): rank for piece, rank in tokenizer.ranks.items()}
         return pieces | tokenizer.special_tokens

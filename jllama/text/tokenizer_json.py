@@ -1,8 +1,9 @@
-"""What a tokenizer.json says, checked: byte pair encoding of one of two families.
+"""Reads and checks a tokenizer.json, which holds byte pair encoding of one of two families.
 
-Byte-level (Llama 3): words are cut by a pattern, and a piece is any bytes, spelt in letters that
-print. SentencePiece-like (Llama 2): a piece is text with U+2581 for a space, and what no piece
-covers is spelt in byte tokens. Anything else is refused by name: it would not give a text back.
+Byte-level (Llama 3): a pattern cuts the text into words, and a piece is any bytes, spelt in
+printable letters. SentencePiece-like (Llama 2): a piece is text with U+2581 for a space, and byte
+tokens spell the text that no piece covers. Any other file is refused with the reason, because
+decoding would not give the text back.
 """
 
 import json
@@ -12,17 +13,17 @@ import tokenizers
 
 from jllama.errors import UserError
 from jllama.files import storage
-from jllama.text.added import MOST_IDS, AddedToken
+from jllama.text.added import MAX_VOCAB_SIZE, AddedToken
 from jllama.text.interface import SPACE, Prefix
 
 BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
 
 def _letters() -> dict[str, int]:
-    """The letter for each byte (GPT-2's): itself where it prints, else one from U+0100 on."""
-    prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in prints]
-    return {chr(b): b for b in prints} | {chr(0x100 + i): b for i, b in enumerate(rest)}
+    """Returns GPT-2's letter for each byte: itself if it is printable, else one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(rest)}
 
 
 LETTERS = _letters()
@@ -30,46 +31,49 @@ _LETTER = {byte: letter for letter, byte in LETTERS.items()}
 
 
 def spell(piece: bytes) -> str:
-    """A byte-level piece as tokenizer.json has it."""
+    """Spells a byte-level piece as in a tokenizer.json."""
     return "".join([_LETTER[byte] for byte in piece])
 
 
-def vocabulary(file: Any, where: str) -> dict[str, int]:
-    """Every token of a tokenizer.json of any kind, text -> id; UserError if it is not one."""
+def token_ids(file: Any, where: str) -> dict[str, int]:
+    """Returns text -> id of every token of a tokenizer.json of any kind.
+
+    Raises UserError if it is not a tokenizer.json.
+    """
     try:
         vocab = file["model"]["vocab"]
         if isinstance(vocab, list):  # Unigram: pieces with their scores
             vocab = {piece: id for id, (piece, _) in enumerate(vocab)}
         added = {token["content"]: token["id"] for token in file.get("added_tokens") or ()}
         vocab = vocab | added
-        if not all(type(id) is int and 0 <= id < MOST_IDS for id in vocab.values()):
+        if not all(type(id) is int and 0 <= id < MAX_VOCAB_SIZE for id in vocab.values()):
             raise TypeError
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{where}: not a tokenizer.json: no vocabulary in it") from None
+        raise UserError(f"{where}: not a tokenizer.json: it has no vocabulary") from None
     return vocab
 
 
 class TokenizerJson:
-    """A tokenizer.json that this package can encode with.
+    """A tokenizer.json that jllama can encode with.
 
     Attributes:
-      vocab: the model's pieces, text -> id.
-      added: its added tokens.
-      byte_level: the family.
-      prefix: where its encoding puts a space.
-      prepends: whether it does so in the normaliser, before normalised added tokens are found.
-      marks: whether the normaliser makes U+2581 of spaces, so that they are found with it.
-      merges: its pairs, the first first.
-      unk: the model's unknown token, or empty.
+      vocab: text -> id of the model's pieces.
+      added: the added tokens.
+      byte_level: whether it is of the byte-level family.
+      prefix: where its encoding adds a space.
+      prepends: whether the normaliser adds the space, before normalised added tokens are matched.
+      marks: whether the normaliser replaces spaces by U+2581, before these tokens are matched.
+      merges: the pairs, by falling priority.
+      unk: text of the model's unknown token, or empty.
     """
 
     def __init__(self, file: Any, where: str):
         self._file, self._where = file, where
-        vocabulary(file, where)
+        token_ids(file, where)
         model = file["model"]
         kind = model.get("type") or ("BPE" if "merges" in model else "of no type")
         if kind != "BPE" or not isinstance(model["vocab"], dict):
-            self._refuse(f"its model is {kind}; byte pair encoding (BPE) is read")
+            self._refuse(f"its model is {kind}; only byte pair encoding (BPE) can be read")
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(key):
                 self._refuse(f"its model has {key}")
@@ -94,14 +98,14 @@ class TokenizerJson:
                 self.prepends = any(step["type"] == "Prepend" for step in normalizers)
                 self._check_spaced(normalizers, steps, decoders)
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise UserError(f"{where}: not a tokenizer.json that tokenizers writes") from None
+            raise UserError(f"{where}: not a tokenizer.json as `tokenizers` writes it") from None
         names = LETTERS if self.byte_level else BYTE_TOKENS
         missing = [name for name in names if name not in self.vocab]
         if missing:
             self._refuse(f"{len(missing)} of 256 bytes have no token ({missing[0]!r} has none)")
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise UserError(f"{self._where}: not a tokenizer that jllama can read: {what}")
+    def _refuse(self, reason: str) -> NoReturn:
+        raise UserError(f"{self._where}: not a tokenizer that jllama can read: {reason}")
 
     def _check_byte_level(self, normalizers, steps, decoders) -> None:
         for step in normalizers:
@@ -109,10 +113,10 @@ class TokenizerJson:
         if decoders != ["ByteLevel"]:
             self._refuse(f"its decoder is {' + '.join(decoders)}")
         if not steps or steps[-1]["type"] != "ByteLevel":
-            self._refuse("its decoder is ByteLevel and its last pre-tokeniser is not")
+            self._refuse("its decoder is ByteLevel, but its last pre-tokeniser is not")
         for step in steps:
             if step["type"] not in ("Split", "Digits", "ByteLevel"):
-                self._refuse(f"the pre-tokeniser {step['type']}")
+                self._refuse(f"the pre-tokeniser {step['type']} is unknown")
             if step.get("behavior") == "Removed":
                 self._refuse("its pre-tokeniser Split removes text")
             if step.get("add_prefix_space"):
@@ -127,7 +131,9 @@ class TokenizerJson:
         if not model.get("byte_fallback") or "ByteFallback" not in decoders:
             self._refuse("it has no byte fallback")
         if model.get("ignore_merges"):
-            self._refuse("ignore_merges with byte fallback makes byte tokens from their names")
+            self._refuse(
+                "ignore_merges with byte fallback encodes the names of byte tokens to them"
+            )
         spaces = [{"type": "Prepend", "prepend": SPACE}] * self.prepends
         replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         for step in normalizers:
@@ -135,10 +141,10 @@ class TokenizerJson:
                 self._refuse(f"the normaliser {step['type']} changes text")
         self.marks = replaces in normalizers
         kinds = [step["type"] for step in steps]
-        # Of two, the first puts a space before a text whose own are marked already.
+        # If there are two, the first adds a space before a text whose spaces are marked already.
         replacements = [" ", SPACE][2 - len(kinds) :] if kinds else []
         if kinds != ["Metaspace"] * len(replacements):
-            self._refuse(f"the pre-tokeniser {' + '.join(kinds)}")
+            self._refuse(f"the pre-tokeniser {' + '.join(kinds)} is unknown")
         if [step.get("replacement") for step in steps] != replacements:
             self._refuse("its Metaspace replaces a space by something else than U+2581")
         schemes = [self._scheme(step) for step in steps]
@@ -147,7 +153,7 @@ class TokenizerJson:
         ):
             self._refuse("its two Metaspaces do not leave spaces as they are")
         if not steps and not self.marks:
-            self._refuse("nothing makes U+2581 of a space")
+            self._refuse("nothing replaces a space by U+2581")
         self.prefix = "always" if self.prepends else next(iter(schemes), "never")
         self._splits = any(step.get("split", True) for step in steps)
 
@@ -159,33 +165,33 @@ class TokenizerJson:
         return scheme
 
     def encoder(self, special: set[str]) -> tokenizers.Tokenizer:
-        """Encodes text, and that alone: spaces as U+2581 in the SentencePiece-like family.
+        """Returns an encoder of plain text; the SentencePiece-like family needs U+2581 for spaces.
 
-        Without `special` tokens, added ones, normaliser, template, truncation and padding.
+        It has no `special` and no added tokens, and no normaliser, template, truncation or padding.
         """
         model = self._file["model"]
-        # What is not in the vocabulary cannot come out of it.
+        # Without special tokens in the vocabulary, no text is encoded to them.
         vocab = {piece: id for piece, id in self.vocab.items() if piece not in special}
         merges = [(a, b) for a, b in self.merges if special.isdisjoint((a, b, a + b))]
         steps = self._file.get("pre_tokenizer")
         if not self.byte_level:
             words = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never"}
             steps = words | {"split": True} if self._splits else None
-        only = {
+        file = {
             "version": "1.0",
             "added_tokens": [],
             "pre_tokenizer": steps,
             "model": model | {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": None},
         }
         try:
-            return tokenizers.Tokenizer.from_str(json.dumps(only))
-        except Exception as e:  # what tokenizers raises has no type of its own
+            return tokenizers.Tokenizer.from_str(json.dumps(file))
+        except Exception as e:  # tokenizers raises nothing more specific
             reason = storage.one_line(e)
-            raise UserError(f"{self._where}: tokenizers does not read it: {reason}") from None
+            raise UserError(f"{self._where}: `tokenizers` cannot read it: {reason}") from None
 
 
 def _flat(step: dict | None, key: str) -> list[dict]:
-    """The steps of a sequence, or the one step, or none."""
+    """Returns the steps of a sequence, or the one step, or none."""
     if step is None:
         return []
     if step["type"] == "Sequence":

@@ -1,9 +1,9 @@
-"""Trains a SentencePiece BPE vocabulary that gives every text back exactly.
+"""Trains a SentencePiece BPE vocabulary whose decoding gives every text back exactly.
 
-SentencePiece's own training never lets a piece hold a newline and the indentation after it, though
-code has one every few words. So the text is cut into words here, by one regular expression,
-and SentencePiece gets each distinct word once with its count. The
-line breaks with indentation that the text is full of become pieces of their own.
+SentencePiece's own training never makes a piece of a newline and the indentation after it, though
+code has one every few words. So this module cuts the text into words with a regular expression, and
+gives SentencePiece each distinct word once, with its count. The commonest line breaks with
+indentation become pieces of their own.
 """
 
 import re
@@ -20,18 +20,18 @@ from jllama.text.spm import SentencePieceTokenizer
 
 _RESERVED = 3 + 256  # <unk>, <s>, </s> and one piece per byte
 _BREAK = re.compile(r"((?:\r?\n)+[ \t]*)")
-# A word keeps the space before it. Lengths are bounded so that no count grows with a long blob.
+# A word includes the space before it. Its length is bounded, so that a long blob is many words.
 _WORD = re.compile(r" ?[^\W\d]{1,64}|\d| ?[^\s\w]{1,64}| +(?= )| |[^\S ]+|\w")
 _LINE = re.compile(r".{1,256}", re.DOTALL)
-_BREAK_SHARE = 1 / 500  # a break with indentation is a piece if this share of all breaks is it
+_BREAK_SHARE = 1 / 500  # of all breaks; one that is as common as this is a piece
 _MAX_BREAKS = 32
 
 
 def train_sentencepiece(texts: Iterable[str], config: TrainedTokenizer) -> SentencePieceTokenizer:
-    """Trains on the first `config.max_bytes` of `texts`.
+    """Trains on the first `config.max_bytes` of `texts`; equal texts give equal vocabularies.
 
-    Deterministic. Byte fallback, digits one by one, no normalisation, no dummy prefix. Raises
-    UserError if there is no text or too little for `config.vocab_size` pieces.
+    It has byte fallback and single digits, and neither normalises nor adds a space before a text.
+    Raises UserError if there is no text, or too little for `config.vocab_size` pieces.
     """
     lines, breaks = _count(texts, config.max_bytes)
     if not lines and not breaks:
@@ -58,7 +58,7 @@ def train_sentencepiece(texts: Iterable[str], config: TrainedTokenizer) -> Sente
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            # The words are cut already.
+            # The text is cut into words already.
             split_by_whitespace=False,
             split_by_unicode_script=False,
             control_symbols=control,
@@ -77,13 +77,13 @@ def train_sentencepiece(texts: Iterable[str], config: TrainedTokenizer) -> Sente
             ) from None
         raise UserError(
             f"tokenizer.vocab_size={config.vocab_size} (--size): the training text gives only"
-            f" {limit[1]} pieces; lower it or give more text"
+            f" {limit[1]} pieces; lower it, or give more text"
         ) from None
     return SentencePieceTokenizer(model.getvalue())
 
 
 def _count(texts: Iterable[str], max_bytes: int) -> tuple[Counter, Counter]:
-    """Counts of distinct lines, and of the breaks (with indentation) between them."""
+    """Counts the distinct lines, and the distinct breaks with indentation between them."""
     lines, breaks = Counter(), Counter()
     left = max_bytes
     for text in texts:
@@ -98,7 +98,7 @@ def _count(texts: Iterable[str], max_bytes: int) -> tuple[Counter, Counter]:
 
 
 def _words(lines: Counter, letters: frozenset[str], pattern: re.Pattern) -> Counter:
-    """Counts of distinct words, in which only `letters` occur."""
+    """Counts the distinct words; the text is cut at every character that is not in `letters`."""
     others = re.compile(f"[^{re.escape(''.join(sorted(letters)))}]+")
     words = Counter()
     for line, n in lines.items():
@@ -109,19 +109,19 @@ def _words(lines: Counter, letters: frozenset[str], pattern: re.Pattern) -> Coun
 
 
 def _letters(lines: Counter, room: int) -> frozenset[str]:
-    """The characters that get a piece each: 99.99% of the text, in at most half the room.
+    """Returns the characters that get a piece each: 99.99% of the text, in at most half the room.
 
-    The others are spelt in bytes. So are NUL and tab, which SentencePiece cannot train on.
+    The others are encoded in bytes, and so are NUL and tab, which SentencePiece cannot train on.
     """
     counts = Counter()
     for line, n in lines.items():
         for letter in line:
             counts[letter] += n
     del counts["\t"], counts["\0"]
-    kept, seen, enough = [], 0, 0.9999 * counts.total()
+    letters, covered, enough = [], 0, 0.9999 * counts.total()
     for letter, n in counts.most_common(max(1, room // 2)):
-        if seen >= enough:
+        if covered >= enough:
             break
-        kept.append(letter)
-        seen += n
-    return frozenset(kept)
+        letters.append(letter)
+        covered += n
+    return frozenset(letters)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from jllama.config import Config
-from jllama.data.dataset import Data
+from jllama.data.opening import Data
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import Batch
 

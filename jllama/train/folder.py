@@ -16,7 +16,7 @@ from typing import Any
 
 from jllama.config import Config, LoraConfig
 from jllama.config import recipe as recipes
-from jllama.data.dataset import Data, open_data, open_tokenizer
+from jllama.data.opening import Data, open_data, open_tokenizer
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.files.locks import locked

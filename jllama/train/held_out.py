@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from jllama.config import Config, ReplyObjective
-from jllama.data.dataset import Data, eval_batches
+from jllama.data.dataset import eval_batches
+from jllama.data.opening import Data
 from jllama.data.pack import CutRows
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import Batch

@@ -15,7 +15,7 @@ import jax
 from jllama.adapt.lora import adapted_flops_per_token
 from jllama.chips import peak_flops
 from jllama.config import Config, LoraConfig
-from jllama.data.dataset import Data
+from jllama.data.opening import Data
 from jllama.parallel import distributed
 from jllama.parallel.sharding import Placement
 from jllama.progress import say

@@ -35,7 +35,7 @@ PUBLISHED = {
     "chinese-alpaca-7b": 6_885_494_784,
     "chinese-llama2-7b": 6_929_256_448,
     "chinese-alpaca2-7b": 6_929_256_448,
-    # 13B: the base and the rows that its vocabulary adds to embedding and head.
+    # A 13B has the base's and the new rows of embedding and head.
     "chinese-llama-13b": 13_015_864_320 + 2 * 17_953 * 5120,
     "chinese-alpaca-13b": 13_015_864_320 + 2 * 17_954 * 5120,
     "chinese-llama2-13b": 13_015_864_320 + 2 * 23_296 * 5120,
@@ -52,7 +52,7 @@ PUBLISHED = {
     "stories-15m": 15_191_712,
     "stories-110m": 109_529_856,
 }
-# What a parameter count does not show: length, eps, theta.
+# Facts that a parameter count does not show: (length, eps, theta).
 NUMERICS = {
     "llama-7b": (2048, 1e-6, 1e4),
     "llama-65b": (2048, 1e-5, 1e4),

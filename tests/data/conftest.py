@@ -23,7 +23,7 @@ def tokenizer():
 
 @pytest.fixture
 def write_jsonl(tmp_path):
-    """Writes texts as JSON lines and gives the source of them."""
+    """Writes texts as JSON lines and returns their source."""
 
     def write(texts, name="texts", **kwargs):
         path = tmp_path / f"{name}.jsonl"
@@ -37,7 +37,7 @@ def write_jsonl(tmp_path):
 
 @pytest.fixture
 def prepare_texts(tmp_path, tokenizer, write_jsonl):
-    """Prepares texts, in this process unless told otherwise."""
+    """Prepares texts, in this process unless `workers` is given."""
 
     def make(texts=TEXTS, name="texts", **kwargs):
         options = {"folder": str(tmp_path / "prepared"), "workers": 1, "shards": 3}

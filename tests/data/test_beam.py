@@ -1,4 +1,4 @@
-"""Preparing with Apache Beam: the bytes of the in-process path, whatever the workers."""
+"""Preparing with Apache Beam writes the same bytes as in processes, with any workers."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from jllama.data import beam
 
 @pytest.fixture
 def source(tmp_path, texts):
-    """Files of unequal length, one compressed, one empty, two bad lines."""
+    """Files of different lengths: one is compressed, one is empty, and two have a bad line."""
     folder = tmp_path / "text"
     folder.mkdir()
     for i, (start, stop) in enumerate(((0, 7), (7, 8), (8, 8), (8, 31), (31, len(texts)))):
@@ -56,10 +56,10 @@ def content(prepared):
 
 @pytest.mark.parametrize("shards", [1, 3, 100])
 def test_one_worker_writes_the_bytes_of_the_in_process_path(make, shards, texts):
-    wanted, found = make("in-process", shards=shards), make("beam", {}, shards=shards)
-    assert found.documents == len(texts)
-    assert found.folder.name == wanted.folder.name
-    assert content(found) == content(wanted)  # identity.json is one of them
+    wanted, made = make("in-process", shards=shards), make("beam", {}, shards=shards)
+    assert made.documents == len(texts)
+    assert made.folder.name == wanted.folder.name
+    assert content(made) == content(wanted)  # including identity.json
 
 
 @pytest.mark.parametrize("mode", ["multi_threading", "multi_processing"])
@@ -69,16 +69,16 @@ def test_three_workers_write_the_same_bytes(make, mode):
 
 
 def test_bad_documents_are_reported_and_refused_as_in_process(make, capfd, tmp_path):
-    said, errors = [], []
+    reports, errors = [], []
     for name, options in (("in-process", None), ("beam", {})):
         capfd.readouterr()
         make(name, options)
-        said.append([line for line in capfd.readouterr().err.splitlines() if "skipped" in line])
+        reports.append([line for line in capfd.readouterr().err.splitlines() if "skipped" in line])
         with pytest.raises(UserError) as error:
             make(f"{name}-strict", options, max_skipped=1)
         errors.append(str(error.value))
-    assert said[0] == said[1]
-    assert len(said[0]) == 2
+    assert reports[0] == reports[1]
+    assert len(reports[0]) == 2
     assert errors[0] == errors[1]
     assert "3.jsonl.gz:2: malformed JSON" in errors[0]
     (folder,) = (tmp_path / "beam-strict").iterdir()

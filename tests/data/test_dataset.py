@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from jllama.config import recipe as recipes
-from jllama.data.dataset import Dataset, eval_batches, open_data, open_tokenizer
+from jllama.data.dataset import Dataset, eval_batches
+from jllama.data.opening import open_data, open_tokenizer
 from jllama.data.pack import CutRows
 from jllama.errors import UserError
 
 
 class Numbered:
-    """`count` rows of which each holds its own number."""
+    """`count` rows; each holds its number."""
 
     length = 3
 
@@ -134,7 +135,7 @@ def test_a_recipe_opens_to_training_and_held_out_rows(recipe, tmp_path, monkeypa
     assert held_out.documents == 10
     scored = sum(b["weights"].sum() for b in eval_batches(data.held_out_rows["held_out"], 4))
     assert scored == held_out.tokens - held_out.documents
-    monkeypatch.setattr("jllama.data.dataset.train_sentencepiece", None)
+    monkeypatch.setattr("jllama.data.opening.train_sentencepiece", None)
     monkeypatch.setattr("jllama.data.prepare._make", None)
     assert open_tokenizer(recipe).digest == tokenizer.digest
     assert equal(open_data(recipe, tokenizer).train.batch(7), data.train.batch(7))
@@ -164,12 +165,12 @@ def test_missing_files_are_named_by_key_before_a_tokenizer_is_trained(
     recipe, tmp_path, part, capfd
 ):
     bad = changed(recipe, f"data.{part}.0.source.files=[{tmp_path}]")
-    said = rf"^data\.{part}\.0\.source\.files: {tmp_path}: is a folder"
-    with pytest.raises(UserError, match=said):
+    expected = rf"^data\.{part}\.0\.source\.files: {tmp_path}: is a folder"
+    with pytest.raises(UserError, match=expected):
         open_tokenizer(bad)
     assert "tokenizer: training" not in capfd.readouterr().err
-    # With a tokenizer that is there, the text is missed when it is prepared.
-    with pytest.raises(UserError, match=said):
+    # With an existing tokenizer, the missing text is an error when it is prepared.
+    with pytest.raises(UserError, match=expected):
         open_data(bad, open_tokenizer(recipe))
 
 

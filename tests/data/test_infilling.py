@@ -1,4 +1,4 @@
-"""Infilling at read time: rows of one shape, by (seed, epoch, document); losses counted."""
+"""Infilling at read time: rows keep their shape; cuts depend on (seed, epoch, document)."""
 
 import collections
 
@@ -7,7 +7,8 @@ import pytest
 
 from jllama.config import InfillObjective, PrepareConfig, TrainedTokenizer
 from jllama.config import recipe as recipes
-from jllama.data.dataset import Dataset, open_data, open_tokenizer
+from jllama.data.dataset import Dataset
+from jllama.data.opening import open_data, open_tokenizer
 from jllama.data.pack import CutRows, WholeRows
 from jllama.data.prepare import prepare
 from jllama.data.rewrite import Infilling
@@ -45,14 +46,14 @@ def equal(a, b):
 
 
 def documents(row):
-    """The ids of each segment."""
+    """Returns the ids of each segment."""
     return [
         row["tokens"][row["segments"] == n].tolist() for n in range(1, row["segments"].max() + 1)
     ]
 
 
 def original(tokenizer, ids):
-    """(text, "psm", "spm" or "causal") of a document."""
+    """Returns (text, "psm" or "spm" or "causal") of a document."""
     pre, suf, mid, end = infill_tokens(tokenizer)
     if pre not in ids:
         return tokenizer.decode(ids), "causal"
@@ -65,23 +66,23 @@ def original(tokenizer, ids):
 
 def test_every_document_is_there_in_some_order(prepared, infilling, marked, texts):
     transform = infilling(rate=0.9, spm=0.5)
-    found, kinds = [], collections.Counter()
+    originals, kinds = [], collections.Counter()
     rows = WholeRows(prepared, 200, "error", Infilling.gain)
     for epoch in range(8):
         for i in range(len(rows)):
             for ids in documents(transform(rows[i], epoch)):
                 text, kind = original(marked, ids)
-                found.append(text)
+                originals.append(text)
                 kinds[kind] += 1
-    assert sorted(found) == sorted(texts * 8)
-    assert 0.05 < kinds["causal"] / len(found) < 0.15
-    # A PSM document with an empty prefix passes for SPM here.
+    assert sorted(originals) == sorted(texts * 8)
+    assert 0.05 < kinds["causal"] / len(originals) < 0.15
+    # `original` takes a PSM document with an empty prefix for SPM.
     assert 0.4 < kinds["spm"] / (kinds["spm"] + kinds["psm"]) < 0.6
     assert "; 0 of " in transform.report()
 
 
 @pytest.mark.parametrize(("rate", "spm"), [(0, 0), (1, 0), (1, 1)])
-def test_rate_and_share_are_kept_at_their_ends(prepared, infilling, marked, rate, spm):
+def test_rate_and_share_are_fitting_at_their_ends(prepared, infilling, marked, rate, spm):
     transform, rows = (
         infilling(rate=rate, spm=spm),
         WholeRows(prepared, 200, "error", Infilling.gain),
@@ -110,21 +111,21 @@ def test_rows_keep_their_shape_and_predict_all_but_the_first(prepared, infilling
 
 def test_a_document_that_the_row_cuts_stays_as_it_is(prepared, infilling, marked):
     rows, transform = CutRows(prepared, 60), infilling(rate=1.0)
-    some = 0
+    partial = 0
     for i in range(len(rows)):
         for n, ids in enumerate(documents(rows[i]), start=1):
             row = transform(rows[i], 3)
             if (ids[0], ids[-1]) != (marked.bos_id, marked.eos_id):
-                here = row["tokens"][row["segments"] == n].tolist()
-                assert here == ids[: len(here)]
-                some += 1
-    assert some
+                tokens = row["tokens"][row["segments"] == n].tolist()
+                assert tokens == ids[: len(tokens)]
+                partial += 1
+    assert partial
 
 
 def test_what_has_no_room_is_cut_and_counted(prepared, infilling):
     transform = infilling(rate=1.0)
     rows = WholeRows(prepared, 100, "skip")  # without spare room
-    kept = sum(int(transform(rows[i], 0)["weights"].sum()) for i in range(len(rows)))
+    fitting = sum(int(transform(rows[i], 0)["weights"].sum()) for i in range(len(rows)))
     roomy = infilling(rate=1.0)
 
     def wide(row):
@@ -133,32 +134,32 @@ def test_what_has_no_room_is_cut_and_counted(prepared, infilling):
         }
 
     whole = sum(int(roomy(wide(rows[i]), 0)["weights"].sum()) for i in range(len(rows)))
-    assert kept < whole
+    assert fitting < whole
     assert transform.report().endswith(
-        f" {whole - kept:,} of {whole:,} predicted tokens had no room in their row"
+        f" {whole - fitting:,} of {whole:,} predicted tokens had no room in their row"
     )
     assert roomy.report().endswith(f" 0 of {whole:,} predicted tokens had no room in their row")
     spare = WholeRows(prepared, 100, "skip", Infilling.gain)
     transform = infilling(rate=1.0)
     for i in range(len(spare)):
         transform(spare[i], 0)
-    assert int(transform.report().split("; ")[1].split()[0]) < (whole - kept) / 4
+    assert int(transform.report().split("; ")[1].split()[0]) < (whole - fitting) / 4
 
 
 def test_a_split_depends_on_seed_epoch_and_document_alone(prepared, infilling):
     rows, wide = (WholeRows(prepared, n, "error", Infilling.gain) for n in (200, 900))
     cut = CutRows(prepared, 2 * prepared.tokens)
 
-    def found(rows, transform, epoch):
+    def split_documents(rows, transform, epoch):
         made = [transform(rows[i], epoch) for i in range(len(rows))]
         return {tuple(ids) for row in made for ids in documents(row)}
 
-    base = found(wide, infilling(), 0)
-    assert base == found(wide, infilling(), 0)
-    assert len(base & found(wide, infilling(), 1)) < len(base) / 3
-    assert len(base & found(wide, infilling(seed=1), 0)) < len(base) / 3
+    base = split_documents(wide, infilling(), 0)
+    assert base == split_documents(wide, infilling(), 0)
+    assert len(base & split_documents(wide, infilling(), 1)) < len(base) / 3
+    assert len(base & split_documents(wide, infilling(seed=1), 0)) < len(base) / 3
     # Another packing, another length: the same splits.
-    assert base == found(rows, infilling(), 0) == found(cut, infilling(), 0)
+    assert base == split_documents(rows, infilling(), 0) == split_documents(cut, infilling(), 0)
 
 
 @pytest.mark.parametrize("packing", [0, 1])
@@ -168,16 +169,16 @@ def test_batches_are_pure_and_epochs_differ(prepared, infilling, packing):
     def data():
         return Dataset({"a": rows, "b": rows}, {"a": 2.0, "b": 1.0}, 4, 0, infilling())
 
-    one, other = data(), data()
+    first, other = data(), data()
     last = 3 * len(rows)
     backwards = [other.batch(t) for t in reversed(range(last))][::-1]
-    assert all(equal(one.batch(t), backwards[t]) for t in range(last))
-    steps = one.iterate(5, rows=[1, 2], prefetch=4)
+    assert all(equal(first.batch(t), backwards[t]) for t in range(last))
+    steps = first.iterate(5, rows=[1, 2], prefetch=4)
     for t in range(5, 12):
         step, batch = next(steps)
         assert step == t and equal(batch, {k: v[1:3] for k, v in other.batch(t).items()})
     alone = Dataset({"a": rows}, {"a": 1.0}, len(rows), 0, infilling())
-    # The order of the rows is that of training without infilling.
+    # The rows have the same order as without infilling.
     plain = Dataset({"a": rows}, {"a": 1.0}, len(rows), 0)
     epochs = [
         {tuple(ids) for row in unstacked(alone.batch(t)) for ids in documents(row)} for t in (0, 1)

@@ -1,4 +1,4 @@
-"""Rows: every token predicted exactly once, documents kept apart, best fit as by brute force."""
+"""Rows predict every token once, separate documents, and fit them as by brute force."""
 
 import time
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ LENGTHS = st.lists(st.integers(2, 20), min_size=1, max_size=40)
 
 
 def memory(lengths):
-    """A prepared dataset in memory: documents of these lengths, every token another number."""
+    """A prepared dataset in memory, with documents of these lengths and distinct tokens."""
     ends = np.cumsum(lengths)
     tokens = np.arange(1, ends[-1] + 1, dtype=np.int32)
     starts = np.zeros(ends[-1], bool)
@@ -31,7 +31,7 @@ def memory(lengths):
 
 
 def rows_of(rows):
-    """All rows, after what holds for each of them."""
+    """Returns all rows, after checking what holds for each of them."""
     result = [rows[i] for i in range(len(rows))]
     for row in result:
         assert {k: (v.dtype, v.shape) for k, v in row.items()} == {
@@ -50,7 +50,7 @@ def rows_of(rows):
 
 
 def predicted(rows):
-    """Sorted tokens that have weight."""
+    """Returns the tokens with weight, sorted."""
     return sorted(t for row in rows for t in row["tokens"][row["weights"] == 1].tolist())
 
 
@@ -94,14 +94,14 @@ def test_whole_rows_hold_every_document_once(lengths, length):
     prepared = memory(lengths)
     rows = rows_of(WholeRows(prepared, length, "error"))
     assert predicted(rows) == (np.flatnonzero(~prepared.starts) + 1).tolist()
-    found = [
+    documents = [
         row["tokens"][row["segments"] == segment].tolist()
         for row in rows
         for segment in range(1, row["segments"].max() + 1)
     ]
     ends = np.cumsum(lengths)
     wanted = [list(range(e - n + 1, e + 1)) for e, n in zip(ends.tolist(), lengths, strict=True)]
-    assert sorted(found) == wanted
+    assert sorted(documents) == wanted
 
 
 def brute_force(lengths, capacity):

@@ -1,4 +1,4 @@
-"""Preparing: the same bytes however made, found again, and never trusted half-made."""
+"""Preparing writes the same bytes in any way, is not repeated, and is trusted only when whole."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jllama.config import PrepareConfig
-from jllama.data import files
+from jllama.data import text_files
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError
@@ -29,7 +29,7 @@ def content(folder):
 
 
 def stream(prepared):
-    """Documents as lists of ids, in the order of the stream."""
+    """Returns the documents as lists of ids, in the order of the stream."""
     tokens, starts = prepared.read(0, prepared.tokens)
     return [part.tolist() for part in np.split(tokens, np.flatnonzero(starts))[1:]]
 
@@ -56,13 +56,13 @@ def test_every_document_is_there_with_bos_and_eos(
 def test_a_dataset_whose_file_went_away_while_it_was_made_gets_no_marker(
     prepare_texts, tmp_path, monkeypatch
 ):
-    # As by another maker at the same URL, which removes the folder when it starts.
+    # As another process does that prepares at the same URL: it removes the folder when it starts.
     names = storage.names
     gone = "document-ends.00001.u64"
     monkeypatch.setattr(
         storage, "names", lambda f: {n: size for n, size in names(f).items() if n != gone}
     )
-    with pytest.raises(UserError, match=rf"{gone}: went away \(1 files did\) while"):
+    with pytest.raises(UserError, match=rf"{gone}: was removed while .*\(1 such files\)"):
         prepare_texts(folder=str(tmp_path), shards=2)
     assert not list(tmp_path.rglob("identity.json"))
 
@@ -72,13 +72,13 @@ def test_any_part_of_the_stream_can_be_read(prepare_texts):
     tokens, starts = prepared.read(0, prepared.tokens)
     for start in (*range(9), 20, prepared.tokens - 1):
         for stop in (start, *range(start + 1, prepared.tokens, 67), prepared.tokens):
-            some, some_starts = prepared.read(start, stop)
-            assert some.tolist() == tokens[start:stop].tolist()
-            assert some_starts.tolist() == starts[start:stop].tolist()
+            part, part_starts = prepared.read(start, stop)
+            assert part.tolist() == tokens[start:stop].tolist()
+            assert part_starts.tolist() == starts[start:stop].tolist()
 
 
 def test_one_and_three_processes_write_the_same_bytes(tmp_path, prepare_texts, monkeypatch):
-    monkeypatch.setattr("jllama.data.prepare._CHUNK_CHARACTERS", 200)
+    monkeypatch.setattr("jllama.data.prepare.CHUNK_CHARACTERS", 200)
     one = prepare_texts(folder=str(tmp_path / "one"), workers=1)
     three = prepare_texts(folder=str(tmp_path / "three"), workers=3)
     assert one.folder.name == three.folder.name
@@ -116,7 +116,7 @@ def test_a_changed_source_is_an_error_that_names_the_file(prepare_texts, tmp_pat
     with pytest.raises(UserError, match=rf"texts\.jsonl: has changed since {prepared.folder}"):
         prepare_texts([*texts[:-1], "another"])
     assert Prepared.open(prepared.folder) is not None
-    prepare_texts()  # restored: another time of change, the same content
+    prepare_texts()  # restored: the same content with another modification time
     os.utime(path, ns=(1, 1))
     prepare_texts()
 
@@ -127,13 +127,13 @@ def test_content_that_was_compared_once_is_not_hashed_again(
     config = PrepareConfig(folder=str(tmp_path / "prepared"), workers=1)
     source, path = write_jsonl(texts), tmp_path / "texts.jsonl"
     first = prepare(source, tokenizer, config)
-    hashed, digest = [], files.digest
-    monkeypatch.setattr(files, "digest", lambda p: hashed.append(p) or digest(p))
+    hashed, digest = [], text_files.file_digest
+    monkeypatch.setattr(text_files, "file_digest", lambda p: hashed.append(p) or digest(p))
     for when in (1, 2, 1, 2):  # as on two machines with copies of the source
         os.utime(path, ns=(when, when))
         assert prepare(source, tokenizer, config).identity == first.identity
     assert hashed == [path, path]
-    assert "comparing 1 source files whose times of change differ" in capfd.readouterr().err
+    assert "comparing 1 source files whose modification times differ" in capfd.readouterr().err
     path.write_text(path.read_text().replace("number", "Number"))
     os.utime(path, ns=(3, 3))
     with pytest.raises(UserError, match="has changed"):
@@ -142,10 +142,10 @@ def test_content_that_was_compared_once_is_not_hashed_again(
 
 def test_files_that_come_and_go_are_errors(tmp_path, tokenizer, write_jsonl, texts):
     config = PrepareConfig(folder=str(tmp_path / "prepared"), workers=1)
-    some = write_jsonl(texts, "a")
+    first = write_jsonl(texts, "a")
     source = write_jsonl(texts, "all")
     files = tuple(f.replace("all.jsonl", "*.jsonl") for f in source.source.files)
-    source = type(some)(name="x", source=type(some.source)(kind="jsonl", files=files))
+    source = type(first)(name="x", source=type(first.source)(kind="jsonl", files=files))
     prepare(source, tokenizer, config)
     write_jsonl(["new"], "b")
     with pytest.raises(UserError, match=r"b\.jsonl: is new since"):
@@ -164,7 +164,7 @@ def test_prepared_tokens_outlive_their_source(
     (tmp_path / "texts.jsonl").unlink()
     config = PrepareConfig(folder=str(prepared.folder.parent), shards=3, block_tokens=50)
     assert prepare(source, tokenizer, config).digest == prepared.digest
-    assert "its source is not here" in capfd.readouterr().err
+    assert "its source is not on this machine" in capfd.readouterr().err
 
 
 def test_too_many_bad_documents_leave_nothing_to_trust(prepare_texts, tmp_path, capfd, texts):

@@ -36,15 +36,15 @@ def test_what_a_model_is_given_is_not_predicted_and_what_it_replies_is(prepared,
     for i in range(len(rows)):
         row = replies(rows[i], epoch=i)
         for n in range(1, row["segments"].max() + 1):
-            here = row["segments"] == n
-            tokens, weights = row["tokens"][here].tolist(), row["weights"][here]
+            inside = row["segments"] == n
+            tokens, weights = row["tokens"][inside].tolist(), row["weights"][inside]
             given = len(tokens) - np.count_nonzero(weights)
             assert not weights[:given].any() and weights[given:].all()
             seen[tokenizer.decode(tokens)] = tokens[:given], tokens[given:]
     assert len(seen) == len(PAIRS) + 1
     for prompt, reply in PAIRS:
         given, predicted = seen[prompt + reply]
-        # To the id what generation begins with; the reply, with EOS, has no space of its own.
+        # Generation begins with exactly these ids; no space is added before the reply.
         assert given == tokenizer.encode(prompt, bos=True)
         assert predicted[-1] == tokenizer.eos_id
         text = tokenizer.stream(after=given)
@@ -69,7 +69,7 @@ def test_rows_without_replies_are_refused(prepared, tokenizer):
     rows = WholeRows(prepared, 150, "error", 2)
     Replies(ReplyObjective(kind="reply"), tokenizer, seed=0).check("a", rows)
     with pytest.raises(
-        UserError, match=r"data\.objective\.after='NOPE': stands nowhere in the first"
+        UserError, match=r"data\.objective\.after='NOPE': does not appear in the first"
     ):
         Replies(ReplyObjective(kind="reply", after="NOPE"), tokenizer, seed=0).check("a", rows)
     with pytest.raises(UserError, match=r"needs data\.packing\.kind=whole"):

@@ -1,4 +1,4 @@
-"""Reading documents: what comes out, and what happens to what is broken."""
+"""Reading documents from every kind of source, whole and broken."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from jllama.config import JsonlSource, ParquetSource, StdlibSource, TextSource, TfdsSource
-from jllama.data import files
+from jllama.data import text_files
 from jllama.data.source import Document, documents, is_held_out, source_files
 from jllama.errors import UserError
 
@@ -38,14 +38,14 @@ def test_the_library_is_split_by_file_and_holds_out_400_kb():
         split: list(documents(StdlibSource(kind="stdlib", split=split)))
         for split in ("train", "held_out")
     }
-    names = {split: [d.where for d in some] for split, some in parts.items()}
+    names = {split: [d.where for d in texts] for split, texts in parts.items()}
     assert not set(names["train"]) & set(names["held_out"])
-    assert all(some == sorted(some) for some in names.values())
-    size = {split: sum(len(d.text.encode()) for d in some) for split, some in parts.items()}
+    assert all(group == sorted(group) for group in names.values())
+    size = {split: sum(len(d.text.encode()) for d in texts) for split, texts in parts.items()}
     assert size["held_out"] > 400_000
     assert 0.02 < size["held_out"] / sum(size.values()) < 0.08
     excluded = {"test", "tests", "site-packages", "idle_test", "__pycache__"}
-    assert not [n for some in names.values() for n in some if excluded & set(n.split("/")[:-1])]
+    assert not [n for group in names.values() for n in group if excluded & set(n.split("/")[:-1])]
 
 
 def test_library_files_are_cut_between_lines_and_nothing_is_lost():
@@ -78,12 +78,12 @@ def test_a_text_file_is_one_document_with_its_newlines_untouched(tmp_path):
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 18])
 def test_separators_split_a_stream(tmp_path, suffix, chunk, monkeypatch):
-    monkeypatch.setattr(files, "_CHUNK", max(chunk, 8) if suffix == ".zst" else chunk)
+    monkeypatch.setattr(text_files, "_CHUNK", max(chunk, 8) if suffix == ".zst" else chunk)
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(packed(suffix, "é\n<>one<<>two\n\n<>three\n<>".encode()))
-    found = list(documents(text_source(path, separator="<>")))
-    assert [d.text for d in found] == ["é\n", "one<", "two\n\n", "three\n"]
-    assert [d.where.rpartition(":")[2] for d in found] == ["1", "2", "2", "4"]
+    parts = list(documents(text_source(path, separator="<>")))
+    assert [d.text for d in parts] == ["é\n", "one<", "two\n\n", "three\n"]
+    assert [d.where.rpartition(":")[2] for d in parts] == ["1", "2", "2", "4"]
 
 
 def test_a_zst_file_may_hold_several_frames(tmp_path):
@@ -150,7 +150,7 @@ def test_broken_text_documents_are_named_by_line(tmp_path):
 def test_no_file_and_no_document_are_errors(tmp_path):
     with pytest.raises(UserError, match=r"none\*\.txt: no file matches"):
         read(text_source(tmp_path / "none*.txt"))
-    with pytest.raises(UserError, match="is a folder; its files are '.*/" + r"\*\*/\*\.txt'"):
+    with pytest.raises(UserError, match="is a folder; write '.*/" + r"\*\*/\*\.txt'"):
         read(text_source(f"{tmp_path}/"))
     with pytest.raises(UserError, match=r"/\*\*/\*\.jsonl'"):
         read(jsonl_source(tmp_path))

@@ -8,6 +8,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from rapidfuzz.distance import Levenshtein
 
 import jllama
 from jllama import cli
@@ -16,7 +17,6 @@ from jllama.data.source import Document
 from jllama.errors import UserError
 from jllama.evaluate.infill import (
     Problem,
-    edit_similarity,
     evaluate,
     lines,
     open_problems,
@@ -87,7 +87,7 @@ def slow_distance(a, b):
 def test_similarity_is_by_levenshtein(a, b):
     longest = max(len(a), len(b))
     wanted = 1 - slow_distance(a, b) / longest if longest else 1
-    assert edit_similarity(a, b) == pytest.approx(wanted)
+    assert Levenshtein.normalized_similarity(a, b) == pytest.approx(wanted)
 
 
 def test_scores_of_answers_that_are_known(model, monkeypatch):

@@ -118,5 +118,5 @@ def test_sample_fills_in_the_prompt_or_between_files(sample, model, capsys, tmp_
 
 def test_two_places_are_one_line_before_the_model_is_read(sample, monkeypatch):
     monkeypatch.setattr(jllama, "load", None, raising=False)
-    with pytest.raises(UserError, match="<FILL_ME> stands in it 2 times"):
+    with pytest.raises(UserError, match="<FILL_ME> appears 2 times"):
         sample("--prompt", "<FILL_ME> <FILL_ME>")

@@ -1,6 +1,6 @@
-"""Tokenizers of every kind, over two vocabularies: one of SentencePiece, one of bytes.
+"""Tokenizers of every kind with two vocabularies: one of SentencePiece, one of bytes.
 
-With JLLAMA_TEST_DATA they are Llama 2's and one of 8,000 ranks trained on real text; without, both
+With JLLAMA_TEST_DATA they are Llama 2's and one of 8,000 ranks trained on real text. Without, both
 are small and trained on the standard library.
 """
 
@@ -39,7 +39,7 @@ def library() -> list[str]:
 
 @pytest.fixture(scope="session")
 def corpus(library) -> list[str]:
-    """A few texts of real prose, or code where there is none."""
+    """A few texts of real prose, or of code without JLLAMA_TEST_DATA."""
     if not DATA:
         return library[:40]
     return [p.read_text() for p in sorted(Path(DATA, "text").glob("*.txt"))]
@@ -53,7 +53,7 @@ def trained(library) -> SentencePieceTokenizer:
 
 @pytest.fixture(scope="session")
 def spm_model(library) -> bytes:
-    """A model as LLaMA's: a space before the text, byte fallback."""
+    """A model like LLaMA's: it adds a space before the text and has byte fallback."""
     if DATA:
         return Path(DATA, "tokenizers", "llama2_tokenizer.model").read_bytes()
     model = BytesIO()
@@ -73,7 +73,7 @@ def spm_model(library) -> bytes:
 
 @pytest.fixture(scope="session")
 def ranks(corpus) -> list[bytes]:
-    """Pieces by rank, of byte-level BPE with Llama-3's pattern."""
+    """Pieces of byte-level BPE with Llama-3's pattern, by rank."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
@@ -98,7 +98,7 @@ def llama3_model(ranks) -> bytes:
 
 @pytest.fixture(scope="session")
 def byte_json(ranks) -> dict:
-    """A tokenizer.json as Llama 3's."""
+    """A tokenizer.json like Llama 3's."""
     vocab = {spell(piece): i for i, piece in enumerate(ranks)}
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
     byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -140,11 +140,13 @@ def byte_json(ranks) -> dict:
 
 @pytest.fixture(scope="session")
 def spm_json(spm_model) -> dict:
-    """A tokenizer.json as Llama 2's: its normaliser puts the space before a text."""
+    """A tokenizer.json like Llama 2's: its normaliser adds the space before a text."""
     sp = sentencepiece.SentencePieceProcessor(model_proto=spm_model)
     vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
-    own = [i for i in vocab.values() if not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))]
-    pieces = {sp.id_to_piece(i): -sp.get_score(i) for i in own}
+    plain = [
+        i for i in vocab.values() if not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))
+    ]
+    pieces = {sp.id_to_piece(i): -sp.get_score(i) for i in plain}
     steps = [
         {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
         {"type": "ByteFallback"},

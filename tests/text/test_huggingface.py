@@ -1,4 +1,4 @@
-"""tokenizer.json: the ids are those of `tokenizers`; what it cannot give back is refused."""
+"""tokenizer.json: the ids are those of `tokenizers`; a lossy tokenizer is refused."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from tokenizer_files import added, ids, marked, metaspace, peer
 from jllama.errors import UserError
 from jllama.text.huggingface import HuggingFaceTokenizer
 
-# Two that anyone may write, and flags of every sort.
+# Added tokens that are not special, with flags of every kind.
 VISIBLE = {"<foo>": {}, "<foo><foo>": {}, "<b>": {"single_word": True}, "<n>": {"normalized": True}}
 STRIPS = {"<l>": {"lstrip": True}, "<r>": {"rstrip": True}}
 WORDS = [*VISIBLE, *STRIPS, " ", "  ", "\n", "a", "b", ".", "</s>", "<|eot_id|>", "世"]
@@ -49,7 +49,7 @@ def extend(file: dict, tokens: dict[str, dict]) -> dict:
 def test_ids_are_those_of_tokenizers(file, corpus):
     tokenizer, other = HuggingFaceTokenizer(file), peer(file)
     for text in [*(text[:150_000] for text in corpus), *NASTY, *LONG]:
-        # A Metaspace takes a first space for the one it would put there, and loses it.
+        # A Metaspace adds no space before a text that begins with one, so that space is lost.
         metaspace = (file["pre_tokenizer"] or {}).get("type") == "Metaspace"
         taken = " " if metaspace and text[:1] in (" ", "\u2581") else ""
         assert tokenizer.encode(text) == ids(other, taken + text)
@@ -87,7 +87,7 @@ def test_added_tokens_are_found_as_tokenizers_finds_them(extended, kind, special
     file, tokenizer = extended[kind]
     text = "".join(parts)
     if kind in ("json_first", "json_always"):
-        text = text.replace(" ", "")  # see above: it loses a space after every token
+        text = text.replace(" ", "")  # see above: a space after every token is lost
     assert tokenizer.encode(text, special=special) == ids(peer_of(kind, file, special), text)
 
 
@@ -129,7 +129,7 @@ def test_many_added_tokens_take_little_time(spm_json):
         before = time.process_time()
         HuggingFaceTokenizer(spm_json | {"added_tokens": spm_json["added_tokens"] + many})
         seconds.append(time.process_time() - before)
-    assert min(seconds) < 1  # 0.04 s, and 2.3 s when each was looked for in a list of all
+    assert min(seconds) < 1  # 0.04 s; a search through a list for each took 2.3 s
 
 
 def test_truncation_padding_and_template_have_no_effect(made, byte_json):
@@ -149,7 +149,7 @@ def test_truncation_padding_and_template_have_no_effect(made, byte_json):
 
 
 def test_a_special_token_in_the_vocabulary_is_never_made_from_text(spm_json):
-    # "in" is a piece, which some file calls special.
+    # "in" is a piece, which another file declares special.
     tokenizer = HuggingFaceTokenizer(spm_json, special=["\u2581in"])
     (id,) = ids(peer(spm_json), "in")
     assert tokenizer.special_tokens["\u2581in"] == id
@@ -183,7 +183,7 @@ SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "in
 
 
 @pytest.mark.parametrize(
-    ("base", "path", "value", "said"),
+    ("base", "path", "value", "expected"),
     [
         ("byte", "model", {"type": "WordPiece", "vocab": {"a": 0}}, "its model is WordPiece"),
         ("byte", "model", {"type": "Unigram", "vocab": [["a", 0.0]]}, "its model is Unigram"),
@@ -198,16 +198,16 @@ SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "in
         ("byte", "decoder", None, "its decoder is none"),
         ("spaced", "decoder", {"type": "BPEDecoder"}, "its decoder is BPEDecoder"),
         ("spaced", "normalizer", LOWER, "the normaliser NFKC changes text"),
-        ("spaced", "normalizer", None, "of a space"),
+        ("spaced", "normalizer", None, "a space by U"),
         ("spaced", "pre_tokenizer", {"type": "Whitespace"}, "the pre-tokeniser Whitespace"),
         ("spaced", "pre_tokenizer", {"type": "Metaspace", "replacement": "_"}, "something else"),
         ("spaced", "model.byte_fallback", False, "it has no byte fallback"),
         ("spaced", "model.ignore_merges", True, "ignore_merges"),
         ("spaced", "model.vocab", {"a": 0}, "256 of 256 bytes have no token"),
         ("spaced", "model.vocab", {"a": 0, "b": 0}, "two of its pieces have one id"),
-        ("spaced", "model.merges", [["a", "nothing"]], "tokenizers does not read it"),
-        ("spaced", "added_tokens", [added("<s>", 7)], "'<s>' has the id 7, and 1 elsewhere"),
-        ("spaced", "added_tokens", [added("<z>", 7)], "'<z>' has the id 7, which is that of"),
+        ("spaced", "model.merges", [["a", "nothing"]], "cannot read it"),
+        ("spaced", "added_tokens", [added("<s>", 7)], "'<s>' has the id 7, but 1 elsewhere"),
+        ("spaced", "added_tokens", [added("<z>", 7)], "'<z>' has the id 7, which belongs to"),
         ("spaced", "added_tokens", [{"id": 3}], "not a tokenizer.json"),
         ("spaced", "added_tokens", 3, "not a tokenizer.json"),
         ("spaced", "model.vocab", {"a": "b"}, "not a tokenizer.json"),
@@ -223,17 +223,17 @@ SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "in
     ],
 )  # fmt: skip
 def test_what_does_not_give_text_back_is_refused_by_name(
-    byte_json, spm_json, base, path, value, said
+    byte_json, spm_json, base, path, value, expected
 ):
     file = changed({"byte": byte_json, "spaced": spm_json}[base], path, value)
-    with pytest.raises(UserError, match=f"^here: .*{said}") as e:
+    with pytest.raises(UserError, match=f"^here: .*{expected}") as e:
         HuggingFaceTokenizer(file, "here")
     assert "\n" not in str(e.value)
 
 
 def test_a_file_without_ends_is_an_error(byte_json):
     file = byte_json | {"added_tokens": byte_json["added_tokens"][2:]}
-    with pytest.raises(UserError, match=r"^here: bos_token: the file names none"):
+    with pytest.raises(UserError, match=r"^here: bos_token: the file has none"):
         HuggingFaceTokenizer(file, "here")
     with pytest.raises(UserError, match=r"eos_token '</s>' is not in the vocabulary"):
         HuggingFaceTokenizer(byte_json, "here", eos_token="</s>")

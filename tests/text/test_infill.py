@@ -1,4 +1,4 @@
-"""Infilling: Code Llama's ids, exact middles, and what a command line may ask for."""
+"""Infilling: Code Llama's ids, exact middles, and the prompts of a command line."""
 
 import struct
 
@@ -25,14 +25,14 @@ from jllama.text.spm import SentencePieceTokenizer
 from jllama.text.tokenizer import load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
 
-# What Code Llama's tokenizer.model has after Llama 2's pieces: all of them normal ones.
+# The pieces of Code Llama's tokenizer.model after Llama 2's, all of them of the normal type.
 CODE_LLAMA = ["▁<SU", "▁<SUF", "▁<PRE", "▁<M", "▁<MID", "▁<E", "▁<EOT", *PIECES]
 PRE, SUF, MID, EOT = 32007, 32008, 32009, 32010
 TEXTS = ["def f(x):\n    return y\n", "  two  spaces \n", "naïve 数据 🙂\t\r\n", "a", "  ", "☺☺ ☺"]
 
 
 def with_pieces(model: bytes, pieces: list[str]) -> bytes:
-    """The model with normal pieces appended: fields of one message join."""
+    """Appends normal pieces to the model: in a protocol buffer, repeated fields join."""
     for n, piece in enumerate(pieces):
         text = piece.encode()
         body = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -1e6 - n)
@@ -49,20 +49,20 @@ def code_llama(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def own(library):
+def trained_infill(library):
     config = TrainedTokenizer(kind="train", vocab_size=800, max_bytes=300_000, infill=True)
     return train_sentencepiece(library, config)
 
 
 @pytest.fixture(scope="session")
 def spaced(spm_model, tmp_path_factory):
-    """One that puts a space before a text, as Code Llama's does."""
+    """A tokenizer that adds a space before a text, as Code Llama's does."""
     path = tmp_path_factory.mktemp("spaced") / "tokenizer.model"
     path.write_bytes(with_pieces(spm_model, list(PIECES)))
     return load_tokenizer(path)
 
 
-@pytest.fixture(params=["own", "spaced"])
+@pytest.fixture(params=["trained_infill", "spaced"])
 def tokenizer(request):
     return request.getfixturevalue(request.param)
 
@@ -106,10 +106,10 @@ def test_a_vocabulary_may_join_the_smiling_face_with_what_follows(spm_model):
             assert ids == encode_continued(plain, text)
 
 
-def test_pieces_are_not_made_from_text_though_the_model_would(code_llama, own):
+def test_pieces_are_not_made_from_text_though_the_model_would(code_llama, trained_infill):
     sp = sentencepiece.SentencePieceProcessor(model_proto=code_llama.model)
     text = "a <PRE> b <EOT>"
-    for tokenizer in (code_llama, own):
+    for tokenizer in (code_llama, trained_infill):
         marks = {*infill_tokens(tokenizer)}
         for given in (text, *PIECES):
             assert not marks & {*tokenizer.encode(given)}
@@ -118,7 +118,7 @@ def test_pieces_are_not_made_from_text_though_the_model_would(code_llama, own):
     assert PRE in sp.encode(text)
 
 
-def test_they_are_kept_in_the_files(code_llama, tmp_path):
+def test_infill_tokens_are_saved_in_the_files(code_llama, tmp_path):
     code_llama.save(tmp_path)
     again = load_tokenizer(tmp_path)
     assert infill_tokens(again) == infill_tokens(code_llama)
@@ -126,7 +126,7 @@ def test_they_are_kept_in_the_files(code_llama, tmp_path):
 
 
 def split(tokenizer, ids):
-    """The pieces of a training document, by the ids between the marks."""
+    """Returns the ids between the infill tokens of a training document."""
     pre, suf, mid, end = infill_tokens(tokenizer)
     assert ids[:2] == [tokenizer.bos_id, pre] and ids[-1] == end
     at = ids.index(suf), ids.index(mid)
@@ -154,13 +154,13 @@ def test_a_document_gives_its_text_back(tokenizer):
 
 
 def test_the_first_space_of_a_middle_is_its_own(tokenizer):
-    """What follows a prompt, encoded as in training, is decoded to the middle and no more."""
+    """The ids after a prompt, encoded as in training, are decoded to exactly the middle."""
     for prefix, middle in (("", " x"), ("", "x"), ("a", " x"), ("a ", "x")):
         for format in ("psm", "spm"):
             infill = Infill(prefix, "", format)
             whole = document_ids(tokenizer, prefix + middle, (len(prefix), 10), format)
             prompt = prompt_ids(tokenizer, infill)
-            if whole[: len(prompt)] == prompt:  # in SPM a piece may cross the border
+            if whole[: len(prompt)] == prompt:  # in SPM a piece may span both
                 got = decoded(middle_stream(tokenizer, infill), whole[len(prompt) : -1])
                 assert got == middle, (prefix, format)
             else:
@@ -197,7 +197,7 @@ def test_added_tokens_of_other_files_serve_too(byte_json):
     assert infill_tokens(tokenizer) == (first, first + 1, first + 2, first + 3)
     ids = document_ids(tokenizer, "one two three", (3, 7), "psm")
     pieces = split(tokenizer, ids)
-    assert [tokenizer.decode(some) for some in pieces] == ["one", " three", " two"]
+    assert [tokenizer.decode(piece) for piece in pieces] == ["one", " three", " two"]
 
 
 def test_a_command_line_says_what_to_fill(tmp_path):
@@ -213,24 +213,24 @@ def test_a_command_line_says_what_to_fill(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "prefix", "format", "said"),
+    ("prompt", "prefix", "format", "expected"),
     [
-        ("<FILL_ME> and <FILL_ME>", None, None, "--prompt: <FILL_ME> stands in it 2 times; .*one"),
+        ("<FILL_ME> and <FILL_ME>", None, None, "--prompt: <FILL_ME> appears 2 times.*one"),
         (
             "text",
             "file",
             None,
-            "--prompt: stands beside --prefix-file or --suffix-file; .* not both",
+            "--prompt: .*--prefix-file.*--suffix-file",
         ),
         ("text", None, "spm", "--infill-format spm: there is nothing to fill; write <FILL_ME>"),
         ("", "nowhere/file", None, "nowhere/file: no such file"),
     ],
 )
-def test_what_cannot_be_filled_is_one_line(prompt, prefix, format, said):
-    with pytest.raises(UserError, match=said):
+def test_what_cannot_be_filled_is_one_line(prompt, prefix, format, expected):
+    with pytest.raises(UserError, match=expected):
         prompt_from_options(prompt, prefix, None, format)
 
 
-def test_an_unknown_format_is_one_line(own):
+def test_an_unknown_format_is_one_line(trained_infill):
     with pytest.raises(UserError, match="format 'pms' is unknown; psm or spm"):
-        prompt_ids(own, Infill("a", "b", "pms"))
+        prompt_ids(trained_infill, Infill("a", "b", "pms"))

@@ -85,12 +85,15 @@ def test_a_last_line_without_an_end_and_other_line_ends_are_read(made, llama3_mo
 
 def broken(ranks: list[bytes]) -> dict[str, tuple[bytes, str]]:
     lines = tiktoken_file(ranks).splitlines(keepends=True)
-    one = base64.b64encode(ranks[300])
+    piece = base64.b64encode(ranks[300])
     return {
         "cut in a piece": (b"".join(lines[:300]) + lines[300][:3], ":301: not a piece"),
-        "cut in a rank": (b"".join(lines[:300]) + one + b" 3", ":301: rank 3 where 300 is due"),
+        "cut in a rank": (b"".join(lines[:300]) + piece + b" 3", ":301: rank 3 where 300 is due"),
         "a gap": (b"".join(lines[:300] + lines[301:]), ":301: rank 301 where 300 is due"),
-        "twice": (b"".join(lines[:301]) + one + b" 301\n", ":302: the piece .* of rank 300 again"),
+        "twice": (
+            b"".join(lines[:301]) + piece + b" 301\n",
+            ":302: repeats the piece .* of rank 300",
+        ),
         "an empty line": (b"".join(lines[:9]) + b"\n", ":10: not a piece"),
         "words": (b"".join(lines[:9]) + b"a b c\n", ":10: not a piece"),
         "no base64": (b"".join(lines[:9]) + b"*** 9\n", ":10: not a piece"),
@@ -101,8 +104,8 @@ def broken(ranks: list[bytes]) -> dict[str, tuple[bytes, str]]:
 
 @pytest.mark.parametrize("name", broken([bytes([i % 256]) * (1 + i // 256) for i in range(400)]))
 def test_a_damaged_file_is_one_line_with_its_number(ranks, name):
-    model, said = broken(ranks)[name]
-    with pytest.raises(UserError, match=f"^here{said}") as e:
+    model, expected = broken(ranks)[name]
+    with pytest.raises(UserError, match=f"^here{expected}") as e:
         TiktokenTokenizer(model, "here")
     assert "\n" not in str(e.value)
 

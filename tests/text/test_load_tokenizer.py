@@ -1,4 +1,4 @@
-"""One door: files by their content, folders with their settings, damage in one line."""
+"""Loading: files by their content, folders with their settings, errors in one line."""
 
 import json
 
@@ -14,7 +14,7 @@ from jllama.text.tokenizer import load_tokenizer
 
 @pytest.fixture
 def folder(tmp_path):
-    """Writes files into a folder: bytes as they are, anything else as JSON."""
+    """Writes files to a folder: bytes as they are, anything else as JSON."""
 
     def write(**files):
         for name, content in files.items():
@@ -51,7 +51,7 @@ def test_a_json_that_disagrees_with_the_model_wins(folder, spm_model, spm_json, 
         tokenizer = load_tokenizer(folder(tokenizer__model=spm_model, tokenizer__json=file))
         assert isinstance(tokenizer, HuggingFaceTokenizer)
         assert tokenizer.special_tokens["<new>"] == 40_000
-    else:  # and is refused, here for a byte without a token
+    else:  # it is refused, because a byte has no token
         file["model"] = spm_json["model"] | {"vocab": vocab}
         with pytest.raises(UserError, match=r"tokenizer\.json: .*1 of 256 bytes have no token"):
             load_tokenizer(folder(tokenizer__model=spm_model, tokenizer__json=file))
@@ -76,7 +76,7 @@ def test_llama3s_own_json_agrees_and_one_with_other_names_wins(folder, llama3_mo
 
 
 def test_added_tokens_of_a_folder(folder, spm_model, made):
-    """As Chinese-Alpaca has them: one file with ids, and another that says what is special."""
+    """Chinese-Alpaca has one file with ids, and another that declares special tokens."""
     n = made["spm"].vocab_size
     path = folder(
         tokenizer__model=spm_model,
@@ -188,7 +188,7 @@ def test_metas_folder_may_have_its_tokenizer_above(tmp_path, llama3_model):
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "expected"),
     [
         ({}, "no such tokenizer: neither tokenizer.model nor tokenizer.json is in the folder"),
         ({"tokenizer__model": b""}, "tokenizer.model: not a SentencePiece model"),
@@ -199,24 +199,24 @@ def test_metas_folder_may_have_its_tokenizer_above(tmp_path, llama3_model):
         ({"tokenizer__json": b"[" * 100_000}, "tokenizer.json: not JSON"),
         ({"tokenizer__json": []}, "tokenizer.json: not a tokenizer.json"),
         ({"tokenizer__json": {"a": 1}}, "tokenizer.json: not a tokenizer.json"),
-        ({"tokenizer_config__json": b"{"}, "tokenizer_config.json: not JSON"),
-        ({"tokenizer_config__json": []}, "tokenizer_config.json: not a JSON object"),
+        ({"tokenizer_config__json": b"{"}, "tokenizer_config.json: not readable as JSON"),
+        ({"tokenizer_config__json": []}, "tokenizer_config.json: expected a JSON object"),
         ({"tokenizer_config__json": {"bos_token": 1}}, "tokenizer_config.json: not as Hugging"),
         ({"tokenizer_config__json": {"added_tokens_decoder": {"x": {}}}}, "config.json: not as H"),
         ({"tokenizer_config__json": {"added_tokens_decoder": {"5": {}}}}, "config.json: not as H"),
         ({"tokenizer_config__json": {"eos_token": "<e>"}}, "eos_token '<e>' is not in the voc"),
         ({"special_tokens_map__json": {"pad_token": 1}}, "map.json: not as Hugging"),
         ({"added_tokens__json": {"a": "b"}}, "added_tokens.json: not as Hugging"),
-        ({"added_tokens__json": {"[PAD]": 5}}, "'.PAD.' has the id 5, which is that of '<0x02>'"),
+        ({"added_tokens__json": {"[PAD]": 5}}, "'.PAD.' has the id 5, which belongs to '<0x02>'"),
         ({"generation_config__json": {"eos_token_id": "2"}}, "generation_config.json: not as H"),
         ({"generation_config__json": {"eos_token_id": 1 << 20}}, "eos_token_id 1048576 of gen"),
     ],
     ids=lambda x: "" if isinstance(x, dict) else x[:24],
 )  # fmt: skip
-def test_bad_files_are_one_line(folder, spm_model, files, said):
+def test_bad_files_are_one_line(folder, spm_model, files, expected):
     if files and not any(name.startswith("tokenizer__") for name in files):
         files = files | {"tokenizer__model": spm_model}
-    with pytest.raises(UserError, match=said) as e:
+    with pytest.raises(UserError, match=expected) as e:
         load_tokenizer(folder(**files))
     assert "\n" not in str(e.value)
 

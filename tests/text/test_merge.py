@@ -1,4 +1,4 @@
-"""Merged vocabularies: the base's ids stay, the rest follows, and sentencepiece encodes alike."""
+"""Merged vocabularies: the base keeps its ids, and sentencepiece gives the same ids."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from jllama.config import TrainedTokenizer
 from jllama.errors import UserError
 from jllama.interop.hf_tokenizer import tokenizer_files
 from jllama.text.infill import PIECES, infill_tokens
-from jllama.text.merge import made_of, merge
+from jllama.text.merge import merge_vocabularies, spell_new_ids
 from jllama.text.sentencepiece_model import Piece, PieceType, append_pieces, parse_sentencepiece
 from jllama.text.spm import SentencePieceTokenizer
 from jllama.text.tokenizer import TiktokenTokenizer, load_tokenizer
@@ -42,7 +42,9 @@ def sentencepiece_model(kind, text=CHINESE, **options):
 
 @pytest.fixture(scope="module", params=["unigram", "bpe"])
 def merged(request, base):
-    return merge(base, sentencepiece_model(request.param), specials=["<a>"], pad="[PAD]")
+    return merge_vocabularies(
+        base, sentencepiece_model(request.param), specials=["<a>"], pad="[PAD]"
+    )
 
 
 def pieces(tokenizer):
@@ -82,7 +84,7 @@ def test_it_is_saved_with_its_pad_token(merged, tmp_path):
     again = load_tokenizer(tmp_path)
     assert again.digest == merged.tokenizer.digest
     assert again.carried == {"pad_token": "[PAD]"}
-    # The model's own file says it too.
+    # The model's file has it too.
     alone = load_tokenizer(tmp_path / "tokenizer.model")
     for tokenizer in (again, alone):
         config = json.loads(tokenizer_files(tokenizer)["tokenizer_config.json"])
@@ -90,10 +92,10 @@ def test_it_is_saved_with_its_pad_token(merged, tmp_path):
 
 
 def test_what_is_special_in_new_is_no_piece_of_the_text(base, tmp_path):
-    """Code Llama's model has its tokens of infilling as normal pieces."""
+    """Code Llama's model has its infill tokens as normal pieces."""
     more = [Piece(text, -1.0, PieceType.NORMAL) for text in ("☃☄", *PIECES)]
     (tmp_path / "new.model").write_bytes(append_pieces(base.model, more))
-    made = merge(base, load_tokenizer(tmp_path / "new.model"), specials=PIECES)
+    made = merge_vocabularies(base, load_tokenizer(tmp_path / "new.model"), specials=PIECES)
     assert (made.appended, made.specials) == (1, 4)
     made.tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
@@ -104,7 +106,7 @@ def test_what_is_special_in_new_is_no_piece_of_the_text(base, tmp_path):
 
 def test_pieces_that_no_merge_makes_are_counted(base):
     more = [Piece(text, -1.0, PieceType.NORMAL) for text in ("☃☄", "☃☄★", "♠♣♥")]
-    made = merge(base, SentencePieceTokenizer(append_pieces(base.model, more)))
+    made = merge_vocabularies(base, SentencePieceTokenizer(append_pieces(base.model, more)))
     # Neither "♠♣" nor "♣♥" is a piece.
     assert (made.appended, made.unreachable) == (3, 1)
     sp = sentencepiece.SentencePieceProcessor(model_proto=made.tokenizer.model)
@@ -112,7 +114,7 @@ def test_pieces_that_no_merge_makes_are_counted(base):
 
 
 def test_new_pieces_are_spelt_by_the_bases(base, merged):
-    spelt = made_of(base, merged.tokenizer)
+    spelt = spell_new_ids(base, merged.tokenizer)
     assert len(spelt) == merged.appended + 2
     assert spelt[-2:] == [[], []]
     for i, ids in enumerate(spelt[:-2]):
@@ -126,24 +128,24 @@ def test_a_space_before_the_text_is_no_part_of_a_piece():
         "bpe", CHINESE, byte_fallback=True, remove_extra_whitespaces=False, vocab_size=400
     )
     new = sentencepiece_model("unigram", "xyz xyz xyz。xyz qq", vocab_size=12)
-    made = merge(base, new)
+    made = merge_vocabularies(base, new)
     space = pieces(base).index(next(p for p in pieces(base) if p.text == "\u2581"))
-    for i, ids in enumerate(made_of(base, made.tokenizer)):
+    for i, ids in enumerate(spell_new_ids(base, made.tokenizer)):
         assert (space in ids) == ("\u2581" in made.tokenizer.pieces[made.base + i])
 
 
 def test_another_vocabulary_is_refused_by_its_first_id(base, merged):
     with pytest.raises(UserError, match=r"has 400 ids and the model's own .*grows"):
-        made_of(merged.tokenizer, base)
+        spell_new_ids(merged.tokenizer, base)
     other = train_sentencepiece([CODE[::-1]], TrainedTokenizer(kind="train", vocab_size=420))
-    with pytest.raises(UserError, match=r"id \d+ is '.*', and '.*' in the model's own"):
-        made_of(base, other)
+    with pytest.raises(UserError, match=r"id \d+ is '.*', but '.*' in the model's own"):
+        spell_new_ids(base, other)
 
 
 def test_types_that_do_not_mix_are_one_line(base, llama3_model, merged):
     chinese = sentencepiece_model("unigram")
     tiktoken = TiktokenTokenizer(llama3_model, "file")
-    for ours, theirs, said in (
+    for ours, theirs, expected in (
         (chinese, base, r"^BASE: .*type unigram.*must be of type bpe"),
         (
             base,
@@ -154,27 +156,27 @@ def test_types_that_do_not_mix_are_one_line(base, llama3_model, merged):
         (base, tiktoken, r"^NEW: a Tiktoken tokenizer"),
         (base, sentencepiece_model("bpe", treat_whitespace_as_suffix=True), "different sides"),
     ):
-        with pytest.raises(UserError, match=said) as e:
-            merge(ours, theirs)
+        with pytest.raises(UserError, match=expected) as e:
+            merge_vocabularies(ours, theirs)
         assert "\n" not in str(e.value)
     for tokens, why in (
-        (["<s>"], "'<s>': is a piece already"),
-        (["文"], "'文': is a piece already"),
-        (["[X]", "x"], "'x': is a piece already"),
-        (["[X]", "[X]"], r"'\[X\]': .*, or given twice"),
+        (["<s>"], "'<s>': already is a piece"),
+        (["文"], "'文': already is a piece"),
+        (["[X]", "x"], "'x': already is a piece"),
+        (["[X]", "[X]"], r"'\[X\]': .*given twice"),
         ([""], "'': has no text"),
         (["a\0"], r"'a\\x00': is not printable"),
         (["\udcff"], r"'\\udcff': is not printable"),
     ):
         with pytest.raises(UserError, match=f"^special token {why}"):
-            merge(base, chinese, specials=tokens)
+            merge_vocabularies(base, chinese, specials=tokens)
 
 
 def test_added_tokens_of_the_base_are_in_the_way(base, tmp_path):
     base.save(tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<pad>": 400}')
     with pytest.raises(UserError, match=r"^BASE: .*'<pad>' has the id 400.*--special"):
-        merge(load_tokenizer(tmp_path), sentencepiece_model("bpe"))
+        merge_vocabularies(load_tokenizer(tmp_path), sentencepiece_model("bpe"))
 
 
 @pytest.mark.skipif("JLLAMA_TEST_DATA" not in os.environ, reason="JLLAMA_TEST_DATA is unset")
@@ -183,9 +185,9 @@ def test_llama2_and_the_chinese_pieces_have_the_published_sizes():
     llama, chinese = (
         load_tokenizer(folder / f"{name}.model") for name in ("llama2_tokenizer", "chinese_sp")
     )
-    made = merge(llama, chinese)
+    made = merge_vocabularies(llama, chinese)
     assert made.tokenizer.vocab_size == 49_953
-    padded = merge(llama, chinese, pad="[PAD]").tokenizer
+    padded = merge_vocabularies(llama, chinese, pad="[PAD]").tokenizer
     assert (padded.vocab_size, padded.special_tokens["[PAD]"]) == (49_954, 49_953)
     sp = sentencepiece.SentencePieceProcessor(model_proto=made.tokenizer.model)
     assert sp.vocab_size() == 49_953

@@ -1,4 +1,4 @@
-"""SentencePiece models: the ids are SentencePiece's own, and added tokens stand beside them."""
+"""SentencePiece models: the ids are SentencePiece's, with added tokens beside them."""
 
 import hashlib
 from io import BytesIO
@@ -22,7 +22,7 @@ def sp(spm_model):
 
 @pytest.fixture
 def extended(spm_model, sp):
-    """One special token and one that is not, after the model's pieces."""
+    """A tokenizer with a special and an ordinary token after the model's pieces."""
 
     def make(**kwargs):
         n = sp.vocab_size()
@@ -46,7 +46,7 @@ def test_a_chinese_model_gives_its_own_ids(data):
     path = data / "tokenizers" / "chinese_sp.model"
     sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     tokenizer = load_tokenizer(path)
-    # Line by line: over megabytes its Unigram scores are rounded, and near ties fall either way.
+    # Line by line, because Unigram scores are rounded over megabytes, which decides near ties.
     instructions = (data / "instruction" / "alpaca_zh_demo.json").read_text().splitlines()
     for text in [CHINESE, *instructions, *SPELT]:
         assert tokenizer.encode(text) == sp.encode(text)
@@ -74,7 +74,7 @@ def test_added_tokens_stand_beside_the_model(extended, sp, legacy):
     n = sp.vocab_size()
     assert tokenizer.added_tokens == {PAD: n, FOO: n + 1}
     assert tokenizer.vocab_size == n + 2
-    # The model's own ids, and a space before what follows an added token, or none.
+    # The ids are the model's, with or without a space after an added token.
     after = sp.encode("b") if legacy else sp.encode("a b")[len(sp.encode("a ")) - 1 :]
     if not legacy:
         assert sp.decode([*sp.encode("a"), *tokenizer.encode(f"{FOO}b")[1:]]) == "ab"
@@ -97,16 +97,16 @@ def test_ids_between_the_model_and_an_added_token_have_no_text(spm_model, sp):
 
 
 @pytest.mark.parametrize(
-    ("text", "id", "said"),
+    ("text", "id", "expected"),
     [
-        (PAD, 5, r"\[PAD\]' has the id 5, which is that of '<0x02>'"),
-        ("<s>", 40, "<s>' has the id 40, and 1 elsewhere"),
+        (PAD, 5, r"\[PAD\]' has the id 5, which belongs to '<0x02>'"),
+        ("<s>", 40, "<s>' has the id 40, but 1 elsewhere"),
         (PAD, -1, "impossible id -1"),
         (PAD, 1 << 40, "impossible id"),
     ],
 )
-def test_added_tokens_that_collide_are_an_error(spm_model, text, id, said):
-    with pytest.raises(UserError, match=f"^here: added token.*{said}"):
+def test_added_tokens_that_collide_are_an_error(spm_model, text, id, expected):
+    with pytest.raises(UserError, match=f"^here: added token.*{expected}"):
         SentencePieceTokenizer(spm_model, "here", added=[AddedToken(text, id)])
 
 

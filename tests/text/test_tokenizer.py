@@ -1,4 +1,4 @@
-"""What every kind does: any text comes back, whole and streamed, and makes no special token."""
+"""Every kind: any text comes back, at once and streamed, and no special token is made from it."""
 
 import pickle
 
@@ -104,7 +104,7 @@ def test_a_stream_is_decode_and_never_cuts_a_character(made, kind, data):
 
 
 def test_broken_utf8_is_replaced_and_what_follows_is_kept(tokenizer):
-    (*ids, _) = tokenizer.encode("a\U000e0001")  # a character that no vocabulary has whole
+    (*ids, _) = tokenizer.encode("a\U000e0001")  # no vocabulary has a piece for this character
     assert tokenizer.decode([*ids, *tokenizer.encode("\n")]).strip(" \n") == "a\ufffd"
     stream = tokenizer.stream()
     assert "".join(map(stream.feed, ids)) == "a"

@@ -27,8 +27,8 @@ def test_training_is_deterministic(cross_words):
 
 
 def test_a_line_break_with_its_indentation_is_one_piece():
-    found = pieces(train_sentencepiece(TEXTS, config()), CODE)
-    assert "\n    " in found and "\n        " in found
+    known = pieces(train_sentencepiece(TEXTS, config()), CODE)
+    assert "\n    " in known and "\n        " in known
 
 
 def test_digits_are_split_and_words_are_not_crossed():

@@ -1,4 +1,4 @@
-"""Texts that tokenizers get wrong, and every character there is."""
+"""Texts that tokenizers get wrong, and every Unicode character."""
 
 SPELT = [
     "<|eot_id|>", "a<|begin_of_text|>b", "</s>", "<s>", "<unk>", " </s> ", "[INST]", "<0x41>",

@@ -1,4 +1,4 @@
-"""Files of tokenizers, and Hugging Face's own reading of one."""
+"""Files of tokenizers, and a reference that reads them with Hugging Face's `tokenizers`."""
 
 import base64
 import json
@@ -13,14 +13,14 @@ def tiktoken_file(ranks: list[bytes]) -> bytes:
 
 
 def merges(rank: dict[str, float]) -> list[list[str]]:
-    """Every pair of pieces that is a piece, the lowest ranks first, as Hugging Face converts."""
-    found = [
+    """Returns every pair of pieces that makes a piece, by rank, as Hugging Face converts them."""
+    pairs = [
         (rank[piece], -i, i - len(piece), piece[:i], piece[i:])
         for piece in rank
         for i in range(1, len(piece))
         if piece[:i] in rank and piece[i:] in rank
     ]
-    return [[left, right] for *_, left, right in sorted(found)]
+    return [[left, right] for *_, left, right in sorted(pairs)]
 
 
 def added(text: str, id: int, **flags) -> dict:
@@ -30,13 +30,13 @@ def added(text: str, id: int, **flags) -> dict:
 
 
 def metaspace(file: dict, scheme: str) -> dict:
-    """The same vocabulary with a pre-tokeniser that puts the space there."""
+    """Returns the file with a pre-tokeniser, instead of the normaliser, that adds the space."""
     step = {"type": "Metaspace", "replacement": "\u2581", "split": False}
     return file | {"normalizer": None, "pre_tokenizer": step | {"prepend_scheme": scheme}}
 
 
 def marked(file: dict) -> dict:
-    """The same again: spaces are marked first, so that one more before the text is no other."""
+    """Returns the file with a normaliser that marks spaces, and two pre-tokenisers."""
     space = {"type": "Metaspace", "split": False}
     first = space | {"replacement": " ", "prepend_scheme": "first"}
     second = space | {"replacement": "\u2581", "prepend_scheme": "never"}
@@ -47,7 +47,7 @@ def marked(file: dict) -> dict:
 
 
 def peer(file: dict, special: bool = False) -> tokenizers.Tokenizer:
-    """`tokenizers` on the whole file; without `special` it leaves special tokens in text alone."""
+    """Returns the tokenizer of `tokenizers`; it encodes special tokens in text if `special`."""
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(file))
     tokenizer.encode_special_tokens = not special
     return tokenizer

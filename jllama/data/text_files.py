@@ -1,4 +1,7 @@
-"""Files by pattern, their bytes streamed, decompressed and split. Every problem is a UserError."""
+"""Finds the files of a source by pattern; streams, decompresses and splits them.
+
+Every problem is a UserError.
+"""
 
 import contextlib
 import gzip
@@ -20,25 +23,26 @@ class NoFiles(UserError):
     """A pattern that matches no file."""
 
 
-def matches(patterns: tuple[str, ...], suffix: str = "") -> list[str]:
-    """Sorted paths, as spelt by the patterns. `NoFiles` for a pattern that matches no file.
+def find_files(patterns: tuple[str, ...], suffix: str = "") -> list[str]:
+    """Returns the paths that the patterns match, sorted and spelt as in the patterns.
 
-    `suffix` is what such files mostly end with, for advice.
+    Raises `NoFiles` for a pattern that matches no file. For a folder the error proposes a pattern
+    of the files in it that end with `suffix`.
     """
-    found = set()
+    paths = set()
     for pattern in patterns:
         names = storage.matches(pattern)
         if not names:
             if storage.is_folder(storage.path(pattern)):
                 glob = f"{pattern.rstrip('/')}/**/*{suffix}"
-                raise NoFiles(f"{pattern}: is a folder; its files are {glob!r}")
+                raise NoFiles(f"{pattern}: is a folder; write {glob!r} for the files in it")
             raise NoFiles(f"{pattern}: no file matches; check the path")
-        found.update(names)
-    return sorted(found)
+        paths.update(names)
+    return sorted(paths)
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+def file_digest(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hex."""
     with _opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -52,8 +56,11 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: no such file") from None
 
 
-def chunks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, decompressed by its suffix. UserError if compressed data is broken."""
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """Yields the bytes of a file, decompressed if its suffix is .gz or .zst.
+
+    Raises UserError for a missing file, and for compressed data that are broken or end early.
+    """
     with _opened(path) as file:
         try:
             if path.suffix == ".gz":
@@ -72,7 +79,7 @@ def chunks(path: Path) -> Iterator[bytes]:
 
 
 def _unzstd(file: BinaryIO) -> Iterator[bytes]:
-    # Not stream_reader: that takes a truncated file for a whole one.
+    # Not stream_reader, which reads a truncated file as if it were whole.
     frame = None
     while data := file.read(_CHUNK >> 3):
         while data:
@@ -86,17 +93,20 @@ def _unzstd(file: BinaryIO) -> Iterator[bytes]:
         raise EOFError
 
 
-def split(path: Path, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """(line number of its start, bytes) of each part between separators; the last may be empty."""
-    line, held = 1, bytearray()
-    for chunk in chunks(path):
-        start = max(0, len(held) - len(separator) + 1)
-        held += chunk
+def split_file(path: Path, separator: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yields the parts between separators as (number of the line where it starts, bytes).
+
+    The last part may be empty.
+    """
+    line, buffer = 1, bytearray()
+    for chunk in read_chunks(path):
+        start = max(0, len(buffer) - len(separator) + 1)
+        buffer += chunk
         done = 0
-        while (at := held.find(separator, max(start, done))) >= 0:
-            part = bytes(held[done:at])
+        while (at := buffer.find(separator, max(start, done))) >= 0:
+            part = bytes(buffer[done:at])
             yield line, part
             line += part.count(b"\n") + separator.count(b"\n")
             done = at + len(separator)
-        del held[:done]
-    yield line, bytes(held)
+        del buffer[:done]
+    yield line, bytes(buffer)

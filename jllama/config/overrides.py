@@ -1,0 +1,69 @@
+"""Dotted overrides: `data.train.0.weight=2` sets one value among the nested values of a recipe."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jllama.config.plain_yaml import parse_yaml
+from jllama.errors import UserError
+
+
+def override(data: dict, overrides: Sequence[str]) -> dict:
+    """Sets every `key=value` in `data`, in place and before validation, and returns `data`.
+
+    A value is YAML, except that plain text is taken as it stands. A number in the key is the index
+    of a list's item. A new `kind` removes the keys beside it that no earlier override has set.
+    Raises UserError, naming the key.
+    """
+    assigned: set[str] = set()
+    for item in overrides:
+        key, eq, text = item.partition("=")
+        if not eq or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
+            raise UserError(f"{item!r}: an override is written key=value, with dots inside the key")
+        try:
+            value = _parse_value(text)
+        except ValueError as e:
+            raise UserError(f"{key}: {text!r} is not a YAML value: {e}") from None
+        _assign(data, key, value, assigned)
+        assigned.add(key)
+    return data
+
+
+def _parse_value(text: str) -> Any:
+    if not text:
+        return text  # YAML reads nothing as null
+    value = parse_yaml(text)
+    # YAML would drop the spaces around plain text, and what follows " #".
+    quoted = text.lstrip().startswith(("'", '"', "|", ">", "&", "!"))
+    return text if isinstance(value, str) and not quoted else value
+
+
+def _assign(data: dict, key: str, value: Any, assigned: set[str]) -> None:
+    node: Any = data
+    *parents, last = key.split(".")
+    for i, name in enumerate(parents):
+        path = ".".join(parents[: i + 1])
+        if isinstance(node, list):
+            node = node[_index(node, name, path)]
+        else:
+            if node.get(name) is None:
+                node[name] = {}
+            node = node[name]
+        if not isinstance(node, (dict, list)):
+            raise UserError(f"{key}: {path} is a single value, without keys")
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    elif last == "kind" and node.get("kind") != value:
+        # The keys of the old member of a sum type mean nothing in the new one; those that an
+        # earlier override has set are meant for the new one.
+        remaining = {k: v for k, v in node.items() if ".".join([*parents, k]) in assigned}
+        node.clear()
+        node |= remaining | {"kind": value}
+    else:
+        node[last] = value
+
+
+def _index(items: list, name: str, key: str) -> int:
+    if not name.isdigit() or int(name) >= len(items):
+        raise UserError(f"{key}: a list of {len(items)} takes an index below {len(items)}")
+    return int(name)
