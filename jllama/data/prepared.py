@@ -66,8 +66,8 @@ class Prepared:
         folder = storage.path(folder)
         if str(folder).startswith("s3://") and not cache:
             raise UserError(
-                f"{folder}: array_record reads only local files and gs://; set"
-                " data.prepare.cache to a local folder for copies"
+                f"{folder}: array_record reads only local files and gs://; name a local"
+                " folder for copies in data.prepare.cache"
             )
         try:
             identity = json.loads(storage.read_text(folder / MARKER))
