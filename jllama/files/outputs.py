@@ -107,8 +107,9 @@ def stoppable(where: Path) -> Iterator[None]:
         if status:
             os.write(stderr, b"interrupted\n")
             parts = f"{glob.escape(os.fspath(where.resolve()))}.{os.getpid()}-*.part"
-            while left := glob.glob(parts):
-                storage.discard(Path(left[0]))
+            for part in glob.glob(parts):  # a thread may have made one again
+                with contextlib.suppress(OSError):
+                    storage.discard(Path(part))
             os._exit(status)
         for number, handler in before.items():
             signal.signal(number, handler)
