@@ -13,20 +13,16 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType as FileType
 
-from jllama.config import (
-    LinearRopeScaling,
-    Llama3RopeScaling,
-    ModelConfig,
-    YarnRopeScaling,
-)
+from jllama.config import ModelConfig, RopeScaling
 from jllama.errors import UserError
 from jllama.files import outputs
 from jllama.flops import parameter_count
 from jllama.interop.gguf_vocabulary import vocabulary_of
 from jllama.interop.names import name_of
 from jllama.interop.parameters import check_named, file_specs, file_tensors
+from jllama.interop.rope_formats import ROPE_FORMATS
 from jllama.model.llama import Params
-from jllama.model.rope import depends_on_length, effective_theta, inverse_frequencies
+from jllama.model.rope import effective_theta, inverse_frequencies
 from jllama.progress import Progress, say
 from jllama.text.tokenizer import Tokenizer
 
@@ -68,7 +64,7 @@ def write_gguf(
       StorageError: the disk is full, or the storage fails.
     """
     kind = kind_of(kind)
-    _check_rope(config)
+    _check_rope(config.rope)
     specs = file_specs(config)
     tensors = file_tensors(params, specs, "gguf", interleaved=True)
     types = {name: _type(kind, name, tensor.shape) for name, tensor in tensors.items()}
@@ -108,7 +104,7 @@ def write_gguf(
 def check_expressible(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
     """UserError if GGUF, or llama.cpp, cannot express the model or its tokenizer."""
     check_named(file_specs(config))
-    _check_rope(config)
+    _check_rope(config.rope)
     vocabulary_of(tokenizer, config.vocab_size)
 
 
@@ -176,41 +172,51 @@ def _add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, kind: str, name:
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(effective_theta(config))
-    match config.rope:
-        case LinearRopeScaling(factor=factor):
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(factor)
-        case YarnRopeScaling() as rope:
-            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-            writer.add_rope_scaling_factor(rope.factor)
-            writer.add_rope_scaling_orig_ctx_len(rope.original_length)
-            if rope.attention_factor is not None:  # there it stands beside YaRN's own
-                own = 0.1 * math.log(rope.factor) + 1
-                writer.add_rope_scaling_attn_factors(rope.attention_factor / own)
+    for key, value in _rope_metadata(config).items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+        add[type(value)](key, value)
 
 
-def _check_rope(config: ModelConfig) -> None:
-    rope = config.rope
-    if depends_on_length(config):
+def _check_rope(rope: RopeScaling) -> None:
+    """UserError if llama.cpp does not compute this RoPE."""
+    format = ROPE_FORMATS[rope.kind]
+    if format.gguf is None:
         raise UserError(
             f"model.rope.kind={rope.kind}: llama.cpp has no RoPE that depends on the length; choose"
             " ntk, whose alpha is that of one length, yarn or linear"
         )
-    if isinstance(rope, YarnRopeScaling):
-        # The file has keys for the bands, which llama.cpp does not read for this architecture.
-        for key, fixed in (("beta_fast", 32.0), ("beta_slow", 1.0), ("truncate", True)):
-            value = getattr(rope, key)
-            if value != fixed:
-                raise UserError(
-                    f"model.rope.{key}={value}: llama.cpp's YaRN has {fixed} and nothing else"
-                )
+    for field, fixed in format.gguf_fixed.items():
+        value = getattr(rope, field)
+        if value != fixed:
+            raise UserError(
+                f"model.rope.{field}={value}: llama.cpp computes {rope.kind} with {fixed} only"
+            )
+
+
+def _rope_metadata(config: ModelConfig) -> dict[str, str | int | float]:
+    """The metadata of a GGUF file about RoPE, by key."""
+    rope, format = config.rope, ROPE_FORMATS[config.rope.kind]
+    metadata = {
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": effective_theta(config),
+    }
+    if format.gguf:
+        metadata["llama.rope.scaling.type"] = format.gguf
+    for field, key in format.gguf_keys.items():
+        value = getattr(rope, field)
+        if field == "attention_factor" and value is not None:
+            value /= 0.1 * math.log(rope.factor) + 1  # llama.cpp multiplies it with YaRN's own
+        if value is not None:
+            metadata[f"llama.rope.scaling.{key}"] = value
+    return metadata
 
 
 def _rope_factors(config: ModelConfig) -> np.ndarray | None:
-    """What each frequency is divided by, [head_dim/2] float32: the way to say llama3's scaling."""
-    if not isinstance(config.rope, Llama3RopeScaling):
+    """What a GGUF file divides each frequency by, [N/2] float32; None where it needs no tensor.
+
+    N is the head's width.
+    """
+    if not ROPE_FORMATS[config.rope.kind].gguf_tensor:
         return None
     unscaled = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     return (unscaled / inverse_frequencies(config)).astype(np.float32)

@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jllama.config import Llama3RopeScaling, ModelConfig
+from jllama.config import ModelConfig
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.files import storage
+from jllama.interop.json_config import Positive, Size, check, json_dataclass
 from jllama.interop.names import NAMES, name_of
 from jllama.interop.parameters import drop_tied_head
 from jllama.interop.pth import read_pth
+from jllama.interop.rope_formats import ROPE_FORMATS
 from jllama.interop.tensors import FileTensor, JoinedTensor, RepeatedTensor, Tensor
 
 PARAMS = "params.json"
@@ -28,14 +30,25 @@ _HEAD, _TABLE, _NORM, _GATE = (
     for path in ("head.weight", "embedding.weight", "final_norm.scale", "layers.mlp.gate.kernel")
 )
 _DERIVED = {"rope.freqs"}  # a buffer, no parameter
-# What params.json may say: the sizes, what the sizes of the tensors say as well, and nothing else.
-# Of the scalings, those that Meta published.
-_ROPES = ("none", "llama3")
-_KNOWN = {
-    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta",
-    "use_scaled_rope", "multiple_of", "ffn_dim_multiplier", "max_seq_len", "max_batch_size",
-    "model_parallel_size",
-}  # fmt: skip
+
+
+@json_dataclass
+class _Params:
+    """What params.json may say. The tensors' shapes repeat what no field's type is given for."""
+
+    dim: Size
+    n_layers: Size
+    n_heads: Size
+    n_kv_heads: Size | None = None
+    vocab_size: int = -1  # LLaMA 1 and 2 leave it to the tokenizer
+    norm_eps: Positive
+    rope_theta: Positive | None = None
+    use_scaled_rope: bool = False
+    multiple_of: Any = None
+    ffn_dim_multiplier: Any = None
+    max_seq_len: Any = None
+    max_batch_size: Any = None
+    model_parallel_size: Any = None
 
 
 def read_folder(
@@ -101,44 +114,34 @@ def _joined(folder: Path, name: str, parts: tuple[FileTensor, ...], dim: int) ->
 
 def _facts(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the folder says of the model, by the names of `ModelConfig`."""
-    params = storage.read_json(file)
-    if unknown := sorted(params.keys() - _KNOWN):
+    values = storage.read_json(file)
+    if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(_Params)}):
         raise UserError(f"{file}: {', '.join(unknown)}: not expressible here")
-
-    def number(key: str, kind: type | tuple[type, ...] = int) -> Any:
-        value = params.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
-            raise UserError(f"{file}: {key}={value!r}: expected a positive number")
-        return value
+    params = check(_Params, values, file)
 
     def rows(name: str) -> int:
         if name not in tensors or len(tensors[name].shape) != 2:
             raise UserError(f"{file.parent}: {name} is missing, or no matrix")
         return tensors[name].shape[0]
 
-    scaled = params.get("use_scaled_rope", False)
-    if not isinstance(scaled, bool):
-        raise UserError(f"{file}: use_scaled_rope={scaled!r}: expected true or false")
-    heads = number("n_heads")
     facts = {
         "vocab_size": rows(_TABLE),
-        "hidden_dim": number("dim"),
-        "num_layers": number("n_layers"),
-        "num_heads": heads,
-        "num_kv_heads": heads if params.get("n_kv_heads") is None else number("n_kv_heads"),
-        "head_dim": number("dim") // heads,
+        "hidden_dim": params.dim,
+        "num_layers": params.n_layers,
+        "num_heads": params.n_heads,
+        "num_kv_heads": params.n_kv_heads or params.n_heads,
+        "head_dim": params.dim // params.n_heads,
         "ffn_dim": rows(_GATE),
-        "rms_norm_eps": number("norm_eps", (int, float)),
-        "use_scaled_rope": scaled,
+        "rms_norm_eps": params.norm_eps,
+        "use_scaled_rope": params.use_scaled_rope,
     }
-    if _HEAD not in tensors:  # a tied one may be there, too
+    if _HEAD not in tensors:  # a tied head may be in the file, too
         facts["tie_embeddings"] = True
-    if params.get("rope_theta") is not None:
-        facts["rope_theta"] = number("rope_theta", (int, float))
-    said = params.get("vocab_size", -1)  # LLaMA 1 and 2 leave it to the tokenizer
-    if said not in (-1, facts["vocab_size"]):
+    if params.rope_theta is not None:
+        facts["rope_theta"] = params.rope_theta
+    if params.vocab_size not in (-1, facts["vocab_size"]):
         raise UserError(
-            f"{file}: vocab_size={said!r}, and {_TABLE} has {facts['vocab_size']:,} rows"
+            f"{file}: vocab_size={params.vocab_size}, and {_TABLE} has {facts['vocab_size']:,} rows"
         )
     return facts
 
@@ -159,7 +162,7 @@ def _model(folder: Path, facts: dict[str, Any], given: str | ModelConfig | None)
     fitting = {
         name: model
         for name, model in shipped.items()
-        if model.rope.kind in _ROPES and not _differences(facts, model)
+        if ROPE_FORMATS[model.rope.kind].meta is not None and not _differences(facts, model)
     }
     if len(set(fitting.values())) == 1:
         return next(iter(fitting.values()))
@@ -179,7 +182,7 @@ def _model(folder: Path, facts: dict[str, Any], given: str | ModelConfig | None)
 
 def _differences(facts: dict[str, Any], model: ModelConfig) -> list[str]:
     values = dataclasses.asdict(model)
-    values["use_scaled_rope"] = isinstance(model.rope, Llama3RopeScaling)
+    values["use_scaled_rope"] = bool(ROPE_FORMATS[model.rope.kind].meta)
     return [
         f"{key} is {value} here, {values[key]} there"
         for key, value in facts.items()

@@ -14,9 +14,10 @@ import numpy as np
 
 from jllama.config import ModelConfig
 from jllama.errors import UserError
+from jllama.interop.json_config import shortened
 from jllama.interop.names import NAMES, file_shape
 from jllama.interop.parameters import check_named, file_specs
-from jllama.interop.peft_config import NO_TARGETS, PeftConfig, shortened
+from jllama.interop.peft_config import NO_TARGETS, PeftConfig
 from jllama.interop.tensors import DTYPES, Tensor, same_bits
 from jllama.model.llama import ParamSpec
 from jllama.model.param import dotted
@@ -178,8 +179,7 @@ def _targeted(config: PeftConfig, name: str) -> bool:
     chosen = config.layers_to_transform
     if name in targets or chosen is None or chosen == ():
         return True
-    patterns = config.layers_pattern or (r"[^.]*",)
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in (r"[^.]*",):
         if found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", name):
             layer = int(found["layer"])
             return layer == chosen if isinstance(chosen, int) else layer in chosen

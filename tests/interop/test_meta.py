@@ -89,11 +89,14 @@ def test_an_unknown_model_must_be_given(tmp_path):
         ("[1]", "expected a JSON object"),
         ("{", "not readable as JSON"),
         (json.dumps(LLAMA2_7B | {"quantization_args": {}}), "quantization_args"),
-        (json.dumps(LLAMA2_7B | {"dim": "4096"}), "dim='4096'"),
-        (json.dumps({k: v for k, v in LLAMA2_7B.items() if k != "norm_eps"}), "norm_eps=None"),
+        (json.dumps(LLAMA2_7B | {"dim": "4096"}), 'dim is "4096"'),
+        (
+            json.dumps({k: v for k, v in LLAMA2_7B.items() if k != "norm_eps"}),
+            "norm_eps is missing",
+        ),
         (json.dumps(LLAMA2_7B | {"vocab_size": 128256}), "vocab_size=128256, and .* 32,000 rows"),
-        (json.dumps(LLAMA2_7B | {"use_scaled_rope": "false"}), "use_scaled_rope='false'"),
-        (json.dumps(LLAMA2_7B | {"n_kv_heads": 0}), "n_kv_heads=0"),
+        (json.dumps(LLAMA2_7B | {"use_scaled_rope": "false"}), 'use_scaled_rope is "false"'),
+        (json.dumps(LLAMA2_7B | {"n_kv_heads": 0}), "n_kv_heads is 0"),
     ],
     ids=["list", "broken", "unknown", "text", "missing", "vocabulary", "flag", "zero"],
 )
