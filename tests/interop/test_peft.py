@@ -260,7 +260,10 @@ def test_a_key_that_cannot_be_read(adapter, key, value, remedy):
         ({"target_modules": "(q_proj"}, "'(q_proj' is no regular expression"),
         ({"target_modules": ["c_attn"], "modules_to_save": None}, "name nothing of this model"),
         ({"target_modules": ["q_proj", "norm"]}, "model.norm, which is no matrix"),
-        ({"modules_to_save": ["v_proj", "_proj"]}, "in target_modules and in modules_to_save"),
+        (
+            {"modules_to_save": ["v_proj", "_proj"]},
+            "v_proj.weight (ours layers.attention.v.kernel)",
+        ),
         ({"target_modules": "v_proj", "layers_to_transform": [1]}, "layers_to_transform"),
     ],
 )
@@ -293,6 +296,24 @@ def test_every_wrong_tensor_is_listed_by_both_names(adapter):
         f"extra: {Q.format(0)}.lora_A.bias",
         f"not weights: {HEAD}.weight (ours head.weight",
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "missing: {k}.lora_A.weight"),
+        ({"target_modules": r".*\.self_attn\.(q|k|v)_proj"}, "missing: {k}.lora_A.weight"),
+        ({"modules_to_save": ["embed_tokens", "lm_head", "k_proj"]}, "missing: {k}.weight"),
+        ({"target_modules": ["q_proj", "v_proj", "lm_head"]}, f"missing: {HEAD}.weight"),
+        ({"rank_pattern": {"q_proj": 3}}, "misshapen: {q}.lora_A.weight (ours"),
+        ({"exclude_modules": ["q_proj"]}, "extra: {q}.lora_A.weight"),
+        ({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}, "extra: "),
+    ],
+)
+def test_config_and_tensors_must_agree(adapter, changes, said):
+    change, _ = adapter
+    q = Q.format("{0-2}")
+    _refused(change(**changes), said.format(q=q, k=q.replace("q_proj", "k_proj")))
 
 
 def test_another_base(adapter):
