@@ -16,6 +16,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from jllama.config import PrepareConfig
 from jllama.data.worker import token_dtype
+from jllama.files.protobuf import bytes_field, fields
 
 
 def records_file(shard: int, shards: int) -> str:
@@ -50,44 +51,25 @@ def encode_record(tokens: np.ndarray, starts: np.ndarray) -> bytes:
     entries = b""
     for name, values in (("starts", starts), ("tokens", tokens)):
         data = values.astype(values.dtype.newbyteorder("<")).tobytes()
-        bytes_list = _field(1, data)
-        feature = _field(1, bytes_list)
-        entries += _field(1, _field(1, name.encode()) + _field(2, feature))
-    return _field(1, entries)
-
-
-def _field(number: int, payload: bytes) -> bytes:
-    """A length-delimited protobuf field."""
-    head, left = bytes([number << 3 | 2]), len(payload)
-    while left > 0x7F:
-        head += bytes([left & 0x7F | 0x80])
-        left >>= 7
-    return head + bytes([left]) + payload
+        bytes_list = bytes_field(1, data)
+        feature = bytes_field(1, bytes_list)
+        entries += bytes_field(1, bytes_field(1, name.encode()) + bytes_field(2, feature))
+    return bytes_field(1, entries)
 
 
 def decode_record(data: bytes, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, starts) of a record. Three times faster than TFDS's reader, which gives the same."""
     values = {}
-    for entry in _parse(_parse(memoryview(data))[0]):
-        name, feature = _parse(entry)
-        values[bytes(name)] = _parse(_parse(feature)[0])[0]
+    for entry in _payloads(_payloads(memoryview(data))[0]):
+        name, feature = _payloads(entry)
+        values[bytes(name)] = _payloads(_payloads(feature)[0])[0]
     tokens = np.frombuffer(values[b"tokens"], token_dtype(vocab_size).newbyteorder("<"))
     return tokens, np.frombuffer(values[b"starts"], "<i4")
 
 
-def _parse(message: memoryview) -> list[memoryview]:
-    """Payloads of a message's length-delimited fields."""
-    payloads, at = [], 0
-    while at < len(message):
-        at, size, shift = at + 1, 0, 0  # past the tag
-        while True:
-            byte = message[at]
-            at, size, shift = at + 1, size | (byte & 0x7F) << shift, shift + 7
-            if byte < 0x80:
-                break
-        payloads.append(message[at : at + size])
-        at += size
-    return payloads
+def _payloads(message: memoryview) -> list[memoryview]:
+    """The values of a message's fields, all of which are length-delimited."""
+    return [value for _, value in fields(message)]
 
 
 @dataclasses.dataclass(frozen=True)

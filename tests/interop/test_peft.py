@@ -304,7 +304,13 @@ def test_every_wrong_tensor_is_listed_by_both_names(adapter):
         ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "missing: {k}.lora_A.weight"),
         ({"target_modules": r".*\.self_attn\.(q|k|v)_proj"}, "missing: {k}.lora_A.weight"),
         ({"modules_to_save": ["embed_tokens", "lm_head", "k_proj"]}, "missing: {k}.weight"),
-        ({"target_modules": ["q_proj", "v_proj", "lm_head"]}, f"missing: {HEAD}.weight"),
+        (
+            {
+                "target_modules": ["q_proj", "v_proj", "lm_head"],
+                "modules_to_save": ["embed_tokens"],
+            },
+            f"missing: {HEAD}.lora_A.weight",
+        ),
         ({"rank_pattern": {"q_proj": 3}}, "misshapen: {q}.lora_A.weight (ours"),
         ({"exclude_modules": ["q_proj"]}, "extra: {q}.lora_A.weight"),
         ({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}, "extra: "),
