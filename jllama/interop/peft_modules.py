@@ -3,24 +3,21 @@
 The rules by which names match are those of peft 0.21.2. R is a rank.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
-import jax
 import numpy as np
 
 from jllama.config import ModelConfig
 from jllama.errors import UserError
 from jllama.interop.json_config import shortened
-from jllama.interop.names import NAMES, file_shape
-from jllama.interop.parameters import check_named, file_specs
+from jllama.interop.names import file_shape
+from jllama.interop.parameters import check_named, file_specs, layers_of
 from jllama.interop.peft_config import NO_TARGETS, PeftConfig
 from jllama.interop.tensors import DTYPES, Tensor, same_bits
 from jllama.model.llama import ParamSpec
-from jllama.model.param import dotted
 
 BASE = "base_layer.weight"  # peft saves a low-rank table's base beside its factors
 T = TypeVar("T")
@@ -102,21 +99,12 @@ def modules(model: ModelConfig) -> list[Module]:
     """
     specs = file_specs(model)
     check_named(specs)
-    flat = {dotted(path): spec for path, spec in jax.tree.leaves_with_path(specs)}
     if model.tie_embeddings:
-        flat["head.weight"] = flat["embedding.weight"]
-    out = []
-    for name in NAMES:
-        if name.path not in flat:
-            continue
-        spec = flat[name.path]
-        layers = range(spec.shape[0]) if name.stacked else [None]
-        if name.stacked:
-            spec = dataclasses.replace(spec, shape=spec.shape[1:])
-        for layer in layers:
-            hf_name = name.of("hf", layer or 0).removesuffix(".weight")
-            out.append(Module(hf_name, name.path, layer, spec))
-    return out
+        specs = {**specs, "head": specs["embedding"]}
+    return [
+        Module(name.of("hf", layer or 0).removesuffix(".weight"), name.path, layer, spec)
+        for name, layer, spec in layers_of(specs)
+    ]
 
 
 def adapted(
