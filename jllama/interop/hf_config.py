@@ -1,9 +1,9 @@
 """Hugging Face's config.json and `ModelConfig`: each from the other.
 
-What a file leaves out has the value that transformers gives it: the defaults are those of
-`LlamaConfig` in transformers 4.57.6 and 5.23.0, which agree. What changes the function in either
-and the model here cannot express is an error; keys that neither reads under this model type are
-left alone. RoPE's keys are in `jllama.interop.hf_rope`.
+A key that a file leaves out has the default of `LlamaConfig`, in which transformers 4.57.6 and
+5.23.0 agree. A key that changes the function in either, in a way that `ModelConfig` cannot express,
+is an error; keys that neither reads for this model type are left alone. RoPE's keys are in
+`jllama.interop.hf_rope`.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ _NEUTRAL: dict[str, tuple] = {
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
     "compression_config": (None,),
-    "auto_map": (None, {}),  # code that comes with the weights
+    "auto_map": (None, {}),  # names code in the folder
     "pruned_heads": (None, {}),
     "is_encoder_decoder": (False, None),
     "is_causal": (True, None),
@@ -84,9 +84,10 @@ class _HfConfig:
 
 
 def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """The architecture that a parsed config.json describes; `init` is the default one.
+    """The architecture that a parsed config.json describes, with the default `init`.
 
-    Raises UserError, naming `where` and the key, for what is missing, wrong or not expressible.
+    Raises UserError, which names the file `where` and the key, for what is missing, wrong or not
+    expressible.
     """
     file = check(_HfConfig, config, where)
     check_neutral(config, where, _NEUTRAL, _REMEDIES)
@@ -107,7 +108,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """config.json for transformers from 4.31 on; `dtype` is the tensors', such as bfloat16.
+    """The keys of config.json, for transformers from 4.31 on; `dtype` is that of the tensors.
 
     Raises UserError for a model that Hugging Face's LLaMA cannot express.
     """
@@ -133,7 +134,7 @@ def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -
         ),
         "use_cache": True,
         "pretraining_tp": 1,
-        # Left out, they would be 1 and 2.
+        # If these were left out, they would be 1 and 2.
         **(_ends(tokenizer) if tokenizer else {"bos_token_id": None, "eos_token_id": None}),
         # Without a version, 4.57 takes Llama 3's tokenizer for a broken one of Mistral's.
         "transformers_version": "4.43.0",
@@ -143,7 +144,7 @@ def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -
 
 
 def generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """generation_config.json: the ids that begin and end a text, and nothing of sampling."""
+    """The keys of generation_config.json: the ids that begin and end a text, none for sampling."""
     return _ends(tokenizer) if tokenizer else {}
 
 

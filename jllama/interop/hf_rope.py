@@ -21,12 +21,12 @@ from jllama.interop.rope_formats import ORIGINAL, ROPE_FORMATS
 from jllama.model.rope import effective_theta
 
 _LENGTH = "max_position_embeddings"
-_VICUNA = "max_sequence_length"  # transformers does not know the key
+_VICUNA = "max_sequence_length"  # a key of Vicuna's files, which transformers ignores
 
 
 @json_dataclass
 class _HfRope:
-    """The keys of config.json that say where RoPE begins and ends."""
+    """The keys of config.json about RoPE and the length."""
 
     max_position_embeddings: Size = 2048
     rope_theta: Positive = 1e4
@@ -36,7 +36,7 @@ class _HfRope:
 
 @json_dataclass
 class _HfKind:
-    """The keys of rope_scaling and rope_parameters that are not those of one kind."""
+    """The keys of rope_scaling and rope_parameters that are read for every kind."""
 
     rope_type: str | None = None
     type: str | None = None
@@ -53,7 +53,7 @@ class _VicunaLength:
 
 
 def read_rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling, int]:
-    """rope_theta, the kind of RoPE and `max_length` that a parsed config.json has.
+    """Returns rope_theta, the kind of RoPE and `max_length` of a parsed config.json.
 
     With dynamic scaling max_position_embeddings is the length before it; `max_length` is `factor`
     times that. Vicuna's files do so with linear scaling, and have a key for the length after it.
@@ -83,7 +83,7 @@ def read_rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling
 def _read_schema(
     key: str, scaling: Mapping[str, Any], config: Mapping[str, Any], file: _HfRope, where: str
 ) -> tuple[float, RopeScaling]:
-    """rope_theta and the kind of RoPE that one of the two schemas has, under `key`."""
+    """Returns rope_theta and the kind of RoPE of one schema; `key` is where `scaling` was."""
     inside = f"{where}: {key}."
     values = {name: value for name, value in scaling.items() if value is not None}
     common = check(_HfKind, values, where, prefix=f"{key}.")
@@ -108,7 +108,7 @@ def _read_schema(
 
     original = common.original_max_position_embeddings or file.max_position_embeddings
     if kind == "dynamic" and original != file.max_position_embeddings:
-        # Both transformers take max_position_embeddings.
+        # Both versions of transformers take max_position_embeddings.
         raise UserError(f"{inside}{ORIGINAL} differs from {_LENGTH}; correct one")
     if kind in ("dynamic", "yarn"):  # with llama3 the key is required
         values[ORIGINAL] = original
@@ -140,7 +140,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
         )
     theta = effective_theta(config)
     numbers = {key: getattr(rope, _field(key)) for key in format.hf_keys}
-    # What is left out has these values; older transformers warns of truncate.
+    # transformers takes these values for keys that are left out; old versions do not know truncate.
     numbers = {key: n for key, n in numbers.items() if n is not None and n is not True}
     lengths = {_LENGTH: config.max_length}
     if isinstance(rope, DynamicRopeScaling):

@@ -92,7 +92,7 @@ def check_neutral(
     remedies: Mapping[str, str],
     remedy: str = "",
 ) -> None:
-    """UserError for a key that changes the model's function as this package cannot express.
+    """Raises UserError for a key that changes the model's function as this package cannot express.
 
     Args:
       neutral: the values with which each key changes nothing.

@@ -59,7 +59,7 @@ def check_tensors(
     where: Path,
     whose: str = "this model's",
 ) -> None:
-    """UserError that lists every missing, extra and misshapen tensor by both names.
+    """Raises UserError that lists every missing, extra and misshapen tensor by both names.
 
     `wanted` has, by the name in the files, our path and the shape in the files of each tensor.
     """
@@ -247,7 +247,7 @@ def _put(array: np.ndarray, shape, sharding, dtype, path: str) -> jax.Array:
 
 
 def check_named(specs: Params) -> None:
-    """UserError for a parameter that has no name in other formats."""
+    """Raises UserError for a parameter that has no name in other formats."""
     for path in _flat(specs):
         name_of(path)
 

@@ -131,7 +131,7 @@ def _check(
     tensors: Mapping[str, Tensor],
     folder: Path,
 ) -> None:
-    """UserError for tensors that are not the adapter's, and for what no overlay can express."""
+    """Raises UserError for tensors that do not fit, and for what no overlay can express."""
     V = model.vocab_size
     wanted = _wanted(uses, config, tensors)
     for name, tensor in tensors.items():

@@ -42,14 +42,15 @@ _NEUTRAL: dict[str, tuple] = {
 }
 _REMEDIES = {
     "peft_type": "only LORA can be read; if peft can merge the adapter, " + MERGE,
-    "bias": 'where it has no tensor named bias, write "none" there; else ' + MERGE,
-    "fan_in_fan_out": "LLaMA's matrices are [outputs, inputs]; write false there if its are, too",
+    "bias": 'if the file has no tensor named bias, write "none"; else ' + MERGE,
+    "fan_in_fan_out": "LLaMA's matrices are [outputs, inputs]; if the file's are, write false",
     "task_type": "only CAUSAL_LM has the head of a language model",
-    "alora_invocation_tokens": "an adapter that works from some token on cannot be expressed",
+    "alora_invocation_tokens": "an adapter that begins at some token cannot be expressed",
     "arrow_config": "a router among adapters cannot be expressed",
     "monteclora_config": "noise among the weights cannot be expressed",
 }
-# Keys that do not change the function of a LLaMA; its names have one number, that of the layer.
+# Keys that do not change the function. layers_pattern finds the layer's number in names, of which
+# LLaMA's have only one.
 _SILENT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
     "layers_pattern", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
@@ -61,7 +62,7 @@ _Names = tuple[str, ...]
 
 @json_dataclass
 class PeftConfig:
-    """The keys that decide the function."""
+    """The keys of adapter_config.json that decide the function."""
 
     r: Size = 8
     lora_alpha: Positive = 8.0
@@ -78,9 +79,9 @@ class PeftConfig:
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """What adapter_config.json says.
+    """Reads adapter_config.json.
 
-    Raises UserError, naming the key and the way out, for what is broken or not expressible here.
+    Raises UserError, which names the key and the way out, for what is broken or not expressible.
     """
     file = folder / CONFIG
     values = storage.read_json(file)
@@ -110,7 +111,15 @@ def write_config(
     saved: Sequence[str],
     tied: bool,
 ) -> dict[str, Any]:
-    """What adapter_config.json says: the names of modules, and ranks and alphas by name."""
+    """The keys of adapter_config.json.
+
+    Args:
+      base: the base's folder or name.
+      targets: names of low-rank modules; an end that several modules share names all of them.
+      ranks, alphas: those that differ from the overlay's, by such names.
+      saved: names of modules that are whole.
+      tied: the adapter changes a head and an embedding that are one.
+    """
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

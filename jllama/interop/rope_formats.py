@@ -24,7 +24,7 @@ class RopeFormat:
     Attributes:
       scaling: our class.
       hf: rope_type in config.json; None where Hugging Face's LLaMA has no such kind.
-      hf_keys: the keys of its numbers there, which are our fields but for ORIGINAL.
+      hf_keys: the keys of its numbers there; all but ORIGINAL are called as our fields.
       hf_ignored: keys that transformers accepts beside them and that change nothing.
       hf_type: the key of the kind in rope_scaling. transformers before 4.43 wants "type" and
         "factor", and no others.

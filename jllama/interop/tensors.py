@@ -120,7 +120,7 @@ def nbytes(tensor: Tensor) -> int:
 
 
 def check_fetched(file: Path) -> None:
-    """UserError if git left a pointer in place of the file, which Git LFS did not fetch."""
+    """Raises UserError if git left a pointer in place of the file, which Git LFS did not fetch."""
     if storage.read_range(file, 0, 20).startswith(b"version https://git-"):
         raise UserError(f"{file}: is a pointer of Git LFS; fetch the file: git lfs pull")
 

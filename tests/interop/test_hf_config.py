@@ -1,4 +1,4 @@
-"""config.json: what is written is read back, both rope schemas are read, the rest is refused."""
+"""config.json is written and read back, in both schemas of RoPE; bad values are refused."""
 
 import dataclasses
 import json
@@ -69,12 +69,12 @@ def test_what_is_written_is_read_back(name):
         assert read_config(part, "config.json").rope_theta == MODELS[name].rope_theta
 
 
-def test_a_scaling_without_a_name_there_is_refused_with_the_ones_that_have():
+def test_a_scaling_that_transformers_lacks_is_refused_with_the_choices():
     with pytest.raises(UserError, match=r"rope\.kind=adaptive: .*linear, ntk, dynamic, yarn"):
         write_config(tiny.config(rope=tiny.ADAPTIVE1), "float32", None)
 
 
-def test_static_ntk_is_written_as_the_theta_that_it_is():
+def test_static_ntk_is_written_as_a_larger_theta():
     model = tiny.config(rope=tiny.NTK)
     again = read_config(write_config(model, "float32", None), "config.json")
     assert again.rope == NoRopeScaling(kind="none")
@@ -83,7 +83,7 @@ def test_static_ntk_is_written_as_the_theta_that_it_is():
     np.testing.assert_allclose(inverse_frequencies(again), wanted, rtol=1e-14)
 
 
-def test_what_yarn_says_is_written_and_read():
+def test_every_number_of_yarn_is_written_and_read():
     rope = YarnRopeScaling(
         kind="yarn",
         factor=4.5,
@@ -98,7 +98,7 @@ def test_what_yarn_says_is_written_and_read():
     assert read_config(written, "config.json").rope == rope
 
 
-def test_what_is_absent_has_transformers_own_default():
+def test_missing_keys_have_the_defaults_of_transformers():
     model = read()
     assert (model.num_kv_heads, model.head_dim, model.max_length) == (32, 128, 2048)
     assert (model.rms_norm_eps, model.rope_theta, model.tie_embeddings) == (1e-6, 1e4, False)
@@ -257,7 +257,7 @@ def drop(key):
         ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 4096}, "differs"),
     ],
 )
-def test_what_cannot_be_said_is_one_line_with_file_and_key(keys, named):
+def test_a_bad_value_is_one_line_with_file_and_key(keys, named):
     with pytest.raises(UserError) as e:
         read(**keys)
     assert str(e.value).startswith("d/config.json: ")
@@ -271,20 +271,20 @@ def test_the_sizes_are_required(key):
         without(key)
 
 
-def test_what_does_not_change_the_function_is_left_alone():
+def test_keys_that_do_not_change_the_function_are_ignored():
     keys = {"pretraining_tp": 2, "attention_dropout": 0.1, "use_cache": False, "my_key": [1]}
     neutral = {"attention_bias": False, "quantization_config": None, "hidden_act": "silu"}
     layers = {"layer_types": ["full_attention"] * 32, "partial_rotary_factor": 1.0}
     assert read(**keys, **neutral, **layers) == read()
 
 
-def test_what_hugging_face_cannot_say_is_not_written():
+def test_a_model_that_hugging_face_cannot_express_is_not_written():
     for changes in ({"qk_norm": True}, {"hidden_dim": 50}):
         with pytest.raises(UserError, match=next(iter(changes))):
             write_config(tiny.config(**changes), "float32", None)
 
 
-def test_ends_of_text_are_the_tokenizers():
+def test_bos_and_eos_come_from_the_tokenizer():
     one = types.SimpleNamespace(bos_id=1, eos_id=2, stop_ids=frozenset({2}))
     many = types.SimpleNamespace(bos_id=7, eos_id=9, stop_ids=frozenset({9, 8}))
     assert generation_config(one) == {"bos_token_id": 1, "eos_token_id": 2}
