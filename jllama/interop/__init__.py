@@ -1,1 +1,1 @@
-"""Models of other projects' formats, in and out: Hugging Face, Meta, GGUF."""
+"""Readers and writers of other projects' formats: Hugging Face, Meta, PEFT, GGUF."""

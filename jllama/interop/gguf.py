@@ -1,7 +1,7 @@
-"""GGUF, llama.cpp's format: a model and its tokenizer in one file.
+"""Writes GGUF, llama.cpp's format: a model and its tokenizer in one file.
 
-Metadata and names are those of llama.cpp's own converter for its architecture "llama". The host
-holds one tensor at a time beside the parameters.
+Metadata and names are those of llama.cpp's own converter for its architecture "llama". Beside the
+parameters, the host holds one tensor at a time.
 """
 
 import math
@@ -13,25 +13,22 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType as FileType
 
-from jllama.config import (
-    LinearRopeScaling,
-    Llama3RopeScaling,
-    ModelConfig,
-    YarnRopeScaling,
-)
+from jllama.config import ModelConfig, RopeScaling
 from jllama.errors import UserError
 from jllama.files import outputs
 from jllama.flops import parameter_count
 from jllama.interop.gguf_vocabulary import vocabulary_of
 from jllama.interop.names import name_of
 from jllama.interop.parameters import check_named, file_specs, file_tensors
+from jllama.interop.rope_formats import ROPE_FORMATS
 from jllama.model.llama import Params
-from jllama.model.rope import depends_on_length, effective_theta, inverse_frequencies
+from jllama.model.rope import effective_theta, inverse_frequencies
 from jllama.progress import Progress, say
 from jllama.text.tokenizer import Tokenizer
 
-# kind: the type of the matrices, that of embedding and head, and general.file_type. Below eight
-# bits the tables keep eight: every token passes through both, and llama.cpp gives them more too.
+# The types of each kind: of matrices, of embedding and head, and general.file_type. Where matrices
+# have fewer than eight bits, embedding and head keep eight, for every token passes through both;
+# llama.cpp gives them more bits, too.
 _KINDS = {
     "F32": (Type.F32, Type.F32, FileType.ALL_F32),
     "F16": (Type.F16, Type.F16, FileType.MOSTLY_F16),
@@ -46,7 +43,7 @@ _KINDS = {
 KINDS = tuple(_KINDS)
 _TABLES = {name_of(path).gguf for path in ("embedding.weight", "head.weight")}
 _ROPE_FACTORS = "rope_freqs.weight"
-# The largest weight of a type. All others have a float16, be it a block's scale or minimum.
+# The largest weight that a type holds. Types that are not listed have a float16 in every block.
 _LARGEST = dict.fromkeys((Type.F32, Type.BF16, Type.MXFP4), 3.3895313892515355e38)
 _LARGEST_F16 = 65504.0
 
@@ -57,18 +54,18 @@ def write_gguf(
     """Writes a file that llama.cpp runs, whole or not at all; shows progress in bytes.
 
     Args:
-      path: of the file, local or a URL; the model is named after it.
+      path: the file, local or a URL; the model is named after it.
       params: the tree of `jllama.model.llama`, of any float dtype and sharding.
-      kind: one of `KINDS`. Norms are F32 in all of them, and a matrix whose rows do not divide into
-        the kind's blocks is F16, which is said on stderr.
+      kind: one of `KINDS`. Norms are F32 in every kind. A matrix whose rows do not divide into the
+        kind's blocks is F16; a line on stderr says so.
 
     Raises:
-      UserError: the file exists, the kind is another, GGUF cannot express the model or its
-        tokenizer, there is none, or a weight is not finite or does not fit.
+      UserError: the file exists, the kind is none of `KINDS`, there is no tokenizer, GGUF cannot
+        express it or the model, or a weight is not finite or too large for its type.
       StorageError: the disk is full, or the storage fails.
     """
     kind = kind_of(kind)
-    _check_rope(config)
+    _check_rope(config.rope)
     specs = file_specs(config)
     tensors = file_tensors(params, specs, "gguf", interleaved=True)
     types = {name: _type(kind, name, tensor.shape) for name, tensor in tensors.items()}
@@ -86,10 +83,10 @@ def write_gguf(
 
     total = tensor_bytes(config, kind)
     with outputs.new_file(path) as new, Progress(f"write {path.name}", total) as progress:
-        if kind != "F16" and (others := [n for n, type in types.items() if type == Type.F16]):
+        if kind != "F16" and (as_f16 := [n for n, type in types.items() if type == Type.F16]):
             say(
-                f"{path}: {len(others)} of {len(types)} tensors are F16, for their rows do not"
-                f" divide into {kind}'s blocks of 32: {others[0]} and others"
+                f"{path}: {len(as_f16)} of {len(types)} tensors are F16, because their rows do not"
+                f" divide into {kind}'s blocks of 32: {as_f16[0]} and others"
             )
         try:
             writer.write_header_to_file(new)
@@ -106,27 +103,27 @@ def write_gguf(
 
 
 def check_expressible(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
-    """UserError if GGUF, or llama.cpp, cannot express the model or its tokenizer."""
+    """Raises UserError if GGUF, or llama.cpp, cannot express the model or its tokenizer."""
     check_named(file_specs(config))
-    _check_rope(config)
+    _check_rope(config.rope)
     vocabulary_of(tokenizer, config.vocab_size)
 
 
 def kind_of(name: str) -> str:
-    """The kind by its name in upper or lower case; UserError if it is none that is written here."""
+    """The kind by its name in upper or lower case; UserError if it is none of `KINDS`."""
     kind = name.upper()
     if kind in KINDS:
         return kind
     if re.match(r"(I?Q|TQ)\d", kind):
         raise UserError(
-            f"{kind}: llama.cpp's own tool makes that kind: export F16, then run"
+            f"{kind}: llama.cpp's own tool makes this kind: export F16, then run"
             f" llama-quantize MODEL-F16.gguf MODEL-{kind}.gguf {kind}"
         )
-    raise UserError(f"{kind}: no such kind of GGUF file; choose one of {', '.join(KINDS)}")
+    raise UserError(f"{kind}: there is no such kind of GGUF file; choose one of {', '.join(KINDS)}")
 
 
 def tensor_bytes(config: ModelConfig, kind: str) -> int:
-    """The bytes of all tensors of a file."""
+    """The size in bytes of the tensors in a file."""
     specs = file_specs(config)
     tensors = file_tensors(specs, specs, "gguf", interleaved=True)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -148,14 +145,14 @@ def _nbytes(type: Type, shape: tuple[int, ...]) -> int:
 
 
 def _quantize(values: np.ndarray, type: Type, name: str) -> np.ndarray:
-    """float32 values as `type` stores them; UserError, by `name`, if it cannot."""
+    """Encodes float32 values as `type`; UserError, with `name`, if it cannot hold them."""
     largest = float(max(values.max(), -values.min()))
     limit = _LARGEST.get(type, _LARGEST_F16)
     if not math.isfinite(largest):
-        raise UserError(f"{name}: has weights that are no numbers (NaN or infinity)")
+        raise UserError(f"{name}: has weights that are NaN or infinite")
     if largest > limit:
         raise UserError(f"{name}: {largest:g} does not fit {type.name}; use BF16 or F32")
-    with np.errstate(all="ignore"):  # a block of vanishing weights has no scale, and is zeros
+    with np.errstate(all="ignore"):  # a block of vanishing weights divides by zero, becomes zeros
         return gguf.quantize(values, type)
 
 
@@ -176,41 +173,51 @@ def _add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, kind: str, name:
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(effective_theta(config))
-    match config.rope:
-        case LinearRopeScaling(factor=factor):
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(factor)
-        case YarnRopeScaling() as rope:
-            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-            writer.add_rope_scaling_factor(rope.factor)
-            writer.add_rope_scaling_orig_ctx_len(rope.original_length)
-            if rope.attention_factor is not None:  # there it stands beside YaRN's own
-                own = 0.1 * math.log(rope.factor) + 1
-                writer.add_rope_scaling_attn_factors(rope.attention_factor / own)
+    for key, value in _rope_metadata(config).items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+        add[type(value)](key, value)
 
 
-def _check_rope(config: ModelConfig) -> None:
-    rope = config.rope
-    if depends_on_length(config):
+def _check_rope(rope: RopeScaling) -> None:
+    """Raises UserError if llama.cpp does not compute this RoPE."""
+    format = ROPE_FORMATS[rope.kind]
+    if format.gguf is None:
         raise UserError(
             f"model.rope.kind={rope.kind}: llama.cpp has no RoPE that depends on the length; choose"
             " ntk, whose alpha is that of one length, yarn or linear"
         )
-    if isinstance(rope, YarnRopeScaling):
-        # The file has keys for the bands, which llama.cpp does not read for this architecture.
-        for key, fixed in (("beta_fast", 32.0), ("beta_slow", 1.0), ("truncate", True)):
-            value = getattr(rope, key)
-            if value != fixed:
-                raise UserError(
-                    f"model.rope.{key}={value}: llama.cpp's YaRN has {fixed} and nothing else"
-                )
+    for field, fixed in format.gguf_fixed.items():
+        value = getattr(rope, field)
+        if value != fixed:
+            raise UserError(
+                f"model.rope.{field}={value}: llama.cpp computes {rope.kind} with {fixed} only"
+            )
+
+
+def _rope_metadata(config: ModelConfig) -> dict[str, str | int | float]:
+    """The metadata of a GGUF file about RoPE, by key."""
+    rope, format = config.rope, ROPE_FORMATS[config.rope.kind]
+    metadata = {
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": effective_theta(config),
+    }
+    if format.gguf:
+        metadata["llama.rope.scaling.type"] = format.gguf
+    for field, key in format.gguf_keys.items():
+        value = getattr(rope, field)
+        if field == "attention_factor" and value is not None:
+            value /= 0.1 * math.log(rope.factor) + 1  # llama.cpp multiplies it with YaRN's own
+        if value is not None:
+            metadata[f"llama.rope.scaling.{key}"] = value
+    return metadata
 
 
 def _rope_factors(config: ModelConfig) -> np.ndarray | None:
-    """What each frequency is divided by, [head_dim/2] float32: the way to say llama3's scaling."""
-    if not isinstance(config.rope, Llama3RopeScaling):
+    """The divisor of each frequency, [N/2] float32; None if the kind of RoPE needs no tensor.
+
+    N is the head's width.
+    """
+    if not ROPE_FORMATS[config.rope.kind].gguf_tensor:
         return None
     unscaled = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     return (unscaled / inverse_frequencies(config)).astype(np.float32)

@@ -1,8 +1,9 @@
-"""A tokenizer as GGUF has it: tables, by which llama.cpp encodes and decodes with its own code.
+"""The tables of a tokenizer in a GGUF file, from which llama.cpp encodes and decodes.
 
-Three of its algorithms are used: "llama" (SentencePiece's BPE, with bytes for what has no piece),
-"t5" (SentencePiece's unigram) and "gpt2" (byte-level BPE; "pre" names the pattern that cuts words).
-What they would tokenise otherwise than the tokenizer itself is refused, or listed in docs/gguf.md.
+Three of llama.cpp's algorithms are used: "llama" (SentencePiece's BPE, with bytes for characters
+that have no piece), "t5" (SentencePiece's unigram) and "gpt2" (byte-level BPE; "pre" names the
+pattern that cuts words). A tokenizer whose ids they would not give is refused, or the difference is
+listed in docs/gguf.md.
 """
 
 import dataclasses
@@ -23,12 +24,12 @@ from jllama.text.tokenizer import (
 )
 from jllama.text.tokenizer_json import BYTE_TOKENS, TokenizerJson, spell
 
-_NO_SCORE = -1000.0  # of a token that no merge makes; llama.cpp's converter gives it too
+_NO_SCORE = -1000.0  # the score of a token that no merge makes, as in llama.cpp's converter
 
 
 @dataclasses.dataclass
 class Vocabulary:
-    """What goes into a GGUF file; "gpt2" has `merges`, the others `scores`."""
+    """The tokenizer part of a GGUF file; model "gpt2" uses `merges`, the others `scores`."""
 
     model: str
     ids: dict[str, int]  # by role: "bos", "eos", "unk", "pad", "eot", "eom"
@@ -41,7 +42,7 @@ class Vocabulary:
     scores: list[float] = dataclasses.field(default_factory=list)
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
-        """Adds the metadata; a text gets BOS, as it does in `jllama.load(...).generate`."""
+        """Adds the metadata. llama.cpp puts BOS before a text, as `jllama.load(...)` does."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre("llama-bpe" if self.model == "gpt2" else "default")
         writer.add_token_list(self.tokens)
@@ -60,7 +61,7 @@ class Vocabulary:
             writer.add_precompiled_charsmap(self.charsmap)
 
     def put(self, id: int, token: str, type: TokenType, score: float | None = None) -> None:
-        """Sets the token of `id`, and its score if given; ids before it without one are unused."""
+        """Sets the token of `id`, and its score if given; lower ids without a token are unused."""
         for row in range(len(self.tokens), id + 1):
             self.tokens.append(f"[PAD{row}]")
             self.types.append(TokenType.UNUSED)
@@ -71,32 +72,32 @@ class Vocabulary:
 
 
 def vocabulary_of(tokenizer: Tokenizer | None, rows: int) -> Vocabulary:
-    """The vocabulary of a tokenizer, of as many tokens as the embedding has `rows`.
+    """The vocabulary of a tokenizer, filled up with unused tokens to `rows`, the embedding's.
 
-    Raises UserError if there is no tokenizer, it has more tokens, or llama.cpp would tokenise
-    otherwise.
+    Raises UserError if there is no tokenizer, it has more tokens, or llama.cpp would give other
+    ids.
     """
     match tokenizer:
         case SentencePieceTokenizer():
-            made = _sentencepiece(tokenizer)
+            vocabulary = _sentencepiece(tokenizer)
         case TiktokenTokenizer():
-            made = _tiktoken(tokenizer)
+            vocabulary = _tiktoken(tokenizer)
         case HuggingFaceTokenizer():
-            made = _huggingface(tokenizer)
+            vocabulary = _huggingface(tokenizer)
         case _:
             raise UserError(
-                "gguf: the model has no tokenizer, and llama.cpp loads none without; put its"
-                " tokenizer.model or tokenizer.json into the folder"
+                "gguf: the model has no tokenizer, and llama.cpp loads no model without; put the"
+                " tokenizer.model or tokenizer.json into the model's folder"
             )
     for token, id in tokenizer.special_tokens.items():
-        if id >= len(made.tokens) or made.types[id] != TokenType.UNKNOWN:
-            made.put(id, token, TokenType.CONTROL)
-    size = len(made.tokens)
+        if id >= len(vocabulary.tokens) or vocabulary.types[id] != TokenType.UNKNOWN:
+            vocabulary.put(id, token, TokenType.CONTROL)
+    size = len(vocabulary.tokens)
     if size > rows:
         raise UserError(f"gguf: the tokenizer has {size} tokens, and the model {rows} rows")
     for row in range(size, rows):
-        made.put(row, f"[PAD{row}]", TokenType.UNUSED)
-    return made
+        vocabulary.put(row, f"[PAD{row}]", TokenType.UNUSED)
+    return vocabulary
 
 
 # ---------------------------------------------------------------------------------- SentencePiece
@@ -114,7 +115,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
         raise _cannot("a normalisation of the text before BPE")
     if algorithm == "llama" and TokenType.BYTE not in types:
         raise _cannot("BPE without a piece for every byte")
-    made = Vocabulary(
+    vocabulary = Vocabulary(
         algorithm,
         _ids(tokenizer, types.index(TokenType.UNKNOWN), model.pad_id),
         space_prefix=model.add_dummy_prefix,
@@ -123,28 +124,28 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
     )
     for id, (piece, type) in enumerate(zip(model.pieces, types, strict=True)):
         text = piece.text
-        if type == TokenType.USER_DEFINED:  # looked for in the text before its spaces are marked
+        if type == TokenType.USER_DEFINED:  # llama.cpp finds it before it marks spaces
             text = text.replace(SPACE, " ")
-        made.put(id, text, type, piece.score)
+        vocabulary.put(id, text, type, piece.score)
     for text, id in tokenizer.added_tokens.items():
-        made.put(id, text, TokenType.USER_DEFINED)
-    return made
+        vocabulary.put(id, text, TokenType.USER_DEFINED)
+    return vocabulary
 
 
 # ---------------------------------------------------------------------------------- BPE of bytes
 
 
 def _tiktoken(tokenizer: TiktokenTokenizer) -> Vocabulary:
-    made = Vocabulary("gpt2", merges=_merges(tokenizer.ranks), ids=_ids(tokenizer))
+    vocabulary = Vocabulary("gpt2", merges=_merges(tokenizer.ranks), ids=_ids(tokenizer))
     for piece, rank in tokenizer.ranks.items():
-        made.put(rank, spell(piece), TokenType.NORMAL)
-    return made
+        vocabulary.put(rank, spell(piece), TokenType.NORMAL)
+    return vocabulary
 
 
 def _merges(ranks: Mapping[bytes, int]) -> list[str]:
-    """Every pair of pieces that makes a piece, by the rank of what it makes.
+    """Every pair of pieces that makes a piece, in the order of the rank of that piece.
 
-    tiktoken merges whichever neighbours make a piece, and not only those that first made it.
+    tiktoken merges any neighbours that make a piece, not only the pair from which it was trained.
     """
     merges = []
     for piece in sorted(ranks, key=ranks.__getitem__):
@@ -162,47 +163,47 @@ def _huggingface(tokenizer: HuggingFaceTokenizer) -> Vocabulary:
     cut, merges = tokenizer.json.get("pre_tokenizer"), file.merges
     if file.byte_level:
         _check_cut(cut)
-        made = Vocabulary("gpt2", merges=[f"{a} {b}" for a, b in merges], ids=_ids(tokenizer))
+        vocabulary = Vocabulary("gpt2", merges=[f"{a} {b}" for a, b in merges], ids=_ids(tokenizer))
         for piece, id in file.vocab.items():
-            made.put(id, piece, TokenType.NORMAL)
+            vocabulary.put(id, piece, TokenType.NORMAL)
     else:
         if cut and cut.get("split", True):
             raise _cannot("words that are cut before BPE")
         unk = file.vocab.get(file.unk)
         prefix = file.prefix != "never"
-        made = Vocabulary("llama", ids=_ids(tokenizer, unk=unk), space_prefix=prefix)
+        vocabulary = Vocabulary("llama", ids=_ids(tokenizer, unk=unk), space_prefix=prefix)
         for piece, id in file.vocab.items():
-            made.put(id, piece, TokenType.BYTE if piece in BYTE_TOKENS else TokenType.NORMAL)
+            vocabulary.put(id, piece, TokenType.BYTE if piece in BYTE_TOKENS else TokenType.NORMAL)
         # llama.cpp merges the neighbours whose piece has the highest score.
         for rank, (a, b) in reversed(list(enumerate(merges))):
-            made.scores[file.vocab[a + b]] = -float(rank)
+            vocabulary.scores[file.vocab[a + b]] = -float(rank)
         if unk is not None:
-            made.types[unk] = TokenType.UNKNOWN
+            vocabulary.types[unk] = TokenType.UNKNOWN
     for token in tokenizer.added:
         if token.special:
             continue
         if not token.plain:
             raise _cannot(f"the added token {token.text!r}, which depends on what is beside it")
-        made.put(token.id, token.text, TokenType.USER_DEFINED)
-    return made
+        vocabulary.put(token.id, token.text, TokenType.USER_DEFINED)
+    return vocabulary
 
 
 def _check_cut(cut: Mapping | None) -> None:
-    """UserError unless a text is cut into words as Llama 3's."""
+    """Raises UserError unless words are cut as in Llama 3."""
     match cut:
         case {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"} as split,
             {"type": "ByteLevel", "use_regex": False},
         ]} if not split.get("invert") and pattern == PATTERN:  # fmt: skip
             return
-    raise _cannot("words that are cut by another pattern than Llama 3's")
+    raise _cannot("words that are cut by a pattern other than Llama 3's")
 
 
-# --------------------------------------------------------------------------------------- for all
+# ----------------------------------------------------------------------------- all tokenizers
 
 
 def _ids(tokenizer: Tokenizer, unk: int | None = None, pad: int | None = None) -> dict[str, int]:
-    """Ids by role. An answer ends at "eot" and "eom" as it does at "eos"."""
+    """Special ids by role. llama.cpp ends a generated text at "eos", "eot" and "eom"."""
     named = tokenizer.special_tokens.get
     stops = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
     roles = {
@@ -217,4 +218,4 @@ def _ids(tokenizer: Tokenizer, unk: int | None = None, pad: int | None = None) -
 
 
 def _cannot(what: str) -> UserError:
-    return UserError(f"gguf: the tokenizer has {what}; llama.cpp would tokenise otherwise")
+    return UserError(f"gguf: the tokenizer has {what}; llama.cpp would give other ids")

@@ -21,27 +21,28 @@ from jllama.progress import Progress, say
 from jllama.text.tokenizer import Tokenizer
 
 CONFIG = HF_CONFIG
-# The first that is there counts, and before its index, as in transformers. An index names the file
-# of each tensor.
+# As in transformers, the first of these files that exists counts, and a file counts before its
+# index, which names the file of each tensor.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HEAD = name_of("head.weight").of("hf")
-_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old: no parameter
+# Old folders have this buffer, which is no parameter.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 SHARD_BYTES = 5_000_000_000
 
 
 def read_architecture(folder: Path) -> ModelConfig:
-    """What config.json says; UserError for what is missing, broken, or not expressible here."""
+    """The architecture in config.json; UserError if it is missing, broken or not expressible."""
     return read_config(storage.read_json(folder / CONFIG), str(folder / CONFIG))
 
 
 def read_folder(folder: Path, files: Collection[str]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The architecture and the tensors of a folder, by their names there; no data is read but a
-    second copy of a tied head.
+    """The architecture and the tensors of a folder, by their names in the files.
+
+    No tensor is read, except the two tables of a model that ties them and has both. Raises
+    UserError for what is missing, broken, or not expressible here.
 
     Args:
-      files: their names in the folder.
-
-    Raises UserError for what is missing, broken, or not expressible here.
+      files: the names of the folder's files.
     """
     config = read_architecture(folder)
     tensors = {n: t for n, t in _tensors(folder, files).items() if not _DERIVED.fullmatch(n)}
@@ -66,31 +67,32 @@ def _tensors(folder: Path, files: Collection[str]) -> Mapping[str, Tensor]:
     )
 
 
-def _indexed(index: Path, here: Iterable[str], read: Any) -> dict[str, Tensor]:
-    where = storage.read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+def _indexed(index: Path, names: Iterable[str], read: Any) -> dict[str, Tensor]:
+    """The tensors of several files; `names` are those of the folder's files."""
+    file_of = storage.read_json(index).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
         raise UserError(f"{index}: has no weight_map from tensors to files")
-    files = sorted(set(where.values()))
+    files = sorted(set(file_of.values()))
     outside = [file for file in files if PurePosixPath(file).name != file or "\\" in file]
     if outside:
-        raise UserError(f"{index}: {outside[0]!r} is no file of this folder")
-    missing = [file for file in files if file not in here]
+        raise UserError(f"{index}: {outside[0]!r} is not the name of a file in this folder")
+    missing = [file for file in files if file not in names]
     if missing:
         raise UserError(f"{index}: names files that are not there: {', '.join(missing)}")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        found = read(index.parent / file)
-        listed = {name for name, place in where.items() if place == file}
-        if listed - found.keys():
-            lost = ", ".join(sorted(listed - found.keys()))
-            raise UserError(f"{index}: {file} does not hold {lost}")
-        # What the index leaves out is said as extra, and what is twice by the index's choice.
-        tensors |= {n: t for n, t in found.items() if where.get(n, file) == file}
+        held = read(index.parent / file)
+        listed = {name for name, listed_file in file_of.items() if listed_file == file}
+        if lost := sorted(listed - held.keys()):
+            raise UserError(f"{index}: {file} does not hold {', '.join(lost)}")
+        # A tensor that the index leaves out is kept, to be reported as extra. A tensor that two
+        # files hold is taken from the one that the index names.
+        tensors |= {n: t for n, t in held.items() if file_of.get(n, file) == file}
     return tensors
 
 
 def check_expressible(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
-    """UserError if Hugging Face's LLaMA cannot express the model or its tokenizer."""
+    """Raises UserError if Hugging Face's LLaMA cannot express the model or its tokenizer."""
     write_config(config, "float32", tokenizer)
     if tokenizer is not None:
         tokenizer_files(tokenizer)
@@ -105,8 +107,8 @@ def write_folder(
 ) -> None:
     """Writes a folder that transformers reads, whole or not at all, in the parameters' dtypes.
 
-    `tokenizer` None leaves its files out. Raises UserError if the folder holds anything, or the
-    model is one that Hugging Face's LLaMA cannot express.
+    Without a tokenizer its files are left out. Raises UserError if the folder holds anything, or
+    Hugging Face's LLaMA cannot express the model.
     """
     specs = file_specs(config)
     tensors = file_tensors(params, specs, "hf", interleaved=False)
@@ -138,7 +140,7 @@ def write_folder(
 
 
 def _shards(tensors: Mapping[str, Tensor], most: int) -> list[dict[str, Tensor]]:
-    """The tensors in order, in files of at most `most` bytes, or of one tensor."""
+    """The tensors of each file, in order: at most `most` bytes together, or a single tensor."""
     shards: list[dict[str, Tensor]] = []
     room = 0
     for name, tensor in tensors.items():

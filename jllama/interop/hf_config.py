@@ -1,19 +1,27 @@
 """Hugging Face's config.json and `ModelConfig`: each from the other.
 
-What a file leaves out has the value that transformers gives it: the defaults are those of
-`LlamaConfig` in transformers 4.57.6 and 5.23.0, which agree. What changes the function in either
-and the model here cannot express is an error; keys that neither reads under this model type are
-left alone.
+A key that a file leaves out has the default of `LlamaConfig`, in which transformers 4.57.6 and
+5.23.0 agree. A key that changes the function in either, in a way that `ModelConfig` cannot express,
+is an error; keys that neither reads for this model type are left alone. RoPE's keys are in
+`jllama.interop.hf_rope`.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from jllama.config import DynamicRopeScaling, ModelConfig, TruncatedNormalInit
+import pydantic
+
+from jllama.config import ModelConfig, TruncatedNormalInit
 from jllama.errors import UserError
-from jllama.interop.hf_rope import AFTER, read_rope, write_rope
-from jllama.interop.hf_values import Reader, short
-from jllama.model.rope import effective_theta
+from jllama.interop.hf_rope import read_rope, write_rope
+from jllama.interop.json_config import (
+    Positive,
+    Size,
+    check,
+    check_neutral,
+    explained,
+    json_dataclass,
+)
 from jllama.text.tokenizer import Tokenizer
 
 # Keys that change the forward pass, with the values at which they do not.
@@ -24,7 +32,7 @@ _NEUTRAL: dict[str, tuple] = {
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
     "compression_config": (None,),
-    "auto_map": (None, {}),  # code that comes with the weights
+    "auto_map": (None, {}),  # names code in the folder
     "pruned_heads": (None, {}),
     "is_encoder_decoder": (False, None),
     "is_causal": (True, None),
@@ -34,62 +42,75 @@ _NEUTRAL: dict[str, tuple] = {
     "kv_sharing_modes": (None,),
     "per_layer_config": (None,),
 }
-_QUANTISED = {"quantization_config", "compression_config"}
+_REMEDIES = dict.fromkeys(
+    ("quantization_config", "compression_config"), "take the weights before quantisation"
+)
+# The file's key of each field of `ModelConfig` that both have.
+_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_dim": "hidden_size",
+    "ffn_dim": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+# What `ModelConfig` calls RoPE's keys in its errors.
+_ROPE_KEYS = {
+    "max_length": "max_position_embeddings",
+    "rope.original_length": "original_max_position_embeddings",
+    "rope.factor": "factor",
+    "rope.kind": "rope_type",
+}
+
+
+@json_dataclass
+class _HfConfig:
+    """The keys of config.json that decide the architecture, but for RoPE's."""
+
+    model_type: Literal["llama"]
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    rms_norm_eps: Positive = 1e-6
+    tie_word_embeddings: bool = False
+    layer_types: tuple[Literal["full_attention"], ...] | None = None
 
 
 def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """The architecture that a parsed config.json describes; `init` is the default one.
+    """The architecture that a parsed config.json describes, with the default `init`.
 
-    Raises UserError, naming `where` and the key, for what is missing, wrong or not expressible.
+    Raises UserError, which names the file `where` and the key, for what is missing, wrong or not
+    expressible.
     """
-    read = Reader(config, where)
-    kind = config.get("model_type")
-    if kind != "llama":
-        said = "is missing" if kind is None else f"is {kind!r}"
-        raise read.error("model_type", f"{said}; only 'llama' can be read")
-    for key, neutral in _NEUTRAL.items():
-        if key in config and config[key] not in neutral:
-            hint = "; take the weights before quantisation" * (key in _QUANTISED)
-            said = f"is {short(config[key])}, which this model cannot express{hint}"
-            raise read.error(key, said)
-    layers = config.get("layer_types")
-    if layers is not None and (
-        not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)
-    ):
-        raise read.error("layer_types", "other than full_attention cannot be expressed here")
-    hidden_dim, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
-    kv_heads = read.integer("num_key_value_heads", heads, null=True)
-    if heads % kv_heads:
-        raise read.error("num_key_value_heads", f"is {kv_heads}, which does not divide {heads}")
-    if config.get("head_dim") is None and hidden_dim % heads:
-        raise read.error("hidden_size", f"is {hidden_dim}, no multiple of {heads} heads")
-    head_dim = read.integer("head_dim", hidden_dim // heads, null=True)
-    if head_dim % 2:
-        raise read.error("head_dim", f"is {head_dim}, which is odd: RoPE turns pairs")
-    theta, rope, max_length = read_rope(read, head_dim)
-    return ModelConfig(
-        vocab_size=read.integer("vocab_size"),
-        hidden_dim=hidden_dim,
-        num_layers=read.integer("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn_dim=read.integer("intermediate_size"),
-        max_length=max_length,
-        rms_norm_eps=read.number("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope=rope,
-        tie_embeddings=read.boolean("tie_word_embeddings", False),
-    )
+    file = check(_HfConfig, config, where)
+    check_neutral(config, where, _NEUTRAL, _REMEDIES)
+    if file.head_dim is None and file.hidden_size % file.num_attention_heads:
+        raise UserError(
+            f"{where}: hidden_size is {file.hidden_size}, no multiple of"
+            f" num_attention_heads={file.num_attention_heads}, and head_dim is missing"
+        )
+    theta, rope, max_length = read_rope(config, where)
+    values = {field: getattr(file, key) for field, key in _KEYS.items()} | {
+        "num_kv_heads": file.num_key_value_heads or file.num_attention_heads,
+        "head_dim": file.head_dim or file.hidden_size // file.num_attention_heads,
+    }
+    try:
+        return ModelConfig(**values, rope_theta=theta, rope=rope, max_length=max_length)
+    except pydantic.ValidationError as e:
+        raise explained(e, where, _KEYS | _ROPE_KEYS, values) from None
 
 
 def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """config.json for transformers from 4.31 on; `dtype` is the tensors', such as bfloat16.
+    """The keys of config.json, for transformers from 4.31 on; `dtype` is that of the tensors.
 
-    RoPE stands in it as transformers 4 reads it (rope_theta, rope_scaling) and as 5 writes it
-    (rope_parameters); static NTK is a larger rope_theta. Of dynamic scaling,
-    max_position_embeddings is the length before it. Raises UserError for a model that is no LLaMA
-    of Hugging Face's.
+    Raises UserError for a model that Hugging Face's LLaMA cannot express.
     """
     if config.qk_norm:
         raise UserError("qk_norm: Hugging Face's LLaMA has none; this model cannot be written")
@@ -99,37 +120,23 @@ def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -
             " transformers 5 asks for; this model cannot be written"
         )
     init = config.init
-    std = init.std if isinstance(init, TruncatedNormalInit) else init.embedding_std
-    scaling, parameters = write_rope(config.rope)
-    theta = effective_theta(config)
-    dynamic = isinstance(config.rope, DynamicRopeScaling)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_dim,
-        "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
+        **{key: getattr(config, field) for field, key in _KEYS.items()},
+        **write_rope(config),
         "hidden_act": "silu",
-        "max_position_embeddings": config.rope.original_length if dynamic else config.max_length,
-        **({AFTER: config.max_length} if dynamic else {}),
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {**parameters, "rope_theta": theta},
-        "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
-        "initializer_range": std,
+        "initializer_range": (
+            init.std if isinstance(init, TruncatedNormalInit) else init.embedding_std
+        ),
         "use_cache": True,
         "pretraining_tp": 1,
-        # Left out, they would be 1 and 2.
+        # If these were left out, they would be 1 and 2.
         **(_ends(tokenizer) if tokenizer else {"bos_token_id": None, "eos_token_id": None}),
-        # Who it is for: without it, 4.57 takes Llama 3's tokenizer for a broken one of Mistral's.
+        # Without a version, 4.57 takes Llama 3's tokenizer for a broken one of Mistral's.
         "transformers_version": "4.43.0",
         "torch_dtype": dtype,
         "dtype": dtype,
@@ -137,7 +144,7 @@ def write_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -
 
 
 def generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """generation_config.json: the ids that begin and end a text, and nothing of sampling."""
+    """The keys of generation_config.json: the ids that begin and end a text, none for sampling."""
     return _ends(tokenizer) if tokenizer else {}
 
 

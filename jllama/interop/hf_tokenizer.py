@@ -1,16 +1,16 @@
-"""The tokenizer files of a Hugging Face folder.
+"""Writes the tokenizer files of a Hugging Face folder.
 
-tokenizer.json is made here, for `tokenizers` and so for transformers' AutoTokenizer, versions 4
-and 5. Its ids are those of `Tokenizer.encode` with `bos=True, special=True` (transformers finds
-special tokens in the text too, unless told `split_special_tokens=True`), and its texts those of
-`decode`. `tokenizers` merges in the order of a list of pairs, SentencePiece and tiktoken by the
-score or rank of what a pair makes, the leftmost first. Both give the same ids, for a reason:
+tokenizer.json is for the library `tokenizers`, and so for AutoTokenizer of transformers 4 and 5.
+Its ids are those of `Tokenizer.encode` with `bos=True, special=True` (transformers finds special
+tokens in a text, too, unless it has `split_special_tokens=True`), and its texts those of `decode`.
 
-While the ends of a piece are not merged with what is beside it, the merges inside are those of the
-piece on its own. So whatever the text, a piece comes from one pair only: the last merge of the
-piece on its own. A list of these, best first, is exact. There is one exception: pieces of equal
-score that overlap in a text, where a list cannot say "leftmost". `tie_warning` tells which
-tokenizers have such pieces: Chinese-LLaMA's, for one, whose added pieces all have the score 0.
+`tokenizers` merges pairs in the order of a list. SentencePiece and tiktoken merge the pair whose
+result has the best score or rank, the leftmost first. The ids are the same, for this reason: as
+long as the ends of a piece are not merged with their neighbours, the merges within it are those of
+the piece alone. So in any text a piece comes from one pair only, the last merge of the piece alone,
+and a list of these pairs, the best first, is exact. The exception are pieces of equal score that
+overlap in a text, because a list cannot say "leftmost". `tie_warning` tells which tokenizers have
+such pieces, as Chinese-LLaMA's, whose added pieces all have the score 0.
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ from jllama.text.tokenizer_json import spell
 _UNLIMITED = int(1e30)  # transformers' own number for "no limit"
 
 
-@functools.lru_cache(maxsize=1)  # asked for before a model is read, and to write it: takes seconds
+@functools.lru_cache(maxsize=1)  # takes seconds, and is called before a model is read, and after
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Contents by file name. Raises UserError for a tokenizer that these files cannot express."""
+    """The files' contents by name; UserError for a tokenizer that they cannot express."""
     match tokenizer:
         case SentencePieceTokenizer():
             file = _sentencepiece(tokenizer)
@@ -59,7 +59,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         if pad is not None:
             names["pad_token"] = tokenizer.pieces[pad]
     config = {
-        # In both versions this class takes tokenizer.json as it is; LlamaTokenizer of 5 does not.
+        # This class takes tokenizer.json as it is in both versions; LlamaTokenizer of 5 does not.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **names,
         **tokenizer.carried,
@@ -91,7 +91,7 @@ def _json(value: Any, indent: int | None = None) -> bytes:
 def _file(
     tokenizer: Tokenizer, added: Iterable[AddedToken], model: dict[str, Any], **steps: Any
 ) -> dict[str, Any]:
-    """tokenizer.json: BOS before each text, and `steps` around a BPE model."""
+    """The content of tokenizer.json: a BPE model with `steps` around it, and BOS before a text."""
     bos = next(text for text, id in tokenizer.special_tokens.items() if id == tokenizer.bos_id)
 
     def sequence(*types: int) -> list[dict]:
@@ -142,10 +142,10 @@ def _listed(added: Iterable[AddedToken]) -> list[dict[str, Any]]:
 
 
 def _merges(cost: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """The pair that makes each piece, cheapest first; of equal costs the longest.
+    """The pair that makes each piece, the cheapest piece first, and the longest of equal costs.
 
-    The longest first, because the leftmost piece then grows before another begins: so it is in a
-    run of one character, such as LLaMA's spaces, whose pieces all have one score.
+    With the longest first, the leftmost piece grows before another one begins. This is right for
+    runs of one character, such as LLaMA's spaces, whose pieces all have the same score.
     """
     for piece in sorted(cost, key=lambda piece: (cost[piece], -len(piece))):
         parts = list(piece)
@@ -164,7 +164,7 @@ def _merges(cost: Mapping[str, float]) -> Iterator[tuple[str, str]]:
 
 
 def tie_warning(tokenizer: Tokenizer) -> str | None:
-    """What to tell the user where the ids of tokenizer.json may differ from ours, or None."""
+    """A warning for the user if the ids of tokenizer.json may differ from ours, or None."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return None
     _, cost = _model(parse_sentencepiece(tokenizer.model).pieces)
@@ -200,11 +200,11 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     added = _specials(tokenizer)
     for id, piece in enumerate(pieces):
         if piece.type == PieceType.USER_DEFINED and id not in added:
-            # Found after spaces are marked, as SentencePiece does.
+            # SentencePiece, too, looks for it after spaces are marked.
             added[id] = AddedToken(piece.text, id, special=False, normalized=True)
     for token in tokenizer.added:
         added[token.id] = dataclasses.replace(token, normalized=False)
-        vocab[token.text] = token.id  # or `tokenizers` would count on from the last id
+        vocab[token.text] = token.id  # else `tokenizers` gives it the id after the last
     unk = next(piece.text for piece in pieces if piece.type == PieceType.UNKNOWN)
     mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     first = None
@@ -219,11 +219,11 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
             prepend = {"type": "Prepend", "prepend": SPACE}
             mark = {"type": "Sequence", "normalizers": [prepend, mark]}
             visible = [re.escape(t.text) for t in added.values() if not t.special]
-            if visible:  # each is followed by a text with a space before it
+            if visible:  # the text after each one begins with a space
                 after = {"Regex": f"(?<={'|'.join(visible)}) "}
                 decoders.append({"type": "Replace", "pattern": after, "content": ""})
         else:
-            # Metaspace puts no space before one. Here it meets none: they are marked already.
+            # This Metaspace meets no spaces, for they are marked already; it only adds the first.
             space = {"type": "Metaspace", "split": False}
             first = {
                 "type": "Sequence",
@@ -254,7 +254,7 @@ def _cannot(what: str) -> UserError:
 
 
 def _model(pieces: Sequence[Piece]) -> tuple[dict[str, int], dict[str, float]]:
-    """The vocabulary, and the pieces that merges make with their costs."""
+    """The id of each piece, and the cost of each piece that a merge makes."""
     vocab = {piece.text: id for id, piece in enumerate(pieces)}
     normal = [p for p in pieces if p.type == PieceType.NORMAL and len(p.text) > 1]
     return vocab, {piece.text: -piece.score for piece in normal}
@@ -277,7 +277,7 @@ def _tiktoken(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
         tokenizer,
         _specials(tokenizer).values(),
         {
-            "ignore_merges": True,  # a word that is a piece is that piece
+            "ignore_merges": True,  # a word that is a piece becomes that piece
             "vocab": vocab,
             "merges": [list(pair) for pair in _merges(cost)],
         },
@@ -290,12 +290,12 @@ def _tiktoken(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
 
 
 def _huggingface(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
-    """The file as it was, or with what those beside it add."""
+    """The tokenizer.json that was read, with the tokens that other files of its folder add."""
     file, model = tokenizer.json, tokenizer.json["model"]
-    there = {t["content"]: t.get("special", False) for t in file.get("added_tokens") or ()}
+    listed = {t["content"]: t.get("special", False) for t in file.get("added_tokens") or ()}
     added = _specials(tokenizer) | {token.id: token for token in tokenizer.added}
-    if there == {token.text: token.special for token in added.values()}:
+    if listed == {token.text: token.special for token in added.values()}:
         return file
-    # In the vocabulary too, or `tokenizers` would count on from the last id.
-    vocab = model["vocab"] | {t.text: t.id for t in tokenizer.added if t.text not in there}
+    # A token that is not in the vocabulary would get the id after the last.
+    vocab = model["vocab"] | {t.text: t.id for t in tokenizer.added if t.text not in listed}
     return file | {"added_tokens": _listed(added.values()), "model": model | {"vocab": vocab}}

@@ -1,8 +1,8 @@
 """Folders as Meta ships them: params.json and consolidated.NN.pth, a file per model-parallel shard.
 
-params.json does not say everything: Llama-1 and 2 leave the base of RoPE out, Llama-3.1 its scaling
-but for a flag, none the length. So what it says, and the shapes, must be those of one model in
-configs/model, or of the model that is named.
+params.json is incomplete: Llama-1 and 2 leave out rope_theta, Llama-3.1 has only a flag for the
+scaling of RoPE, and no file has the length. So its values and the shapes of the tensors must be
+those of exactly one model in configs/model, or of the model that the caller names.
 """
 
 import dataclasses
@@ -12,13 +12,15 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from jllama.config import Llama3RopeScaling, ModelConfig
+from jllama.config import ModelConfig
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.files import storage
+from jllama.interop.json_config import Positive, Size, check, json_dataclass
 from jllama.interop.names import META_PARAMS, NAMES, name_of
 from jllama.interop.parameters import drop_tied_head
 from jllama.interop.pth import read_pth
+from jllama.interop.rope_formats import ROPE_FORMATS
 from jllama.interop.tensors import FileTensor, JoinedTensor, RepeatedTensor, Tensor
 
 PARAMS = META_PARAMS
@@ -27,28 +29,40 @@ _HEAD, _TABLE, _NORM, _GATE = (
     name_of(path).of("meta")
     for path in ("head.weight", "embedding.weight", "final_norm.scale", "layers.mlp.gate.kernel")
 )
-_DERIVED = {"rope.freqs"}  # a buffer, no parameter
-# What params.json may say: the sizes, what the sizes of the tensors say as well, and nothing else.
-# Of the scalings, those that Meta published.
-_ROPES = ("none", "llama3")
-_KNOWN = {
-    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta",
-    "use_scaled_rope", "multiple_of", "ffn_dim_multiplier", "max_seq_len", "max_batch_size",
-    "model_parallel_size",
-}  # fmt: skip
+_DERIVED = {"rope.freqs"}  # a buffer that is no parameter
+
+
+@json_dataclass
+class _Params:
+    """The keys of params.json. The tensors' shapes say what those of type Any do."""
+
+    dim: Size
+    n_layers: Size
+    n_heads: Size
+    n_kv_heads: Size | None = None
+    vocab_size: int = -1  # LLaMA 1 and 2 leave it to the tokenizer
+    norm_eps: Positive
+    rope_theta: Positive | None = None
+    use_scaled_rope: bool = False
+    multiple_of: Any = None
+    ffn_dim_multiplier: Any = None
+    max_seq_len: Any = None
+    max_batch_size: Any = None
+    model_parallel_size: Any = None
 
 
 def read_folder(
     folder: Path, files: Collection[str], model: str | ModelConfig | None
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The architecture and the tensors of a folder, by their names there; no data is read but a
-    second copy of a tied head, which Llama 3.2 has.
+    """The architecture and the tensors of a folder, by their names in the files.
+
+    No tensor is read, except the two tables of a tied model that has both, as Llama 3.2 does.
 
     Args:
-      files: their names in the folder.
-      model: a name in configs/model, a file like those, or what they say; None to find it.
+      files: the names of the folder's files.
+      model: a name in configs/model, a file like those, or a config; None finds the model.
 
-    Raises UserError for what is missing, broken or contradictory, and when the model is unclear.
+    Raises UserError for what is missing, broken or contradictory, and if several models fit.
     """
     tensors = _tensors(folder, files)
     facts = _facts(folder / PARAMS, tensors)
@@ -62,15 +76,19 @@ def read_folder(
 
 
 def _tensors(folder: Path, files: Collection[str]) -> dict[str, Tensor]:
-    found = [name for name in files if _SHARD.fullmatch(name)]
-    expected = [f"consolidated.{i:02d}.pth" for i in range(len(found))]
-    if not found or sorted(found) != expected:
-        there = ", ".join(sorted(found)) or "none"
-        raise UserError(f"{folder}: expected consolidated.00.pth and on without a gap: {there}")
+    files = sorted(name for name in files if _SHARD.fullmatch(name))
+    expected = [f"consolidated.{i:02d}.pth" for i in range(len(files))]
+    if not files or files != expected:
+        raise UserError(
+            f"{folder}: expected consolidated.00.pth and on without a gap, not"
+            f" {', '.join(files) or 'none'}"
+        )
     shards = [read_pth(folder / name) for name in expected]
     for name, shard in zip(expected, shards, strict=True):
-        if other := sorted(shard.keys() ^ shards[0].keys()):
-            raise UserError(f"{folder / name}: has other tensors than {expected[0]}: {other[0]}")
+        if differing := sorted(shard.keys() ^ shards[0].keys()):
+            raise UserError(
+                f"{folder / name}: has other tensors than {expected[0]}: {differing[0]}"
+            )
     norm = shards[0].get(_NORM)
     dim = math.prod(norm.shape) if norm else 0
     return {
@@ -81,7 +99,7 @@ def _tensors(folder: Path, files: Collection[str]) -> dict[str, Tensor]:
 
 
 def _joined(folder: Path, name: str, parts: tuple[FileTensor, ...], dim: int) -> Tensor:
-    """A tensor from its parts in every shard; `dim` is the model's width."""
+    """A tensor made of its parts in all shards; `dim` is the model's width."""
     pattern = re.sub(r"\.\d+\.", ".{}.", name, count=1)
     split = next((n.split for n in NAMES if n.meta == pattern), None)
     first = parts[0]
@@ -92,54 +110,44 @@ def _joined(folder: Path, name: str, parts: tuple[FileTensor, ...], dim: int) ->
     # LLaMA 1 and 2 cut the embedding's width, Llama 3 its rows.
     if not name.startswith("layers."):
         split = 0 if first.shape[1] == dim else 1
-    rest = {p.shape[:split] + p.shape[split + 1 :] + (p.dtype,) for p in parts}
-    if len(rest) > 1:
+    kinds = {p.shape[:split] + p.shape[split + 1 :] + (p.dtype,) for p in parts}
+    if len(kinds) > 1:
         raise UserError(
-            f"{folder}: {name}: its parts do not fit together: {sorted(map(str, rest))}"
+            f"{folder}: {name}: its parts do not fit together: {sorted(map(str, kinds))}"
         )
     return JoinedTensor(parts, split)
 
 
 def _facts(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the folder says of the model, by the names of `ModelConfig`."""
-    params = storage.read_json(file)
-    if unknown := sorted(params.keys() - _KNOWN):
-        raise UserError(f"{file}: {', '.join(unknown)}: not expressible here")
-
-    def number(key: str, kind: type | tuple[type, ...] = int) -> Any:
-        value = params.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
-            raise UserError(f"{file}: {key}={value!r}: expected a positive number")
-        return value
+    """The values of `ModelConfig` that the folder tells, and use_scaled_rope."""
+    values = storage.read_json(file)
+    if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(_Params)}):
+        raise UserError(f"{file}: {', '.join(unknown)}: unknown, and may change the model")
+    params = check(_Params, values, file)
 
     def rows(name: str) -> int:
         if name not in tensors or len(tensors[name].shape) != 2:
             raise UserError(f"{file.parent}: {name} is missing, or no matrix")
         return tensors[name].shape[0]
 
-    scaled = params.get("use_scaled_rope", False)
-    if not isinstance(scaled, bool):
-        raise UserError(f"{file}: use_scaled_rope={scaled!r}: expected true or false")
-    heads = number("n_heads")
     facts = {
         "vocab_size": rows(_TABLE),
-        "hidden_dim": number("dim"),
-        "num_layers": number("n_layers"),
-        "num_heads": heads,
-        "num_kv_heads": heads if params.get("n_kv_heads") is None else number("n_kv_heads"),
-        "head_dim": number("dim") // heads,
+        "hidden_dim": params.dim,
+        "num_layers": params.n_layers,
+        "num_heads": params.n_heads,
+        "num_kv_heads": params.n_kv_heads or params.n_heads,
+        "head_dim": params.dim // params.n_heads,
         "ffn_dim": rows(_GATE),
-        "rms_norm_eps": number("norm_eps", (int, float)),
-        "use_scaled_rope": scaled,
+        "rms_norm_eps": params.norm_eps,
+        "use_scaled_rope": params.use_scaled_rope,
     }
-    if _HEAD not in tensors:  # a tied one may be there, too
+    if _HEAD not in tensors:  # a tied head may be in the file, too
         facts["tie_embeddings"] = True
-    if params.get("rope_theta") is not None:
-        facts["rope_theta"] = number("rope_theta", (int, float))
-    said = params.get("vocab_size", -1)  # LLaMA 1 and 2 leave it to the tokenizer
-    if said not in (-1, facts["vocab_size"]):
+    if params.rope_theta is not None:
+        facts["rope_theta"] = params.rope_theta
+    if params.vocab_size not in (-1, facts["vocab_size"]):
         raise UserError(
-            f"{file}: vocab_size={said!r}, and {_TABLE} has {facts['vocab_size']:,} rows"
+            f"{file}: vocab_size={params.vocab_size}, and {_TABLE} has {facts['vocab_size']:,} rows"
         )
     return facts
 
@@ -148,31 +156,30 @@ def _model(folder: Path, facts: dict[str, Any], given: str | ModelConfig | None)
     if given is not None:
         if isinstance(given, str):
             model = recipes.load_model(given)
-        else:  # a recipe's, which says where it shall be another
+        else:  # a recipe's model, which may have other values of these two
             free = {k: facts[k] for k in ("rope_theta", "rms_norm_eps") if k in facts}
             model = dataclasses.replace(given, **free)
-        wrong = _differences(facts, model)
-        if wrong:
-            what = given if isinstance(given, str) else "the recipe's model"
-            raise UserError(f"{folder}: is not {what}: {'; '.join(wrong)}")
+        if differing := _differences(facts, model):
+            title = given if isinstance(given, str) else "the recipe's model"
+            raise UserError(f"{folder}: is not {title}: {'; '.join(differing)}")
         return model
     shipped = {name: recipes.load_model(name) for name in recipes.model_names()}
     fitting = {
         name: model
         for name, model in shipped.items()
-        if model.rope.kind in _ROPES and not _differences(facts, model)
+        if ROPE_FORMATS[model.rope.kind].meta is not None and not _differences(facts, model)
     }
     if len(set(fitting.values())) == 1:
         return next(iter(fitting.values()))
     if fitting:
         raise UserError(
-            f"{folder}: may be {' or '.join(fitting)}, which differ in what params.json does not"
-            " say; name it: jllama convert --model NAME, or jllama.load(..., model=NAME)"
+            f"{folder}: may be {' or '.join(fitting)}, and params.json does not say which; name it:"
+            " jllama convert --model NAME, or jllama.load(..., model=NAME)"
         )
     scaled = facts.pop("use_scaled_rope")
-    said = ", ".join(f"{key}: {value}" for key, value in facts.items())
+    values = ", ".join(f"{key}: {value}" for key, value in facts.items())
     raise UserError(
-        f"{folder}: no model in configs/model has {said} and rope of kind"
+        f"{folder}: no model in configs/model has {values} and rope of kind"
         f" {'llama3' if scaled else 'none or linear'}; write a file like those, with the rope and"
         " max_length that are right: jllama convert --model FILE, or jllama.load(..., model=FILE)"
     )
@@ -180,9 +187,9 @@ def _model(folder: Path, facts: dict[str, Any], given: str | ModelConfig | None)
 
 def _differences(facts: dict[str, Any], model: ModelConfig) -> list[str]:
     values = dataclasses.asdict(model)
-    values["use_scaled_rope"] = isinstance(model.rope, Llama3RopeScaling)
+    values["use_scaled_rope"] = bool(ROPE_FORMATS[model.rope.kind].meta)
     return [
-        f"{key} is {value} here, {values[key]} there"
+        f"{key} is {value} in the folder, {values[key]} in the model"
         for key, value in facts.items()
         if values[key] != value
     ]

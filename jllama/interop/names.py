@@ -1,9 +1,9 @@
-"""One table: a parameter's path here, and its name and layout in every other format.
+"""One table: the path of each parameter, and its name and layout in every other format.
 
-Files hold one matrix per layer, [outputs, inputs]; here the layers are stacked and a matrix is
-[inputs..., outputs...], with heads apart. In a query or key head, Meta and GGUF turn the pair
-(2i, 2i+1) by RoPE, Hugging Face and this package (i, i + N/2): the rows are in another order.
-L layers, N head width.
+Files hold one matrix per layer, [outputs, inputs]. This package stacks the layers, and a matrix is
+[inputs..., outputs...], where heads are an axis. In a query or key head, Meta and GGUF turn the
+pair (2i, 2i+1) by RoPE, Hugging Face and this package (i, i + N/2), so the order of rows differs.
+N is the head's width.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ HF_CONFIG, META_PARAMS, PEFT_CONFIG = "config.json", "params.json", "adapter_con
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """A parameter's names: `{}` is the layer's number.
+    """A parameter's names; `{}` stands for the layer's number.
 
     Attributes:
-      path: here, dotted.
-      hf, meta, gguf: there.
-      rotary: whether its rows are queries or keys, which RoPE turns in pairs.
-      split: the axis of the file's matrix along which Meta's model parallelism cuts it; None:
-        every shard has it whole. A table may be cut along either axis, which its shape tells.
+      path: our dotted path.
+      hf, meta, gguf: the names in files.
+      rotary: whether the rows are queries or keys, which RoPE turns in pairs.
+      split: the axis of the file's matrix along which Meta's model parallelism cuts it; None where
+        every shard has it whole. A table may be cut along either axis, and its shape tells which.
     """
 
     path: str
@@ -41,7 +41,7 @@ class Name:
 
     @property
     def stacked(self) -> bool:
-        """Whether there is one per layer."""
+        """Whether files have one tensor per layer."""
         return "{}" in self.hf
 
     def of(self, format: FileFormat, layer: int = 0) -> str:
@@ -89,16 +89,17 @@ _BY_PATH = {name.path: name for name in NAMES}
 
 
 def name_of(path: str) -> Name:
-    """The names of the parameter at `path`; UserError for one that only this package has."""
+    """The names of the parameter at `path`; UserError if other formats do not have it."""
     if path not in _BY_PATH:
-        raise UserError(f"{path}: has no name in other formats, whose LLaMA has no such parameter")
+        raise UserError(f"{path}: has no name in other formats, whose LLaMA lacks this parameter")
     return _BY_PATH[path]
 
 
 def file_shape(shape: Sequence[int], inputs: int) -> tuple[int, ...]:
-    """The shape in a file of one layer's parameter, here `shape`, of `inputs` input axes.
+    """The shape in a file of one layer's parameter, which is `shape` in this package.
 
-    `inputs` is that of `jllama.model.llama.ParamSpec`: 0 for tables and scales, which are the same.
+    `inputs` is the field of `jllama.model.llama.ParamSpec`: the number of input axes, 0 for tables
+    and scales, whose layout is the same in files.
     """
     if not inputs:
         return tuple(shape)
@@ -108,9 +109,9 @@ def file_shape(shape: Sequence[int], inputs: int) -> tuple[int, ...]:
 def from_file(
     array: np.ndarray, shape: Sequence[int], inputs: int, *, interleaved: bool
 ) -> np.ndarray:
-    """A file's array as one layer's parameter of `shape`, a view if it can be.
+    """A file's array as one layer's parameter of `shape`; a view where possible.
 
-    `interleaved`: the rows are queries or keys whose RoPE pairs lie side by side.
+    `interleaved` says that the rows are queries or keys whose RoPE pairs lie side by side.
     """
     if not inputs:
         return array.reshape(shape)
@@ -123,7 +124,7 @@ def from_file(
 
 
 def to_file(array: np.ndarray, inputs: int, *, interleaved: bool) -> np.ndarray:
-    """The inverse of `from_file`: one layer's parameter as a file has it, a view if it can be."""
+    """One layer's parameter as a file has it, the inverse of `from_file`; a view where possible."""
     if not inputs:
         return array
     shape = array.shape

@@ -1,11 +1,12 @@
 """Parameters from the tensors of a file, and the tensors of a file from parameters.
 
-A tensor is read with `pread` into a buffer of its own, turned into this package's layout, put on
-the devices that hold its parts, and written into the parameter's layer there. So the host's memory
-never holds more than three tensors beside what its devices hold; mapping the files and stacking the
-layers would take 2.3 times the parameters.
+A tensor is read with `pread` into a buffer of its own, brought into this package's layout, put on
+the devices that hold its parts, and written into its layer of the stacked parameter there. So the
+host's memory holds at most three tensors beside what its devices hold; mapping the files and
+stacking the layers would take 2.3 times the parameters.
 """
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -19,7 +20,7 @@ import numpy as np
 
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.errors import UserError
-from jllama.interop.names import NAMES, FileFormat, file_shape, from_file, name_of
+from jllama.interop.names import NAMES, FileFormat, Name, file_shape, from_file, name_of
 from jllama.interop.tensors import DTYPES, ParamTensor, Tensor, cast, nbytes, same_bits
 from jllama.model.llama import Params, ParamSpec, param_specs
 from jllama.model.param import EachLeaf, dotted
@@ -30,28 +31,26 @@ from jllama.progress import Progress
 def match(
     tensors: Mapping[str, Tensor], specs: Params, format: FileFormat, where: Path
 ) -> dict[str, list[Tensor]]:
-    """The tensors of each parameter, by its path: one per layer, or one.
+    """The tensors of each parameter, by its path: one per layer, or a single one.
 
     Args:
-      tensors: all of the model, by their names there; what is no parameter is left out already.
+      tensors: those of the model's parameters, by their names in the files, and no others.
       specs: tree of `jllama.model.llama.ParamSpec`.
 
-    Raises UserError that lists every missing, extra and misshapen tensor, by both names.
+    Raises UserError that lists every missing, extra and misshapen tensor by both names.
     """
     layers = max(spec.shape[0] for path, spec in _flat(specs).items() if name_of(path).stacked)
     if layers > len(tensors):
         raise UserError(f"{where}: {layers:,} layers by the config, and {len(tensors):,} tensors")
-    found: dict[str, list[Tensor]] = {}
-    wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for path, spec in _flat(specs).items():
-        name = name_of(path)
-        layers, shape = (spec.shape[0], spec.shape[1:]) if name.stacked else (1, spec.shape)
-        want = file_shape(shape, spec.inputs)
-        wanted |= {name.of(format, layer): (path, want) for layer in range(layers)}
+    wanted = {
+        name.of(format, layer or 0): (name.path, file_shape(spec.shape, spec.inputs))
+        for name, layer, spec in layers_of(specs)
+    }
     check_tensors(tensors, wanted, where)
-    for there, (path, _) in wanted.items():
-        found.setdefault(path, []).append(tensors[there])
-    return found
+    by_path: dict[str, list[Tensor]] = {}
+    for file_name, (path, _) in wanted.items():
+        by_path.setdefault(path, []).append(tensors[file_name])
+    return by_path
 
 
 def check_tensors(
@@ -60,24 +59,24 @@ def check_tensors(
     where: Path,
     whose: str = "this model's",
 ) -> None:
-    """UserError that lists every missing, extra and misshapen tensor, by both names.
+    """Raises UserError that lists every missing, extra and misshapen tensor by both names.
 
-    `wanted` has the path here and the shape there of each, by its name there.
+    `wanted` has, by the name in the files, our path and the shape in the files of each tensor.
     """
     wrong: dict[str, list[tuple[str, str]]] = {}
-    for there, (path, want) in wanted.items():
-        tensor = tensors.get(there)
-        here = f"ours {path}"
+    for name, (path, shape) in wanted.items():
+        tensor = tensors.get(name)
+        ours = f"ours {path}"
         if tensor is None:
-            wrong.setdefault("missing", []).append((there, here))
-        elif tensor.shape != want:
-            text = f"{here}: {list(tensor.shape)}, and the config makes it {list(want)}"
-            wrong.setdefault("misshapen", []).append((there, text))
+            wrong.setdefault("missing", []).append((name, ours))
+        elif tensor.shape != shape:
+            text = f"{ours}: {list(tensor.shape)}, and the config makes it {list(shape)}"
+            wrong.setdefault("misshapen", []).append((name, text))
         elif tensor.dtype not in DTYPES:
-            text = f"{here}: {tensor.dtype}, and weights are float32, float16 or bfloat16"
-            wrong.setdefault("not weights", []).append((there, text))
-    if left := sorted(tensors.keys() - wanted.keys()):
-        wrong["extra"] = [(name, "no such parameter") for name in left]
+            text = f"{ours}: {tensor.dtype}, and weights are float32, float16 or bfloat16"
+            wrong.setdefault("not weights", []).append((name, text))
+    if extra := sorted(tensors.keys() - wanted.keys()):
+        wrong["extra"] = [(name, "no such parameter") for name in extra]
     if wrong:
         parts = [f"{kind}: {', '.join(_ranges(names))}" for kind, names in wrong.items()]
         raise UserError(f"{where}: not {whose} tensors: {'; '.join(parts)}")
@@ -88,14 +87,14 @@ def _flat(tree: Params) -> dict[str, ParamSpec]:
 
 
 def _ranges(names: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """Names with the same text, but for the layer's number, as one: `layers.{0-31}.wq (text)`."""
+    """Joins names that differ in the layer's number only: `layers.{0-31}.wq (text)`."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name, text in names:
         number = re.search(r"(?<=\.)\d+(?=\.)", name)
         pattern = f"{name[: number.start()]}{{}}{name[number.end() :]}" if number else name
         groups.setdefault((pattern, text), []).append(int(number[0]) if number else 0)
     for (pattern, text), layers in groups.items():
-        # Neighbours have the same distance to their place in the sorted list.
+        # Layers that follow one another have the same distance to their index in the sorted list.
         runs = itertools.groupby(enumerate(sorted(layers)), lambda pair: pair[1] - pair[0])
         spans = [[layer for _, layer in run] for _, run in runs]
         spelt = ",".join(str(s[0]) if len(s) == 1 else f"{s[0]}-{s[-1]}" for s in spans)
@@ -104,16 +103,16 @@ def _ranges(names: Sequence[tuple[str, str]]) -> Iterator[str]:
 
 
 def drop_tied_head(tensors: dict[str, Tensor], format: FileFormat) -> bool:
-    """Takes out the head of a model that ties it; False if it is no copy of the embedding."""
+    """Removes the head of a tied model from `tensors`; False if it differs from the embedding."""
     head, table = (name_of(path).of(format) for path in ("head.weight", "embedding.weight"))
     copy = tensors.pop(head, None)
     return copy is None or table not in tensors or same_bits(copy, tensors[table])
 
 
 def cast_params(params: Params, dtype: str, scale_dtype: str) -> Params:
-    """Parameters with matrices in `dtype` and scales in `scale_dtype`, one array at a time.
+    """Casts matrices to `dtype` and the norms' scales to `scale_dtype`, one array at a time.
 
-    Raises UserError, by path, for a value that becomes infinite.
+    Raises UserError, with the path, for a value that becomes infinite.
     """
     leaves, tree = jax.tree.flatten_with_path(params)
     del params
@@ -129,21 +128,25 @@ def cast_params(params: Params, dtype: str, scale_dtype: str) -> Params:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _cast(leaf: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """The array in `dtype`, and the largest finite value that is infinite there, or 0."""
+    """The array in `dtype`, and the largest finite value that becomes infinite, or 0."""
     out = leaf.astype(dtype)
     lost = jnp.isinf(out) & jnp.isfinite(leaf)
     return out, jnp.max(jnp.where(lost, jnp.abs(leaf), 0)).astype(jnp.float32)
 
 
-def widest_dtype(found: Mapping[str, Sequence[Tensor]], *, scales: bool) -> str:
-    """The dtype that holds every matrix, or every scale of a norm, exactly."""
-    chosen = [t for path, some in found.items() if path.endswith("scale") == scales for t in some]
-    dtypes = {tensor.dtype for tensor in chosen}
+def widest_dtype(by_path: Mapping[str, Sequence[Tensor]], *, scales: bool) -> str:
+    """The dtype that holds every matrix exactly, or with `scales` every scale of a norm."""
+    dtypes = {
+        tensor.dtype
+        for path, tensors in by_path.items()
+        if path.endswith("scale") == scales
+        for tensor in tensors
+    }
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
 def read_params(
-    found: Mapping[str, Sequence[Tensor]],
+    by_path: Mapping[str, Sequence[Tensor]],
     specs: Params,
     placed: Params,
     each: EachLeaf | None = None,
@@ -151,24 +154,24 @@ def read_params(
     interleaved: bool,
     title: str,
 ) -> Params:
-    """The parameters, in the dtypes and on the devices of `placed`; shows progress in bytes.
+    """Reads the parameters in the dtypes and onto the devices of `placed`; shows progress in bytes.
 
     Args:
-      found: what `match` gives.
+      by_path: what `match` returns.
       specs: tree of `ParamSpec`.
       placed: tree of `jax.ShapeDtypeStruct` with shardings, as `llama.placed_shapes` makes it; rows
         that a table has beyond `specs` are zeros.
-      each: what is kept of an array, before the next is read.
+      each: maps a path and an array to what is kept of it, before the next one is read.
       interleaved: the RoPE pairs of queries and keys lie side by side in the files.
 
-    Every process that holds a part of them calls it, and reads every tensor. Raises UserError for a
-    value that becomes infinite in the dtype it is placed in.
+    Every process that holds a part of the parameters must call this, and each reads every tensor.
+    Raises UserError for a value that becomes infinite in its dtype of `placed`.
     """
-    size = sum(nbytes(tensor) for some in found.values() for tensor in some)
+    size = sum(nbytes(tensor) for tensors in by_path.values() for tensor in tensors)
     quiet = jax.process_index() > 0
     leaves, tree = jax.tree.flatten(placed)
     paths = list(_flat(specs).items())
-    order = [tensor for path, _ in paths for tensor in found[path]]
+    order = [tensor for path, _ in paths for tensor in by_path[path]]
     keep = each or (lambda path, x: x)
     out = []
     with Progress(title, size, quiet) as progress, ThreadPoolExecutor(1) as reader:
@@ -188,18 +191,19 @@ def read_params(
                 out.append(keep(path, part(leaf.sharding, spec.shape, leaf.shape)))
                 continue
             stacked = _zeros(leaf.shape, leaf.dtype, leaf.sharding)
-            where = layer_sharding(leaf.sharding)
+            per_layer = layer_sharding(leaf.sharding)
             write = _writer(leaf.sharding)
             for layer in range(spec.shape[0]):
-                stacked = write(stacked, part(where, spec.shape[1:], leaf.shape[1:]), layer)
-                stacked.block_until_ready()  # so that no layer waits on the host beside the next
+                array = part(per_layer, spec.shape[1:], leaf.shape[1:])
+                stacked = write(stacked, array, layer)
+                stacked.block_until_ready()  # else the host would hold this layer and the next
             out.append(keep(path, stacked))
             del stacked
     return tree.unflatten(out)
 
 
 def _ahead(reader: ThreadPoolExecutor, tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
-    """Each tensor read, while the one before it is used."""
+    """The arrays of the tensors; one is read while the caller uses the one before."""
     pending = None
     for tensor in tensors:
         following = reader.submit(tensor.read)
@@ -223,13 +227,13 @@ def _zeros(shape, dtype, sharding) -> jax.Array:
 
 
 def _put(array: np.ndarray, shape, sharding, dtype, path: str) -> jax.Array:
-    """The array on the devices: each gets its own part, contiguous, in `dtype`.
+    """Puts on each device its part of the array, contiguous and in `dtype`.
 
-    `shape` may have more rows, which are zeros.
+    `shape` may have more rows than the array; they are zeros.
     """
     parts: dict[str, np.ndarray] = {}
 
-    def of(index: tuple[slice, ...]) -> np.ndarray:
+    def part_at(index: tuple[slice, ...]) -> np.ndarray:
         key = str(index)  # devices that hold the same part share it
         if key not in parts:
             part = cast(array[index], dtype, path)
@@ -239,38 +243,51 @@ def _put(array: np.ndarray, shape, sharding, dtype, path: str) -> jax.Array:
             parts[key] = part
         return parts[key]
 
-    return jax.make_array_from_callback(shape, sharding, of)
+    return jax.make_array_from_callback(shape, sharding, part_at)
 
 
 def check_named(specs: Params) -> None:
-    """UserError for a parameter that other formats have no name for."""
+    """Raises UserError for a parameter that has no name in other formats."""
     for path in _flat(specs):
         name_of(path)
 
 
+def layers_of(specs: Params) -> Iterator[tuple[Name, int | None, ParamSpec]]:
+    """Each tensor that a file has of these parameters, in the order of `NAMES`.
+
+    Yields its names, its layer (None if the parameter is not stacked), and the spec of one layer.
+    """
+    flat = _flat(specs)
+    for name in NAMES:
+        if name.path not in flat:
+            continue
+        spec = flat[name.path]
+        if not name.stacked:
+            yield name, None, spec
+            continue
+        of_one = dataclasses.replace(spec, shape=spec.shape[1:])
+        for layer in range(spec.shape[0]):
+            yield name, layer, of_one
+
+
 def file_specs(config: ModelConfig) -> Params:
-    """The tree of `ParamSpec` that other formats have of a model: no padding in its tables."""
+    """The tree of `ParamSpec` that files of other formats hold: tables have no padding."""
     return param_specs(config.unpadded, ComputeConfig(dtype="float32"))
 
 
 def file_tensors(
     params: Params, specs: Params, format: FileFormat, *, interleaved: bool
 ) -> dict[str, ParamTensor]:
-    """The tensors that a file of `format` has of these parameters, in the order of `NAMES`.
+    """The tensors of a file of `format` by their names, in the order of `NAMES`.
 
-    `specs` is what `file_specs` gives; rows that a table has beyond it are left out. Raises
-    UserError for a parameter that it has no name for.
+    `specs` is what `file_specs` returns; rows that a table has beyond it are left out. Raises
+    UserError for a parameter that has no name in other formats.
     """
     check_named(specs)
     leaves = {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-    flat = _flat(specs)
-    out = {}
-    for name in NAMES:
-        if name.path not in flat:
-            continue
-        leaf, spec = leaves[name.path], flat[name.path]
-        turned = interleaved and name.rotary
-        for layer in range(spec.shape[0]) if name.stacked else [None]:
-            tensor = ParamTensor(leaf, layer, spec.shape[layer is not None :], spec.inputs, turned)
-            out[name.of(format, layer or 0)] = tensor
-    return out
+    return {
+        name.of(format, layer or 0): ParamTensor(
+            leaves[name.path], layer, spec.shape, spec.inputs, interleaved and name.rotary
+        )
+        for name, layer, spec in layers_of(specs)
+    }

@@ -1,8 +1,8 @@
-"""Tensors of PyTorch's zip files (.pth, .bin), without PyTorch and running no code of theirs.
+"""Reads the tensors of PyTorch's zip files (.pth, .bin) without PyTorch and without running code.
 
-Such a file is an uncompressed zip: `data.pkl` says what the tensors are, `data/KEY` holds the bytes
-of a storage. A pickle is a program. Here it is run by an interpreter of its own, that knows the
-instructions and names of state dicts alone, and makes dicts and tuples, which are checked after.
+Such a file is an uncompressed zip: `data.pkl` describes the tensors, `data/KEY` holds the bytes of
+a storage. A pickle is a program. The interpreter in this module knows only the instructions and
+names that state dicts need. It builds dicts and tuples, which are checked afterwards.
 """
 
 import math
@@ -18,7 +18,7 @@ from jllama.errors import UserError
 from jllama.files import storage
 from jllama.interop.tensors import FileTensor, check_fetched
 
-_MAX_PICKLE = 4_000_000  # bytes, that become some hundred MB; a model has some hundred thousand
+_MAX_PICKLE = 4_000_000  # bytes, which become some hundred MB; a model's are far below a million
 _MAX_AXES = 8
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
 _STORAGES = {
@@ -72,9 +72,9 @@ _GLOBALS = {
 
 
 def read_pth(file: Path) -> dict[str, FileTensor]:
-    """The tensors of a file, by name; none of their data is read.
+    """The tensors of a file by name; their data is not read.
 
-    Raises UserError for a missing, truncated or corrupt file, one of another format, and one that
+    Raises UserError for a file that is missing, truncated, corrupt or of another format, or that
     holds anything but tensors.
     """
     try:
@@ -85,8 +85,8 @@ def read_pth(file: Path) -> dict[str, FileTensor]:
         raise UserError(f"{file}: no such file") from None
     except (zipfile.BadZipFile, struct.error, NotImplementedError) as e:
         raise UserError(
-            f"{file}: truncated, or in PyTorch's format before 1.6, which torch.load and torch.save"
-            f" make anew: {storage.one_line(e)}"
+            f"{file}: truncated, or in the format of PyTorch before 1.6; read it with torch.load"
+            f" and write it again with torch.save: {storage.one_line(e)}"
         ) from None
 
 
@@ -98,13 +98,13 @@ def _read(file: Path, stream: Any) -> dict[str, FileTensor]:
     root, size = roots[0], storage.stat(file).size
 
     def span(name: str) -> tuple[int, int]:
-        """Where an entry's bytes lie."""
+        """The start and the length of an entry's bytes in the file."""
         entry = entries.get(root + name)
         if entry is None:
             raise UserError(f"{file}: corrupt: {root}{name} is missing")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise UserError(f"{file}: {root}{name} is compressed, which torch.save never does")
-        # Not from the stream: that of a URL reads ahead, and so in the end all of the file.
+        # The stream of a URL reads ahead, and would fetch the whole file in the end.
         at = entry.header_offset
         header = storage.read_range(file, at, at + _LOCAL_HEADER.size)
         signature, *lengths = _LOCAL_HEADER.unpack(header)
@@ -119,7 +119,7 @@ def _read(file: Path, stream: Any) -> dict[str, FileTensor]:
             raise UserError(f"{file}: written on a big-endian machine; save it again on another")
     start, length = span("data.pkl")
     if length > _MAX_PICKLE:
-        raise UserError(f"{file}: {root}data.pkl has {length:,} bytes: no model's")
+        raise UserError(f"{file}: {root}data.pkl has {length:,} bytes, too many for a model")
     data = storage.read_range(file, start, start + length)
     return {name: _tensor(file, name, view, span) for name, view in _state_dict(file, data)}
 
@@ -127,25 +127,25 @@ def _read(file: Path, stream: Any) -> dict[str, FileTensor]:
 def _state_dict(file: Path, data: bytes) -> list[tuple[str, _View]]:
     try:
         loaded = _run(data)
-    except Exception as e:  # whatever a broken pickle makes of itself
+    except Exception as e:  # a broken pickle may raise anything
         reason = storage.one_line(e)
-        raise UserError(f"{file}: not read, as it holds more than tensors: {reason}") from None
+        raise UserError(f"{file}: not read, because it holds more than tensors: {reason}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{file}: holds a {type(loaded).__name__}, expected a dict of tensors")
     for name, value in loaded.items():
         if not isinstance(value, _View):
             kind = type(value).__name__
             raise UserError(
-                f"{file}: {name[:80]!r} is a {kind}, expected a dict of tensors: save that alone"
+                f"{file}: {name[:80]!r} is a {kind}, expected a dict of tensors; save only those"
             )
     return list(loaded.items())
 
 
 def _run(data: bytes) -> Any:
-    """What the program builds, of the instructions that state dicts need.
+    """Runs the pickle's program and returns what it builds.
 
-    Python's own unpickler would set attributes, hash whatever is a key (nested tuples: for ever, or
-    until the stack ends), and make room for as many objects as a number in the file says.
+    Python's unpickler would set attributes, hash any object as a key (which does not end, or
+    overflows the stack, with nested tuples), and allocate as many objects as the file says.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -153,7 +153,7 @@ def _run(data: bytes) -> Any:
 
     def pop(count: int) -> list[Any]:
         if not 0 <= count <= len(stack) - (marks[-1] if marks else 0):
-            raise ValueError("it takes more than it made")
+            raise ValueError("it takes more objects than it made")
         taken = stack[len(stack) - count :]
         del stack[len(stack) - count :]
         return taken
@@ -217,10 +217,10 @@ def _run(data: bytes) -> Any:
             case "REDUCE":
                 function, arguments = pop(2)
                 if not callable(function):
-                    raise ValueError("it calls what is no function")
+                    raise ValueError("it calls something that is no function")
                 stack.append(function(*arguments))
             case "BUILD":
-                pop(1)  # attributes of a state dict, such as its version
+                pop(1)  # drops attributes of a state dict, such as its version
                 top()
             case "STOP":
                 return pop(1)[0]

@@ -1,8 +1,8 @@
-"""The safetensors format: where each tensor of a file lies, and files written tensor by tensor.
+"""The safetensors format: finds the tensors of a file, and writes files tensor by tensor.
 
-Its own reader and writer, because the library maps files and writes from memory alone; see
-`jllama.interop.tensors`. The format (huggingface/safetensors): the header's length as a 64-bit
-little-endian integer, the header in JSON, then the tensors without gap or overlap.
+The safetensors library is not used: it maps files into memory, and writes only what is in memory as
+a whole; see `jllama.interop.parameters`. The format (huggingface/safetensors): the header's length
+as a 64-bit little-endian integer, the header in JSON, then the tensors without gap or overlap.
 """
 
 import json
@@ -18,8 +18,8 @@ from jllama.files import storage
 from jllama.interop.tensors import FileTensor, Tensor, check_fetched, nbytes
 from jllama.progress import Progress
 
-_MAX_HEADER = 100_000_000  # bytes; the library's own limit
-# The format's names with their bits; those of weights as NumPy names them.
+_MAX_HEADER = 100_000_000  # bytes, the limit of the library
+# NumPy's names of the dtypes of weights, and the bits of every dtype.
 _NUMPY = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
@@ -29,7 +29,7 @@ _BITS = {
 
 
 def read_safetensors(file: Path) -> dict[str, FileTensor]:
-    """The tensors of a file, by name; none of their data is read.
+    """The tensors of a file by name; their data is not read.
 
     Raises UserError for a missing, truncated or corrupt file.
     """
@@ -55,18 +55,17 @@ def read_safetensors(file: Path) -> dict[str, FileTensor]:
         raise UserError(f"{file}: not a sound safetensors file: {storage.one_line(e)}") from None
     if 8 + length + end != size:
         raise UserError(
-            f"{file}: truncated, or with something after its end: {size:,} bytes, and the header"
-            f" says {8 + length + end:,}; copy it again"
+            f"{file}: has {size:,} bytes, and {8 + length + end:,} by its header; copy it again"
         )
     return tensors
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
-    return made
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return unique
 
 
 def _tensor(file: Path, start: int, name: str, entry: Any) -> FileTensor:
@@ -85,7 +84,7 @@ def _tensor(file: Path, start: int, name: str, entry: Any) -> FileTensor:
 
 
 def _check_gapless(spans: list[tuple[str, int, int]]) -> int:
-    """The end of the last of (name, begin, end)."""
+    """The end of the last of (name, begin, end); ValueError for a gap or an overlap."""
     at = 0
     for name, begin, end in sorted(spans, key=lambda span: span[1:]):
         if begin != at:
@@ -108,7 +107,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], progress: Progr
         }
         header[name], at = entry, end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # aligned, as the library does
+    text += b" " * (-len(text) % 8)  # the library aligns the tensors like this
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():

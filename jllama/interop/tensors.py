@@ -1,4 +1,4 @@
-"""A tensor of a file, of several, or of the parameters: a name's shape, dtype and bytes."""
+"""Tensors that are read when asked for: from one file, from several, or from parameters."""
 
 import dataclasses
 import math
@@ -13,13 +13,13 @@ from jllama.errors import UserError
 from jllama.files import storage
 from jllama.interop.names import file_shape, to_file
 
-# A model's weights are of these; others are quantised, or no weights.
+# The dtypes of a model's weights; tensors of other dtypes are quantised, or no weights.
 DTYPES = {"float32", "float16", "bfloat16"}
-_BLOCK = 128  # columns of a transposition whose lines stay in the cache: three times as fast
+_BLOCK = 128  # columns that are transposed at once, and fit in the cache: three times as fast
 
 
 class Tensor(Protocol):
-    """Something with a shape and a dtype that can be read."""
+    """An array that is not read yet."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -28,16 +28,16 @@ class Tensor(Protocol):
     def dtype(self) -> str: ...
 
     def read(self) -> np.ndarray:
-        """The whole of it, in an array of its own."""
+        """Reads the whole tensor into a new array."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """Bytes of a file, in C order, little-endian.
+    """A tensor whose bytes lie in a file, in C order, little-endian.
 
-    `dtype` is NumPy's name of it, or the file's own if NumPy has none; only what `DTYPES` holds is
-    ever read.
+    `dtype` is NumPy's name, or the file's own where NumPy has none. Only dtypes of `DTYPES` are
+    read.
     """
 
     file: Path
@@ -46,19 +46,19 @@ class FileTensor:
     dtype: str
 
     def read(self) -> np.ndarray:
-        """The whole of it, in an array of its own."""
+        """Reads the whole tensor into a new array."""
         out = np.empty(self.shape, jnp.dtype(self.dtype))
         self.read_into(out)
         return out
 
     def read_into(self, out: np.ndarray) -> None:
-        """Reads it into a C-contiguous array of its shape and dtype."""
+        """Reads the tensor into a C-contiguous array of its shape and dtype."""
         storage.read_into(self.file, self.offset, memoryview(out.reshape(-1).view(np.uint8)))
 
 
 @dataclasses.dataclass(frozen=True)
 class JoinedTensor:
-    """Parts of one tensor along an axis, as model-parallel shards have them."""
+    """A tensor that model-parallel shards hold in parts along an axis."""
 
     parts: tuple[FileTensor, ...]
     axis: int
@@ -88,7 +88,7 @@ class JoinedTensor:
 
 @dataclasses.dataclass(frozen=True)
 class RepeatedTensor:
-    """A tensor that every shard has whole."""
+    """A tensor that every model-parallel shard holds whole."""
 
     parts: tuple[FileTensor, ...]
 
@@ -101,12 +101,12 @@ class RepeatedTensor:
         return self.parts[0].shape
 
     def read(self) -> np.ndarray:
-        """The whole of it; UserError if the shards differ."""
+        """Reads the tensor; UserError if the shards differ."""
         first, *others = self.parts
         array = first.read()
         for part in others:
-            alike = (part.shape, part.dtype) == (first.shape, first.dtype)
-            if not alike or part.read().tobytes() != array.tobytes():
+            same_kind = (part.shape, part.dtype) == (first.shape, first.dtype)
+            if not same_kind or part.read().tobytes() != array.tobytes():
                 raise UserError(
                     f"{part.file}: differs from {first.file.name} in a tensor"
                     " that all shards have whole; copy them again"
@@ -115,18 +115,21 @@ class RepeatedTensor:
 
 
 def nbytes(tensor: Tensor) -> int:
-    """The bytes that a tensor takes; its dtype is one of `DTYPES`."""
+    """The size of a tensor in bytes; its dtype must be one of `DTYPES`."""
     return math.prod(tensor.shape) * jnp.dtype(tensor.dtype).itemsize
 
 
 def check_fetched(file: Path) -> None:
-    """UserError for the pointer that git leaves where Git LFS did not fetch the file itself."""
+    """Raises UserError if git left a pointer in place of the file, which Git LFS did not fetch."""
     if storage.read_range(file, 0, 20).startswith(b"version https://git-"):
-        raise UserError(f"{file}: is a pointer of Git LFS; fetch the file itself: git lfs pull")
+        raise UserError(f"{file}: is a pointer of Git LFS; fetch the file: git lfs pull")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one; reads both, but for dtypes that are never read."""
+    """Whether two tensors are equal, bit for bit.
+
+    Reads both if their dtype is one of `DTYPES`; of others it compares shape and dtype only.
+    """
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     if a.dtype not in DTYPES:
@@ -137,14 +140,18 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParamTensor:
-    """A layer of a parameter, as a file of another format has it; `layer` None is all of it.
+    """A parameter, or one layer of it, in the layout of a file.
 
-    `here` is its shape in this package's layout, without the padding of a table.
+    Attributes:
+      layer: None for the whole parameter.
+      our_shape: the shape in this package's layout, without the padding of a table.
+      inputs: the number of input axes, as in `ParamSpec`.
+      interleaved: the rows are queries or keys whose RoPE pairs lie side by side in the file.
     """
 
     leaf: jax.Array
     layer: int | None
-    here: tuple[int, ...]
+    our_shape: tuple[int, ...]
     inputs: int
     interleaved: bool
 
@@ -154,13 +161,13 @@ class ParamTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return file_shape(self.here, self.inputs)
+        return file_shape(self.our_shape, self.inputs)
 
     def read(self) -> np.ndarray:
-        """In C order."""
+        """Reads the tensor into an array in C order."""
         array = self.leaf if self.layer is None else _layer(self.leaf, self.layer)
         array = to_file(
-            np.asarray(array)[: self.here[0]], self.inputs, interleaved=self.interleaved
+            np.asarray(array)[: self.our_shape[0]], self.inputs, interleaved=self.interleaved
         )
         return contiguous(array, array.dtype)
 
@@ -171,7 +178,7 @@ def _layer(leaf: jax.Array, index: int) -> jax.Array:
 
 
 def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """The array in `dtype`; UserError, by `name`, if a value of it becomes infinite."""
+    """The array in `dtype`; UserError, with `name`, if a value becomes infinite."""
     with np.errstate(over="ignore"):
         out = contiguous(array, jnp.dtype(dtype))
     if jnp.finfo(out.dtype).max < jnp.finfo(array.dtype).max:
@@ -183,13 +190,13 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 
 def contiguous(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A C-contiguous copy in `dtype`, block by block."""
+    """The array in `dtype` and C-contiguous; where it is not yet, a copy made block by block."""
     if array.dtype == dtype and array.flags.c_contiguous:
         return array
     out = np.empty(array.shape, dtype)
     target = out
     if array.dtype == dtype and dtype.itemsize == 2:
-        # As bits, which NumPy copies faster than the bfloat16s that it does not know.
+        # NumPy copies integers faster than bfloat16, which is not a type of its own.
         array, target = array.view(np.uint16), out.view(np.uint16)
     for start in range(0, array.shape[-1], _BLOCK):
         columns = np.s_[..., start : start + _BLOCK]

@@ -7,8 +7,9 @@ newer protobuf than other packages allow, and would not keep the bytes of a file
 import dataclasses
 import enum
 import struct
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
+
+from jllama.files import protobuf
 
 
 class PieceType(enum.IntEnum):
@@ -57,16 +58,16 @@ def parse_sentencepiece(model: bytes) -> SentencePieceModel:
     """Parses a model that sentencepiece has loaded, so the file is known to be whole."""
     # Fields by their numbers in the .proto, and its defaults.
     pieces, trainer, normalizer = [], {}, {}
-    for number, value in _fields(model):
+    for number, value in protobuf.fields(model):
         match number:
             case 1:
-                piece = {2: b"\0\0\0\0", 3: PieceType.NORMAL, **dict(_fields(value))}
+                piece = {2: b"\0\0\0\0", 3: PieceType.NORMAL, **dict(protobuf.fields(value))}
                 score = struct.unpack("<f", piece[2])[0]
                 pieces.append(Piece(piece[1].decode(), score, PieceType(piece[3])))
             case 2:
-                trainer |= _fields(value)
+                trainer |= protobuf.fields(value)
             case 3:
-                normalizer |= _fields(value)
+                normalizer |= protobuf.fields(value)
     pad = trainer.get(43, -1)
     return SentencePieceModel(
         tuple(pieces),
@@ -88,52 +89,18 @@ def append_pieces(model: bytes, pieces: Iterable[Piece], pad: str = "") -> bytes
     A field that appears twice in a protocol buffer is a list, or its last value counts. So the new
     fields go to the end. `pad` is the text of a control piece that becomes the model's padding.
     """
-    fields = list(_fields(model))
+    fields = list(protobuf.fields(model))
     ids = [piece for number, piece in fields if number == 1]
-    texts = {dict(_fields(piece))[1].decode(): id for id, piece in enumerate(ids)}
-    parts = [_field(number, value) for number, value in fields if number != _SELF_TEST]
+    texts = {dict(protobuf.fields(piece))[1].decode(): id for id, piece in enumerate(ids)}
+    out = [protobuf.bytes_field(number, value) for number, value in fields if number != _SELF_TEST]
     for piece in pieces:
         texts[piece.text] = len(texts)
-        score, type = struct.pack("<f", piece.score), _varint(piece.type)
-        parts.append(_field(1, _field(1, piece.text.encode()) + b"\x15" + score + b"\x18" + type))
-    trainer = b"\x20" + _varint(len(texts))  # vocab_size
+        text, score = piece.text.encode(), struct.pack("<f", piece.score)
+        entry = protobuf.bytes_field(1, text) + protobuf.fixed32_field(2, score)
+        entry += protobuf.varint_field(3, piece.type)
+        out.append(protobuf.bytes_field(1, entry))
+    trainer = protobuf.varint_field(4, len(texts))  # vocab_size
     if pad:
-        trainer += b"\xd8\x02" + _varint(texts[pad]) + _field(48, pad.encode())  # pad_id, pad_piece
-    return b"".join([*parts, _field(2, trainer)])
-
-
-def _field(number: int, value: bytes) -> bytes:
-    return _varint(number * 8 + 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    out = []
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yields (number, value) of a message's fields; a value is an int or the field's bytes."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value - (1 << 64) if value >> 63 else value
-
-    while at < len(message):
-        number, wire = divmod(varint(), 8)
-        if wire == 0:
-            yield number, varint()
-            continue
-        size = {1: 8, 5: 4}.get(wire) or varint()
-        yield number, message[at : at + size]
-        at += size
+        trainer += protobuf.varint_field(43, texts[pad])  # pad_id
+        trainer += protobuf.bytes_field(48, pad.encode())  # pad_piece
+    return b"".join([*out, protobuf.bytes_field(2, trainer)])

@@ -1,4 +1,4 @@
-"""The files of tests/fixtures, which torch and transformers wrote, and what they say of them.
+"""The files of tests/fixtures, which torch and transformers wrote, and their logits.
 
 Files that are broken or hostile are made here, byte by byte, from those.
 """
@@ -79,7 +79,7 @@ def test_tensors_that_share_bytes():
     ("name", "reason"),
     [("legacy", "zip"), ("strided", "transposed.*contiguous"), ("list", "'list' is a list")],
 )
-def test_what_torch_saved_and_is_not_read(name, reason):
+def test_files_of_torch_that_are_refused(name, reason):
     with pytest.raises(UserError, match=reason) as e:
         read_pth(FIXTURES / "pth" / f"{name}.pth")
     _one_line(e, f"{name}.pth")

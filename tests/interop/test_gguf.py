@@ -119,7 +119,7 @@ def ours(file, model, path):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_tensor_is_there_and_ours(name, tokenizer, tmp_path):
+def test_every_tensor_is_written_in_llama_cpps_layout(name, tokenizer, tmp_path):
     model = config(**tiny.VARIANTS[name])
     params = tiny.params(model)
     found = tensors(write(tmp_path / "model.gguf", model, params, tokenizer))
@@ -216,7 +216,7 @@ def test_scaling_in_the_metadata(rope, wanted, tokenizer, tmp_path):
     ],
     ids=["dynamic", "adaptive", "truncate", "beta_fast", "beta_slow"],
 )
-def test_a_scaling_that_llama_cpp_has_not_is_refused(rope, said, tokenizer, tmp_path):
+def test_a_scaling_that_llama_cpp_lacks_is_refused(rope, said, tokenizer, tmp_path):
     model = config(rope=rope)
     with pytest.raises(UserError, match=said):
         write(tmp_path / "model.gguf", model, tiny.params(model), tokenizer)
@@ -238,7 +238,7 @@ def test_the_file_is_the_same_from_a_mesh(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds_are_as_close_as_they_say(kind, tokenizer, tmp_path):
+def test_errors_stay_within_the_steps_of_each_kind(kind, tokenizer, tmp_path):
     model = config(hidden_dim=64, ffn_dim=96)
     params = tiny.params(model)
     exact = tensors(write(tmp_path / "exact.gguf", model, params, tokenizer))
@@ -442,7 +442,7 @@ def test_tokenizer_json_like_sentencepiece_merges_in_the_same_order(tokenizer):
             assert (made.tokens[i], made.types[i]) == (wanted.tokens[i], wanted.types[i])
 
 
-def test_tokens_added_by_a_file_beside_it_are_in_the_vocabulary(tokenizer):
+def test_tokens_that_another_file_adds_are_in_the_vocabulary(tokenizer):
     file, n = sentencepiece_json(tokenizer), tokenizer.vocab_size
     file["added_tokens"].append(AddedToken("<z>", n + 2, special=False).to_json() | {"id": n + 2})
     beside = [AddedToken("<vis>", n, special=False)]  # in the hole below <z>
@@ -465,7 +465,7 @@ def test_the_pad_token_of_a_folder_is_that_of_the_file(llama3):
 # --------------------------------------------------------------------------------- what is refused
 
 
-def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused(tokenizer, llama3):
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tokenizer, llama3):
     def refused(json, match):
         with pytest.raises(UserError, match=match):
             vocabulary_of(HuggingFaceTokenizer(json), 700)
@@ -497,7 +497,7 @@ def test_other_kinds_are_refused(kind, match, tokenizer, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_what_gguf_cannot_express_is_refused(tokenizer, tmp_path):
+def test_a_model_that_gguf_cannot_express_is_refused(tokenizer, tmp_path):
     plain = config()
     cases = [
         (config(qk_norm=True), tokenizer, "layers.attention.k_norm.scale: has no name"),

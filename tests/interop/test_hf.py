@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is written is what the safetensors library reads, and reads back."""
+"""Hugging Face folders: the safetensors library reads what we write, and we read it back."""
 
 import json
 
@@ -88,7 +88,7 @@ def test_shards_hold_at_most_their_bytes_and_the_index_finds_all(tmp_path, param
     jax.tree.map(np.testing.assert_array_equal, jllama.load(folder).params, params)
 
 
-def test_a_tied_head_that_is_there_must_be_the_embedding(tmp_path):
+def test_a_tied_head_in_the_file_must_equal_the_embedding(tmp_path):
     tied = tiny.config(tie_embeddings=True)
     folder = tmp_path / "tied"
     hf.write_folder(folder, tied, tiny.params(tied), None)
@@ -120,7 +120,7 @@ def test_rotary_buffers_of_old_folders_are_no_parameters(folder, params):
     ],
     ids=["missing", "misshapen", "quantised", "extra"],
 )
-def test_tensors_of_another_model_are_said(folder, tensors, said):
+def test_tensors_of_another_model_are_listed(folder, tensors, said):
     rewrite(folder, **tensors)
     with pytest.raises(UserError, match=said) as e:
         jllama.load(folder)
@@ -165,7 +165,7 @@ def test_a_failed_writing_leaves_nothing(tmp_path, params, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_there_is_not_replaced(folder, params):
+def test_an_existing_folder_is_not_replaced(folder, params):
     with pytest.raises(UserError, match="exists"):
         hf.write_folder(folder, MODEL, params, None)
     jllama.load(folder)

@@ -1,4 +1,4 @@
-"""config.json: what is written is read back, both rope schemas are read, the rest is refused."""
+"""config.json is written and read back, in both schemas of RoPE; bad values are refused."""
 
 import dataclasses
 import json
@@ -69,12 +69,12 @@ def test_what_is_written_is_read_back(name):
         assert read_config(part, "config.json").rope_theta == MODELS[name].rope_theta
 
 
-def test_a_scaling_without_a_name_there_is_refused_with_the_ones_that_have():
-    with pytest.raises(UserError, match=r"rope\.kind=adaptive: .*choose linear, dynamic, yarn"):
+def test_a_scaling_that_transformers_lacks_is_refused_with_the_choices():
+    with pytest.raises(UserError, match=r"rope\.kind=adaptive: .*linear, ntk, dynamic, yarn"):
         write_config(tiny.config(rope=tiny.ADAPTIVE1), "float32", None)
 
 
-def test_static_ntk_is_written_as_the_theta_that_it_is():
+def test_static_ntk_is_written_as_a_larger_theta():
     model = tiny.config(rope=tiny.NTK)
     again = read_config(write_config(model, "float32", None), "config.json")
     assert again.rope == NoRopeScaling(kind="none")
@@ -83,7 +83,7 @@ def test_static_ntk_is_written_as_the_theta_that_it_is():
     np.testing.assert_allclose(inverse_frequencies(again), wanted, rtol=1e-14)
 
 
-def test_what_yarn_says_is_written_and_read():
+def test_every_number_of_yarn_is_written_and_read():
     rope = YarnRopeScaling(
         kind="yarn",
         factor=4.5,
@@ -98,7 +98,7 @@ def test_what_yarn_says_is_written_and_read():
     assert read_config(written, "config.json").rope == rope
 
 
-def test_what_is_absent_has_transformers_own_default():
+def test_missing_keys_have_the_defaults_of_transformers():
     model = read()
     assert (model.num_kv_heads, model.head_dim, model.max_length) == (32, 128, 2048)
     assert (model.rms_norm_eps, model.rope_theta, model.tie_embeddings) == (1e-6, 1e4, False)
@@ -186,11 +186,11 @@ def drop(key):
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'"),
-        ({"model_type": None}, "model_type is missing"),
+        ({"model_type": "mistral"}, 'model_type is "mistral"'),
+        ({"model_type": None}, "model_type is null"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"auto_map": {"AutoModel": "m.M"}}, "auto_map"),
         ({"sliding_window": 4096}, "sliding_window"),
@@ -200,7 +200,7 @@ def drop(key):
         ({"is_causal": False}, "is_causal"),
         ({"per_layer_config": {"0": {}}}, "per_layer_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"hidden_size": "4096"}, "hidden_size is '4096'"),
+        ({"hidden_size": "4096"}, 'hidden_size is "4096"'),
         ({"hidden_size": True}, "hidden_size"),
         ({"vocab_size": -1}, "vocab_size is -1"),
         ({"vocab_size": 10**30}, "vocab_size is 1000"),
@@ -208,38 +208,44 @@ def drop(key):
         ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
         ({"rope_theta": 10**4000}, "rope_theta is 1000"),
         ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "rope_scaling.factor is 1000"),
-        ({"rope_scaling": False}, "rope_scaling is False"),
+        ({"rope_scaling": False}, "rope_scaling is false"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"rms_norm_eps": None}, "rms_norm_eps is null"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
-        ({"num_key_value_heads": 5}, "num_key_value_heads is 5"),
-        ({"head_dim": 33}, "head_dim is 33"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads=5"),
+        ({"head_dim": 33}, "head_dim=33"),
         ({"hidden_size": 4100}, "hidden_size is 4100"),
         ({"rope_theta": 0}, "rope_theta is 0"),
-        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
-        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling has no rope_type"),
+        ({"rope_scaling": "linear"}, 'rope_scaling is "linear"'),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.rope_type is missing"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
-        ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "rope_scaling has rope_type"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "rope_type is 'llama3'"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor is 0.5"),
-        ({"rope_scaling": {"type": "linear", "factor": 1e9}}, "rope_scaling.factor is 1e+09"),
-        ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta is 1; yarn"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e9}}, "rope_scaling.factor is 1000000000"),
+        ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta above 1"),
         ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling.factor is missing"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "head_dim is 2"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "head_dim of 4"),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0, ORIGINAL: 1024}},
             "differs from max_position_embeddings",
         ),
         ({"rope_scaling": YARN | {"factor": 0.5}}, "rope_scaling.factor is 0.5"),
-        ({"rope_scaling": YARN | {"factor": 2.0}}, "max_position_embeddings is 2048, beyond"),
-        ({"rope_scaling": YARN | {ORIGINAL: 4096}}, f"{ORIGINAL} is 4096, above"),
+        ({"rope_scaling": YARN | {"factor": 2.0}}, "max_position_embeddings=2048"),
+        (
+            {"rope_scaling": YARN | {ORIGINAL: 4096}},
+            f"{ORIGINAL}=4096 is above max_position_embeddings=2048",
+        ),
         ({"rope_scaling": YARN, ORIGINAL: 1024}, "differs"),
         ({"rope_scaling": YARN | {"beta_fast": 1.0}}, "rope_scaling.beta_fast"),
         ({"rope_scaling": YARN | {"attention_factor": -1}}, "attention_factor is -1"),
-        ({"rope_scaling": YARN | {"truncate": "no"}}, "truncate is 'no'"),
+        ({"rope_scaling": YARN | {"mscale": "1"}}, 'rope_scaling.mscale is "1"'),
+        ({"rope_scaling": LLAMA3 | {ORIGINAL: 10**9}}, f"rope_scaling.{ORIGINAL} is 1000000000"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "rope_scaling.beta is 1"),
+        ({"rope_scaling": YARN | {"truncate": "no"}}, 'truncate is "no"'),
         ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
-        ({"rope_parameters": {"rope_type": 5}}, "rope_parameters has rope_type 5"),
+        ({"rope_parameters": {"rope_type": 5}}, "rope_parameters.rope_type is 5"),
         ({"rope_parameters": {"rope_type": "new"}}, "'new'"),
         ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -251,7 +257,7 @@ def drop(key):
         ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 4096}, "differs"),
     ],
 )
-def test_what_cannot_be_said_is_one_line_with_file_and_key(keys, named):
+def test_a_bad_value_is_one_line_with_file_and_key(keys, named):
     with pytest.raises(UserError) as e:
         read(**keys)
     assert str(e.value).startswith("d/config.json: ")
@@ -265,20 +271,20 @@ def test_the_sizes_are_required(key):
         without(key)
 
 
-def test_what_does_not_change_the_function_is_left_alone():
+def test_keys_that_do_not_change_the_function_are_ignored():
     keys = {"pretraining_tp": 2, "attention_dropout": 0.1, "use_cache": False, "my_key": [1]}
     neutral = {"attention_bias": False, "quantization_config": None, "hidden_act": "silu"}
     layers = {"layer_types": ["full_attention"] * 32, "partial_rotary_factor": 1.0}
     assert read(**keys, **neutral, **layers) == read()
 
 
-def test_what_hugging_face_cannot_say_is_not_written():
+def test_a_model_that_hugging_face_cannot_express_is_not_written():
     for changes in ({"qk_norm": True}, {"hidden_dim": 50}):
         with pytest.raises(UserError, match=next(iter(changes))):
             write_config(tiny.config(**changes), "float32", None)
 
 
-def test_ends_of_text_are_the_tokenizers():
+def test_bos_and_eos_come_from_the_tokenizer():
     one = types.SimpleNamespace(bos_id=1, eos_id=2, stop_ids=frozenset({2}))
     many = types.SimpleNamespace(bos_id=7, eos_id=9, stop_ids=frozenset({9, 8}))
     assert generation_config(one) == {"bos_token_id": 1, "eos_token_id": 2}

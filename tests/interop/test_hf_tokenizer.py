@@ -128,18 +128,18 @@ def pair(request):
     return tokenizer, read(tokenizer)
 
 
-def test_nasty_strings(pair):
+def test_strings_made_to_be_hard(pair):
     assert_same(*pair, NASTY)
 
 
-def test_every_scalar(pair):
+def test_every_unicode_scalar(pair):
     chunks = ["".join(SCALARS[i : i + 997]) for i in range(0, len(SCALARS), 997)]
     assert_same(*pair, chunks[:60])
     assert_same(*pair, chunks[60:], decoded=False)  # most of them unassigned
     assert_same(*pair, [f"a{letter} {letter}1" for letter in SCALARS[:0x800]])
 
 
-def test_the_library(pair, library):
+def test_texts_of_the_standard_library(pair, library):
     assert_same(*pair, library[::8])
 
 
@@ -153,7 +153,7 @@ def test_any_text(pair, text):
     assert_same(*pair, [text])
 
 
-def test_our_own_reader_of_tokenizer_json_gives_the_same(pair, texts, tmp_path):
+def test_our_reader_of_tokenizer_json_gives_the_same_ids(pair, texts, tmp_path):
     ours, _ = pair
     for name, data in tokenizer_files(ours).items():
         if name != "tokenizer.model":
@@ -176,7 +176,7 @@ def test_special_tokens_are_found_in_the_text_as_ours_are_when_asked(pair):
         theirs.encode_special_tokens = True
 
 
-def test_a_merge_is_the_last_of_the_piece_on_its_own():
+def test_a_piece_comes_from_the_last_merge_of_the_piece_alone():
     pieces = [bytes([b]) for b in range(256)] + [b"aa", b"aaa", b"aba", b"ab", b"abab", b"ba"]
     tokenizer = tiktoken_of(pieces)
     model = json.loads(tokenizer_files(tokenizer)["tokenizer.json"])["model"]
@@ -220,7 +220,7 @@ def test_added_tokens(llama2, legacy):
         assert theirs.encode(text).ids == ours.encode(text, bos=True, special=True)
 
 
-def test_tokens_that_files_beside_a_tokenizer_json_add_are_written(llama2):
+def test_tokens_that_other_files_add_to_a_tokenizer_json_are_written(llama2):
     plain = json.loads(tokenizer_files(llama2)["tokenizer.json"])
     first = llama2.vocab_size
     added = [AddedToken("[PAD]", first), AddedToken("<img>", first + 3, special=False)]
@@ -255,7 +255,7 @@ def test_pieces_of_one_score_differ_only_where_they_overlap(llama2):
     assert ours.decode(ids) == ours.decode(others) == "和平世"
 
 
-def test_a_tokenizer_json_stays_what_it_was(tiktoken):
+def test_a_tokenizer_json_is_written_unchanged(tiktoken):
     first = json.loads(tokenizer_files(tiktoken)["tokenizer.json"])
     files = tokenizer_files(HuggingFaceTokenizer(first))
     assert json.loads(files["tokenizer.json"]) == first
@@ -263,7 +263,7 @@ def test_a_tokenizer_json_stays_what_it_was(tiktoken):
     assert (config["bos_token"], config["eos_token"]) == ("<|begin_of_text|>", "<|end_of_text|>")
 
 
-def test_the_settings_say_what_transformers_needs(llama2, tiktoken):
+def test_tokenizer_config_has_what_transformers_needs(llama2, tiktoken):
     files = tokenizer_files(llama2)
     assert files["tokenizer.model"] == llama2.model
     config = json.loads(files["tokenizer_config.json"])
@@ -274,7 +274,7 @@ def test_the_settings_say_what_transformers_needs(llama2, tiktoken):
     assert set(tokenizer_files(tiktoken)) == files.keys() - {"tokenizer.model"}
 
 
-def test_what_cannot_be_said_is_refused(data, llama2):
+def test_a_tokenizer_that_the_files_cannot_express_is_refused(data, llama2):
     chinese = SentencePieceTokenizer((data / "tokenizers" / "chinese_sp.model").read_bytes())
     with pytest.raises(UserError, match="not of type BPE"):
         tokenizer_files(chinese)

@@ -1,4 +1,4 @@
-"""The one table covers the model, and its layouts are those of the other projects' definitions."""
+"""The table of names covers the model, and its layouts are those of the other projects."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def test_the_table_has_every_parameter_once():
         assert name.stacked == (SPECS[name.path].axes[0] == "layers")
 
 
-def test_a_parameter_without_a_name_there_is_an_error():
+def test_a_parameter_without_a_name_in_other_formats_is_an_error():
     with pytest.raises(UserError, match=r"^layers\.attention\.q_norm\.scale: "):
         name_of("layers.attention.q_norm.scale")
 

@@ -1,4 +1,4 @@
-"""Tensors of files to parameters and back: every bit, on any mesh, and errors that name all."""
+"""Tensors of files become parameters and back, bit for bit and on any mesh; errors name all."""
 
 import dataclasses
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_every_bit_arrives_where_it_is_placed(params, format, interleaved, mesh)
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
-def test_half_precision_arrives_as_it_is_and_widens_exactly(tensors, stored):
+def test_half_precision_is_kept_or_widened_exactly(tensors, stored):
     half = {name: Here(t.array.astype(jnp.dtype(stored))) for name, t in tensors.items()}
     same, wide = read(half, dtype=stored)[0], read(half)[0]
     assert same["head"]["weight"].dtype == stored
@@ -93,7 +93,7 @@ def test_the_widest_dtype_holds_all(tensors):
     )
 
 
-def test_all_that_is_wrong_is_said_in_one_line_by_both_names(tensors):
+def test_all_wrong_tensors_are_listed_in_one_line_by_both_names(tensors):
     for layer in range(3):
         del tensors[f"model.layers.{layer}.mlp.up_proj.weight"]
     del tensors["model.layers.1.self_attn.q_proj.weight"]
@@ -145,7 +145,7 @@ def test_shards_are_joined_along_their_axis(tmp_path, axis):
     np.testing.assert_array_equal(joined.read(), whole)
 
 
-def test_a_value_that_does_not_fit_is_an_error_and_not_infinity():
+def test_a_value_that_does_not_fit_is_an_error_and_no_infinity():
     array = np.array([1.0, -7e4], np.float32)
     assert cast(array, "bfloat16", "w").dtype == "bfloat16"
     with pytest.raises(UserError, match=r"^w: 70000 does not fit float16"):
@@ -156,7 +156,7 @@ def test_a_value_that_does_not_fit_is_an_error_and_not_infinity():
     assert np.isinf(cast(np.array([np.inf], np.float32), "float16", "w")).all()
 
 
-def test_a_value_that_does_not_fit_its_place_is_an_error(tensors):
+def test_a_value_that_does_not_fit_the_dtype_of_the_placement_is_an_error(tensors):
     head = tensors["lm_head.weight"].array.copy()
     head[3, 3] = 3.4e38
     tensors["lm_head.weight"] = Here(head)

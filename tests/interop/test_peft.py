@@ -1,4 +1,4 @@
-"""PEFT adapters: what peft wrote, what is written for it, and what cannot be read."""
+"""PEFT adapters: those that peft wrote, those that we write, and those that cannot be read."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def test_an_adapter_gives_the_logits_that_peft_gives(adapted):
     assert tiny.relative_error(run(base.params, None), reference["logits"]) > 0.1
 
 
-def test_written_again_it_keeps_every_bit(adapted, tmp_path):
+def test_an_adapter_that_is_written_again_keeps_every_bit(adapted, tmp_path):
     folder, base, lora, overlay = adapted
     write_adapter(tmp_path / "out", base.config, lora, overlay, "there")
     if folder.name != "peft-dora":  # which has its tables in another form
@@ -70,7 +70,7 @@ def test_written_again_it_keeps_every_bit(adapted, tmp_path):
     assert (again.rank, again.alpha, again.rslora) == (lora.rank, lora.alpha, lora.rslora)
 
 
-def test_what_an_overlay_cannot_hold_needs_the_base(capsys):
+def test_low_rank_tables_are_worked_out_with_the_base(capsys):
     folder, base = FIXTURES / "peft-dora", jllama.load(FIXTURES / "hf-llama3", dtype="float32")
     # peft saves a low-rank table's base beside it, and that is the one that counts.
     capsys.readouterr()
@@ -113,7 +113,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("lora", KINDS.values(), ids=KINDS)
-def test_out_and_in_again(lora, tmp_path):
+def test_a_written_adapter_is_read_back(lora, tmp_path):
     overlay = _random(lora)
     write_adapter(tmp_path / "out", MODEL, lora, overlay, "base")
     again, same = read_adapter(tmp_path / "out", MODEL)
@@ -138,7 +138,7 @@ def test_a_tied_embedding_is_written_for_both_of_its_uses(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, same, overlay)
 
 
-def test_padding_of_a_table_stays_here(tmp_path):
+def test_padding_of_a_table_is_not_written(tmp_path):
     model, lora = tiny.config(num_kv_heads=2, vocab_multiple=64), _lora(full=("embedding", "head"))
     overlay = _random(lora, model)
     for name in ("embedding", "head"):
@@ -179,7 +179,7 @@ def test_a_layer_without_an_overlay_is_left_out(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load_file(tmp_path / "back" / WEIGHTS), kept)
 
 
-def test_what_cannot_be_written(tmp_path):
+def test_overlays_that_cannot_be_written(tmp_path):
     lora = _lora(targets=("q",), overrides=(LoraOverride(match="q", layers=(1,), rank=2),))
     overlay = _random(_lora(targets=("q",)))
     with pytest.raises(UserError, match=r"layers\.attention\.q: has more than rank 2 in layer 1"):
@@ -261,11 +261,14 @@ def test_a_key_that_cannot_be_read(adapter, key, value, remedy):
         ({"target_modules": "(q_proj"}, "'(q_proj' is no regular expression"),
         ({"target_modules": ["c_attn"], "modules_to_save": None}, "name nothing of this model"),
         ({"target_modules": ["q_proj", "norm"]}, "model.norm, which is no matrix"),
-        ({"modules_to_save": ["v_proj", "_proj"]}, "in target_modules and in modules_to_save"),
+        (
+            {"modules_to_save": ["v_proj", "_proj"]},
+            "v_proj.weight (ours layers.attention.v.kernel)",
+        ),
         ({"target_modules": "v_proj", "layers_to_transform": [1]}, "layers_to_transform"),
     ],
 )
-def test_modules_that_make_no_sense(adapter, changes, said):
+def test_module_names_that_cannot_be_read(adapter, changes, said):
     change, _ = adapter
     _refused(change(**changes), said)
 
@@ -294,6 +297,30 @@ def test_every_wrong_tensor_is_listed_by_both_names(adapter):
         f"extra: {Q.format(0)}.lora_A.bias",
         f"not weights: {HEAD}.weight (ours head.weight",
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "missing: {k}.lora_A.weight"),
+        ({"target_modules": r".*\.self_attn\.(q|k|v)_proj"}, "missing: {k}.lora_A.weight"),
+        ({"modules_to_save": ["embed_tokens", "lm_head", "k_proj"]}, "missing: {k}.weight"),
+        (
+            {
+                "target_modules": ["q_proj", "v_proj", "lm_head"],
+                "modules_to_save": ["embed_tokens"],
+            },
+            f"missing: {HEAD}.lora_A.weight",
+        ),
+        ({"rank_pattern": {"q_proj": 3}}, "misshapen: {q}.lora_A.weight (ours"),
+        ({"exclude_modules": ["q_proj"]}, "extra: {q}.lora_A.weight"),
+        ({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}, "extra: "),
+    ],
+)
+def test_config_and_tensors_must_agree(adapter, changes, said):
+    change, _ = adapter
+    q = Q.format("{0-2}")
+    _refused(change(**changes), said.format(q=q, k=q.replace("q_proj", "k_proj")))
 
 
 def test_another_base(adapter):
@@ -327,7 +354,7 @@ def test_rank_above_the_matrix(adapter):
     _refused(change(r=50), "q_proj has rank 50, above the 48", "merge_and_unload")
 
 
-def test_files_that_are_not_there(adapter, tmp_path):
+def test_missing_files(adapter, tmp_path):
     change, _ = adapter
     folder = change()
     (folder / WEIGHTS).unlink()
@@ -379,7 +406,7 @@ def test_tables_that_no_key_names_are_read_too(adapter):
         np.testing.assert_array_equal(table, tensors[f"{EMBEDDING}.weight"])
 
 
-def test_one_matrix_both_low_rank_and_whole(adapter):
+def test_a_matrix_low_rank_in_some_layers_and_whole_in_others(adapter):
     change, tensors = adapter
     at = "model.layers.1.self_attn.q_proj"
     for name in ("lora_A", "lora_B"):
