@@ -55,7 +55,8 @@ def read_safetensors(file: Path) -> dict[str, FileTensor]:
         raise UserError(f"{file}: not a sound safetensors file: {storage.one_line(e)}") from None
     if 8 + length + end != size:
         raise UserError(
-            f"{file}: has {size:,} bytes, and {8 + length + end:,} by its header; copy it again"
+            f"{file}: truncated, or with bytes after its end: it has {size:,} bytes, and"
+            f" {8 + length + end:,} by its header; copy it again"
         )
     return tensors
 
