@@ -9,9 +9,9 @@ import signal
 import sys
 
 import jllama
+from jllama.adapt.mixture import adapter_weights
 from jllama.cli import Parser, exit_status
 from jllama.config import SampleConfig
-from jllama.generate.llama import adapter_weights
 from jllama.text import infill
 
 

@@ -3,7 +3,8 @@
 L layers, R rank, B rows, E overlays.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,10 @@ from jllama.config import LoraConfig
 from jllama.errors import UserError
 from jllama.model import llama
 from jllama.model.linear import gain
+
+# The name of an adapter, or weights by name, 0 for those left out: {"poet": 0.7, "coder": 0.3}, and
+# {} for the base alone. None is the one adapter that was loaded, or the base if there are several.
+Mixture = str | Mapping[str, float] | None
 
 
 def join_overlays(
@@ -104,3 +109,52 @@ def _join_matrix(kernel: Any, parts: list[tuple[int, Overlay]], count: int) -> O
         none = jnp.zeros_like(next(iter(gains.values())))
         leaf["gains"] = jnp.stack([gains.get(n, none) for n in range(count)], 1)
     return leaf
+
+
+def mixture_weights(
+    mixture: Mixture, names: Sequence[str], whole: Sequence[str] = ()
+) -> tuple[float, ...]:
+    """The weight of each of the loaded adapters `names`.
+
+    `whole` are parameters that the adapter has replaced, and so it cannot have another weight than
+    1. Raises UserError for an unknown name, or a weight that is no finite number.
+    """
+    if mixture is None:
+        mixture = dict.fromkeys(names, 1.0) if len(names) == 1 else {}
+    try:
+        by_name = {mixture: 1.0} if isinstance(mixture, str) else dict(mixture)
+        by_name = {name: float(weight) for name, weight in by_name.items()}
+    except (TypeError, ValueError):
+        raise UserError(
+            f"adapter={mixture!r}: expected the name of one, or weights by name"
+        ) from None
+    if unknown := by_name.keys() - set(names):
+        loaded = ", ".join(names) or "none"
+        raise UserError(f"adapter: no {min(unknown)!r} was loaded; there are: {loaded}")
+    weights = tuple(by_name.get(name, 0.0) for name in names)
+    if not all(map(math.isfinite, weights)):
+        raise UserError(f"adapter: weights {weights} are not all finite")
+    if whole and weights != (1.0,):
+        raise UserError(
+            f"adapter {names[0]}: holds {whole[0]} whole, and so has weight 1; load the base alone"
+            " to be without it"
+        )
+    return weights
+
+
+def adapter_weights(arguments: Sequence[str]) -> dict[str, float]:
+    """The weight of each path of `--adapter PATH[=WEIGHT]`; 1 where none is given.
+
+    Raises UserError for a weight that is no number, and for a path that is given twice.
+    """
+    weights: dict[str, float] = {}
+    for argument in arguments:
+        path, equals, weight = argument.rpartition("=")
+        try:
+            path, number = (path, float(weight)) if equals else (argument, 1.0)
+        except ValueError:
+            raise UserError(f"--adapter {argument}: {weight!r} is no weight") from None
+        if path in weights:
+            raise UserError(f"--adapter {path}: is given twice; weigh it once")
+        weights[path] = number
+    return weights

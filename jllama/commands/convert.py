@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from jllama import flops
 from jllama.adapt.merge import merge_overlay
+from jllama.adapt.mixture import adapter_weights
 from jllama.adapt.quant import quantizer
 from jllama.config import MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.files import outputs, storage
-from jllama.generate.llama import adapter_weights
 from jllama.interop import gguf, hf, peft
 from jllama.interop.gguf import KINDS, kind_of, write_gguf
 from jllama.interop.parameters import cast_params

@@ -4,11 +4,11 @@ import argparse
 import json
 
 import jllama
+from jllama.adapt.mixture import adapter_weights
 from jllama.commands.table import table
 from jllama.errors import UserError
 from jllama.evaluate.infill import WAYS, evaluate, open_problems
 from jllama.files import outputs, storage
-from jllama.generate.llama import adapter_weights
 from jllama.progress import say
 
 _MEANING = {

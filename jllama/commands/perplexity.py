@@ -36,6 +36,7 @@ import matplotlib
 import numpy as np
 
 import jllama
+from jllama.adapt.mixture import adapter_weights
 from jllama.commands.table import table
 from jllama.config import JsonlSource, ParquetSource, Source, TextSource
 from jllama.config import recipe as recipes
@@ -43,7 +44,7 @@ from jllama.data import source as sources
 from jllama.errors import UserError
 from jllama.evaluate.perplexity import Rope, perplexity, rope_label, windows, with_rope
 from jllama.files import storage
-from jllama.generate.llama import Llama, adapter_weights
+from jllama.generate.llama import Llama
 from jllama.progress import Progress
 from jllama.store.find import find
 from jllama.store.model import architecture_at, open_adapted

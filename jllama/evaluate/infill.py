@@ -17,12 +17,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
+from jllama.adapt.mixture import Mixture
 from jllama.config import Source, StdlibSource, TextSource
 from jllama.data import text_files
 from jllama.data.source import Document, documents
 from jllama.errors import UserError
 from jllama.files import storage
-from jllama.generate.llama import Llama, Mixture
+from jllama.generate.llama import Llama
 from jllama.text.infill import Infill, encode_continued, infill_tokens
 from jllama.text.tokenizer import Tokenizer
 

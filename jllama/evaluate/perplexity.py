@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jllama.adapt.lora import Overlay
+from jllama.adapt.mixture import Mixture
 from jllama.config import (
     LARGEST_FACTOR,
     AdaptiveRopeScaling,
@@ -30,7 +31,7 @@ from jllama.config import (
 )
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
-from jllama.generate.llama import Llama, Mixture
+from jllama.generate.llama import Llama
 from jllama.model import llama
 from jllama.model.cross_entropy import cross_entropy
 from jllama.model.rope import Turns, effective_theta, original_length, turns

@@ -5,7 +5,6 @@ B rows, T positions, V vocabulary.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jllama.adapt import lora
-from jllama.adapt.mixture import join_overlays, weighted
+from jllama.adapt.mixture import Mixture, join_overlays, mixture_weights, weighted
 from jllama.chips import use_compilation_cache
 from jllama.config import ComputeConfig, MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
@@ -33,9 +32,6 @@ from jllama.store.model import open_adapted, read_base
 from jllama.text.infill import EOT, Infill, infill_tokens, middle_stream, prompt_ids
 from jllama.text.tokenizer import TextStream, Tokenizer
 
-# Which adapters apply; see `Llama`.
-Mixture = str | Mapping[str, float] | None
-
 # New tokens when nobody says how many; fewer where the model has no room for them.
 DEFAULT_NEW_TOKENS = 256
 
@@ -49,13 +45,11 @@ class Llama:
       params: nested dict of arrays; layout in `jllama.model.llama`.
       tokenizer: text to ids and back; None where the folder has none, and then texts are an error.
       compute: dtypes and blocking of the computation.
-      adapters: names of what was loaded over it, for `adapter`.
-      overlays: what they are, from `jllama.adapt.mixture.join_overlays`; None of none.
-      whole: names of parameters of `params` that are the adapter's and not the base's.
+      adapters: the names of the adapters that were loaded over it.
+      overlays: these adapters, from `jllama.adapt.mixture.join_overlays`; None if there are none.
+      whole: names of parameters in `params` that the adapter has replaced.
 
-    Where a method takes an `adapter`, it is the name of one, or weights by name, 0 for those that
-    it leaves out: {"poet": 0.7, "coder": 0.3}, and {} is the base alone. Left out, it is the one
-    that was loaded, or of several none.
+    The argument `adapter` of the methods is a `jllama.adapt.mixture.Mixture`.
     """
 
     config: ModelConfig
@@ -69,9 +63,12 @@ class Llama:
     def overlay(self, adapter: Mixture = None) -> lora.Overlay | None:
         """The argument `lora` of `llama.apply`, all rows alike."""
         if self.overlays is None:
-            self._mixture(adapter)
+            self._weights(adapter)
             return None
-        return weighted(self.overlays, np.array([self._mixture(adapter)], np.float32))
+        return weighted(self.overlays, np.array([self._weights(adapter)], np.float32))
+
+    def _weights(self, adapter: Mixture) -> tuple[float, ...]:
+        return mixture_weights(adapter, self.adapters, self.whole)
 
     def logits(self, tokens: Any, length: int | None = None, adapter: Mixture = None) -> jax.Array:
         """tokens [B,T] of ids, each row one text from position 0 -> logits [B,T,V] float32.
@@ -229,7 +226,7 @@ class Llama:
         return engine.Request(
             prompt=ids,
             max_new_tokens=max_new_tokens,
-            mixture=self._mixture(adapter),
+            mixture=self._weights(adapter),
             sampling=sampling,
             stop=stop,
             seed=seed,
@@ -245,31 +242,6 @@ class Llama:
         # A vocabulary may be padded beyond the tokenizer's: such ids are never drawn.
         vocab_size = min(self.tokenizer.vocab_size, self.config.vocab_size)
         return function(self.params, self.config, self.compute, requests, vocab_size, self.overlays)
-
-    def _mixture(self, adapter: Mixture) -> tuple[float, ...]:
-        """The weight of each of `adapters`."""
-        if adapter is None:
-            adapter = dict.fromkeys(self.adapters, 1.0) if len(self.adapters) == 1 else {}
-        try:
-            weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
-            weights = {name: float(weight) for name, weight in weights.items()}
-        except (TypeError, ValueError):
-            raise UserError(
-                f"adapter={adapter!r}: expected the name of one, or weights by name"
-            ) from None
-        unknown = weights.keys() - set(self.adapters)
-        if unknown:
-            there = ", ".join(self.adapters) or "none"
-            raise UserError(f"adapter: no {min(unknown)!r} was loaded; there are: {there}")
-        mixture = tuple(weights.get(name, 0.0) for name in self.adapters)
-        if not all(map(math.isfinite, mixture)):
-            raise UserError(f"adapter: weights {mixture} are not all finite")
-        if self.whole and mixture != (1.0,):
-            raise UserError(
-                f"adapter {self.adapters[0]}: holds {self.whole[0]} whole, and so has weight 1;"
-                " load the base alone to be without it"
-            )
-        return mixture
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "placement"))
@@ -349,24 +321,6 @@ def _keeper(config: ModelConfig, kind: str) -> EachLeaf:
     from jllama.adapt.quant import quantizer  # noqa: PLC0415
 
     return quantizer(config, kind)
-
-
-def adapter_weights(arguments: Sequence[str]) -> dict[str, float]:
-    """The weight of each path of `--adapter PATH[=WEIGHT]`; 1 where none is given.
-
-    Raises UserError for a weight that is no number, and for a path that is given twice.
-    """
-    weights: dict[str, float] = {}
-    for argument in arguments:
-        path, equals, weight = argument.rpartition("=")
-        try:
-            path, number = (path, float(weight)) if equals else (argument, 1.0)
-        except ValueError:
-            raise UserError(f"--adapter {argument}: {weight!r} is no weight") from None
-        if path in weights:
-            raise UserError(f"--adapter {path}: is given twice; weigh it once")
-        weights[path] = number
-    return weights
 
 
 def _placed(config: ModelConfig, dtype: str) -> tuple[Placement, llama.Params]:
