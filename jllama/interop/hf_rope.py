@@ -89,13 +89,17 @@ def _read_schema(
     common = check(_HfKind, values, where, prefix=f"{key}.")
     hf = common.rope_type or common.type or "default"
     if common.type not in (None, hf):
-        raise UserError(f"{inside}type is {common.type!r}, and rope_type is {hf!r}; correct one")
+        raise UserError(
+            f"{inside}type is {shortened(common.type)}, and rope_type {shortened(hf)}; correct one"
+        )
     if scaling and key == "rope_scaling" and not (common.rope_type or common.type):
         raise UserError(f"{inside}rope_type is missing")
     kind = next((kind for kind, format in ROPE_FORMATS.items() if format.hf == hf), None)
     if kind is None:
         readable = ", ".join(dict.fromkeys(f.hf for f in ROPE_FORMATS.values() if f.hf))
-        raise UserError(f"{inside}rope_type is {hf!r}; the kinds that can be read are {readable}")
+        raise UserError(
+            f"{inside}rope_type is {shortened(hf)}; the kinds that can be read are {readable}"
+        )
     format = ROPE_FORMATS[kind]
     usual = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
     if foreign := sorted(values.keys() - {*usual, *format.hf_keys, *format.hf_ignored}):

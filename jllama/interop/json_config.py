@@ -73,13 +73,15 @@ def explained(
         text = str(first["ctx"]["error"])
         text = re.sub(r"[\w.]+", lambda word: names.get(word[0], word[0]), text)
         return UserError(f"{where}: {storage.one_line(text)}")
-    field, *inside = first["loc"] or ("",)
+    if not first["loc"]:  # text that no JSON parser takes, such as half a surrogate pair
+        return UserError(f"{where}: {storage.one_line(first['msg'])}")
+    field, *inside = first["loc"]
     key = names.get(field, field)
     if field not in given:
         return UserError(f"{where}: {key} is missing")
     value = given[field]
-    for part in inside:
-        if isinstance(value, dict | list):  # a part may also be the name of a union's member
+    for part in inside:  # keys and indices, and the names of a union's members
+        if part in value if isinstance(value, dict) else isinstance(part, int):
             value, key = value[part], f"{key}.{part}"
     expected = storage.one_line(first["msg"].replace("Input", "it", 1))
     return UserError(f"{where}: {key} is {shortened(value)}; {expected}")
