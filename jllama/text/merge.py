@@ -155,8 +155,8 @@ def spell_new_ids(base: Tokenizer, grown: Tokenizer) -> list[list[int]]:
     count = grown.vocab_size - base.vocab_size
     if count < 0:
         raise UserError(
-            f"the tokenizer has {grown.vocab_size:,} ids and the model's own {base.vocab_size:,},"
-            " but a vocabulary only grows; give one that was merged with the model's own"
+            f"the tokenizer has {grown.vocab_size:,} ids and the model's own {base.vocab_size:,}:"
+            " a vocabulary grows and never shrinks; give one that was merged with the model's own"
         )
     ids = range(base.vocab_size)
     names = [{id: text for text, id in t.special_tokens.items()} for t in (base, grown)]
