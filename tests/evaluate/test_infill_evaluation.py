@@ -148,10 +148,10 @@ def test_human_evals_lines_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--ways=psm,pms"], "--ways: 'pms' is unknown; of psm, spm, prefix, line"),
-        (["--count=0"], "--count and --batch-size: .* at least 1"),
-        (["--length=0"], "length=0, max_new_tokens=48: leave room"),
-        (["--length=40"], "length=40, max_new_tokens=48: leave room"),
+        (["--ways=psm,pms"], "--ways: 'pms' is unknown; choose from psm, spm, prefix, line"),
+        (["--count=0"], "--count and --batch-size: must be at least 1"),
+        (["--length=0"], "length=0, max_new_tokens=48: must leave room"),
+        (["--length=40"], "length=40, max_new_tokens=48: must leave room"),
         (["--length=1000"], "within the model's max_length=128"),
         (["--data=nowhere.py"], "nowhere.py: no file matches"),
     ],
