@@ -178,7 +178,7 @@ def test_the_command_prints_a_table_and_writes_every_answer(model, tmp_path, mon
     ]
     assert cli.main([*command, f"--out={out}"]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert "(3 lines)" in table[0]
+    assert "3 lines" in table[0]
     assert [line.split(":")[0] for line in table[1:]] == ["psm", "spm", "prefix", "line"]
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert {r["middle"] for r in records} == {"def f(x):", "y = x + 1", "return y"}
