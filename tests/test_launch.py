@@ -120,7 +120,7 @@ def test_a_process_of_several_leaves_with_the_errors_status(monkeypatch, error):
         raise SystemExit((status, line))
 
     monkeypatch.setattr(distributed, "several", lambda: True)
-    monkeypatch.setattr(distributed, "_leave", leave)
+    monkeypatch.setattr(distributed, "_exit", leave)
     with pytest.raises(SystemExit) as left, distributed.ending_together(lambda: ""):
         raise error
     assert left.value.code == (error.status, f"error: process 0 of 1: {error}")
@@ -133,7 +133,7 @@ def test_an_error_in_one_process_has_its_status_in_all(monkeypatch, error, alike
         raise error
 
     monkeypatch.setattr(distributed, "several", lambda: True)
-    monkeypatch.setattr(distributed, "tell", lambda text: [text if alike else "", text])
+    monkeypatch.setattr(distributed, "_gather_texts", lambda text: [text if alike else "", text])
     with pytest.raises(distributed.SharedError) as shared:
         distributed.together(fail)
     assert shared.value.status == error.status

@@ -124,14 +124,14 @@ RECIPE = "configs/train/tiny.yaml"
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([], "give MODEL or --config"),
-        (["tiny", "--config", RECIPE], "give MODEL or --config"),
+        ([], "give either MODEL, or --config"),
+        (["tiny", "--config", RECIPE], "give either MODEL, or --config"),
         (["tiny"], "give --mesh AXIS=SIZE,..., such as --mesh fsdp=8,tensor=4, or --devices N"),
         (["llama9", "--mesh", "fsdp=8"], "no 'llama9'"),
         (["tiny", "--mesh", "width=8"], "'width=8' is no AXIS=SIZE"),
         (["tiny", "--mesh", "fsdp"], "'fsdp': the size must be a whole number"),
         (["tiny", "--mesh", "fsdp=0"], "sizes must be at least 1"),
-        (["tiny", "--mesh", "fsdp=-1,tensor=-1"], "at most one is -1"),
+        (["tiny", "--mesh", "fsdp=-1,tensor=-1"], "or -1 for one of them"),
         (
             ["tiny", "--mesh", "fsdp=-1"],
             "--mesh fsdp=-1 takes the rest of the devices: give --devices N\n",

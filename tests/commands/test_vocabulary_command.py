@@ -141,7 +141,7 @@ def test_a_model_without_a_tokenizer_grows_by_what_needs_none(here, tmp_path, ca
     write_model(tmp_path / "bare", stored.config, tiny.params(stored.config), None)
     grow = ("grow", tmp_path / "bare", here / "merged", tmp_path / "out")
     assert "no tokenizer to spell new pieces with" in refused(capsys, *grow)
-    assert "320 rows: a vocabulary grows" in refused(
+    assert "320 rows: a vocabulary can grow" in refused(
         capsys, "grow", tmp_path / "bare", _small(tmp_path), tmp_path / "out", "--rows", "mean"
     )
     assert vocabulary(*grow, "--rows", "random", "--seed", 3) == 0
@@ -187,7 +187,7 @@ def test_bad_input_is_one_line_and_makes_nothing(here, tmp_path, capsys):
         ("required: --text", "compare", base),
         ("required: ACTION",),
         ("which keeps its ids", "grow", here / "model", new, out),
-        ("the model's own 320: a vocabulary grows", "grow", here / "model", _small(tmp_path), out),
+        ("own 320, but a vocabulary only grows", "grow", here / "model", _small(tmp_path), out),
         ("--multiple 0: ", "grow", here / "model", here / "merged", out, "--multiple", 0),
         ("--seed -1", "grow", here / "model", here / "merged", out, "--seed", -1),
         ("exists; choose", "grow", here / "model", here / "merged", here / "hf"),
