@@ -38,12 +38,12 @@ def test_a_mesh_that_does_not_fill_the_devices_is_an_error(given):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"tensor": 5}, "mesh.tensor=5: 16 devices do not divide by it; by 4 or 8 they do"),
-        ({"tensor": 32}, "mesh.tensor=32: 16 devices do not divide by it; by 16 they do"),
+        ({"tensor": 5}, "mesh.tensor=5: 16 devices do not divide by it; they do by 4 or 8"),
+        ({"tensor": 32}, "mesh.tensor=32: 16 devices do not divide by it; they do by 16"),
         (
             {"fsdp": 3, "tensor": 4, "context": -1},
             "mesh.fsdp=3, mesh.tensor=4: 16 devices do not divide by their product, 12;"
-            " by 8 or 16 they do",
+            " they do by 8 or 16",
         ),
     ],
     ids=str,

@@ -138,7 +138,8 @@ def test_every_rule_of_the_config_names_mesh_axes():
 
 
 @pytest.mark.parametrize(
-    ("candidates", "words"), [((("fsdp",), ()), "write null"), ((None, ("fsdp",)), "comes last")]
+    ("candidates", "words"),
+    [((("fsdp",), ()), "write null"), ((None, ("fsdp",)), "null must be the last")],
 )
 def test_a_candidate_that_could_never_matter_is_an_error(candidates, words):
     with pytest.raises(ValueError, match=words):
