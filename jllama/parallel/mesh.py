@@ -81,8 +81,8 @@ def abstract_mesh(config: MeshConfig, count: int, slices: int = 1) -> AbstractMe
 def _check_slices(sizes: tuple[int, ...], slices: int) -> None:
     if sizes[0] % slices:
         raise UserError(
-            f"mesh.replica={sizes[0]}: the {math.prod(sizes)} devices are {slices} slices, which only"
-            f" replica may cross; set mesh.replica to {slices} or a multiple"
+            f"mesh.replica={sizes[0]}: the {math.prod(sizes)} devices are {slices} slices, and only"
+            f" replica crosses slices; set mesh.replica to {slices} or a multiple"
         )
 
 
