@@ -116,8 +116,8 @@ def mixture_weights(
 ) -> tuple[float, ...]:
     """The weight of each of the loaded adapters `names`.
 
-    `whole` are parameters that the adapter has replaced, and so it cannot have another weight than
-    1. Raises UserError for an unknown name, or a weight that is no finite number.
+    `whole` names parameters that the only adapter holds whole; they have replaced the base's, so
+    its weight must be 1. Raises UserError for an unknown name, or a weight that is not finite.
     """
     if mixture is None:
         mixture = dict.fromkeys(names, 1.0) if len(names) == 1 else {}
@@ -126,26 +126,26 @@ def mixture_weights(
         by_name = {name: float(weight) for name, weight in by_name.items()}
     except (TypeError, ValueError):
         raise UserError(
-            f"adapter={mixture!r}: expected the name of one, or weights by name"
+            f"adapter={mixture!r}: expected the name of an adapter, or weights by name"
         ) from None
     if unknown := by_name.keys() - set(names):
         loaded = ", ".join(names) or "none"
-        raise UserError(f"adapter: no {min(unknown)!r} was loaded; there are: {loaded}")
+        raise UserError(f"adapter: no {min(unknown)!r} was loaded; loaded are: {loaded}")
     weights = tuple(by_name.get(name, 0.0) for name in names)
     if not all(map(math.isfinite, weights)):
         raise UserError(f"adapter: weights {weights} are not all finite")
     if whole and weights != (1.0,):
         raise UserError(
-            f"adapter {names[0]}: holds {whole[0]} whole, and so has weight 1; load the base alone"
-            " to be without it"
+            f"adapter {names[0]}: holds {whole[0]} whole, and so has weight 1; to go without it,"
+            " load the base alone"
         )
     return weights
 
 
 def adapter_weights(arguments: Sequence[str]) -> dict[str, float]:
-    """The weight of each path of `--adapter PATH[=WEIGHT]`; 1 where none is given.
+    """The weight of each path of `--adapter PATH[=WEIGHT]`, by default 1.
 
-    Raises UserError for a weight that is no number, and for a path that is given twice.
+    Raises UserError for a weight that is not a number, and for a path that is given twice.
     """
     weights: dict[str, float] = {}
     for argument in arguments:
@@ -153,8 +153,8 @@ def adapter_weights(arguments: Sequence[str]) -> dict[str, float]:
         try:
             path, number = (path, float(weight)) if equals else (argument, 1.0)
         except ValueError:
-            raise UserError(f"--adapter {argument}: {weight!r} is no weight") from None
+            raise UserError(f"--adapter {argument}: {weight!r} is not a number") from None
         if path in weights:
-            raise UserError(f"--adapter {path}: is given twice; weigh it once")
+            raise UserError(f"--adapter {path}: is given twice; give it once, with its weight")
         weights[path] = number
     return weights
