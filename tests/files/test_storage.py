@@ -462,11 +462,11 @@ def test_a_store_that_goes_away_in_mid_training_is_a_status_to_try_again(
         fsspec.filesystem(scheme).clear_instance_cache()
         root = f"{scheme}://{object_stores.BUCKET}"
 
-        def save(self, step, state, save=Checkpoints.save):
+        def save(self, step, save=Checkpoints.save, **trees):
             if not began:
                 stack.pop_all().close()
             began.append(step)
-            save(self, step, state)
+            save(self, step, **trees)
 
         monkeypatch.setattr(Checkpoints, "save", save)
         config = configs.load(recipe, [f"run.folder={root}/runs", "eval.every=0"])
