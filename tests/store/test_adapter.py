@@ -165,7 +165,7 @@ def test_several_are_named_and_chosen_by_request(base, one, other):
     got = model.generate(["def"] * 4, adapter=[None, "a", "b", {"a": 1.0}], **how)
     assert got == [*alone, alone[1]]
     assert "".join(model.stream("def", adapter="b", **how)) == alone[2]
-    with pytest.raises(UserError, match="no 'c' was loaded; there are: a, b"):
+    with pytest.raises(UserError, match=r"no 'c' was loaded; .*: a, b"):
         model.logits(TOKENS, adapter="c")
     with pytest.raises(UserError, match="2 of them for 1 prompts"):
         model.generate("x", adapter=["a", "b"])
@@ -241,7 +241,7 @@ def test_sample_takes_adapters_with_weights(base, one):
     without = jllama.load(base).generate("def", **how)[0]
     assert sample("--model", base, "--adapter", f"{one}=0")[1] == without
     status, _, error = sample("--model", base, "--adapter", f"{one}=much")
-    assert status == 2 and error.count("\n") == 1 and "'much' is no weight" in error
+    assert status == 2 and error.count("\n") == 1 and "'much' is not a number" in error
 
 
 def test_a_quantised_base_is_loaded_as_it_was_trained_over(base, adapted, one):
@@ -300,7 +300,7 @@ def test_what_is_whole_cannot_be_weighed(base, adapted):
         with pytest.raises(UserError, match=r"adapter whole: holds head\.weight whole, and so has"):
             model.logits(TOKENS, adapter=mixture)
     for mixture in ({"whole": "x"}, 0.5, ["whole"]):
-        with pytest.raises(UserError, match="expected the name of one, or weights by name"):
+        with pytest.raises(UserError, match=r"expected the name of .* or weights by name"):
             model.logits(TOKENS, adapter=mixture)
     with pytest.raises(UserError, match="not all finite"):
         model.logits(TOKENS, adapter={"whole": float("nan")})
@@ -390,7 +390,7 @@ def test_perplexity_takes_adapters_of_the_model_before_them(base, one, other, tm
     assert found["both"] not in (found["base"], found["alone"])
     for args, said in (
         (("--adapter", one, "--model", base), "comes after the --model that it is for"),
-        (("--model", base, "--adapter", f"{one}=much"), "'much' is no weight"),
+        (("--model", base, "--adapter", f"{one}=much"), "'much' is not a number"),
         (("--model", base, "--adapter", one, "--adapter", f"{one}=0"), "is given twice"),
         (("--model", base, "--adapter", base), "a model and no adapter"),
     ):
