@@ -79,11 +79,9 @@ def _model_dict(name: str, architecture: Architecture | None) -> dict:
 
 
 def _is_a(cls: type, data: dict) -> bool:
-    """Whether the keys are those of this one of `Config` and `ModelConfig`, which share none."""
-    own, other = ({f.name for f in dataclasses.fields(c)} for c in (Config, ModelConfig))
-    if cls is ModelConfig:
-        own, other = other, own
-    return bool(own & data.keys()) and not other & data.keys()
+    """Whether the keys belong to `cls`: `Config` or `ModelConfig`, which share no key."""
+    keys = {c: {f.name for f in dataclasses.fields(c)} & data.keys() for c in (Config, ModelConfig)}
+    return bool(keys[cls]) and sum(map(len, keys.values())) == len(keys[cls])
 
 
 def load_model(

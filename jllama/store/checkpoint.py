@@ -36,19 +36,21 @@ _LEAST_ROOM = 256 << 20
 class Checkpoints:
     """The checkpoints of one run. Saves are asynchronous; `close` waits for them.
 
-    Every process takes part in everything: each writes and reads the shards of its own devices.
+    Every process calls every method: each writes and reads the shards of its own devices.
     """
 
     def __init__(self, run: Path, keep: int, copies: float | None = None):
-        """`copies` limits, in bytes, what waits in the host's memory to be written; see `room_for`.
+        """Opens RUN/checkpoints, and removes what a killed run left half written.
 
-        With a limit `save` takes as long as the writing, but for the last of it.
+        Args:
+          keep: how many of the newest steps stay.
+          copies: the most bytes that wait in host memory to be written, at least `room_for`; then
+            `save` returns only when nearly everything is written. None: a copy of all trees.
         """
         self._folder = run / CHECKPOINTS
         self._staging = Staging(self._folder, keep) if staging.needed(self._folder) else None
-        # What a killed run had half written is removed.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        here = self._staging.local if self._staging else storage.absolute(self._folder)
+        local = self._staging.local if self._staging else storage.absolute(self._folder)
         handlers, self._item = None, ocp.args.StandardSave
         if copies is not None:
             self._item = ocp.args.PyTreeSave  # the same on disk
@@ -60,7 +62,7 @@ class Checkpoints:
                     use_ocdbt=False,  # its database buffers as much again
                 )
             }
-        self._manager = ocp.CheckpointManager(here, item_handlers=handlers, options=options)
+        self._manager = ocp.CheckpointManager(local, item_handlers=handlers, options=options)
 
     def latest(self) -> int | None:
         """The newest complete step."""
@@ -121,18 +123,19 @@ def _writing(where: Path) -> Iterator[None]:
 
 
 def room_for(params: Any) -> float:
-    """The bytes that a copy of the largest array takes: the least to save or restore with.
+    """The least host memory, in bytes, with which Orbax saves or restores: the largest array's.
 
-    Orbax counts whole pieces, and a device's part of an array may touch them all.
+    Orbax counts whole chunks, and a device's shard of an array may touch all of its chunks.
     """
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     return max(1.01 * largest, _LEAST_ROOM)
 
 
 def _chunks(tree: Any) -> Any:
-    """Stored in pieces of at most `_CHUNK_BYTES`, and not of a device's part.
+    """Orbax's arguments that store arrays in chunks of at most `_CHUNK_BYTES`.
 
-    A piece is read whole: what one device saved, each of many would have to read in full.
+    A chunk is read whole. With Orbax's default, one chunk per shard, each of many devices would
+    read the whole array that one device saved.
     """
     return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
 

@@ -58,7 +58,7 @@ class Fingerprint:
         self._dtype, self._leaves = dtype, []
 
     def add(self, path: str, x: jax.Array) -> None:
-        """A leaf at its dotted path; its sums alone are kept."""
+        """Adds a leaf at its dotted path, of which only two sums are kept."""
         dtype = self._dtype or x.dtype
         # One at a time: many programs of several devices at once may deadlock on CPUs.
         sums = jax.block_until_ready(_leaf_sums(x, dtype))
@@ -67,15 +67,15 @@ class Fingerprint:
     def __str__(self) -> str:
         """The digest."""
         sums = jax.device_get([s for _, s in self._leaves])
-        lines = [f"{said} {s.tolist()}" for (said, _), s in zip(self._leaves, sums, strict=True)]
+        lines = [f"{name} {s.tolist()}" for (name, _), s in zip(self._leaves, sums, strict=True)]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def fingerprint(tree: Any, dtype: Any = None) -> str:
     """SHA-256, in hex, over the sorted leaves' paths, shapes, dtypes and sums.
 
-    With a `dtype`, of what the leaves are in that: bfloat16 is the same for whatever a model's
-    parameters are read as.
+    With a `dtype` the leaves are cast to it first. In bfloat16 a model has one fingerprint,
+    whichever dtype its parameters are read in.
     """
     digest = Fingerprint(dtype)
     for path, x in jax.tree_util.tree_leaves_with_path(tree):

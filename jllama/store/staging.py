@@ -20,29 +20,30 @@ from jllama.store.find import COMMITTED, complete_steps
 
 
 def needed(folder: Path) -> bool:
-    """Whether checkpoints in this folder go through a local one."""
+    """Whether Orbax cannot write to this folder, so that its checkpoints are staged locally."""
     return str(folder).startswith("s3://")
 
 
 @contextlib.contextmanager
 def fetched(folder: Path, step: int, trees: Collection[str]) -> Iterator[Path]:
-    """A local folder that has some trees of a step of `folder`, while the context lasts.
+    """Copies some trees of a step to a local folder, which the context removes when it ends.
 
-    Raises UserError when the step is not complete at the end of the copy: its marker goes first.
+    Raises UserError if the step is not complete after the copy: another process that removes a step
+    removes its marker first.
     """
     with tempfile.TemporaryDirectory(prefix="jllama-checkpoint-") as local:
-        there = folder / str(step)
+        remote = folder / str(step)
         pairs = []
         for tree in trees:
-            for name in storage.matches(f"{glob.escape(str(there / tree))}/**"):
-                file = Path(local, name.removeprefix(f"{there}/"))
+            for name in storage.matches(f"{glob.escape(str(remote / tree))}/**"):
+                file = Path(local, name.removeprefix(f"{remote}/"))
                 file.parent.mkdir(parents=True, exist_ok=True)
                 pairs.append((storage.path(name), file))
         try:
             storage.transfer(storage.download, pairs)
         finally:
-            if not storage.exists(there / COMMITTED):
-                raise UserError(f"{there}: not complete; another run may be removing it")
+            if not storage.exists(remote / COMMITTED):
+                raise UserError(f"{remote}: not complete; another run may be removing it")
         yield Path(local)
 
 
@@ -63,16 +64,17 @@ class Staging:
         self._error: UserError | None = None
 
     def publish(self, step: int, saved: Callable[[], None]) -> None:
-        """Copies the step once `saved` has returned, and drops old ones.
+        """Starts a thread that copies the step to the URL, and removes old steps there.
 
-        `saved` waits until the step is complete in the local folder, and raises if it is not.
+        The thread first calls `saved`, which returns once the step is complete in the local folder,
+        and raises if it was not saved.
         """
         self.wait()
         self._thread = threading.Thread(target=self._publish, args=(step, saved), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns once what was published is at the URL; UserError if it did not get there."""
+        """Returns once the published step is at the URL. Raises UserError if it is not."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -81,25 +83,25 @@ class Staging:
             raise error
 
     def close(self) -> None:
-        """Gives the local folder back."""
+        """Waits for the thread, and removes the local folder."""
         if self._thread is not None:
             self._thread.join()
         self._temporary.cleanup()
 
     def _publish(self, step: int, saved: Callable[[], None]) -> None:
-        here, there = self.local / str(step), self._folder / str(step)
+        local, remote = self.local / str(step), self._folder / str(step)
         try:
             saved()
-            # A step that was cut short here may have left its files.
-            storage.remove_folder(there)
-            files = [f for f in here.rglob("*") if f.is_file()]
-            pairs = [(f, there / f.relative_to(here).as_posix()) for f in files]
+            # A run that was killed may have left files of this step.
+            storage.remove_folder(remote)
+            files = [f for f in local.rglob("*") if f.is_file()]
+            pairs = [(f, remote / f.relative_to(local).as_posix()) for f in files]
             storage.transfer(storage.upload, pairs)
-            storage.write_text(there / COMMITTED, f"{len(files)} files\n")
+            storage.write_text(remote / COMMITTED, f"{len(files)} files\n")
             for old in complete_steps(self._folder)[: -self._keep]:
                 storage.remove(self._folder / str(old) / COMMITTED)  # first, and so it is gone
                 storage.remove_folder(self._folder / str(old))
         except UserError as e:
             self._error = e
-        except Exception as e:  # nobody hears this thread: whatever it met, `wait` says it
-            self._error = StorageError(f"{there}: not written: {storage.one_line(e)}")
+        except Exception as e:  # a thread's exception reaches nobody: `wait` raises it
+            self._error = StorageError(f"{remote}: not written: {storage.one_line(e)}")

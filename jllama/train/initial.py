@@ -52,7 +52,7 @@ def open_initial(config: Config) -> StoredModel | None:
         if adapter.found.format == "jllama" and adapter.quantize != config.adapt.quantize:
             notes.append(f"adapt.quantize is {config.adapt.quantize}, there {adapter.quantize}")
     if distributed.leader():
-        for line in notes + _lengths(theirs, config.model):
+        for line in notes + _length_notes(theirs, config.model):
             say(f"note: training.init_from={where}: {line}")
     return initial
 
@@ -75,36 +75,36 @@ def _open(config: Config, found: Found) -> StoredModel:
 
 
 def _check_overlay(config: Config, adapter: Adapter) -> None:
-    """Raises UserError where `adapt` says another overlay than the adapter is."""
-    there = layout(config.model, adapter.lora(config.model))
-    here = layout(config.model, config.adapt)
-    for path in sorted(there.keys() | here.keys()):
-        if there.get(path) != here.get(path):
+    """Raises UserError where `config.adapt` describes another overlay than the adapter holds."""
+    adapter_layout = layout(config.model, adapter.lora(config.model))
+    recipe_layout = layout(config.model, config.adapt)
+    for path in sorted(adapter_layout.keys() | recipe_layout.keys()):
+        theirs, ours = (x.get(path, "is frozen") for x in (adapter_layout, recipe_layout))
+        if theirs != ours:
             raise UserError(
                 f"training.init_from={adapter.path}: its overlay is another than adapt says:"
-                f" {path} {there.get(path, 'is frozen')} there, {here.get(path, 'is frozen')} here;"
-                f" say the same (jllama info {adapter.path})"
+                f" {path} {theirs} there, {ours} here; say the same (jllama info {adapter.path})"
             )
 
 
-def _lengths(there: ModelConfig, here: ModelConfig) -> list[str]:
-    """What a model of another length, or a scaling made for one, should know."""
-    said = []
-    if here.max_length != there.max_length:
-        said.append(f"model.max_length is {here.max_length}, there {there.max_length}")
-    trained, wanted, rope = original_length(there), original_length(here), here.rope
-    if wanted == trained or isinstance(rope, NoRopeScaling | NtkRopeScaling):
-        return said
+def _length_notes(initial: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """Notes on a recipe whose lengths do not follow from those that `initial` was trained for."""
+    notes, rope = [], wanted.rope
+    if wanted.max_length != initial.max_length:
+        notes.append(f"model.max_length is {wanted.max_length}, there {initial.max_length}")
+    trained, implied = original_length(initial), original_length(wanted)
+    if implied == trained or isinstance(rope, NoRopeScaling | NtkRopeScaling):
+        return notes
     if isinstance(rope, LinearRopeScaling):
-        said.append(
-            f"model.rope.factor={rope.factor:g} takes model.max_length={here.max_length} to"
-            f" {wanted} positions, and it was trained for {trained}; the factor that fits is"
-            f" {max(1, here.max_length / trained):g}"
+        notes.append(
+            f"model.rope.factor={rope.factor:g} takes model.max_length={wanted.max_length} to"
+            f" {implied} positions, and it was trained for {trained}; the factor that fits is"
+            f" {max(1, wanted.max_length / trained):g}"
         )
     else:
         inside = rope.factor if isinstance(rope, AdaptiveRopeScaling) else 1.0
-        said.append(
+        notes.append(
             f"model.rope.original_length={rope.original_length} is not what it was trained for;"
             f" that would be {round(trained * inside)}"
         )
-    return said
+    return notes
