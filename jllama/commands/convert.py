@@ -15,7 +15,7 @@ from jllama.adapt.quant import quantizer
 from jllama.config import MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.files import outputs, storage
-from jllama.interop import gguf, hf, peft
+from jllama.interop import gguf, hf, peft_write
 from jllama.interop.gguf import KINDS, kind_of, write_gguf
 from jllama.interop.parameters import cast_params
 from jllama.model import llama
@@ -160,7 +160,7 @@ def _convert_adapter(args: argparse.Namespace, adapter: Adapter, target: Path) -
     adapt, overlay = adapter.read(config, _host(), params)
     with outputs.stoppable(target):
         if to == "peft":
-            peft.write_adapter(target, config, adapt, overlay, str(base.place), tokenizer)
+            peft_write.write_adapter(target, config, adapt, overlay, str(base.place), tokenizer)
         else:
             write_adapter(target, base, params, adapt, overlay)
     count = sum(x.size for x in jax.tree.leaves(overlay))

@@ -1,4 +1,4 @@
-"""PEFT adapters: adapter_config.json and the tensors beside it; read and written.
+"""Reads PEFT adapters: adapter_config.json and the tensors beside it.
 
 A low-rank change of a block's matrix is read as a factor pair of an overlay. An overlay cannot hold
 a low-rank embedding or head, nor a module that is whole in some layers only: these are worked out
@@ -8,10 +8,8 @@ V vocabulary, D model width.
 """
 
 import dataclasses
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,33 +18,33 @@ from jllama.adapt.lora import (
     at,
     matrices,
     overlay_specs,
-    ranks_and_alphas,
     set_at,
     whole_leaves,
 )
 from jllama.config import ComputeConfig, LoraConfig, LoraOverride, ModelConfig
 from jllama.errors import UserError
-from jllama.files import outputs, storage
-from jllama.interop.hf_tokenizer import tokenizer_files
-from jllama.interop.names import from_file, to_file
+from jllama.files import storage
+from jllama.interop.names import from_file
 from jllama.interop.parameters import check_tensors
-from jllama.interop.peft_config import CONFIG, MERGE, PeftConfig, read_config, write_config
-from jllama.interop.peft_modules import BASE, LowRank, Module, Use, adapted, modules
+from jllama.interop.peft_config import MERGE, WEIGHTS, PeftConfig, read_config
+from jllama.interop.peft_modules import (
+    BASE,
+    NORMS,
+    LowRank,
+    Module,
+    Use,
+    adapted,
+    by_owner,
+)
 from jllama.interop.pth import read_pth
-from jllama.interop.safetensors import read_safetensors, write_safetensors
+from jllama.interop.safetensors import read_safetensors
 from jllama.interop.tensors import Tensor, nbytes
 from jllama.model.linear import dense
 from jllama.model.llama import Params, ParamSpec
 from jllama.progress import Progress, say
-from jllama.text.interface import Tokenizer
 
-_WEIGHTS = "adapter_model.safetensors"
-_READERS = {_WEIGHTS: read_safetensors, "adapter_model.bin": read_pth}
+_READERS = {WEIGHTS: read_safetensors, "adapter_model.bin": read_pth}
 _EXACT = ComputeConfig(dtype="float32")
-_NORMS = "lora_magnitude_vector"
-
-
-# -------------------------------------------------------------------------------------------- read
 
 
 def read_adapter(
@@ -63,7 +61,7 @@ def read_adapter(
     """
     adapter = _open(folder, model)
     specs = overlay_specs(model, _EXACT, adapter.lora)
-    owners = _by_owner(adapter.uses)
+    owners = by_owner(adapter.uses)
     overlay: Overlay = {}
     with Progress(f"read {folder.name}", sum(map(nbytes, adapter.tensors.values()))) as progress:
         reader = _Reader(adapter, base, progress)
@@ -97,7 +95,7 @@ def _open(folder: Path, model: ModelConfig) -> _Adapter:
     uses, tensors = adapted(config, model, _tensors(folder), folder)
     _check(uses, config, model, tensors, folder)
     low, whole = {}, []
-    for owner, used in _by_owner(uses).items():
+    for owner, used in by_owner(uses).items():
         if used[0].is_table or uses[used[0]] == "whole":
             whole.append(owner)
         else:
@@ -149,7 +147,7 @@ def _check(
                 " the adapter with that model"
             )
     check_tensors(tensors, wanted, folder, "this adapter's")
-    for used in _by_owner(uses).values():
+    for used in by_owner(uses).values():
         kinds = {uses[module] == "whole": module for module in reversed(used)}
         if len(kinds) > 1:
             raise UserError(
@@ -178,18 +176,10 @@ def _wanted(
         wanted[a] = f"{module.owner}.a", (use.rank, inputs)
         wanted[b] = f"{module.owner}.b", (outputs, use.rank)
         if config.use_dora:
-            wanted[module.tensor(_NORMS)] = f"{module.owner}.m", (outputs,)
+            wanted[module.tensor(NORMS)] = f"{module.owner}.m", (outputs,)
         if module.is_table and module.tensor(BASE) in tensors:
             wanted[module.tensor(BASE)] = module.path, module.shape
     return wanted
-
-
-def _by_owner(all_modules: Iterable[Module]) -> dict[str, list[Module]]:
-    """The modules by our path without its last word, which all layers share."""
-    owners: dict[str, list[Module]] = {}
-    for module in all_modules:
-        owners.setdefault(module.owner, []).append(module)
-    return owners
 
 
 def _overrides(
@@ -244,7 +234,7 @@ class _Reader:
             ):
                 part[...] = from_file(array, part.shape, inputs, interleaved=False)
             if "m" in leaf:
-                leaf["m"][n] = self._read(module, _NORMS).reshape(leaf["m"].shape[1:])
+                leaf["m"][n] = self._read(module, NORMS).reshape(leaf["m"].shape[1:])
         return leaf
 
     def whole(self, spec: ParamSpec, used: Sequence[Module]) -> np.ndarray:
@@ -276,7 +266,7 @@ class _Reader:
         change = alpha / (rank**0.5 if self.adapter.config.use_rslora else rank) * (b @ a)
         w = w.T + change if module.is_embedding else w + change
         if self.adapter.config.use_dora:
-            w *= (self._read(module, _NORMS) / np.linalg.norm(w, axis=1))[:, None]
+            w *= (self._read(module, NORMS) / np.linalg.norm(w, axis=1))[:, None]
         return np.ascontiguousarray(w.T) if module.is_embedding else w
 
     def _base_parameter(self, module: Module) -> np.ndarray:
@@ -292,116 +282,6 @@ class _Reader:
         array = self.adapter.tensors[module.tensor(name)].read()
         self.progress.advance(array.nbytes)
         return array.astype(np.float32, copy=False)
-
-
-# ------------------------------------------------------------------------------------------- write
-
-
-def write_adapter(
-    folder: Path,
-    model: ModelConfig,
-    lora: LoraConfig,
-    overlay: Overlay,
-    base: str,
-    tokenizer: Tokenizer | None = None,
-) -> None:
-    """Writes an adapter that peft's `PeftModel.from_pretrained` reads, whole or not at all.
-
-    A layer whose factors are zero, and so can neither change anything nor learn, is left out.
-
-    Args:
-      overlay: arrays in float32, float16 or bfloat16; dtypes are kept.
-      base: the base's folder or name, for `base_model_name_or_path`.
-      tokenizer: written beside the adapter as Hugging Face's files.
-
-    Raises UserError if the folder holds anything, or the model is one that Hugging Face's LLaMA
-    cannot express.
-    """
-    owners = _by_owner(modules(model))
-    uses: dict[Module, Use] = {}
-    tensors: dict[str, Tensor] = {}
-
-    def add(module: Module, name: str, array: np.ndarray, inputs: int) -> None:
-        tensors[module.tensor(name)] = _ArrayTensor(to_file(array, inputs, interleaved=False))
-
-    for path, factors in matrices(overlay):
-        leaf = {key: np.asarray(value) for key, value in factors.items()}
-        by_layer = ranks_and_alphas(".".join(path), lora, model.num_layers)
-        for module, (rank, alpha) in zip(owners[".".join(path)], by_layer, strict=True):
-            a, b = leaf["a"][module.layer], leaf["b"][module.layer]
-            if a[..., rank:].any() and b[rank:].any():
-                raise UserError(
-                    f"{'.'.join(path)}: has more than rank {rank} in layer {module.layer}"
-                )
-            if not (a.any() or b.any() or lora.dora):
-                continue
-            uses[module] = LowRank(rank, alpha)
-            add(module, module.factors[0], a[..., :rank], module.spec.inputs)
-            add(module, module.factors[1], b[:rank], 1)
-            if lora.dora:
-                add(module, _NORMS, leaf["m"][module.layer].reshape(-1), 0)
-    for path, leaf in whole_leaves(overlay):
-        for module in owners[".".join(path[:-1])]:
-            array = np.asarray(leaf if module.layer is None else leaf[module.layer])
-            array = array[: module.spec.shape[0]]  # a table without its padding
-            uses[module] = "whole"
-            add(module, "weight", array, module.spec.inputs)
-            if model.tie_embeddings and module.is_table:
-                (head,) = owners["head"]
-                uses[head] = "whole"
-                add(head, "weight", array, 0)
-    config = write_config(lora, base, **_named(uses, lora, model))
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    with outputs.new_folder(folder, last=CONFIG) as new:
-        with Progress(f"write {folder.name}", sum(map(nbytes, tensors.values()))) as progress:
-            write_safetensors(new / _WEIGHTS, tensors, progress)
-        for name, data in (tokenizer_files(tokenizer) if tokenizer else {}).items():
-            storage.write_bytes(new / name, data)
-        storage.write_bytes(new / CONFIG, text.encode())
-
-
-def _named(uses: Mapping[Module, Use], lora: LoraConfig, model: ModelConfig) -> dict[str, Any]:
-    """The arguments of `write_config` that name modules, by the shortest names that are unique."""
-    whole = [module for module, use in uses.items() if use == "whole"]
-    targets: list[str] = []
-    ranks, alphas = {}, {}
-    for used in _by_owner(module for module in uses if uses[module] != "whole").values():
-        everywhere = len(used) == model.num_layers
-        alike = everywhere and len({uses[module] for module in used}) == 1
-        targets += [used[0].short] if everywhere else [module.name for module in used]
-        for module in used[:1] if alike else used:
-            rank, alpha = uses[module]
-            key = module.short if alike else module.name
-            if rank != lora.rank:
-                ranks[key] = rank
-            if alpha != lora.alpha:
-                alphas[key] = alpha
-    return {
-        "targets": targets,
-        "ranks": ranks,
-        "alphas": alphas,
-        "saved": list(dict.fromkeys(module.short for module in whole)),
-        "tied": model.tie_embeddings and any(module.is_table for module in whole),
-    }
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _ArrayTensor:
-    """A tensor in host memory."""
-
-    array: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.array.dtype.name
-
-    def read(self) -> np.ndarray:
-        """The array in C order."""
-        return np.ascontiguousarray(self.array)
 
 
 def _word(owner: str) -> str:

@@ -13,6 +13,7 @@ from jllama.interop.names import PEFT_CONFIG
 from jllama.progress import say
 
 CONFIG = PEFT_CONFIG
+WEIGHTS = "adapter_model.safetensors"
 MERGE = "merge it into its base with peft (merge_and_unload), and convert the merged model"
 # Initialisations that change the base; peft can convert such an adapter to one of the old base.
 _CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")

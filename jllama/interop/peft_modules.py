@@ -4,7 +4,7 @@ The rules by which names match are those of peft 0.21.2. R is a rank.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ from jllama.interop.peft_config import NO_TARGETS, PeftConfig
 from jllama.interop.tensors import DTYPES, Tensor, same_bits
 from jllama.model.llama import ParamSpec
 
+NORMS = "lora_magnitude_vector"  # of DoRA
 BASE = "base_layer.weight"  # peft saves a low-rank table's base beside its factors
 T = TypeVar("T")
 
@@ -230,3 +231,11 @@ def _equal(embedding: Module, head: Module, tensors: Mapping[str, Tensor]) -> bo
         if a and b and not ({a.dtype, b.dtype} <= DTYPES and np.array_equal(a.read(), b.read().T)):
             return False
     return True
+
+
+def by_owner(all_modules: Iterable[Module]) -> dict[str, list[Module]]:
+    """The modules by our path without its last word, which all layers share."""
+    owners: dict[str, list[Module]] = {}
+    for module in all_modules:
+        owners.setdefault(module.owner, []).append(module)
+    return owners

@@ -16,7 +16,8 @@ from jllama.adapt.lora import attach, matrices, overlay_specs, ranks_and_alphas
 from jllama.adapt.merge import merge_overlay
 from jllama.config import LoraConfig, LoraOverride
 from jllama.errors import UserError
-from jllama.interop.peft import read_adapter, write_adapter
+from jllama.interop.peft import read_adapter
+from jllama.interop.peft_write import write_adapter
 from jllama.model import llama
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 import jllama
 from jllama.adapt.lora import attach
 from jllama.adapt.merge import merge_overlay
-from jllama.interop.peft import read_adapter, write_adapter
+from jllama.interop.peft import read_adapter
+from jllama.interop.peft_write import write_adapter
 from jllama.model import llama
 from tests.tiny import relative_error
 
