@@ -67,7 +67,7 @@ class Adapter:
         return peft.read_lora(self.path, config.unpadded)
 
     def over(self, base: ModelConfig) -> ModelConfig:
-        """The base as it was computed, and its tables padded, while the adapter was trained."""
+        """`base` with the RoPE, epsilon, length and padding that the adapter was trained with."""
         if self.found.stored is None:
             return base
         keys = (*FREE, "max_length", "vocab_multiple")

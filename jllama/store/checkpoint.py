@@ -73,13 +73,18 @@ class Checkpoints:
     def save(self, step: int, **trees: Any) -> None:
         """Starts saving the trees by their names; returns once their arrays may be donated.
 
-        Raises `StorageError` when this save or the one before it cannot be written.
+        Raises `StorageError` when this save or the one before it cannot be written, and `UserError`
+        for a step that is not above all those that are saved.
         """
         with _writing(self._folder / str(step)):
             if self._staging:
                 self._staging.wait()  # Orbax may drop the step that is being copied
             args = {name: self._item(tree, _chunks(tree)) for name, tree in trees.items()}
-            self._manager.save(step, args=ocp.args.Composite(**args))
+            if not self._manager.save(step, args=ocp.args.Composite(**args)):
+                raise UserError(
+                    f"{self._folder}: step {step} is not saved, since step {self.latest()} is"
+                    " there; go on from that, or choose another folder"
+                )
         if self._staging:
             self._staging.publish(step, self._manager.wait_until_finished)
 

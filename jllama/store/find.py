@@ -78,16 +78,20 @@ class Found:
 
 
 def find(path: Path, format: ModelFormat | None = None) -> Found:
-    """What `path` holds; `format` chooses where a folder has the files of several.
+    """Looks at what `path` holds.
 
-    Raises UserError if it is none of the above, or may be several.
+    Args:
+      format: the model's, where a folder has the files of several; then no adapter is looked for.
+
+    Raises UserError if the path holds neither a model nor an adapter, or if it may be several.
     """
     files = storage.listing(path).files
-    if format is None and PEFT_CONFIG in files:
-        return Found(path, path, "peft", files)
-    formats = [found for file, found in _FORMATS.items() if file in files]
     if format is not None:
         formats = [format]
+    elif PEFT_CONFIG in files:
+        formats = ["peft"]
+    else:
+        formats = [format for file, format in _FORMATS.items() if file in files]
     if len(formats) > 1:
         raise UserError(
             f"{path}: may be {' or '.join(formats)}; convert the one that you mean (jllama convert"
@@ -99,12 +103,8 @@ def find(path: Path, format: ModelFormat | None = None) -> Found:
         return Found(path, path, "jllama", files, load_stored(path / RECIPE))
     checkpoints = storage.absolute(path).parent
     if path.name.isdecimal() and checkpoints.name == CHECKPOINTS:
-        run = checkpoints.parent
-        files = storage.listing(run).files
-        if RECIPE not in files:
-            raise UserError(f"{run}: no config.yaml, which a run and a model of jllama have")
-        return Found(path, run, "jllama", files, load_stored(run / RECIPE), int(path.name))
-    if formats:
+        return _find_step(path, checkpoints.parent)
+    if format == "jllama":
         raise UserError(f"{path}: no config.yaml, which a run and a model of jllama have")
     what = "no such folder"
     if storage.is_folder(path):
@@ -112,6 +112,13 @@ def find(path: Path, format: ModelFormat | None = None) -> Found:
     elif storage.exists(path):
         what = "a file, give its folder"
     raise UserError(f"{path}: {what}; {_EXPECTED}")
+
+
+def _find_step(path: Path, run: Path) -> Found:
+    files = storage.listing(run).files
+    if RECIPE not in files:
+        raise UserError(f"{run}: no config.yaml, which a run and a model of jllama have")
+    return Found(path, run, "jllama", files, load_stored(run / RECIPE), int(path.name))
 
 
 def latest_step(run: Path) -> int | None:

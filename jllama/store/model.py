@@ -37,9 +37,10 @@ class StoredModel:
         or float16.
       tokenizer: None where the folder has none.
       compilation_cache: folder of compiled programs; empty is none.
-      read: the parameters, in the dtypes and on the devices of `llama.placed_shapes`, whose tables
-        may have another padding. With an `EachLeaf` as second argument, what that keeps of each
-        parameter, before the next one is read.
+      read: (placed, each=None) -> the parameters, in the dtypes and on the devices of `placed`, the
+        tree that `llama.placed_shapes` makes; its tables may have another padding. With an
+        `EachLeaf`, each parameter is passed to it as soon as it is read, and the tree of its
+        results is returned, so that one parameter at a time is in memory as it is stored.
       adapters: by name.
     """
 
@@ -143,11 +144,8 @@ def open_adapted(
 
 
 def read_base(base: StoredModel, placed: llama.Params, keep: EachLeaf) -> tuple[llama.Params, str]:
-    """What `keep` keeps of each of the base's parameters, before the next one is read; and the
-    fingerprint that an adapter knows them by.
-
-    Args:
-      placed: `llama.placed_shapes`.
+    """Reads the base through `keep`, as `StoredModel.read` does, and returns the tree with the
+    fingerprint by which an adapter knows its base.
     """
     digest = Fingerprint("bfloat16")
 
@@ -159,6 +157,7 @@ def read_base(base: StoredModel, placed: llama.Params, keep: EachLeaf) -> tuple[
 
 
 def _ours(found: Found) -> StoredModel:
+    # A run that trains on must not change what is read.
     found = dataclasses.replace(found, step=found.checkpoint())
     stored = found.stored
     dtype = stored.compute.param_dtype

@@ -1,7 +1,7 @@
-"""Models and adapters in this project's format: a folder that appears whole or not at all.
+"""Writes models and adapters in this project's format: each host reads its own shards alone.
 
-Several hosts read such a folder in parts, each its own, where each would read the whole of another
-format. At a URL a folder without config.yaml, which is put last, is neither.
+A folder appears whole or not at all. At a URL its files appear one by one: config.yaml is written
+last, and a folder without it counts as nothing.
 """
 
 import contextlib

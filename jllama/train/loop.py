@@ -50,7 +50,7 @@ def take_steps(setup: Setup, run: RunState) -> None:
     config, end = setup.config, last_step(setup.config)
     while run.step < end and not run.halt:
         if run.profile.begins_at(run.step):
-            record(setup, run)
+            record(setup, run)  # the trace begins with idle devices
             run.profile.start()
         take_step(setup, run)
         if run.profile.ends_at(run.step):
@@ -61,7 +61,7 @@ def take_steps(setup: Setup, run: RunState) -> None:
         if run.step < config.training.steps and _is_due(run.step, config.eval.every):
             record(setup, run)
             evaluate_state(setup, run, max_rows=config.eval.max_rows)
-            run.recorded_at = time.perf_counter()  # the next step does not count the evaluation
+            run.timed_from = time.perf_counter()  # the next step does not count the evaluation
     record(setup, run)
     if run.step > run.saved:
         save(setup, run)
@@ -89,9 +89,10 @@ def take_step(setup: Setup, run: RunState) -> None:
 
 
 def record(setup: Setup, run: RunState) -> None:
-    """Waits for the pending step and writes its metrics; does nothing if none is pending.
+    """Waits for the pending step, takes over its vote as `run.halt`, and writes its metrics.
 
-    Raises `UserError` when its loss or gradient is not finite.
+    Does nothing if no step is pending. Raises `UserError` when its loss or gradient is not finite,
+    and writes no line then.
     """
     if run.pending is None:
         return
@@ -99,7 +100,7 @@ def record(setup: Setup, run: RunState) -> None:
     run.halt = run.halt or bool(vote)
     values = {name: float(x) for name, x in jax.device_get(metrics).items()}
     now = time.perf_counter()
-    seconds = now - run.recorded_at
+    seconds = now - run.timed_from
     rate = values["weight"] / seconds
     values |= {
         "perplexity": math.exp(min(values["loss"], 700.0)),
@@ -109,7 +110,7 @@ def record(setup: Setup, run: RunState) -> None:
         "data_wait_seconds": run.data_wait_seconds,
         "checkpoint_seconds": run.checkpoint_seconds,
     }
-    run.recorded_at, run.data_wait_seconds, run.checkpoint_seconds = now, 0.0, 0.0
+    run.timed_from, run.data_wait_seconds, run.checkpoint_seconds = now, 0.0, 0.0
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values[name]):
             raise distributed.SharedError(
@@ -159,5 +160,5 @@ def finish(setup: Setup, run: RunState) -> dict[str, float] | None:
         setup.metrics.say(setup.data.train.objective.report())
     if run.step == steps:
         held_out = evaluate_state(setup, run, stride=setup.config.eval.stride)
-    setup.checkpoints.wait()  # while signals are noted: after this one may end the process
+    setup.checkpoints.wait()  # signals are still noted: one must not end the process before this
     return held_out

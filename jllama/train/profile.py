@@ -14,7 +14,8 @@ class Profile:
     def __init__(self, steps: str, end: int, run: Path):
         """`steps` is "FROM:TO", which traces the steps FROM to TO - 1, counted from 0; or "".
 
-        `end` is the number of steps that the run takes: a trace ends with it.
+        `end` is the number of steps that the run takes: a trace ends with it. A run that resumes
+        after FROM traces nothing.
         """
         first, last = map(int, (steps or "-1:-1").split(":"))
         self._first, self._end = first, min(last, end)
@@ -23,16 +24,17 @@ class Profile:
 
     def begins_at(self, step: int) -> bool:
         """Whether the trace begins before this step."""
-        return step == self._first and distributed.leader()
+        return step == self._first
 
     def ends_at(self, step: int) -> bool:
         """Whether the trace that is being taken ends before this step."""
         return self._files is not None and step == self._end
 
     def start(self) -> None:
-        """Begins to trace."""
-        self._files = Mirror(self._folder)
-        jax.profiler.start_trace(str(self._files.local))
+        """Begins to trace in process 0."""
+        if distributed.leader():
+            self._files = Mirror(self._folder)
+            jax.profiler.start_trace(str(self._files.local))
 
     def stop(self) -> None:
         """Writes the trace; does nothing when none is being taken."""

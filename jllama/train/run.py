@@ -37,7 +37,7 @@ from jllama.train.step import StepMetrics, make_eval_step, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run works with: nothing here changes from step to step.
+    """What a run works with. The attributes are set once; some are objects with their own state.
 
     Attributes:
       config: the recipe.
@@ -83,21 +83,22 @@ class Pending(NamedTuple):
 
 @dataclasses.dataclass
 class RunState:
-    """The state of a run between two steps. Only the functions of `jllama.train.loop` change it.
+    """The state of a run between two steps. The functions of `jllama.train.loop` change it, and the
+    handler of signals appends to `signals`.
 
     Attributes:
       batches: the placed batches from `step` on, in order.
       profile: the trace of some steps.
       train_state: the parameters and the optimizer's state; devices may still be computing it.
       step: how many steps have been dispatched, those of earlier runs in the folder included.
-      saved: the step of the newest checkpoint; 0 if there is none.
+      saved: the newest step whose save has begun; 0 if there is none.
       pending: the last dispatched step, until its metrics are written.
       signals: SIGTERM and SIGINT that this process has received.
       halt: whether to stop before the next step because some process received a signal. All
         processes find that out while they record the same step.
-      recorded_at: when the time of the next recorded step began, by time.perf_counter().
-      data_wait_seconds: time since `recorded_at` spent waiting for batches.
-      checkpoint_seconds: time since `recorded_at` spent in the last save.
+      timed_from: when the time of the next recorded step began, by time.perf_counter().
+      data_wait_seconds: time since `timed_from` spent waiting for batches.
+      checkpoint_seconds: time since `timed_from` spent in the last save.
     """
 
     batches: Iterator[tuple[int, Batch]]
@@ -108,7 +109,7 @@ class RunState:
     pending: Pending | None = None
     signals: list[signal.Signals] = dataclasses.field(default_factory=list)
     halt: bool = False
-    recorded_at: float = dataclasses.field(default_factory=time.perf_counter)
+    timed_from: float = dataclasses.field(default_factory=time.perf_counter)
     data_wait_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to stop after its step."""
+"""SIGTERM and SIGINT ask a run to stop after a step."""
 
 import contextlib
 import signal
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def noting_signals(received: list[signal.Signals]) -> Iterator[None]:
-    """Appends each SIGTERM and SIGINT to `received`; a second SIGINT interrupts at once.
+    """Appends each SIGTERM and SIGINT to `received`; a SIGINT after another signal interrupts
+    at once.
 
     Outside the main thread Python takes no handlers: there the caller deals with signals.
     """

@@ -4,6 +4,8 @@ import ast
 import importlib.util
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -140,6 +142,12 @@ def test_a_run_of_ones_own_goes_on_from_its_checkpoint(recipe, trained):
         state, frozen = jt.start_state(config, placement, definition, folder, STEPS)
     assert (int(state.step), frozen) == (STEPS, ())
     assert fingerprint(state) == fingerprint(state_of(recipe, "trained"))
+
+
+def test_importing_the_package_does_not_import_jax():
+    code = "import sys, jllama.train; print('jax' in sys.modules, 'optax' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.split() == ["False", "False"], run.stderr
 
 
 def test_the_example_is_short():
