@@ -187,7 +187,7 @@ def test_bad_input_is_one_line_and_makes_nothing(here, tmp_path, capsys):
         ("required: --text", "compare", base),
         ("required: ACTION",),
         ("which keeps its ids", "grow", here / "model", new, out),
-        ("own 320, but a vocabulary only grows", "grow", here / "model", _small(tmp_path), out),
+        ("own 320: a vocabulary grows", "grow", here / "model", _small(tmp_path), out),
         ("--multiple 0: ", "grow", here / "model", here / "merged", out, "--multiple", 0),
         ("--seed -1", "grow", here / "model", here / "merged", out, "--seed", -1),
         ("exists; choose", "grow", here / "model", here / "merged", here / "hf"),

@@ -226,7 +226,10 @@ def drop(key):
         ({"rope_scaling": {"type": "linear", "factor": 1e9}}, "rope_scaling.factor is 1000000000"),
         ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta above 1"),
         ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling.factor is missing"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "head_dim of 4"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2},
+            "head_dim of at least 4",
+        ),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0, ORIGINAL: 1024}},
             "differs from max_position_embeddings",

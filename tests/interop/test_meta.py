@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_a_tied_head_in_the_file_must_equal_the_embedding(tmp_path, monkeypatch,
         "tok_embeddings.weight": FileTensor(tmp_path / "data", 0, (4, 2), "float16"),
         "output.weight": FileTensor(tmp_path / "data", 0 if same else 16, (4, 2), "float16"),
     }
-    monkeypatch.setattr(meta, "_tensors", lambda _: found)
+    monkeypatch.setattr(meta, "_tensors", lambda *_: found)
     monkeypatch.setattr(meta, "_facts", lambda *_: {})
     monkeypatch.setattr(meta, "_model", lambda *_: tied)
     if same:
@@ -170,4 +171,4 @@ def test_missing_shards(tmp_path, there):
     for number in there:
         (tmp_path / f"consolidated.{number:02d}.pth").touch()
     with pytest.raises(UserError, match=r"consolidated\.00\.pth and on without a gap"):
-        meta._tensors(tmp_path)
+        meta._tensors(tmp_path, os.listdir(tmp_path))
