@@ -173,7 +173,7 @@ def test_a_tensor_parallel_step_on_tpu_moves_the_same(no_cache):
 
 
 @pytest.mark.xfail(
-    reason="libtpu no longer scatters the sums of the keys' gradients; found 2026-11-28, not yet why"
+    reason="no reduce-scatter of the gradients of keys is counted; the cause is not found yet"
 )
 def test_long_rows_on_tpu_also_move_keys_and_values(no_cache):
     """fsdp=2, context=2, tensor=2: kernels are spread over context too."""
