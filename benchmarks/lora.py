@@ -47,7 +47,8 @@ def variant(args: argparse.Namespace, adapt: str, *more: str) -> Config:
 
 def flops(config: Config) -> float:
     """FLOPs of the gradient for one row, counted by XLA with unrolled layers and whole logits."""
-    config = recipes.from_dict(
+    config = recipes.validate(
+        Config,
         recipes.override(
             recipes.to_dict(config),
             [

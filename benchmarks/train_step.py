@@ -59,7 +59,7 @@ def recipe(args: argparse.Namespace) -> Config:
     }
     for item in args.set:
         data = recipes.override(data, [item])
-    return recipes.from_dict(data, "benchmark")
+    return recipes.validate(Config, data, "benchmark")
 
 
 def ready(config: Config) -> tuple[Any, TrainState, Any, dict[str, jax.Array]]:

@@ -41,7 +41,7 @@ def in_memory(*overrides: str, **model) -> Config:
         },
         "run": {"name": "test"},
     }
-    return recipes.from_dict(recipes.override(data, overrides), "test")
+    return recipes.validate(Config, recipes.override(data, overrides), "test")
 
 
 def batch(config: Config, step: int = 0) -> dict[str, np.ndarray]:

@@ -12,12 +12,13 @@ L layers, R rank.
 import fnmatch
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jllama import flops
 from jllama.config import Adapt, ComputeConfig, LoraConfig, ModelConfig
@@ -25,10 +26,8 @@ from jllama.errors import UserError
 from jllama.model import llama
 from jllama.model.linear import column_norms, dense
 from jllama.model.llama import ParamSpec
-from jllama.model.param import dotted
 
 Overlay = dict[str, Any]
-ParamPath = tuple[str, ...]
 
 
 def overlay_specs(config: ModelConfig, compute: ComputeConfig, lora: LoraConfig) -> dict[str, Any]:
@@ -37,8 +36,8 @@ def overlay_specs(config: ModelConfig, compute: ComputeConfig, lora: LoraConfig)
     Raises UserError for a pattern that matches nothing, a parameter that is both a target and
     trained whole, a layer that the model does not have, or a rank that a matrix cannot have.
     """
-    specs = llama.param_specs(config, compute)
-    owners = {dotted(path[:-1]): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
+    specs = flatten_dict(llama.param_specs(config, compute), sep=".")
+    owners = {path.rpartition(".")[0]: spec for path, spec in specs.items()}
     targets = _matching("targets", lora.targets, [p for p, s in owners.items() if s.inputs])
     whole = _matching("full", lora.full, list(owners))
     for i, override in enumerate(lora.overrides):
@@ -55,14 +54,9 @@ def overlay_specs(config: ModelConfig, compute: ComputeConfig, lora: LoraConfig)
     if not owners.keys() & {*targets, *whole}:
         raise UserError("adapt: targets and full are empty: nothing would be trained")
 
-    tree: dict[str, Any] = {}
-    for path, spec in owners.items():
-        keys = tuple(path.split("."))
-        if path in targets:
-            set_at(tree, keys, _factors(path, spec, lora))
-        elif path in whole:
-            set_at(tree, keys, at(specs, keys))
-    return tree
+    factors = {path: _factors(path, owners[path], lora) for path in targets}
+    kept = {path: spec for path, spec in specs.items() if path.rpartition(".")[0] in whole}
+    return unflatten_dict(factors | kept, sep=".")
 
 
 def _matching(key: str, patterns: Sequence[str], paths: list[str]) -> list[str]:
@@ -132,23 +126,18 @@ def ranks_and_alphas(path: str, lora: LoraConfig, layers: int) -> list[tuple[int
     return [of_layer(layer) for layer in range(layers)]
 
 
-def matrices(overlay: Overlay, path: ParamPath = ()) -> Iterator[tuple[ParamPath, Overlay]]:
-    """The path of each adapted matrix, and its factors {"a", "b", ...}."""
-    for key, below in overlay.items():
-        if isinstance(below, dict):
-            if "a" in below:
-                yield (*path, key), below
-            else:
-                yield from matrices(below, (*path, key))
+def matrices(overlay: Overlay) -> dict[str, Overlay]:
+    """The factors {"a", "b", ...} of each adapted matrix, by the matrix's dotted path."""
+    return {path: x for path, x in _entries(overlay).items() if isinstance(x, dict)}
 
 
-def whole_leaves(overlay: Overlay, path: ParamPath = ()) -> Iterator[tuple[ParamPath, Any]]:
-    """The path and the value of each parameter that the overlay holds whole."""
-    for key, below in overlay.items():
-        if not isinstance(below, dict):
-            yield (*path, key), below
-        elif "a" not in below:
-            yield from whole_leaves(below, (*path, key))
+def whole_leaves(overlay: Overlay) -> dict[str, Any]:
+    """The parameters that the overlay holds whole, by dotted path."""
+    return {path: x for path, x in _entries(overlay).items() if not isinstance(x, dict)}
+
+
+def _entries(overlay: Overlay) -> dict[str, Any]:
+    return flatten_dict(overlay, sep=".", is_leaf=lambda _, x: "a" in x)
 
 
 def layout(config: ModelConfig, lora: LoraConfig) -> dict[str, str]:
@@ -158,9 +147,8 @@ def layout(config: ModelConfig, lora: LoraConfig) -> dict[str, str]:
     alphas has one number per layer, or a single number if all layers have the same.
     """
     specs = overlay_specs(config, ComputeConfig(dtype="float32"), lora)
-    words = {".".join(path): "is trained whole" for path, _ in whole_leaves(specs)}
-    for keys, _ in matrices(specs):
-        path = ".".join(keys)
+    words = dict.fromkeys(whole_leaves(specs), "is trained whole")
+    for path in matrices(specs):
         settings = ranks_and_alphas(path, lora, config.num_layers)
         ranks, alphas = (
             ", ".join(f"{n:g}" for n in (values[:1] if len(set(values)) == 1 else values))
@@ -175,9 +163,9 @@ def trained_parameter_count(config: ModelConfig, lora: LoraConfig) -> int:
     """The number of trained parameters, without padding of the vocabulary and of lower ranks."""
     specs = overlay_specs(config.unpadded, ComputeConfig(dtype="float32"), lora)
     unused = 0
-    for path, f in matrices(specs):
+    for path, f in matrices(specs).items():
         L, R = f["a"].shape[0], f["a"].shape[-1]
-        ranks = [rank for rank, _ in ranks_and_scales(".".join(path), lora, L)]
+        ranks = [rank for rank, _ in ranks_and_scales(path, lora, L)]
         per_rank = sum(math.prod(f[name].shape) for name in ("a", "b")) // (L * R)
         unused += per_rank * (L * R - sum(ranks))
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs)) - unused
@@ -190,14 +178,14 @@ def adapted_flops_per_token(config: ModelConfig, adapt: Adapt, length: int) -> f
     config = config.unpadded
     compute = ComputeConfig(dtype="float32")
     specs, base = overlay_specs(config, compute, adapt), llama.param_specs(config, compute)
-    thin = sum(math.prod(f[name].shape) for _, f in matrices(specs) for name in ("a", "b"))
-    trained = {path for path, _ in whole_leaves(specs)}
-    head = ("embedding" if config.tie_embeddings else "head", "weight")
-    frozen = 0
-    for keys, spec in jax.tree_util.tree_leaves_with_path(base):
-        path = tuple(key.key for key in keys)
-        if path not in trained and (spec.inputs or path == head):
-            frozen += math.prod(spec.shape)
+    thin = sum(math.prod(f[name].shape) for f in matrices(specs).values() for name in ("a", "b"))
+    trained = whole_leaves(specs)
+    head = f"{'embedding' if config.tie_embeddings else 'head'}.weight"
+    frozen = sum(
+        math.prod(spec.shape)
+        for path, spec in flatten_dict(base, sep=".").items()
+        if path not in trained and (spec.inputs or path == head)
+    )
     return flops.train_flops_per_token(config, length, frozen, thin)
 
 
@@ -213,36 +201,29 @@ def init_overlay(
     `a` is uniform within 1/sqrt(inputs), as in PEFT; `b` is zero; `m` holds the norms of the base's
     columns; a parameter that is trained whole begins as the base's.
     """
-    specs = overlay_specs(config, compute, lora)
-    overlay: Overlay = {}
-    for path, spec in whole_leaves(specs):
-        set_at(overlay, path, dense(at(base, path), spec.dtype))
-    for path, spec in matrices(specs):
+    specs, base = overlay_specs(config, compute, lora), flatten_dict(base, sep=".")
+    overlay = {path: dense(base[path], spec.dtype) for path, spec in whole_leaves(specs).items()}
+    for path, spec in matrices(specs).items():
         a, b = spec["a"], spec["b"]
         L, R = a.shape[0], a.shape[-1]
         bound = float(np.prod(a.shape[1:-1])) ** -0.5
         drawn = jax.random.uniform(_key(key, path), a.shape, jnp.float32, -bound, bound)
-        ranks = np.array([rank for rank, _ in ranks_and_scales(".".join(path), lora, L)])
+        ranks = np.array([rank for rank, _ in ranks_and_scales(path, lora, L)])
         used = (np.arange(R) < ranks[:, None]).reshape(L, *(1,) * a.inputs, R)
         factors = {"a": (drawn * used).astype(a.dtype), "b": jnp.zeros(b.shape, b.dtype)}
         if lora.dora:
-            kernel = at(base, path)["kernel"]
+            kernel = base[f"{path}.kernel"]
             norms = stacked_column_norms(kernel, with_scale(path, lora, factors), a.inputs)
             factors["m"] = norms.astype(spec["m"].dtype)
-        set_at(overlay, path, factors)
-    return overlay
+        overlay[path] = factors
+    return unflatten_dict(overlay, sep=".")
 
 
 def without_whole(base: llama.Params, overlay: Overlay) -> llama.Params:
     """The base without the parameters that the overlay holds whole, which replace them."""
-    whole = {path for path, _ in whole_leaves(overlay)}
-
-    def used(tree: Any, path: ParamPath = ()) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        return {k: used(v, (*path, k)) for k, v in tree.items() if (*path, k) not in whole}
-
-    return used(base)
+    whole = whole_leaves(overlay)
+    used = {path: x for path, x in flatten_dict(base, sep=".").items() if path not in whole}
+    return unflatten_dict(used, sep=".")
 
 
 def attach(
@@ -253,20 +234,20 @@ def attach(
     With a `key`, as in training, `lora.dropout` applies to the inputs of the overlay's matrices.
     """
     collection: Overlay = {}
-    for path, factors in matrices(overlay):
+    for path, factors in matrices(overlay).items():
         leaf = with_scale(path, lora, factors)
         if key is not None and lora.dropout:
             L = factors["a"].shape[0]
             leaf["key"] = jax.random.split(_key(key, path), L)
             leaf["keep"] = jnp.full((L,), 1 - lora.dropout, jnp.float32)
-        set_at(collection, path, leaf)
-    return with_whole(base, overlay), collection
+        collection[path] = leaf
+    return with_whole(base, overlay), unflatten_dict(collection, sep=".")
 
 
-def with_scale(path: ParamPath, lora: LoraConfig, factors: Overlay) -> Overlay:
+def with_scale(path: str, lora: LoraConfig, factors: Overlay) -> Overlay:
     """The factors of a matrix, and its `scale` [L,1,1]."""
     L = factors["a"].shape[0]
-    scales = [scale for _, scale in ranks_and_scales(".".join(path), lora, L)]
+    scales = [scale for _, scale in ranks_and_scales(path, lora, L)]
     return {**factors, "scale": jnp.asarray(scales, jnp.float32)[:, None, None]}
 
 
@@ -277,26 +258,9 @@ def stacked_column_norms(kernel: Any, factors: Overlay, inputs: int) -> jax.Arra
 
 def with_whole(params: llama.Params, overlay: Overlay) -> llama.Params:
     """A copy of the tree, in which the overlay's whole parameters replace those of `params`."""
-    tree = jax.tree.map(lambda x: x, params, is_leaf=lambda x: not isinstance(x, dict))
-    for path, value in whole_leaves(overlay):
-        set_at(tree, path, value)
-    return tree
+    return unflatten_dict(flatten_dict(params, sep=".") | whole_leaves(overlay), sep=".")
 
 
-def _key(key: jax.Array, path: ParamPath) -> jax.Array:
+def _key(key: jax.Array, path: str) -> jax.Array:
     """The random key of one matrix; it does not depend on which others are adapted."""
-    return jax.random.fold_in(key, np.uint32(zlib.crc32(".".join(path).encode())))
-
-
-def at(tree: Any, path: ParamPath) -> Any:
-    """The value at a path of nested dicts."""
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def set_at(tree: Any, path: ParamPath, value: Any) -> None:
-    """Sets the value at a path of nested dicts, and makes the dicts that are missing."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
+    return jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jllama.adapt import quant
-from jllama.adapt.lora import Overlay, at, matrices, set_at, with_scale, with_whole
+from jllama.adapt.lora import Overlay, matrices, with_scale, with_whole
 from jllama.config import LoraConfig
 from jllama.errors import UserError
 from jllama.model import llama
@@ -43,9 +44,9 @@ def merge_overlay(
 
     Raises UserError for a value that is not finite.
     """
-    params, total = with_whole(base, overlay), np.zeros(3)
-    for path, factors in matrices(overlay):
-        kernel = at(base, path)["kernel"]
+    params, total = flatten_dict(with_whole(base, overlay), sep="."), np.zeros(3)
+    for path, factors in matrices(overlay).items():
+        kernel = params[f"{path}.kernel"]
         exact = _merged(kernel, with_scale(path, lora, factors))
         if kind in typing.get_args(quant.Kind):
             rounded = quant.quantize(exact, factors["a"].ndim - 2, kind)
@@ -53,17 +54,15 @@ def merge_overlay(
             rounded = exact.astype(kind)
         squares = np.asarray(_squares(exact, rounded, kernel), np.float64)
         if not np.isfinite(squares[1:]).all():
-            raise UserError(
-                f"{'.'.join(path)}: the adapter, or its base, holds values that are not finite"
-            )
+            raise UserError(f"{path}: the adapter, or its base, holds values that are not finite")
         if not np.isfinite(squares[0]):
             raise UserError(
-                f"{'.'.join(path)}: the merged matrix has values too large for {kind}; use float32"
+                f"{path}: the merged matrix has values too large for {kind}; use float32"
             )
         total += squares
-        set_at(params, (*path, "kernel"), rounded)
+        params[f"{path}.kernel"] = rounded
     error, change = np.sqrt(total[:2] / total[2]) if total[2] else (0.0, 0.0)
-    return params, Rounding(float(error), float(change))
+    return unflatten_dict(params, sep="."), Rounding(float(error), float(change))
 
 
 @jax.jit

@@ -10,17 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jllama.adapt.lora import (
     Overlay,
-    ParamPath,
-    at,
     matrices,
-    set_at,
     stacked_column_norms,
     whole_leaves,
     with_scale,
-    with_whole,
 )
 from jllama.config import LoraConfig
 from jllama.errors import UserError
@@ -46,25 +43,25 @@ def join_overlays(
     Raises UserError if one of several overlays holds a parameter whole, because that would replace
     the base's for all of them.
     """
-    whole = [list(whole_leaves(overlay)) for _, overlay in overlays]
+    whole = [whole_leaves(overlay) for _, overlay in overlays]
     if len(overlays) > 1 and any(whole):
-        n, (path, _) = next((n, w[0]) for n, w in enumerate(whole) if w)
+        n, path = next((n, next(iter(w))) for n, w in enumerate(whole) if w)
         raise UserError(
-            f"adapter {names[n] if names else n}: holds {'.'.join(path)} whole, which cannot be"
+            f"adapter {names[n] if names else n}: holds {path} whole, which cannot be"
             " mixed for each request; load this adapter alone"
         )
-    by_path: dict[ParamPath, list[tuple[int, Overlay]]] = {}
+    by_path: dict[str, list[tuple[int, Overlay]]] = {}
     for n, (lora, overlay) in enumerate(overlays):
-        for path, factors in matrices(overlay):
+        for path, factors in matrices(overlay).items():
             by_path.setdefault(path, []).append((n, with_scale(path, lora, factors)))
-    joined: Overlay = {}
-    for path, parts in by_path.items():
-        set_at(joined, path, _join_matrix(at(base, path)["kernel"], parts, len(overlays)))
-    params = with_whole(base, {})
-    for _, overlay in overlays:
-        for path, value in whole_leaves(overlay):
-            set_at(params, path, value.astype(at(base, path).dtype))
-    return params, joined
+    params = flatten_dict(base, sep=".")
+    joined = {
+        path: _join_matrix(params[f"{path}.kernel"], parts, len(overlays))
+        for path, parts in by_path.items()
+    }
+    for leaves in whole:
+        params |= {path: value.astype(params[path].dtype) for path, value in leaves.items()}
+    return unflatten_dict(params, sep="."), unflatten_dict(joined, sep=".")
 
 
 def weighted(joined: Overlay, weights: jax.Array) -> Overlay:
@@ -76,13 +73,13 @@ def weighted(joined: Overlay, weights: jax.Array) -> Overlay:
         with the weight 0 has no effect.
     """
     collection: Overlay = {}
-    for path, leaf in matrices(joined):
+    for path, leaf in matrices(joined).items():
         scale = leaf["scale"][:, None] * weights[:, leaf["owner"]]
         chosen = {"a": leaf["a"], "b": leaf["b"], "scale": scale}
         if "gains" in leaf:
             chosen["gain"] = 1.0 + jnp.einsum("BE,LE...->LB...", weights, leaf["gains"])
-        set_at(collection, path, chosen)
-    return collection
+        collection[path] = chosen
+    return unflatten_dict(collection, sep=".")
 
 
 def _join_matrix(kernel: Any, parts: list[tuple[int, Overlay]], count: int) -> Overlay:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import qwix
 
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.model import llama
@@ -54,19 +53,19 @@ def quantizing(x: Any, inputs: int, kind: Kind) -> tuple[Callable[[jax.Array], A
     run = functools.partial(quantize, inputs=inputs, kind=kind)
     shapes = jax.eval_shape(run, x)
     places = jax.tree.map(lambda s: scales_sharding(x.sharding, s.shape, x.shape), shapes)
-    placed = jax.tree.map(
-        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
-    )
+    placed = jax.tree.map(lambda s, p: s.update(sharding=p), shapes, places)
     return jax.jit(run, out_shardings=places), placed
 
 
-def quantize(x: jax.Array, inputs: int, kind: Kind) -> qwix.QArray:
-    """Stacked matrices [L,inputs...,outputs...], quantised.
+def quantize(x: jax.Array, inputs: int, kind: Kind) -> Any:
+    """Stacked matrices [L,inputs...,outputs...] as a `qwix.QArray`.
 
     Scales are absolute maxima over inputs, float32: over all inputs of an output for int8, over
     `BLOCK` neighbours within a head for 4 bits. The values are rounded to bfloat16 first, so that a
     base is quantised to the same numbers in whichever dtype it was read.
     """
+    import qwix  # noqa: PLC0415  # takes half a second, which other models do not need
+
     *outer, last = range(inputs)
 
     def one(w: jax.Array) -> qwix.QArray:

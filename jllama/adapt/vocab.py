@@ -20,9 +20,9 @@ TABLES = ("embedding", "head")
 NewRows = Literal["pieces", "mean", "random"]
 
 
-def _map_tables(params: Params, change: Callable[[Any], Any]) -> Params:
+def _map_tables(params: Params, change: Callable[[str, Any], Any]) -> Params:
     return params | {
-        name: {"weight": change(params[name]["weight"])} for name in TABLES if name in params
+        name: {"weight": change(name, params[name]["weight"])} for name in TABLES if name in params
     }
 
 
@@ -32,18 +32,18 @@ def with_rows(placed: Params, rows: int) -> Params:
     If their number changes the rows are not sharded, because it may not divide.
     """
 
-    def change(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def change(_: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if leaf.shape[0] == rows:
             return leaf
-        shape = (rows, *leaf.shape[1:])
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=whole_rows_sharding(leaf.sharding))
+        sharding = whole_rows_sharding(leaf.sharding)
+        return leaf.update(shape=(rows, *leaf.shape[1:]), sharding=sharding)
 
     return _map_tables(placed, change)
 
 
 def resized(tree: Params, rows: int) -> Params:
     """Parameters, or an overlay, with tables of `rows` rows: cut, or padded with zeros."""
-    return _map_tables(tree, lambda table: table if len(table) == rows else _resize(table, rows))
+    return _map_tables(tree, lambda _, table: table if len(table) == rows else _resize(table, rows))
 
 
 def repadded(x: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -82,15 +82,14 @@ def grow_tables(
         ids, such as a special token's, is the mean of all rows. Kinds other than "pieces" use only
         the number of new ids.
     """
-    targets = iter([(name, placed[name]["weight"]) for name in TABLES if name in params])
     spellings = spelt if rows == "pieces" else [()] * len(spelt)
     lengths = np.array([len(spelling) for spelling in spellings], np.int32)
     ids = np.zeros((max([1, *lengths]), len(spellings)), np.int32)
     for i, spelling in enumerate(spellings):
         ids[: len(spelling), i] = spelling
 
-    def change(table: jax.Array) -> jax.Array:
-        name, leaf = next(targets)
+    def change(name: str, table: jax.Array) -> jax.Array:
+        leaf = placed[name]["weight"]
         key = jax.random.fold_in(jax.random.key(seed), TABLES.index(name))
         grown = jax.jit(_grown, static_argnums=(1, 2, 3), out_shardings=leaf.sharding)
         return grown(table, base, leaf.shape[0], rows, ids, lengths, key)

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         return _convert_adapter(args, open_adapter(source), target)
     if to == "peft" or args.base:
         raise UserError(f"--to peft and --base are for an adapter; {source.path} is a model")
-    given = None if args.adapter is None else {"adapter": storage.path(_one_adapter(args.adapter))}
+    given = None if args.adapter is None else {"adapter": _one_adapter(args.adapter)}
     stored = open_adapted(source, given, args.model)
     if to is None:
         default = "hf" if source.format == "jllama" else "jllama"

@@ -51,14 +51,9 @@ def grow(args: argparse.Namespace) -> None:
     size = (count + flops.padding_count(config)) * jnp.dtype(dtype).itemsize
     outputs.check_room(target, size)
     with outputs.stoppable(target):
-        params = vocab.grow_tables(
-            read_on_host(stored, dtype, scale_dtype),
-            host_places(config, dtype, scale_dtype),
-            base,
-            spelt,
-            args.rows,
-            args.seed,
-        )
+        places = host_places(config, dtype, scale_dtype)
+        params = read_on_host(stored, dtype, scale_dtype)
+        params = vocab.grow_tables(params, places, base, spelt, args.rows, args.seed)
         write_model(target, config, params, tokenizer)
     padding = config.vocab_rows - config.vocab_size
     print(

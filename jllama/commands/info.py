@@ -133,11 +133,7 @@ def _page(figures: dict[str, Any]) -> str:
     rows = [
         ("parameters", f"{figures['parameters']:,}"),
         *_adapter_rows(figures),
-        *(
-            [("padding of the vocabulary", f"{padding:,}")]
-            if (padding := figures["padding"])
-            else []
-        ),
+        *[("padding of the vocabulary", f"{n:,}") for n in [figures["padding"]] if n],
         ("bytes, float32", f"{size['float32']:,} ({size['float32'] / 1e9:.2f} GB)"),
         ("bytes, bfloat16", f"{size['bfloat16']:,} ({size['bfloat16'] / 1e9:.2f} GB)"),
         (

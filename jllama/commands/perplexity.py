@@ -27,13 +27,13 @@ replace the model's scaling.
 
 import argparse
 import csv
-import dataclasses
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 import jllama
 from jllama.adapt.mixture import adapter_weights
@@ -50,44 +50,29 @@ from jllama.store.find import find
 from jllama.store.model import architecture_at, open_adapted
 from jllama.text.tokenizer import Tokenizer
 
-matplotlib.use("Agg")  # draws to a file, without a display
-
-from matplotlib import pyplot
-
-
-class _InOrder(argparse.Action):
-    """Collects --model, --adapter and --rope in order: the latter two apply to models before."""
-
-    def __call__(self, parser, namespace, value, option=None):
-        getattr(namespace, self.dest).append((option, value))
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    parser.set_defaults(given=[])
-    add(
+
+    def in_order(option: str, metavar: str, text: str) -> None:
+        """--adapter and --rope apply to models before them, so that all are kept in their order."""
+        kept = {"action": "append", "dest": "given", "default": [], "metavar": metavar}
+        add(option, type=lambda value: (option, value), help=text, **kept)
+
+    in_order(
         "--model",
-        action=_InOrder,
-        dest="given",
-        default=argparse.SUPPRESS,
-        metavar="[NAME=]PATH",
-        help="a run, a step of it, or a model's folder; several may be given, with names",
+        "[NAME=]PATH",
+        "a run, a step of it, or a model's folder; several may be given, with names",
     )
-    add(
+    in_order(
         "--adapter",
-        action=_InOrder,
-        dest="given",
-        default=argparse.SUPPRESS,
-        metavar="PATH[=WEIGHT]",
-        help="over the --model before it: a LoRA run or a folder of PEFT's; several add up",
+        "PATH[=WEIGHT]",
+        "over the --model before it: a LoRA run or a folder of PEFT's; several add up",
     )
-    add(
+    in_order(
         "--rope",
-        action=_InOrder,
-        dest="given",
-        default=argparse.SUPPRESS,
-        metavar="LIST",
-        help="scalings for the --model before it, and for earlier ones that have none yet [model]",
+        "LIST",
+        "scalings for the --model before it, and for earlier ones that have none yet [model]",
     )
     add(
         "--data",
@@ -108,8 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", default="perplexity", metavar="FOLDER", help="for the CSV and PNG [%(default)s]")
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One row of the CSV: the perplexity of one model and scaling at one length."""
 
     model: str
@@ -131,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     storage.make_folder(out)
     trained = {}
     for name, path, ropes, adapters in models:  # errors first, before minutes of work
-        given = {adapter: storage.path(adapter) for adapter in adapters} or None
+        given = {adapter: adapter for adapter in adapters} or None
         config = open_adapted(find(storage.path(path)), given).config
         trained[name] = config.max_length
         for rope in ropes:
@@ -155,7 +139,16 @@ def _evaluate(args, name, path, ropes, adapters, lengths, stride, first):
             f"{path}: its tokenizer is not that of the models before it, and perplexities per"
             " token of different tokenizers cannot be compared; evaluate it on its own"
         )
-    return _measure(name, model, ids, lengths, stride, ropes, adapters), ids
+    points = []
+    total = len(ids) * sum(lengths) * len(ropes)
+    with Progress(f"perplexity of {name}", total, unit=" tokens") as progress:
+        for rope in ropes:
+            for length in lengths:
+                value = perplexity(
+                    model, ids, length, stride, rope, progress.advance, adapters or None
+                )
+                points.append(Point(name, rope_label(rope), length, stride, len(ids), value))
+    return points, ids
 
 
 def _lengths(text: str) -> list[int]:
@@ -251,19 +244,6 @@ def _encoded(model: Llama, path: str, documents: Iterable[str]) -> Iterator[np.n
         yield np.array(ids, np.int32)
 
 
-def _measure(name, model, ids, lengths, stride, ropes, adapters) -> list[Point]:
-    points = []
-    total = len(ids) * sum(lengths) * len(ropes)
-    with Progress(f"perplexity of {name}", total, unit=" tokens") as progress:
-        for rope in ropes:
-            for length in lengths:
-                value = perplexity(
-                    model, ids, length, stride, rope, progress.advance, adapters or None
-                )
-                points.append(Point(name, rope_label(rope), length, stride, len(ids), value))
-    return points
-
-
 def _labels(points: list[Point]) -> dict[tuple[str, str], str]:
     """The label of each curve: the model's name, its scaling, or both if both differ."""
     curves = list(dict.fromkeys((p.model, p.rope) for p in points))
@@ -284,8 +264,8 @@ def _print(points: list[Point], lengths: list[int]) -> None:
 def _write(out: Path, points: list[Point], trained: dict[str, int]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in dataclasses.fields(Point)])
-    writer.writerows(dataclasses.astuple(point) for point in points)
+    writer.writerow(Point._fields)
+    writer.writerows(points)
     storage.write_text(out / "perplexity.csv", text.getvalue())
     print(out / "perplexity.csv")
     picture = io.BytesIO()
@@ -294,8 +274,9 @@ def _write(out: Path, points: list[Point], trained: dict[str, int]) -> None:
     print(out / "perplexity.png")
 
 
-def _draw(points: list[Point], trained: dict[str, int]) -> pyplot.Figure:
-    figure, axis = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
+def _draw(points: list[Point], trained: dict[str, int]) -> Figure:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
     lines, labels = [], _labels(points)
     for curve in labels:
         of_curve = [p for p in points if (p.model, p.rope) == curve]

@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any
 
+from jllama.chips import GIB
 from jllama.commands.table import table
 from jllama.config import Config, MeshConfig
 from jllama.config import recipe as recipes
@@ -18,7 +19,6 @@ from jllama.plan.topology import parse
 from jllama.progress import say
 from jllama.store.model import architecture_at
 
-_GIB = 2**30
 NOT_FITTING, FAILED = 1, 3
 
 
@@ -93,6 +93,7 @@ def _page(figures: dict[str, Any], tried: list[Tried], fewer_rows: int | None) -
     need, have = figures["hbm_bytes_per_device"], figures["hbm_capacity_bytes"]
     times = figures["step_seconds_at_least"]
     reading = figures.get("reading_bytes_per_device", 0)
+    evaluation, host = figures["eval_hbm_bytes_per_device"], figures["host_bytes_per_device"]
     slices = f"{figures['slices']} x " if figures["slices"] > 1 else ""
     rows = [
         ("devices", f"{figures['devices']} ({slices}{figures['topology']})"),
@@ -100,20 +101,16 @@ def _page(figures: dict[str, Any], tried: list[Tried], fewer_rows: int | None) -
         ("rows per microbatch and replica", f"{figures['rows_per_device']:g}"),
         *((f"{kind} per device", _gib(n)) for kind, n in figures["hbm_bytes_by_kind"].items()),
         ("total per device", f"{_gib(need)} of {_gib(have)}"),
-        ("evaluation per device", _gib(figures["eval_hbm_bytes_per_device"] or 0)),
-        ("host memory per device", _gib(figures["host_bytes_per_device"] or 0)),
-        *((("while the base is read", _gib(reading)),) if reading else ()),
+        ("evaluation per device", evaluation and _gib(evaluation)),
+        ("host memory per device", host and _gib(host)),
+        ("while the base is read", reading and _gib(reading)),
         ("fits", "yes" if figures["fits"] else "no"),
         ("model FLOPs per step", f"{figures['model_flops_per_step']:.4g}"),
         ("compile seconds", f"{figures['compile_seconds']:g}"),
         *((f"step at least, by {name}", f"{s:.4g} s") for name, s in times.items()),
         ("bound by", figures["bound_by"]),
     ]
-    if not figures["host_bytes_per_device"]:
-        rows = [row for row in rows if not row[0].startswith("host")]
-    if figures["eval_fits"] is None:
-        rows = [row for row in rows if not row[0].startswith("evaluation")]
-    lines = [figures["recipe"], table(rows, left=range(2), indent="  ")]
+    lines = [figures["recipe"], table([r for r in rows if r[1]], left=range(2), indent="  ")]
     if figures["fits"]:
         return "\n".join(lines)
     lines += [f"  {line}" for line in _verdicts(figures, fewer_rows)]
@@ -172,4 +169,4 @@ def _outcome(t: Tried) -> str:
 
 
 def _gib(n: float) -> str:
-    return f"{n / _GIB:.2f} GiB" if n >= _GIB / 100 else f"{n / 2**20:.2f} MiB"
+    return f"{n / GIB:.2f} GiB" if n >= GIB / 100 else f"{n / 2**20:.2f} MiB"

@@ -3,16 +3,12 @@
 import argparse
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.train.metrics import read
-
-matplotlib.use("Agg")  # draws to a file, without a display
-
-from matplotlib import pyplot
 
 _PANELS = (
     ("loss", "loss (nats per token)"),
@@ -43,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
         (name if names.count(name) == 1 else run): _read(storage.path(run))
         for name, run in zip(names, args.runs, strict=True)
     }
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3)
     for (key, title), axis in zip(_PANELS, axes, strict=True):
         for i, (name, metrics) in enumerate(lines.items()):
             color = f"C{i % 10}"

@@ -1,6 +1,7 @@
 """`jllama prepare`: tokenises a recipe's text to disk, ahead of training."""
 
 import argparse
+import functools
 import importlib.util
 from collections.abc import Callable
 
@@ -57,7 +58,7 @@ def _beam(runner: str | None, options: list[str]) -> Callable[..., None] | None:
         raise UserError(f"--runner {runner}: needs Apache Beam; pip install 'jllama[beam]'")
     from jllama.data import beam  # noqa: PLC0415
 
-    return beam.maker(runner, pipeline)
+    return functools.partial(beam.make, runner, pipeline)
 
 
 def _line(prepared: Prepared) -> str:

@@ -42,8 +42,6 @@ def model_names() -> list[str]:
 def _read_yaml(path: Path) -> dict:
     try:
         data = parse_yaml(storage.read_text(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except ValueError as e:
         raise UserError(f"{path}: not readable as YAML: {e}") from None
     data = {} if data is None else data
@@ -94,7 +92,7 @@ def load_model(
       architecture: reads folders of other formats, which without it are errors.
     """
     data = override(_model_dict(name, architecture), overrides)
-    return _validate(ModelConfig, data, where=name, given=overrides)
+    return validate(ModelConfig, data, where=name, given=overrides)
 
 
 def load(
@@ -141,7 +139,7 @@ def load(
             data["model"] = _model_dict(name, architecture)
         case {"base": str(name), **changes}:
             data["model"] = _model_dict(name, architecture) | changes
-    return _validate(Config, override(data, rest), where=str(path), given=rest)
+    return validate(Config, override(data, rest), where=str(path), given=rest)
 
 
 def _implied(folder: Any) -> dict[str, Any]:
@@ -158,11 +156,11 @@ def _implied(folder: Any) -> dict[str, Any]:
 def load_stored(path: Path) -> StoredConfig:
     """Reads what a folder's config.yaml says about its parameters; a run's is a whole recipe."""
     data = _read_yaml(path)
-    return _validate(StoredConfig, {k: v for k, v in data.items() if k in _STORED}, str(path))
+    return validate(StoredConfig, {k: v for k, v in data.items() if k in _STORED}, str(path))
 
 
-def _validate(cls: type[T], data: dict, where: str, given: Sequence[str] = ()) -> T:
-    """Makes a config of plain values.
+def validate(cls: type[T], data: dict, where: str, given: Sequence[str] = ()) -> T:
+    """Makes a config of plain values, such as those of `to_dict`.
 
     The UserError names the key as an option if one of the overrides `given` has set it, and the
     file `where` otherwise.
@@ -191,16 +189,6 @@ def _is_given(key: str, options: Sequence[str]) -> bool:
 def to_dict(config: Any) -> Any:
     """Returns a config as plain nested values, for YAML and JSON."""
     return json.loads(pydantic.TypeAdapter(type(config)).dump_json(config))
-
-
-def from_dict(data: dict, where: str) -> Config:
-    """Makes a recipe of the values of `to_dict`; `where` names the file in errors."""
-    return _validate(Config, data, where)
-
-
-def model_from_dict(data: dict, where: str) -> ModelConfig:
-    """The inverse of `to_dict` for a model; `where` names the source of `data` in errors."""
-    return _validate(ModelConfig, data, where)
 
 
 def to_yaml(config: Any) -> str:

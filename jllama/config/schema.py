@@ -73,18 +73,13 @@ def _walk(cls: Any, loc: Sequence[str | int]) -> tuple[list[str], list[str], lis
             members = (tag,)
             continue
         path.append(str(part))
-        fields = {
-            f.name: f for m in members if dataclasses.is_dataclass(m) for f in dataclasses.fields(m)
-        }
-        allowed = list(fields) or allowed
-        if isinstance(part, str) and part in fields:
-            members = _members(_hints_of(members, part))
+        hints: dict[str, Any] = {}
+        for member in members:
+            hints |= typing.get_type_hints(member, include_extras=True)
+        allowed = list(hints) or allowed
+        if part in hints:
+            members = _members(hints[part])
     return path, allowed, [t for m in members if (t := _tag(m))]
-
-
-def _hints_of(members: Sequence[type], name: str) -> Any:
-    owner = next(m for m in members if name in {f.name for f in dataclasses.fields(m)})
-    return typing.get_type_hints(owner, include_extras=True)[name]
 
 
 def _strip(hint: Any) -> Any:
@@ -104,7 +99,7 @@ def _members(hint: Any) -> tuple[type, ...]:
 
 
 def _tag(cls: type) -> str | None:
-    kind = typing.get_type_hints(cls).get("kind") if dataclasses.is_dataclass(cls) else None
+    kind = typing.get_type_hints(cls).get("kind")
     return typing.get_args(kind)[0] if kind is not None else None
 
 

@@ -21,7 +21,7 @@ import json
 import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import apache_beam as beam
@@ -67,44 +67,42 @@ class Run:
     error: str = ""
 
 
-def maker(runner: str, options: dict[str, object]) -> Callable[..., None]:
-    """Returns a `make` for `jllama.data.prepare.prepare` that uses a runner.
+def make(
+    runner: str,
+    options: dict[str, object],
+    folder: Path,
+    key: dict,
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    config: PrepareConfig,
+) -> None:
+    """With its first two arguments, the `make` of `jllama.data.prepare.prepare`.
 
     `options` are Beam's pipeline options.
     """
-
-    def make(
-        folder: Path,
-        key: dict,
-        source: SourceConfig,
-        tokenizer: Tokenizer,
-        config: PrepareConfig,
-    ) -> None:
-        if runner == "dataflow" and not storage.is_remote(folder):
-            raise UserError(
-                f"{folder}: Dataflow's workers share no disk with this machine; set"
-                " data.prepare.folder to a gs:// or s3:// URL"
-            )
-        inputs = sources.source_files(source.source)
-        runs = folder / _RUNS
-        wipe(folder)
-        storage.make_folder(runs)
-        try:
-            parts = sources.parts(source.source)
-            tasks = list(enumerate(grouped(parts, _part_bytes, _TASK_BYTES)))
-            _pipeline(runner, options, tasks, folder, source.source, tokenizer, config)
-            done = [Run(**storage.read_json(runs / f"run-{i:05d}.json")) for i in range(len(tasks))]
-            skipped = _report(source.source, done, config.max_skipped)
-            shards = [
-                ShardCounts(**storage.read_json(runs / f"shard-{i:05d}.json"))
-                for i in range(config.shards)
-            ]
-            text_bytes = sum(run.text_bytes for run in done)
-            finish(folder, folder, key, source, tokenizer, inputs, shards, text_bytes, skipped)
-        finally:
-            storage.remove_folder(runs)
-
-    return make
+    if runner == "dataflow" and not storage.is_remote(folder):
+        raise UserError(
+            f"{folder}: Dataflow's workers share no disk with this machine; set"
+            " data.prepare.folder to a gs:// or s3:// URL"
+        )
+    inputs = sources.source_files(source.source)
+    runs = folder / _RUNS
+    wipe(folder)
+    storage.make_folder(runs)
+    try:
+        parts = sources.parts(source.source)
+        tasks = list(enumerate(grouped(parts, _part_bytes, _TASK_BYTES)))
+        _pipeline(runner, options, tasks, folder, source.source, tokenizer, config)
+        done = [Run(**storage.read_json(runs / f"run-{i:05d}.json")) for i in range(len(tasks))]
+        skipped = _report(source.source, done, config.max_skipped)
+        shards = [
+            ShardCounts(**storage.read_json(runs / f"shard-{i:05d}.json"))
+            for i in range(config.shards)
+        ]
+        text_bytes = sum(run.text_bytes for run in done)
+        finish(folder, folder, key, source, tokenizer, inputs, shards, text_bytes, skipped)
+    finally:
+        storage.remove_folder(runs)
 
 
 def _part_bytes(part: sources.SourceFile | range) -> int:

@@ -105,4 +105,5 @@ def eval_batches(
     part = range(batch_size) if part is None else part
     for first in range(0, count, batch_size):
         indices = [first + i for i in part]
-        yield _stack([rows[i] if i < count else empty_row(rows.length) for i in indices])
+        padding = empty_row(len(rows[0]["tokens"]) - 1)
+        yield _stack([rows[i] if i < count else padding for i in indices])

@@ -95,7 +95,7 @@ def _compare(
 def _read_verified(folder: Path) -> dict[str, list[str]]:
     try:
         return json.loads(storage.read_text(folder / VERIFIED))
-    except (FileNotFoundError, ValueError):
+    except (storage.NoSuchFile, ValueError):
         return {}
 
 

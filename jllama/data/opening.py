@@ -1,10 +1,13 @@
 """Opens what a recipe names: its tokenizer, loaded or trained, and the rows of its sources."""
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
+
+import grain
 
 from jllama.config import (
     Config,
@@ -18,10 +21,10 @@ from jllama.config import (
 from jllama.config.recipe import to_dict
 from jllama.data import source as sources
 from jllama.data.dataset import Dataset
-from jllama.data.pack import CutRows, Row, Rows, WholeRows
+from jllama.data.pack import CutRows, Rows, WholeRows
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
-from jllama.data.rewrite import Replies, Rewriting, rewriting
+from jllama.data.rewrite import Replies, rewriting
 from jllama.data.text_files import NoFiles
 from jllama.errors import UserError
 from jllama.files import storage
@@ -76,8 +79,10 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         for name, source_rows in rows.items():
             objective.check(name, source_rows)
         # A second objective, whose counts stay out of the report on training.
-        other = rewriting(data.objective, tokenizer, config.run.seed)
-        held_out_rows = {name: _RewrittenRows(r, other) for name, r in held_out_rows.items()}
+        other = functools.partial(rewriting(data.objective, tokenizer, config.run.seed), epoch=0)
+        held_out_rows = {
+            name: grain.MapDataset.source(r).map(other) for name, r in held_out_rows.items()
+        }
     return Data(
         train=Dataset(
             rows,
@@ -102,24 +107,6 @@ def _pack(prepared: Prepared, data: DataConfig, spare: int) -> Rows:
             f" than a row of {data.length + 1} tokens and are left out"
         )
     return rows
-
-
-@dataclasses.dataclass(frozen=True)
-class _RewrittenRows:
-    """Rows as an objective rewrites them in its first epoch."""
-
-    rows: Rows
-    objective: Rewriting
-
-    @property
-    def length(self) -> int:
-        return self.rows.length
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> Row:
-        return self.objective(self.rows[row], 0)
 
 
 def _each_source(
@@ -182,20 +169,16 @@ def _check_files(source: SourceConfig) -> None:
         sources.source_files(source.source)
 
 
-def _training_texts(data: DataConfig, max_bytes: int) -> Iterable[str]:
+def _training_texts(data: DataConfig, max_bytes: int) -> Iterator[str]:
     """Yields the texts of the training sources, each up to its share of `max_bytes`."""
     total = sum(s.weight for s in data.train)
     for source in data.train:
-        share = int(max_bytes * source.weight / total)
-        yield from _first_texts(source, share, data.prepare.max_skipped)
-
-
-def _first_texts(source: SourceConfig, num_bytes: int, max_skipped: int) -> Iterator[str]:
-    # Skipped documents are reported when the source is prepared.
-    for document in sources.documents(
-        source.source, max_skipped=max_skipped, report=lambda line: None
-    ):
-        yield document.text
-        num_bytes -= len(document.text.encode())
-        if num_bytes <= 0:
-            return
+        left = int(max_bytes * source.weight / total)
+        # Skipped documents are reported when the source is prepared.
+        for document in sources.documents(
+            source.source, max_skipped=data.prepare.max_skipped, report=lambda line: None
+        ):
+            yield document.text
+            left -= len(document.text.encode())
+            if left <= 0:
+                break

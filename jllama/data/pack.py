@@ -9,7 +9,8 @@ A row of length T has T + 1 positions:
 The first token of a segment has weight 0, and position 0 always is one.
 """
 
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -17,16 +18,7 @@ from jllama.data.prepared import Prepared
 from jllama.errors import UserError
 
 Row = dict[str, np.ndarray]
-
-
-class Rows(Protocol):
-    """Random access to rows. Several threads may read at once."""
-
-    length: int
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> Row: ...
+Rows = Sequence[Row]  # several threads may read it at once
 
 
 def empty_row(length: int) -> Row:
@@ -58,7 +50,7 @@ class CutRows:
         return max(0, -(-(self._prepared.tokens - 1) // self._stride))
 
     def __getitem__(self, row: int) -> Row:
-        row = _index(row, len(self))
+        row = range(len(self))[row]
         last = (row + 1) * self._stride  # stream position of the last target
         start = max(0, last - self.length)
         stop = min(start + self.length + 1, self._prepared.tokens)
@@ -121,7 +113,7 @@ class WholeRows:
         return len(self._first) - 1
 
     def __getitem__(self, row: int) -> Row:
-        row = _index(row, len(self))
+        row = range(len(self))[row]
         result, at = empty_row(self.length), 0
         for segment, i in enumerate(range(self._first[row], self._first[row + 1]), start=1):
             tokens, _ = self._prepared.read(int(self._starts[i]), int(self._ends[i]))
@@ -179,10 +171,3 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
             num_rows += len(new)
             fill(new, capacity, documents, length)
     return row_of
-
-
-def _index(row: int, num_rows: int) -> int:
-    row = int(row)
-    if not -num_rows <= row < num_rows:
-        raise IndexError(f"row {row} of {num_rows}")
-    return row % num_rows

@@ -153,7 +153,9 @@ def finish(
     with tempfile.TemporaryDirectory(prefix="jllama-metadata-") as metadata:
         for name in write_tfds_metadata(Path(metadata), shards, tokenizer.vocab_size):
             storage.copy_file(Path(metadata, name), work / name)
-    files = {n: size for n, size in sorted(storage.names(work).items()) if n not in _NOT_DATA}
+    files = {
+        n: size for n, size in sorted(storage.listing(work).files.items()) if n not in _NOT_DATA
+    }
     numbers = range(len(shards))
     wanted = {records_file(i, len(shards)) for i in numbers} | {ends_file(i) for i in numbers}
     if missing := sorted(wanted - files.keys()):
@@ -175,7 +177,7 @@ def finish(
         "files": files,
     }
     if work != folder:
-        storage.transfer(storage.upload, [(work / n, folder / n) for n in files])
+        storage.transfer([(work / n, folder / n) for n in files])
     # The marker comes last: with it the dataset is whole.
     storage.write_text(folder / MARKER, json.dumps(identity, indent=1))
 

@@ -71,9 +71,9 @@ class Prepared:
             )
         try:
             identity = json.loads(storage.read_text(folder / MARKER))
-        except (FileNotFoundError, ValueError):
+        except (storage.NoSuchFile, ValueError):
             return None
-        sizes = storage.names(folder)
+        sizes = storage.listing(folder).files
         for name, size in identity["files"].items():
             if sizes.get(name) != size:
                 raise UserError(
@@ -123,7 +123,7 @@ def _copies(folder: Path, identity: dict, cache: str) -> Path | None:
     key = hashlib.sha256(f"{folder} {identity['content']}".encode()).hexdigest()
     copies = storage.path(cache) / f"{folder.name}-{key[:16]}"
     with locked(copies):
-        sizes = storage.names(copies)
+        sizes = storage.listing(copies).files
         missing = [n for n, size in identity["files"].items() if sizes.get(n) != size]
-        storage.transfer(storage.download, [(folder / n, copies / n) for n in missing])
+        storage.transfer([(folder / n, copies / n) for n in missing])
     return copies

@@ -137,7 +137,7 @@ def _read_parquet(source: ParquetSource, file: SourceFile) -> Iterator[tuple[str
                     row += 1
                     yield f"{file.name}: row {row}", _arrow_text(value, source.field)
     except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"{file.name}: not readable as Parquet: {_first_line(e)}") from None
+        raise UserError(f"{file.name}: not readable as Parquet: {storage.one_line(e)}") from None
 
 
 def _arrow_text(value: pyarrow.Scalar, field: str) -> str | Skipped:
@@ -173,7 +173,7 @@ def open_builder(source: TfdsSource, fetch: bool = True) -> tfds.core.DatasetBui
         return builder
     # TFDS and the dataset's own script may raise anything, always because of this dataset.
     except Exception as e:
-        raise UserError(f"{tfds_summary(source)}: {_first_line(e)}") from None
+        raise UserError(f"{tfds_summary(source)}: {storage.one_line(e)}") from None
 
 
 def find_split(builder: tfds.core.DatasetBuilder, source: TfdsSource) -> tfds.core.SplitInfo:
@@ -182,7 +182,7 @@ def find_split(builder: tfds.core.DatasetBuilder, source: TfdsSource) -> tfds.co
         split = builder.info.splits[source.split]
     except (KeyError, ValueError, AssertionError) as e:
         names = ", ".join(sorted(builder.info.splits))
-        raise UserError(f"{tfds_summary(source)}: {_first_line(e)}; splits: {names}") from None
+        raise UserError(f"{tfds_summary(source)}: {storage.one_line(e)}; splits: {names}") from None
     if source.field not in builder.info.features:
         names = ", ".join(sorted(builder.info.features))
         raise UserError(f"{tfds_summary(source)}: no feature {source.field!r}; features: {names}")
@@ -193,16 +193,11 @@ def _read_tfds(source: TfdsSource, examples: range) -> Iterator[tuple[str, str |
     try:
         rows = open_builder(source).as_data_source(source.split)
     except Exception as e:  # see open_builder
-        raise UserError(f"{tfds_summary(source)}: {_first_line(e)}") from None
+        raise UserError(f"{tfds_summary(source)}: {storage.one_line(e)}") from None
     for i in examples:
         value = rows[i][source.field]
         where = f"{tfds_summary(source)}: example {i}"
         yield where, _text(value) if isinstance(value, bytes) else _string(value, source.field)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).split("\n")
-    return " ".join(lines[0].split()) or type(error).__name__
 
 
 READERS = {

@@ -123,10 +123,7 @@ def source_files(source: Source, *, fetch: bool = True) -> list[SourceFile]:
 
 
 def _file(name: str, path: Path) -> SourceFile:
-    try:
-        stat = storage.stat(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    stat = storage.stat(path)
     return SourceFile(name, path, stat.size, stat.version)
 
 

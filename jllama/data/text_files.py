@@ -3,7 +3,6 @@
 Every problem is a UserError.
 """
 
-import contextlib
 import gzip
 import hashlib
 import zlib
@@ -43,17 +42,8 @@ def find_files(patterns: tuple[str, ...], suffix: str = "") -> list[str]:
 
 def file_digest(path: Path) -> str:
     """Returns the SHA-256 of a file, in hex."""
-    with _opened(path) as file:
+    with storage.reading(path), storage.open_read(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with storage.reading(path), storage.open_read(path) as file:
-            yield file
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:
@@ -61,17 +51,14 @@ def read_chunks(path: Path) -> Iterator[bytes]:
 
     Raises UserError for a missing file, and for compressed data that are broken or end early.
     """
-    with _opened(path) as file:
+    with storage.reading(path), storage.open_read(path) as file:
         try:
-            if path.suffix == ".gz":
-                with gzip.open(file) as unzipped:
-                    while chunk := unzipped.read(_CHUNK):
-                        yield chunk
-            elif path.suffix == ".zst":
+            if path.suffix == ".zst":
                 yield from _unzstd(file)
-            else:
-                while chunk := file.read(_CHUNK):
-                    yield chunk
+                return
+            unzipped = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+            while chunk := unzipped.read(_CHUNK):
+                yield chunk
         except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
             raise UserError(f"{path}: broken compressed data: {e}; get the file again") from None
         except EOFError:

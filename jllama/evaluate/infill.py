@@ -152,13 +152,7 @@ def within(tokenizer: Tokenizer, problem: Problem, room: int) -> Problem:
 
 def _fitting(sizes: Sequence[int], room: int) -> int:
     """The largest number of leading sizes whose sum is at most `room`."""
-    count = 0
-    for size in sizes:
-        room -= size
-        if room < 0:
-            break
-        count += 1
-    return count
+    return int(np.searchsorted(np.cumsum(sizes), room, side="right"))
 
 
 def evaluate(

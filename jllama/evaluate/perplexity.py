@@ -117,7 +117,7 @@ def perplexity(
             f"length={length}, stride={stride}: the stride must be from 1 to the length, and the"
             f" length below the windows' {len(windows[0])} tokens"
         )
-    rope_turns = turns(with_rope(model.config, rope, length), length)
+    angles = turns(with_rope(model.config, rope, length), length)
     # RoPE's turns are arrays, so one program serves all scalings of a length, and all models of one
     # shape.
     plain = dataclasses.replace(
@@ -129,19 +129,10 @@ def perplexity(
         rows = np.stack([row[-length - 1 :] for row in windows[start : start + batch]])
         weights = (np.arange(batch) < len(rows)).astype(np.float32)
         rows = np.pad(rows, ((0, batch - len(rows)), (0, 0)), mode="edge")
-        total += float(
-            _nll(
-                model.params,
-                plain,
-                model.compute,
-                rows,
-                weights,
-                rope_turns,
-                overlay,
-                stride,
-                placement,
-            )
+        nll = _nll(
+            model.params, plain, model.compute, rows, weights, angles, overlay, stride, placement
         )
+        total += float(nll)
         advance(int(weights.sum()) * length)
     return math.exp(min(total / (len(windows) * stride), 700.0))
 
@@ -220,7 +211,7 @@ def with_rope(config: ModelConfig, rope: Rope, length: int) -> ModelConfig:
     if "factor" not in given and keys.get("factor", 1.0) > LARGEST_FACTOR:
         raise UserError(f"{where}: no factor takes {start:,} positions to {length:,}")
     data = recipes.to_dict(config) | {"rope": keys, "max_length": start}
-    changed = recipes.model_from_dict(data, where)
+    changed = recipes.validate(ModelConfig, data, where)
     if isinstance(changed.rope, NtkRopeScaling) and interpolation > 1:
         # NTK is another theta, and so works under an interpolation too.
         under = LinearRopeScaling(kind="linear", factor=interpolation)

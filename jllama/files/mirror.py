@@ -44,7 +44,7 @@ class Mirror:
                     with tempfile.NamedTemporaryFile() as copy:
                         shutil.copyfile(file, copy.name)
                         target = self._target / file.relative_to(self.local).as_posix()
-                        storage.upload(Path(copy.name), target)
+                        storage.copy_file(Path(copy.name), target)
                     self._copied[file] = version
 
     def close(self) -> None:

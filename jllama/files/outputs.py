@@ -54,8 +54,8 @@ def new_folder(folder: Path, last: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="jllama-") as local:
             yield Path(local)
             files = [(path, folder / path.name) for path in sorted(Path(local).iterdir())]
-            storage.transfer(storage.upload, [pair for pair in files if pair[0].name != last])
-            storage.upload(Path(local, last), folder / last)
+            storage.transfer([pair for pair in files if pair[0].name != last])
+            storage.copy_file(Path(local, last), folder / last)
         return
     folder = folder.resolve()  # a link stays one
     storage.make_folder(folder.parent)
@@ -74,7 +74,7 @@ def new_file(file: Path) -> Iterator[Path]:
     if storage.is_remote(file):
         with tempfile.TemporaryDirectory(prefix="jllama-") as local:
             yield Path(local, file.name)
-            storage.upload(Path(local, file.name), file)
+            storage.copy_file(Path(local, file.name), file)
         return
     file = file.resolve()  # a link stays one
     storage.make_folder(file.parent)

@@ -6,19 +6,20 @@ grows is local and is copied now and then (`jllama.files.mirror`); and this modu
 object. A local file is written under another name and then renamed.
 
 A wrong or forbidden path raises UserError, other failures of the storage raise StorageError, and
-reading a missing file raises FileNotFoundError.
+reading a missing file raises NoSuchFile, a UserError.
 """
 
 import contextlib
 import dataclasses
 import errno
+import functools
 import glob
 import importlib.util
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -30,7 +31,6 @@ from jllama.errors import StorageError, UserError
 
 _EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: module, this package's extra
 _CHUNK = 1 << 23
-_NOT_READABLE, _NOT_WRITABLE = "not readable", "not writable"
 # The path is wrong, or forbidden to this user: the same call will fail again. gcsfs sets the
 # status of an HttpError as its `code`, except for 403.
 _WRONG = (
@@ -46,6 +46,10 @@ _THREADS = 8  # transfers at a time
 # Other hosts write too, so a cached listing may be wrong.
 for _scheme in ("gs", "gcs", "s3"):
     fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
+
+
+class NoSuchFile(UserError):
+    """A file to read that is missing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +93,13 @@ def absolute(where: Path) -> Path:
 def make_folder(folder: Path) -> None:
     """Makes a local folder and its parents; an object store has no folders to make."""
     if not is_remote(folder):
-        with _errors(folder, _NOT_WRITABLE):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
 
 def exists(where: Path) -> bool:
     """Whether a file exists; a local folder counts too, at a URL only an object does."""
-    with _errors(where, _NOT_READABLE):
+    with reading(where):
         if not is_remote(where):
             return where.exists()
         try:  # fsspec's isfile and exists would return False for any error
@@ -106,7 +110,7 @@ def exists(where: Path) -> bool:
 
 def is_folder(where: Path) -> bool:
     """Whether a path is a local folder, or at a URL the prefix of some object's name."""
-    with _errors(where, _NOT_READABLE):
+    with reading(where):
         return _system(where).isdir(os.fspath(where)) if is_remote(where) else where.is_dir()
 
 
@@ -119,7 +123,7 @@ class Listing(NamedTuple):
 
 def listing(folder: Path) -> Listing:
     """Lists a folder, at a URL by one request; empty if there is no such folder."""
-    with _errors(folder, _NOT_READABLE):
+    with reading(folder):
         try:
             if not is_remote(folder):
                 entries = list(os.scandir(folder))
@@ -134,14 +138,9 @@ def listing(folder: Path) -> Listing:
     return Listing(files, {name for name, e in named if e["type"] == "directory"})
 
 
-def names(folder: Path) -> dict[str, int]:
-    """The files of `listing`."""
-    return listing(folder).files
-
-
 def stat(file: Path) -> Stat:
     """Size and version of a file."""
-    with _errors(file, _NOT_READABLE):
+    with reading(file):
         if not is_remote(file):
             local = file.stat()
             return Stat(local.st_size, f"mtime {local.st_mtime_ns}")
@@ -160,32 +159,22 @@ def matches(pattern: str) -> list[str]:
         files = [str(where)] if where.exists() else glob.glob(str(where), recursive=True)
         return sorted(name for name in files if not Path(name).is_dir())
     scheme = pattern.partition("://")[0]
-    with _errors(where, _NOT_READABLE):
+    with reading(where):
         if exists(where):
             return [pattern]
         objects = _system(where).glob(pattern, detail=True)
     return sorted(f"{scheme}://{name}" for name, info in objects.items() if info["type"] == "file")
 
 
-def reading(file: Path) -> contextlib.AbstractContextManager[None]:
-    """Turns errors raised while a file is read into errors of this module that name the file."""
-    return _errors(file, _NOT_READABLE)
-
-
-def writing(where: Path) -> contextlib.AbstractContextManager[None]:
-    """Turns errors raised while something is written into errors of this module that name it."""
-    return _errors(where, _NOT_WRITABLE)
-
-
 def open_read(file: Path) -> BinaryIO:
     """A seekable stream of a file's bytes."""
-    with _errors(file, _NOT_READABLE):
+    with reading(file):
         return _system(file).open(os.fspath(file), "rb") if is_remote(file) else open(file, "rb")
 
 
 def read_bytes(file: Path) -> bytes:
     """The content of a file, at a URL by one request."""
-    with _errors(file, _NOT_READABLE):
+    with reading(file):
         return _system(file).cat_file(os.fspath(file)) if is_remote(file) else file.read_bytes()
 
 
@@ -201,8 +190,6 @@ def read_json(file: Path) -> dict:
     """The JSON object in a file; UserError if it is missing, or holds anything else."""
     try:
         data = json.loads(read_text(file))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: not readable as JSON: {one_line(e)}") from None
     if not isinstance(data, dict):
@@ -212,7 +199,7 @@ def read_json(file: Path) -> dict:
 
 def write_bytes(file: Path, data: bytes) -> None:
     """Writes a file, which appears whole or not at all."""
-    with _errors(file, _NOT_WRITABLE):
+    with writing(file):
         if is_remote(file):
             _system(file).pipe_file(os.fspath(file), data)
             return
@@ -229,34 +216,27 @@ def write_text(file: Path, text: str) -> None:
 
 def remove(file: Path) -> None:
     """Removes the object at a URL if it exists."""
-    with _errors(file, _NOT_WRITABLE), contextlib.suppress(FileNotFoundError):
+    with writing(file), contextlib.suppress(FileNotFoundError):
         _system(file).rm_file(os.fspath(file))
 
 
 def remove_folder(folder: Path) -> None:
     """Removes a folder and its contents if it exists."""
-    with _errors(folder, _NOT_WRITABLE), contextlib.suppress(FileNotFoundError):
-        if is_remote(folder):
-            _system(folder).rm(os.fspath(folder), recursive=True)
-        else:
-            shutil.rmtree(folder)
+    with writing(folder), contextlib.suppress(FileNotFoundError):
+        _system(folder).rm(os.fspath(folder), recursive=True)
 
 
 def read_range(file: Path, start: int, stop: int) -> bytes:
     """The bytes [start, stop) of a file."""
     if start == stop:
         return b""
-    with _errors(file, _NOT_READABLE):
-        if is_remote(file):
-            return _system(file).cat_file(os.fspath(file), start=start, end=stop)
-        with open(file, "rb") as stream:
-            stream.seek(start)
-            return stream.read(stop - start)
+    with reading(file):
+        return _system(file).cat_file(os.fspath(file), start=start, end=stop)
 
 
 def read_into(file: Path, start: int, buffer: memoryview) -> None:
     """Fills `buffer` with the bytes of a file from `start` on; UserError if it ends before that."""
-    with _errors(file, _NOT_READABLE):
+    with reading(file):
         if is_remote(file):
             data = _system(file).cat_file(os.fspath(file), start=start, end=start + len(buffer))
             done = len(data)
@@ -271,36 +251,25 @@ def read_into(file: Path, start: int, buffer: memoryview) -> None:
         raise UserError(f"{file}: truncated at byte {start + done:,}; copy it again")
 
 
-def copy_file(local: Path, file: Path) -> None:
-    """Copies a local file to a path or URL, where it appears whole or not at all."""
-    if is_remote(file):
-        upload(local, file)
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file between paths and URLs; it appears whole or not at all. Not from URL to URL."""
+    if is_remote(target):
+        with writing(target):
+            _system(target).put_file(os.fspath(source), os.fspath(target))
         return
-    with _errors(file, _NOT_WRITABLE), replacing(file) as part:
-        shutil.copyfile(local, part)
-
-
-def upload(local: Path, file: Path) -> None:
-    """Copies a local file to a URL."""
-    with _errors(file, _NOT_WRITABLE):
-        _system(file).put_file(os.fspath(local), os.fspath(file))
-
-
-def download(file: Path, local: Path) -> None:
-    """Copies the object at a URL to a local file, which appears whole or not at all."""
     with (
-        open_read(file) as source,
-        _errors(local, _NOT_WRITABLE),
-        replacing(local) as part,
-        open(part, "wb") as target,
+        open_read(source) as stream,
+        writing(target),
+        replacing(target) as part,
+        open(part, "wb") as out,
     ):
-        shutil.copyfileobj(source, target, _CHUNK)
+        shutil.copyfileobj(stream, out, _CHUNK)
 
 
-def transfer(copy: Callable[[Path, Path], None], pairs: Iterable[tuple[Path, Path]]) -> None:
-    """Calls `copy` (`upload` or `download`) on each pair, several at a time, up to an error."""
+def transfer(pairs: Iterable[tuple[Path, Path]]) -> None:
+    """Copies each (source, target), several at a time, up to an error."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        jobs = [pool.submit(copy, source, target) for source, target in pairs]
+        jobs = [pool.submit(copy_file, source, target) for source, target in pairs]
         try:
             for job in jobs:
                 job.result()
@@ -341,23 +310,30 @@ def discard(part: Path) -> None:
 
 
 def _system(where: Path) -> fsspec.AbstractFileSystem:
-    return fsspec.filesystem(os.fspath(where).partition("://")[0])
+    scheme, colon, _ = os.fspath(where).partition("://")
+    return fsspec.filesystem(scheme if colon else "file")
 
 
 @contextlib.contextmanager
-def _errors(where: Path, what: str) -> Iterator[None]:
+def _errors(where: Path, *, what: str) -> Iterator[None]:
+    """Turns errors raised inside into errors of this module that name the path."""
     try:
         yield
     except UserError:
         raise
     except OSError as e:
-        if isinstance(e, FileNotFoundError) and what == _NOT_READABLE:
-            raise
+        if isinstance(e, FileNotFoundError) and what == "not readable":
+            raise NoSuchFile(f"{where}: no such file") from None
         raise _kind(e)(f"{where}: {what}: {e.strerror or one_line(e)}") from None
     except Exception as e:  # the stores' clients raise exceptions of many types
         if not is_remote(where):
             raise
         raise _kind(e)(f"{where}: {what}: {one_line(e)}") from None
+
+
+# While a file is read, and while something is written.
+reading = functools.partial(_errors, what="not readable")
+writing = functools.partial(_errors, what="not writable")
 
 
 def _kind(error: Exception) -> type[UserError]:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,11 +52,14 @@ class Request:
     number: int = 0
 
 
-class _Model(NamedTuple):
-    """Arrays that all requests share; see `jllama.adapt.mixture.join_overlays`."""
+@flax.struct.dataclass
+class _Model:
+    """What all requests share; `overlays` as `jllama.adapt.mixture.join_overlays` makes them."""
 
     params: Params
     overlays: Overlay | None
+    config: ModelConfig = flax.struct.field(pytree_node=False)
+    compute: ComputeConfig = flax.struct.field(pytree_node=False)
 
 
 class _PerRow(NamedTuple):
@@ -66,18 +70,10 @@ class _PerRow(NamedTuple):
     mixture: np.ndarray | None
 
 
-def _apply(model, config, compute, tokens, positions, cache, per_row):
+def _apply(model, tokens, positions, cache, per_row):
     overlay = weighted(model.overlays, per_row.mixture) if model.overlays else None
-    return apply(
-        model.params,
-        config,
-        compute,
-        tokens,
-        positions,
-        cache=cache,
-        turns=per_row.turns,
-        lora=overlay,
-    )
+    where = {"cache": cache, "turns": per_row.turns, "lora": overlay}
+    return apply(model.params, model.config, model.compute, tokens, positions, **where)
 
 
 def _bucket(length: int) -> int:
@@ -85,13 +81,27 @@ def _bucket(length: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache", "seen")
-)
+# One program each for what a generation begins with: an operation by itself is compiled by itself.
+@functools.partial(jax.jit, static_argnums=range(5))
+def _empty(
+    config: ModelConfig, compute: ComputeConfig, batch: int, slots: int, vocab_size: int
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """The arguments `cache`, `seen` and `last` of the first `_prefill`."""
+    seen = jnp.zeros((batch, vocab_size), bool)
+    last = jnp.zeros((batch, config.hidden_dim), compute.dtype)
+    return init_cache(config, compute, batch, slots), seen, last
+
+
+@jax.jit
+@jax.vmap
+def _keys(seed: jax.Array, prompt: jax.Array, number: jax.Array) -> jax.Array:
+    """Each request's random key."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), number)
+
+
+@functools.partial(jax.jit, donate_argnames=("cache", "seen"))
 def _prefill(
     model: _Model,
-    config: ModelConfig,
-    compute: ComputeConfig,
     cache: Cache,
     seen: jax.Array,
     last: jax.Array,
@@ -109,7 +119,7 @@ def _prefill(
     traces["prefill"] += 1
     B, T = tokens.shape
     positions = jnp.broadcast_to(start + jnp.arange(T), (B, T))
-    hidden, cache = _apply(model, config, compute, tokens, positions, cache, per_row)
+    hidden, cache = _apply(model, tokens, positions, cache, per_row)
     rows = jnp.arange(B)
     seen = seen.at[rows[:, None], tokens].max(positions < lengths[:, None])
     offset = lengths - 1 - start
@@ -118,19 +128,18 @@ def _prefill(
     return cache, seen, last
 
 
-def _next(params, config, hidden, positions, seen, keys, settings):
+def _next(model, hidden, positions, seen, keys, settings):
     """Draws the token [B] at `positions` from hidden states [B,D], and adds it to `seen`."""
-    scores = logits(params, config, hidden[:, None])[:, 0, : seen.shape[1]]
+    scores = logits(model.params, model.config, hidden[:, None])[:, 0, : seen.shape[1]]
     # A token's random key depends on its position, and not on the batch or on when it is drawn.
     keys = jax.vmap(jax.random.fold_in)(keys, positions)
     token = sample(keys, scores, seen, settings)
     return token, seen.at[jnp.arange(token.shape[0]), token].set(True)
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("seen",))
+@functools.partial(jax.jit, donate_argnames=("seen",))
 def _first(
     model: _Model,
-    config: ModelConfig,
     last: jax.Array,
     positions: jax.Array,
     seen: jax.Array,
@@ -139,16 +148,12 @@ def _first(
 ) -> tuple[jax.Array, jax.Array]:
     """The first new token [B], and `seen` with it added. It donates `seen`."""
     traces["first"] += 1
-    return _next(model.params, config, last, positions, seen, keys, settings)
+    return _next(model, last, positions, seen, keys, settings)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache", "seen")
-)
+@functools.partial(jax.jit, donate_argnames=("cache", "seen"))
 def _decode(
     model: _Model,
-    config: ModelConfig,
-    compute: ComputeConfig,
     cache: Cache,
     seen: jax.Array,
     token: jax.Array,
@@ -162,12 +167,10 @@ def _decode(
     It donates `cache` and `seen`.
     """
     traces["decode"] += 1
-    hidden, cache = _apply(
-        model, config, compute, token[:, None], positions[:, None], cache, per_row
-    )
+    hidden, cache = _apply(model, token[:, None], positions[:, None], cache, per_row)
     # A finished row stays on the last slot until the others are done.
     positions = jnp.minimum(positions + 1, cache.k.shape[3] - 1)
-    token, seen = _next(model.params, config, hidden[:, 0], positions, seen, keys, settings)
+    token, seen = _next(model, hidden[:, 0], positions, seen, keys, settings)
     return cache, seen, token, positions
 
 
@@ -200,7 +203,7 @@ def stream(
     vocab_size = vocab_size or config.vocab_size
     for i, request in enumerate(requests):
         _check(request, config.max_length, vocab_size, where=f"prompt {i}")
-    return _run(_Model(params, overlays), config, compute, list(requests), vocab_size)
+    return _run(_Model(params, overlays, config, compute), list(requests), vocab_size)
 
 
 def generate(
@@ -227,9 +230,8 @@ def _check(request: Request, max_length: int, vocab_size: int, where: str) -> No
         raise UserError(f"max_new_tokens={new}: must be 0 or above")
     if len(prompt) == 0:
         raise UserError(f"{where} is empty; begin with the BOS id")
-    if not all(0 <= token < vocab_size for token in prompt):
-        bad = next(token for token in prompt if not 0 <= token < vocab_size)
-        raise UserError(f"{where}: id {bad} is not in the vocabulary of {vocab_size}")
+    if bad := [token for token in prompt if not 0 <= token < vocab_size]:
+        raise UserError(f"{where}: id {bad[0]} is not in the vocabulary of {vocab_size}")
     if len(prompt) + new > max_length:
         raise UserError(
             f"{where}: {len(prompt)} tokens and {new} new ones exceed the model's"
@@ -237,7 +239,8 @@ def _check(request: Request, max_length: int, vocab_size: int, where: str) -> No
         )
 
 
-def _run(model, config, compute, requests, vocab_size):
+def _run(model, requests, vocab_size):
+    config = model.config
     for i, request in enumerate(requests):
         if request.max_new_tokens == 0:
             yield i, None
@@ -251,29 +254,28 @@ def _run(model, config, compute, requests, vocab_size):
     prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(prefill_keys))}
     lengths = np.array([len(p) for p, _, _ in prompts], np.int32)
     slots = max(len(r.prompt) + r.max_new_tokens for r in live)
-    cache = init_cache(config, compute, len(prompts), min(_bucket(slots), config.max_length))
-    seen = jnp.zeros((len(prompts), vocab_size), bool)
-    last = jnp.zeros((len(prompts), config.hidden_dim), compute.dtype)
+    slots = min(_bucket(slots), config.max_length)
+    cache, seen, last = _empty(config, model.compute, len(prompts), slots, vocab_size)
     chunk = min(_bucket(int(lengths.max())), LARGEST_CHUNK)
     padded = np.zeros((len(prompts), -(-int(lengths.max()) // chunk) * chunk), np.int32)
     for row, (prompt, _, _) in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
     # Padding may reach beyond the last slot; JAX drops scattered values that are out of bounds.
-    per_row = _per_row(model, config, prompts)
+    per_row = _per_row(model, prompts)
     for start in range(0, padded.shape[1], chunk):
+        tokens = padded[:, start : start + chunk]
         cache, seen, last = _prefill(
-            model, config, compute, cache, seen, last,
-            padded[:, start : start + chunk], np.int32(start), lengths, per_row,
-        )  # fmt: skip
+            model, cache, seen, last, tokens, np.int32(start), lengths, per_row
+        )
 
     rows = np.array([prompts[prompt] for prompt in prefill_keys])
     if len(rows) != len(prompts):
         cache, seen, last = _take(cache, rows), seen[rows], last[rows]
-    per_row = _per_row(model, config, prefill_keys)
-    keys = jnp.stack([_key(r) for r in live])
+    per_row = _per_row(model, prefill_keys)
+    keys = _keys(*_seeds(live))
     settings = stack([r.sampling for r in live])
     positions = jnp.asarray(lengths[rows])
-    token, seen = _first(model, config, last, positions, seen, keys, settings)
+    token, seen = _first(model, last, positions, seen, keys, settings)
 
     left = {row: r.max_new_tokens for row, r in enumerate(live)}
     for step in itertools.count(1):
@@ -285,7 +287,7 @@ def _run(model, config, compute, requests, vocab_size):
                 per_row = per_row._replace(turns=turns(config, lengths[rows] + step))
             # Dispatched before the host reads the current token, so that the device never waits.
             cache, seen, token, positions = _decode(
-                model, config, compute, cache, seen, token, positions, keys, settings, per_row
+                model, cache, seen, token, positions, keys, settings, per_row
             )
         for row, drawn in enumerate(np.asarray(current).tolist()):
             if row not in left:
@@ -306,15 +308,19 @@ def _rope_length(config, request):
     return len(request.prompt) + request.max_new_tokens if depends_on_length(config) else 0
 
 
-def _per_row(model, config, rows):
+def _per_row(model, rows):
     """`_PerRow` for rows (prompt, length, mixture)."""
+    config = model.config
     row_turns = turns(config, [r[1] for r in rows]) if depends_on_length(config) else None
     mixture = np.array([r[2] for r in rows], np.float32) if model.overlays else None
     return _PerRow(row_turns, mixture)
 
 
-def _key(request: Request) -> jax.Array:
-    # The prompt is part of the key, so that different prompts with one seed get independent draws.
-    prompt = zlib.crc32(np.asarray(request.prompt, np.int64).tobytes())
-    key = jax.random.fold_in(jax.random.key(request.seed), np.uint32(prompt))
-    return jax.random.fold_in(key, request.number)
+def _seeds(requests):
+    """Three uint32 [B] of which random keys are made: seed, hash of the prompt, number.
+
+    The prompt is among them so that different prompts with one seed get independent draws.
+    """
+    hashes = [zlib.crc32(np.asarray(r.prompt, np.int64).tobytes()) for r in requests]
+    rows = [(r.seed, prompt, r.number) for r, prompt in zip(requests, hashes, strict=True)]
+    return np.array(rows, np.uint32).T

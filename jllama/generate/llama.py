@@ -15,6 +15,7 @@ import numpy as np
 
 from jllama.adapt import lora
 from jllama.adapt.mixture import Mixture, join_overlays, mixture_weights, weighted
+from jllama.adapt.quant import quantizer
 from jllama.chips import use_compilation_cache
 from jllama.config import ComputeConfig, MeshConfig, ModelConfig, ShardingConfig
 from jllama.errors import UserError
@@ -22,7 +23,6 @@ from jllama.files import storage
 from jllama.generate import engine
 from jllama.generate.sampling import Sampling
 from jllama.model import llama
-from jllama.model.param import EachLeaf
 from jllama.model.rope import Turns, turns
 from jllama.parallel.context import context_placement
 from jllama.parallel.mesh import make_mesh
@@ -30,7 +30,7 @@ from jllama.parallel.sharding import Placement, activated
 from jllama.store.find import find
 from jllama.store.model import open_adapted, read_base
 from jllama.text.infill import EOT, Infill, infill_tokens, middle_stream, prompt_ids
-from jllama.text.tokenizer import TextStream, Tokenizer
+from jllama.text.interface import TextStream, Tokenizer
 
 # New tokens when nobody says how many; fewer where the model has no room for them.
 DEFAULT_NEW_TOKENS = 256
@@ -289,14 +289,11 @@ def load(
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
     path = storage.path(path)
-    given = adapter
-    if not isinstance(adapter, str | Path | Mapping | None):
+    if isinstance(adapter, str | Path):
+        adapter = {storage.path(adapter).name: adapter}
+    if not isinstance(adapter, Mapping | None):
         raise UserError(f"adapter={adapter!r}: expected a path, or several by name: {{name: path}}")
-    if adapter is not None and not isinstance(adapter, Mapping):
-        given = {storage.path(adapter).name: adapter}
-    if given is not None:
-        given = {name: storage.path(where) for name, where in given.items()}
-    stored = open_adapted(find(path), given, model)
+    stored = open_adapted(find(path), adapter, model)
     config, adapters = stored.config, stored.adapters
     use_compilation_cache(stored.compilation_cache)
     compute = stored.compute if dtype is None else dataclasses.replace(stored.compute, dtype=dtype)
@@ -306,21 +303,11 @@ def load(
         params = stored.read(placed)
     else:
         kind = next(a.quantize for a in adapters.values())
-        params, digest = read_base(stored, placed, _keeper(config, kind))
+        params, digest = read_base(stored, placed, quantizer(config, kind))
         read = [a.read(config, placement, params, digest) for a in adapters.values()]
-        whole = tuple(".".join(path) for _, o in read for path, _ in lora.whole_leaves(o))
+        whole = tuple(path for _, o in read for path in lora.whole_leaves(o))
         params, overlays = join_overlays(params, read, tuple(adapters))
     return Llama(config, params, stored.tokenizer, compute, tuple(adapters), overlays, whole)
-
-
-def _keeper(config: ModelConfig, kind: str) -> EachLeaf:
-    """How the base is kept that adapters were trained over."""
-    if kind == "none":
-        return lambda path, x: x
-    # qwix takes half a second to import, which an unquantised base does not need.
-    from jllama.adapt.quant import quantizer  # noqa: PLC0415
-
-    return quantizer(config, kind)
 
 
 def _placed(config: ModelConfig, dtype: str) -> tuple[Placement, llama.Params]:

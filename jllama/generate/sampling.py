@@ -10,6 +10,7 @@ import math
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jllama.errors import UserError
 
@@ -57,10 +58,10 @@ class SamplingArrays:
 def stack(rows: list[Sampling]) -> SamplingArrays:
     """`SamplingArrays` with one row per request."""
     return SamplingArrays(
-        temperature=jnp.asarray([r.temperature for r in rows], jnp.float32),
-        top_k=jnp.asarray([min(r.top_k, 2**31 - 1) for r in rows], jnp.int32),
-        top_p=jnp.asarray([r.top_p for r in rows], jnp.float32),
-        repetition_penalty=jnp.asarray([r.repetition_penalty for r in rows], jnp.float32),
+        temperature=np.asarray([r.temperature for r in rows], np.float32),
+        top_k=np.asarray([min(r.top_k, 2**31 - 1) for r in rows], np.int32),
+        top_p=np.asarray([r.top_p for r in rows], np.float32),
+        repetition_penalty=np.asarray([r.repetition_penalty for r in rows], np.float32),
     )
 
 

@@ -19,7 +19,7 @@ from jllama.files import outputs
 from jllama.flops import parameter_count
 from jllama.interop.gguf_vocabulary import vocabulary_of
 from jllama.interop.names import name_of
-from jllama.interop.parameters import check_named, file_specs, file_tensors
+from jllama.interop.parameters import file_specs, file_tensors
 from jllama.interop.rope_formats import ROPE_FORMATS
 from jllama.model.llama import Params
 from jllama.model.rope import effective_theta, inverse_frequencies
@@ -104,7 +104,7 @@ def write_gguf(
 
 def check_expressible(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
     """Raises UserError if GGUF, or llama.cpp, cannot express the model or its tokenizer."""
-    check_named(file_specs(config))
+    file_specs(config)
     _check_rope(config.rope)
     vocabulary_of(tokenizer, config.vocab_size)
 

@@ -20,7 +20,6 @@ from jllama.model.llama import Params
 from jllama.progress import Progress, say
 from jllama.text.tokenizer import Tokenizer
 
-CONFIG = HF_CONFIG
 # As in transformers, the first of these files that exists counts, and a file counts before its
 # index, which names the file of each tensor.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -32,7 +31,7 @@ SHARD_BYTES = 5_000_000_000
 
 def read_architecture(folder: Path) -> ModelConfig:
     """The architecture in config.json; UserError if it is missing, broken or not expressible."""
-    return read_config(storage.read_json(folder / CONFIG), str(folder / CONFIG))
+    return read_config(storage.read_json(folder / HF_CONFIG), str(folder / HF_CONFIG))
 
 
 def read_folder(folder: Path, files: Collection[str]) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -113,7 +112,7 @@ def write_folder(
     specs = file_specs(config)
     tensors = file_tensors(params, specs, "hf", interleaved=False)
     files = {
-        CONFIG: write_config(config, params["embedding"]["weight"].dtype.name, tokenizer),
+        HF_CONFIG: write_config(config, params["embedding"]["weight"].dtype.name, tokenizer),
         "generation_config.json": generation_config(tokenizer),
     }
     shards = _shards(tensors, shard_bytes)
@@ -131,7 +130,7 @@ def write_folder(
         data |= tokenizer_files(tokenizer)
         if warning := tie_warning(tokenizer):
             say(f"note: {folder}: {warning}")
-    with outputs.new_folder(folder, last=CONFIG) as new:
+    with outputs.new_folder(folder, last=HF_CONFIG) as new:
         with Progress(f"write {folder.name}", total) as progress:
             for name, shard in zip(names, shards, strict=True):
                 write_safetensors(new / name, shard, progress)

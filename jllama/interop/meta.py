@@ -21,9 +21,8 @@ from jllama.interop.names import META_PARAMS, NAMES, name_of
 from jllama.interop.parameters import drop_tied_head
 from jllama.interop.pth import read_pth
 from jllama.interop.rope_formats import ROPE_FORMATS
-from jllama.interop.tensors import FileTensor, JoinedTensor, RepeatedTensor, Tensor
+from jllama.interop.tensors import Tensor, joined, repeated
 
-PARAMS = META_PARAMS
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 _HEAD, _TABLE, _NORM, _GATE = (
     name_of(path).of("meta")
@@ -65,7 +64,7 @@ def read_folder(
     Raises UserError for what is missing, broken or contradictory, and if several models fit.
     """
     tensors = _tensors(folder, files)
-    facts = _facts(folder / PARAMS, tensors)
+    facts = _facts(folder / META_PARAMS, tensors)
     config = _model(folder, facts, model)
     if config.tie_embeddings and not drop_tied_head(tensors, "meta"):
         raise UserError(
@@ -98,13 +97,13 @@ def _tensors(folder: Path, files: Collection[str]) -> dict[str, Tensor]:
     }
 
 
-def _joined(folder: Path, name: str, parts: tuple[FileTensor, ...], dim: int) -> Tensor:
+def _joined(folder: Path, name: str, parts: tuple[Tensor, ...], dim: int) -> Tensor:
     """A tensor made of its parts in all shards; `dim` is the model's width."""
     pattern = re.sub(r"\.\d+\.", ".{}.", name, count=1)
     split = next((n.split for n in NAMES if n.meta == pattern), None)
     first = parts[0]
     if len(parts) == 1 or split is None:
-        return first if len(parts) == 1 else RepeatedTensor(parts)
+        return first if len(parts) == 1 else repeated(parts, f"{folder}: {name}")
     if any(len(part.shape) != 2 for part in parts):
         raise UserError(f"{folder}: {name}: {[list(p.shape) for p in parts]} are no matrices")
     # LLaMA 1 and 2 cut the embedding's width, Llama 3 its rows.
@@ -115,7 +114,7 @@ def _joined(folder: Path, name: str, parts: tuple[FileTensor, ...], dim: int) ->
         raise UserError(
             f"{folder}: {name}: its parts do not fit together: {sorted(map(str, kinds))}"
         )
-    return JoinedTensor(parts, split)
+    return joined(parts, split)
 
 
 def _facts(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
-
 from jllama.errors import UserError
 
 FileFormat = Literal["hf", "meta", "gguf"]
@@ -104,33 +102,3 @@ def file_shape(shape: Sequence[int], inputs: int) -> tuple[int, ...]:
     if not inputs:
         return tuple(shape)
     return math.prod(shape[inputs:]), math.prod(shape[:inputs])
-
-
-def from_file(
-    array: np.ndarray, shape: Sequence[int], inputs: int, *, interleaved: bool
-) -> np.ndarray:
-    """A file's array as one layer's parameter of `shape`; a view where possible.
-
-    `interleaved` says that the rows are queries or keys whose RoPE pairs lie side by side.
-    """
-    if not inputs:
-        return array.reshape(shape)
-    outputs, width = tuple(shape[inputs:]), math.prod(shape[:inputs])
-    if interleaved:
-        heads, n = outputs
-        array = array.reshape(heads, n // 2, 2, width).swapaxes(1, 2)
-    array = array.reshape(*outputs, *shape[:inputs])
-    return np.moveaxis(array, range(len(outputs)), range(inputs, len(shape)))
-
-
-def to_file(array: np.ndarray, inputs: int, *, interleaved: bool) -> np.ndarray:
-    """One layer's parameter as a file has it, the inverse of `from_file`; a view where possible."""
-    if not inputs:
-        return array
-    shape = array.shape
-    outputs = shape[inputs:]
-    array = np.moveaxis(array, range(inputs, len(shape)), range(len(outputs)))
-    if interleaved:
-        heads, n = outputs
-        array = array.reshape(heads, 2, n // 2, *shape[:inputs]).swapaxes(1, 2)
-    return array.reshape(file_shape(shape, inputs))

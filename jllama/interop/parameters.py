@@ -20,8 +20,8 @@ import numpy as np
 
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.errors import UserError
-from jllama.interop.names import NAMES, FileFormat, Name, file_shape, from_file, name_of
-from jllama.interop.tensors import DTYPES, ParamTensor, Tensor, cast, nbytes, same_bits
+from jllama.interop.names import NAMES, FileFormat, Name, file_shape, name_of
+from jllama.interop.tensors import DTYPES, Tensor, cast, from_file, nbytes, of_param, same_bits
 from jllama.model.llama import Params, ParamSpec, param_specs
 from jllama.model.param import EachLeaf, dotted
 from jllama.parallel.sharding import layer_sharding
@@ -119,19 +119,9 @@ def cast_params(params: Params, dtype: str, scale_dtype: str) -> Params:
     for i, (path, leaf) in enumerate(leaves):
         wanted = scale_dtype if path[-1].key == "scale" else dtype
         if leaf.dtype != wanted:
-            leaf, largest = _cast(leaf, wanted)
-            if largest:
-                raise UserError(f"{dotted(path)}: {largest:g} does not fit {wanted}; use float32")
+            leaf = jax.device_put(cast(np.asarray(leaf), wanted, dotted(path)), leaf.sharding)
         leaves[i] = leaf
     return tree.unflatten(leaves)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _cast(leaf: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """The array in `dtype`, and the largest finite value that becomes infinite, or 0."""
-    out = leaf.astype(dtype)
-    lost = jnp.isinf(out) & jnp.isfinite(leaf)
-    return out, jnp.max(jnp.where(lost, jnp.abs(leaf), 0)).astype(jnp.float32)
 
 
 def widest_dtype(by_path: Mapping[str, Sequence[Tensor]], *, scales: bool) -> str:
@@ -246,12 +236,6 @@ def _put(array: np.ndarray, shape, sharding, dtype, path: str) -> jax.Array:
     return jax.make_array_from_callback(shape, sharding, part_at)
 
 
-def check_named(specs: Params) -> None:
-    """Raises UserError for a parameter that has no name in other formats."""
-    for path in _flat(specs):
-        name_of(path)
-
-
 def layers_of(specs: Params) -> Iterator[tuple[Name, int | None, ParamSpec]]:
     """Each tensor that a file has of these parameters, in the order of `NAMES`.
 
@@ -271,22 +255,26 @@ def layers_of(specs: Params) -> Iterator[tuple[Name, int | None, ParamSpec]]:
 
 
 def file_specs(config: ModelConfig) -> Params:
-    """The tree of `ParamSpec` that files of other formats hold: tables have no padding."""
-    return param_specs(config.unpadded, ComputeConfig(dtype="float32"))
+    """The tree of `ParamSpec` that files of other formats hold: tables have no padding.
+
+    Raises UserError for a parameter that has no name in other formats.
+    """
+    specs = param_specs(config.unpadded, ComputeConfig(dtype="float32"))
+    for path in _flat(specs):
+        name_of(path)
+    return specs
 
 
 def file_tensors(
     params: Params, specs: Params, format: FileFormat, *, interleaved: bool
-) -> dict[str, ParamTensor]:
+) -> dict[str, Tensor]:
     """The tensors of a file of `format` by their names, in the order of `NAMES`.
 
-    `specs` is what `file_specs` returns; rows that a table has beyond it are left out. Raises
-    UserError for a parameter that has no name in other formats.
+    `specs` is what `file_specs` returns; rows that a table has beyond it are left out.
     """
-    check_named(specs)
-    leaves = {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    leaves = _flat(params)
     return {
-        name.of(format, layer or 0): ParamTensor(
+        name.of(format, layer or 0): of_param(
             leaves[name.path], layer, spec.shape, spec.inputs, interleaved and name.rotary
         )
         for name, layer, spec in layers_of(specs)

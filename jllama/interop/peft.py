@@ -12,19 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jllama.adapt.lora import (
-    Overlay,
-    at,
-    matrices,
-    overlay_specs,
-    set_at,
-    whole_leaves,
-)
+from jllama.adapt.lora import Overlay, matrices, overlay_specs, whole_leaves
 from jllama.config import ComputeConfig, LoraConfig, LoraOverride, ModelConfig
 from jllama.errors import UserError
 from jllama.files import storage
-from jllama.interop.names import from_file
 from jllama.interop.parameters import check_tensors
 from jllama.interop.peft_config import MERGE, WEIGHTS, PeftConfig, read_config
 from jllama.interop.peft_modules import (
@@ -38,7 +31,7 @@ from jllama.interop.peft_modules import (
 )
 from jllama.interop.pth import read_pth
 from jllama.interop.safetensors import read_safetensors
-from jllama.interop.tensors import Tensor, nbytes
+from jllama.interop.tensors import Tensor, from_file, nbytes
 from jllama.model.linear import dense
 from jllama.model.llama import Params, ParamSpec
 from jllama.progress import Progress, say
@@ -62,16 +55,16 @@ def read_adapter(
     adapter = _open(folder, model)
     specs = overlay_specs(model, _EXACT, adapter.lora)
     owners = by_owner(adapter.uses)
-    overlay: Overlay = {}
+    overlay: Overlay = {}  # by dotted path
     with Progress(f"read {folder.name}", sum(map(nbytes, adapter.tensors.values()))) as progress:
         reader = _Reader(adapter, base, progress)
-        for path, spec in matrices(specs):
-            set_at(overlay, path, reader.factors(spec, owners[".".join(path)]))
-        for path, spec in whole_leaves(specs):
-            set_at(overlay, path, reader.whole(spec, owners[".".join(path[:-1])]))
+        for path, spec in matrices(specs).items():
+            overlay[path] = reader.factors(spec, owners[path])
+        for path, spec in whole_leaves(specs).items():
+            overlay[path] = reader.whole(spec, owners[path.rpartition(".")[0]])
     if reader.worked_out:
         say(f"note: {folder}: worked out with the base: {', '.join(reader.worked_out)}")
-    return adapter.lora, overlay
+    return adapter.lora, unflatten_dict(overlay, sep=".")
 
 
 def read_lora(folder: Path, model: ModelConfig) -> LoraConfig:
@@ -115,7 +108,7 @@ def _open(folder: Path, model: ModelConfig) -> _Adapter:
 
 
 def _tensors(folder: Path) -> Mapping[str, Tensor]:
-    names = storage.names(folder)
+    names = storage.listing(folder).files
     for name, read in _READERS.items():
         if name in names:
             return read(folder / name)
@@ -276,7 +269,7 @@ class _Reader:
                 f"{self.adapter.folder}: {module.name} is worked out with the base's {module.path},"
                 " which was not given; load the adapter together with its base"
             )
-        return np.array(dense(at(self.base, tuple(module.path.split("."))), np.float32))
+        return np.array(dense(flatten_dict(self.base, sep=".")[module.path], np.float32))
 
     def _read(self, module: Module, name: str) -> np.ndarray:
         array = self.adapter.tensors[module.tensor(name)].read()

@@ -1,7 +1,7 @@
 """PEFT's adapter_config.json, read and written; defaults are those of peft 0.21.2."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,24 +103,10 @@ def read_config(folder: Path) -> PeftConfig:
     return config
 
 
-def write_config(
-    lora: LoraConfig,
-    base: str,
-    *,
-    targets: Sequence[str],
-    ranks: Mapping[str, int],
-    alphas: Mapping[str, float],
-    saved: Sequence[str],
-    tied: bool,
-) -> dict[str, Any]:
-    """The keys of adapter_config.json.
+def write_config(lora: LoraConfig, base: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of adapter_config.json; `base` is the base's folder or name.
 
-    Args:
-      base: the base's folder or name.
-      targets: names of low-rank modules; an end that several modules share names all of them.
-      ranks, alphas: those that differ from the overlay's, by such names.
-      saved: names of modules that are whole.
-      tied: the adapter changes a head and an embedding that are one.
+    `named` are those that name modules.
     """
     return {
         "peft_type": "LORA",
@@ -128,19 +114,16 @@ def write_config(
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": lora.rank,
-        "lora_alpha": _plain(lora.alpha),
+        "lora_alpha": plain(lora.alpha),
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": list(targets) or NO_TARGETS,
-        "rank_pattern": dict(ranks),
-        "alpha_pattern": {name: _plain(alpha) for name, alpha in alphas.items()},
-        "modules_to_save": list(saved) or None,
-        "ensure_weight_tying": tied,
+        **named,
     }
 
 
-def _plain(alpha: float) -> float:
+def plain(alpha: float) -> float:
+    """The number as an integer if it is one."""
     return int(alpha) if alpha.is_integer() else alpha

@@ -14,7 +14,7 @@ from jllama.config import ModelConfig
 from jllama.errors import UserError
 from jllama.interop.json_config import shortened
 from jllama.interop.names import file_shape
-from jllama.interop.parameters import check_named, file_specs, layers_of
+from jllama.interop.parameters import file_specs, layers_of
 from jllama.interop.peft_config import NO_TARGETS, PeftConfig
 from jllama.interop.tensors import DTYPES, Tensor, same_bits
 from jllama.model.llama import ParamSpec
@@ -99,7 +99,6 @@ def modules(model: ModelConfig) -> list[Module]:
     Raises UserError for a model that other formats cannot express.
     """
     specs = file_specs(model)
-    check_named(specs)
     if model.tie_embeddings:
         specs = {**specs, "head": specs["embedding"]}
     return [

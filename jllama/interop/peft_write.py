@@ -1,6 +1,6 @@
 """Writes PEFT adapters."""
 
-import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +13,10 @@ from jllama.config import LoraConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.files import outputs, storage
 from jllama.interop.hf_tokenizer import tokenizer_files
-from jllama.interop.names import to_file
-from jllama.interop.peft_config import CONFIG, WEIGHTS, write_config
+from jllama.interop.peft_config import CONFIG, NO_TARGETS, WEIGHTS, plain, write_config
 from jllama.interop.peft_modules import NORMS, LowRank, Module, Use, by_owner, modules
 from jllama.interop.safetensors import write_safetensors
-from jllama.interop.tensors import Tensor, nbytes
+from jllama.interop.tensors import Tensor, nbytes, to_file
 from jllama.progress import Progress
 from jllama.text.interface import Tokenizer
 
@@ -47,17 +46,17 @@ def write_adapter(
     tensors: dict[str, Tensor] = {}
 
     def add(module: Module, name: str, array: np.ndarray, inputs: int) -> None:
-        tensors[module.tensor(name)] = _ArrayTensor(to_file(array, inputs, interleaved=False))
+        array = to_file(array, inputs, interleaved=False)
+        read = functools.partial(np.ascontiguousarray, array)
+        tensors[module.tensor(name)] = Tensor(array.shape, array.dtype.name, read)
 
-    for path, factors in matrices(overlay):
+    for path, factors in matrices(overlay).items():
         leaf = {key: np.asarray(value) for key, value in factors.items()}
-        by_layer = ranks_and_alphas(".".join(path), lora, model.num_layers)
-        for module, (rank, alpha) in zip(owners[".".join(path)], by_layer, strict=True):
+        by_layer = ranks_and_alphas(path, lora, model.num_layers)
+        for module, (rank, alpha) in zip(owners[path], by_layer, strict=True):
             a, b = leaf["a"][module.layer], leaf["b"][module.layer]
             if a[..., rank:].any() and b[rank:].any():
-                raise UserError(
-                    f"{'.'.join(path)}: has more than rank {rank} in layer {module.layer}"
-                )
+                raise UserError(f"{path}: has more than rank {rank} in layer {module.layer}")
             if not (a.any() or b.any() or lora.dora):
                 continue
             uses[module] = LowRank(rank, alpha)
@@ -65,8 +64,8 @@ def write_adapter(
             add(module, module.factors[1], b[:rank], 1)
             if lora.dora:
                 add(module, NORMS, leaf["m"][module.layer].reshape(-1), 0)
-    for path, leaf in whole_leaves(overlay):
-        for module in owners[".".join(path[:-1])]:
+    for path, leaf in whole_leaves(overlay).items():
+        for module in owners[path.rpartition(".")[0]]:
             array = np.asarray(leaf if module.layer is None else leaf[module.layer])
             array = array[: module.spec.shape[0]]  # a table without its padding
             uses[module] = "whole"
@@ -75,7 +74,7 @@ def write_adapter(
                 (head,) = owners["head"]
                 uses[head] = "whole"
                 add(head, "weight", array, 0)
-    config = write_config(lora, base, **_named(uses, lora, model))
+    config = write_config(lora, base, _named(uses, lora, model))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     with outputs.new_folder(folder, last=CONFIG) as new:
         with Progress(f"write {folder.name}", sum(map(nbytes, tensors.values()))) as progress:
@@ -86,7 +85,10 @@ def write_adapter(
 
 
 def _named(uses: Mapping[Module, Use], lora: LoraConfig, model: ModelConfig) -> dict[str, Any]:
-    """The arguments of `write_config` that name modules, by the shortest names that are unique."""
+    """The keys that name modules, by the shortest names that are unique.
+
+    Ranks and alphas are those that differ from the overlay's.
+    """
     whole = [module for module, use in uses.items() if use == "whole"]
     targets: list[str] = []
     ranks, alphas = {}, {}
@@ -100,30 +102,11 @@ def _named(uses: Mapping[Module, Use], lora: LoraConfig, model: ModelConfig) -> 
             if rank != lora.rank:
                 ranks[key] = rank
             if alpha != lora.alpha:
-                alphas[key] = alpha
+                alphas[key] = plain(alpha)
     return {
-        "targets": targets,
-        "ranks": ranks,
-        "alphas": alphas,
-        "saved": list(dict.fromkeys(module.short for module in whole)),
-        "tied": model.tie_embeddings and any(module.is_table for module in whole),
+        "target_modules": targets or NO_TARGETS,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "modules_to_save": list(dict.fromkeys(module.short for module in whole)) or None,
+        "ensure_weight_tying": model.tie_embeddings and any(module.is_table for module in whole),
     }
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _ArrayTensor:
-    """A tensor in host memory."""
-
-    array: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.array.dtype.name
-
-    def read(self) -> np.ndarray:
-        """The array in C order."""
-        return np.ascontiguousarray(self.array)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jllama.errors import UserError
 from jllama.files import storage
-from jllama.interop.tensors import FileTensor, check_fetched
+from jllama.interop.tensors import Tensor, check_fetched, in_file
 
 _MAX_PICKLE = 4_000_000  # bytes, which become some hundred MB; a model's are far below a million
 _MAX_AXES = 8
@@ -71,7 +71,7 @@ _GLOBALS = {
 }
 
 
-def read_pth(file: Path) -> dict[str, FileTensor]:
+def read_pth(file: Path) -> dict[str, Tensor]:
     """The tensors of a file by name; their data is not read.
 
     Raises UserError for a file that is missing, truncated, corrupt or of another format, or that
@@ -81,8 +81,6 @@ def read_pth(file: Path) -> dict[str, FileTensor]:
         check_fetched(file)
         with storage.open_read(file) as stream:
             return _read(file, stream)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
     except (zipfile.BadZipFile, struct.error, NotImplementedError) as e:
         raise UserError(
             f"{file}: truncated, or in the format of PyTorch before 1.6; read it with torch.load"
@@ -90,7 +88,7 @@ def read_pth(file: Path) -> dict[str, FileTensor]:
         ) from None
 
 
-def _read(file: Path, stream: Any) -> dict[str, FileTensor]:
+def _read(file: Path, stream: Any) -> dict[str, Tensor]:
     entries = {entry.filename: entry for entry in zipfile.ZipFile(stream).infolist()}
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(roots) != 1:
@@ -242,7 +240,7 @@ def _storage(reference: Any) -> _Storage:
     raise ValueError("it refers to something that is no storage")
 
 
-def _tensor(file: Path, name: str, view: _View, span: Any) -> FileTensor:
+def _tensor(file: Path, name: str, view: _View, span: Any) -> Tensor:
     match view:
         case _View(storage=_Storage(dtype=dtype, key=key), offset=int(offset), shape=tuple(shape)):
             pass
@@ -260,7 +258,7 @@ def _tensor(file: Path, name: str, view: _View, span: Any) -> FileTensor:
         raise UserError(
             f"{file}: corrupt: {name} is {list(shape)} {dtype}, its storage {length:,} bytes"
         )
-    return FileTensor(file, start + offset * itemsize, shape, dtype)
+    return in_file(file, start + offset * itemsize, shape, dtype)
 
 
 def _contiguous(shape: tuple[int, ...], stride: Any) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from jllama.errors import UserError
 from jllama.files import storage
-from jllama.interop.tensors import FileTensor, Tensor, check_fetched, nbytes
+from jllama.interop.tensors import Tensor, check_fetched, in_file, nbytes
 from jllama.progress import Progress
 
 _MAX_HEADER = 100_000_000  # bytes, the limit of the library
@@ -28,15 +28,12 @@ _BITS = {
 }  # fmt: skip
 
 
-def read_safetensors(file: Path) -> dict[str, FileTensor]:
+def read_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a file by name; their data is not read.
 
     Raises UserError for a missing, truncated or corrupt file.
     """
-    try:
-        size = storage.stat(file).size
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
+    size = storage.stat(file).size
     check_fetched(file)
     length = int.from_bytes(storage.read_range(file, 0, min(8, size)), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER):
@@ -69,7 +66,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _tensor(file: Path, start: int, name: str, entry: Any) -> FileTensor:
+def _tensor(file: Path, start: int, name: str, entry: Any) -> Tensor:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{name}: needs dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -81,7 +78,7 @@ def _tensor(file: Path, start: int, name: str, entry: Any) -> FileTensor:
     bits = math.prod(shape) * _BITS[dtype]
     if len(offsets) != 2 or (offsets[1] - offsets[0]) * 8 != bits:
         raise ValueError(f"{name}: {dtype} {shape} does not take the bytes {offsets}")
-    return FileTensor(file, start + offsets[0], tuple(shape), _NUMPY.get(dtype, dtype))
+    return in_file(file, start + offsets[0], tuple(shape), _NUMPY.get(dtype, dtype))
 
 
 def _check_gapless(spans: list[tuple[str, int, int]]) -> int:

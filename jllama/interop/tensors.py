@@ -1,9 +1,10 @@
-"""Tensors that are read when asked for: from one file, from several, or from parameters."""
+"""Tensors that are read when asked for, and the layout of a matrix in files and here."""
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,107 +12,65 @@ import numpy as np
 
 from jllama.errors import UserError
 from jllama.files import storage
-from jllama.interop.names import file_shape, to_file
+from jllama.interop.names import file_shape
 
 # The dtypes of a model's weights; tensors of other dtypes are quantised, or no weights.
 DTYPES = {"float32", "float16", "bfloat16"}
 _BLOCK = 128  # columns that are transposed at once, and fit in the cache: three times as fast
 
 
-class Tensor(Protocol):
-    """An array that is not read yet."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensor:
+    """An array that is not read yet.
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> str: ...
-
-    def read(self) -> np.ndarray:
-        """Reads the whole tensor into a new array."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class FileTensor:
-    """A tensor whose bytes lie in a file, in C order, little-endian.
-
-    `dtype` is NumPy's name, or the file's own where NumPy has none. Only dtypes of `DTYPES` are
-    read.
+    Attributes:
+      dtype: NumPy's name, or the file's own where NumPy has none. Only dtypes of `DTYPES` are read.
+      read: reads the whole tensor into a new array in C order.
     """
 
-    file: Path
-    offset: int
     shape: tuple[int, ...]
     dtype: str
+    read: Callable[[], np.ndarray]
 
-    def read(self) -> np.ndarray:
-        """Reads the whole tensor into a new array."""
-        out = np.empty(self.shape, jnp.dtype(self.dtype))
-        self.read_into(out)
+
+def in_file(file: Path, offset: int, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """A tensor whose bytes lie in a file, in C order, little-endian."""
+
+    def read() -> np.ndarray:
+        out = np.empty(shape, jnp.dtype(dtype))
+        storage.read_into(file, offset, memoryview(out.reshape(-1).view(np.uint8)))
         return out
 
-    def read_into(self, out: np.ndarray) -> None:
-        """Reads the tensor into a C-contiguous array of its shape and dtype."""
-        storage.read_into(self.file, self.offset, memoryview(out.reshape(-1).view(np.uint8)))
+    return Tensor(shape, dtype, read)
 
 
-@dataclasses.dataclass(frozen=True)
-class JoinedTensor:
+def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
     """A tensor that model-parallel shards hold in parts along an axis."""
+    ends = list(itertools.accumulate(part.shape[axis] for part in parts))
+    shape = (*parts[0].shape[:axis], ends[-1], *parts[0].shape[axis + 1 :])
 
-    parts: tuple[FileTensor, ...]
-    axis: int
-
-    @property
-    def dtype(self) -> str:
-        return self.parts[0].dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = list(self.parts[0].shape)
-        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
-        return tuple(shape)
-
-    def read(self) -> np.ndarray:
-        out = np.empty(self.shape, jnp.dtype(self.dtype))
-        start = 0
-        for part in self.parts:
-            stop = start + part.shape[self.axis]
-            if self.axis == 0:
-                part.read_into(out[start:stop])
-            else:
-                out[:, start:stop] = part.read()
-            start = stop
+    def read() -> np.ndarray:
+        out = np.empty(shape, jnp.dtype(parts[0].dtype))
+        for part, place in zip(parts, np.split(out, ends[:-1], axis), strict=True):
+            place[...] = part.read()
         return out
 
+    return Tensor(shape, parts[0].dtype, read)
 
-@dataclasses.dataclass(frozen=True)
-class RepeatedTensor:
-    """A tensor that every model-parallel shard holds whole."""
 
-    parts: tuple[FileTensor, ...]
+def repeated(parts: Sequence[Tensor], where: str) -> Tensor:
+    """A tensor that every model-parallel shard holds whole; `read` raises UserError if not."""
 
-    @property
-    def dtype(self) -> str:
-        return self.parts[0].dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.parts[0].shape
-
-    def read(self) -> np.ndarray:
-        """Reads the tensor; UserError if the shards differ."""
-        first, *others = self.parts
-        array = first.read()
-        for part in others:
-            same_kind = (part.shape, part.dtype) == (first.shape, first.dtype)
-            if not same_kind or part.read().tobytes() != array.tobytes():
+    def read() -> np.ndarray:
+        for i, part in enumerate(parts):
+            if not same_bits(part, parts[0]):
                 raise UserError(
-                    f"{part.file}: differs from {first.file.name} in a tensor"
-                    " that all shards have whole; copy them again"
+                    f"{where}: shard {i} differs from shard 0, and both have it whole; copy them"
+                    " again"
                 )
-        return array
+        return parts[0].read()
+
+    return dataclasses.replace(parts[0], read=read)
 
 
 def nbytes(tensor: Tensor) -> int:
@@ -138,38 +97,24 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return np.array_equal(a.read().view(bits), b.read().view(bits))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ParamTensor:
+def of_param(
+    leaf: jax.Array, layer: int | None, shape: tuple[int, ...], inputs: int, interleaved: bool
+) -> Tensor:
     """A parameter, or one layer of it, in the layout of a file.
 
-    Attributes:
+    Args:
       layer: None for the whole parameter.
-      our_shape: the shape in this package's layout, without the padding of a table.
+      shape: the shape in this package's layout, without the padding of a table.
       inputs: the number of input axes, as in `ParamSpec`.
       interleaved: the rows are queries or keys whose RoPE pairs lie side by side in the file.
     """
 
-    leaf: jax.Array
-    layer: int | None
-    our_shape: tuple[int, ...]
-    inputs: int
-    interleaved: bool
-
-    @property
-    def dtype(self) -> str:
-        return self.leaf.dtype.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return file_shape(self.our_shape, self.inputs)
-
-    def read(self) -> np.ndarray:
-        """Reads the tensor into an array in C order."""
-        array = self.leaf if self.layer is None else _layer(self.leaf, self.layer)
-        array = to_file(
-            np.asarray(array)[: self.our_shape[0]], self.inputs, interleaved=self.interleaved
-        )
+    def read() -> np.ndarray:
+        array = np.asarray(leaf if layer is None else _layer(leaf, layer))[: shape[0]]
+        array = to_file(array, inputs, interleaved=interleaved)
         return contiguous(array, array.dtype)
+
+    return Tensor(file_shape(shape, inputs), leaf.dtype.name, read)
 
 
 @jax.jit
@@ -202,3 +147,33 @@ def contiguous(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         columns = np.s_[..., start : start + _BLOCK]
         target[columns] = array[columns]
     return out
+
+
+def from_file(
+    array: np.ndarray, shape: Sequence[int], inputs: int, *, interleaved: bool
+) -> np.ndarray:
+    """A file's array as one layer's parameter of `shape`; a view where possible.
+
+    `interleaved` says that the rows are queries or keys whose RoPE pairs lie side by side.
+    """
+    if not inputs:
+        return array.reshape(shape)
+    outputs, width = tuple(shape[inputs:]), math.prod(shape[:inputs])
+    if interleaved:
+        heads, n = outputs
+        array = array.reshape(heads, n // 2, 2, width).swapaxes(1, 2)
+    array = array.reshape(*outputs, *shape[:inputs])
+    return np.moveaxis(array, range(len(outputs)), range(inputs, len(shape)))
+
+
+def to_file(array: np.ndarray, inputs: int, *, interleaved: bool) -> np.ndarray:
+    """One layer's parameter as a file has it, the inverse of `from_file`; a view where possible."""
+    if not inputs:
+        return array
+    shape = array.shape
+    outputs = shape[inputs:]
+    array = np.moveaxis(array, range(inputs, len(shape)), range(len(outputs)))
+    if interleaved:
+        heads, n = outputs
+        array = array.reshape(heads, 2, n // 2, *shape[:inputs]).swapaxes(1, 2)
+    return array.reshape(file_shape(shape, inputs))

@@ -31,8 +31,8 @@ def segment_starts(segments: jax.Array) -> jax.Array:
 
 def visits(rows: jax.Array, first: jax.Array, t: int, s: int) -> tuple[jax.Array, jax.Array]:
     """The range [low, high) of blocks of s keys that each block of t queries visits: [I] int32."""
-    low = jnp.min(_cut(first, 1, t, mode="edge"), axis=(1, 2)) // s
-    high = jnp.max(_cut(rows, 0, t, mode="edge"), axis=1) // s + 1
+    low = jnp.min(cut(first, 1, t, mode="edge"), axis=(1, 2)) // s
+    high = jnp.max(cut(rows, 0, t, mode="edge"), axis=1) // s + 1
     return low, high
 
 
@@ -132,7 +132,7 @@ def _scores(q: jax.Array, k: jax.Array, rows: jax.Array, first: jax.Array, j: ja
     return jnp.where(seen[:, None, None], scores, MASKED)
 
 
-def _cut(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Array:
+def cut(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Array:
     """Pads `axis` to a multiple of `size` and cuts it into blocks along a new leading axis."""
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, -x.shape[axis] % size)
@@ -143,13 +143,13 @@ def _cut(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Arra
 def _bounds(rows: jax.Array, first: jax.Array, t: int, s: int) -> tuple[jax.Array, ...]:
     """The bounds of each block of queries: rows [I,t], first [I,B,t], `visits` two times [I]."""
     low, high = visits(rows, first, t, s)
-    return _cut(rows, 0, t, mode="edge"), _cut(first, 1, t, mode="edge"), low, high
+    return cut(rows, 0, t, mode="edge"), cut(first, 1, t, mode="edge"), low, high
 
 
 def _query_blocks(x: jax.Array, K: int, t: int) -> jax.Array:
     """[B,T,H,...] -> [I,B,K,G,t,...], grouping the query heads that share a key head."""
     B, T, H = x.shape[:3]
-    return jnp.moveaxis(_cut(x.reshape(B, T, K, H // K, *x.shape[3:]), 1, t), 2, 4)
+    return jnp.moveaxis(cut(x.reshape(B, T, K, H // K, *x.shape[3:]), 1, t), 2, 4)
 
 
 def _query_rows(x: jax.Array, T: int) -> jax.Array:
@@ -161,7 +161,7 @@ def _query_rows(x: jax.Array, T: int) -> jax.Array:
 
 def _key_blocks(x: jax.Array, s: int) -> jax.Array:
     """[B,S,K,N] -> [J,B,K,s,N]."""
-    return jnp.moveaxis(_cut(x, 1, s), 2, 3)
+    return jnp.moveaxis(cut(x, 1, s), 2, 3)
 
 
 def _key_rows(x: jax.Array, S: int) -> jax.Array:

@@ -10,22 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from jllama.model.blockwise import cut
 from jllama.model.llama import TABLE_AXES
 from jllama.parallel.context import platform
 from jllama.parallel.product import all_gather, reduce
 from jllama.parallel.sharding import active_placement
 
 _NEVER = -1e30  # a finite logit whose probability is 0
-
-
-def _blocks(x: jax.Array, block: int) -> jax.Array:
-    """[B, T, ...] -> [T/block, B, block, ...]: cut along T, so that rows stay on their device.
-
-    T is padded to a multiple of `block` with zeros, which are positions of weight 0.
-    """
-    B, T = x.shape[:2]
-    x = jnp.pad(x, ((0, 0), (0, -T % block), *((0, 0) for _ in x.shape[2:])))
-    return jnp.moveaxis(x.reshape(B, -1, block, *x.shape[2:]), 1, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -127,7 +118,8 @@ def _one_device(
     zero = jnp.zeros((), jnp.float32)
     d_weight = jnp.zeros(head.T.shape, jnp.float32) if of_weight else None
     carry = (zero, zero, d_weight) if gradients else (zero, zero)
-    xs = tuple(_blocks(x, block) for x in (hidden, targets, weights))
+    # Cut along T, so that rows stay on their device; the padding has weight 0.
+    xs = tuple(cut(x, 1, block) for x in (hidden, targets, weights))
     carry, d_hidden = lax.scan(block_of_tokens, carry, xs)
     if not gradients:
         return carry, None
@@ -184,19 +176,9 @@ def _cross_entropy_fwd(hidden, weight, targets, weights, z_loss, block, vocab_si
     # A head that a LoRA overlay leaves frozen needs no gradient, which saves a third of the
     # products.
     of_weight = weight.perturbed
-    hidden, weight, targets, weights = (x.value for x in (hidden, weight, targets, weights))
-    out, (d_hidden, d_weight) = _forward(
-        hidden,
-        weight,
-        targets,
-        weights,
-        z_loss,
-        block,
-        vocab_size,
-        gradients=True,
-        of_weight=of_weight,
-    )
-    return out, (d_hidden, d_weight.astype(weight.dtype) if of_weight else None)
+    arrays = (x.value for x in (hidden, weight, targets, weights))
+    out, (d_hidden, d_weight) = _forward(*arrays, z_loss, block, vocab_size, True, of_weight)
+    return out, (d_hidden, d_weight.astype(weight.value.dtype) if of_weight else None)
 
 
 def _cross_entropy_bwd(z_loss, block, vocab_size, residuals, cotangents):

@@ -141,7 +141,6 @@ def _why_no_cudnn(
 
 
 def _reference(q, k, v, rows, segments, mask):
-    del mask
     S = k.shape[1]
     seen = jnp.broadcast_to(rows[:, None] >= jnp.arange(S), (len(q), len(rows), S))
     if segments is not None:
@@ -150,7 +149,6 @@ def _reference(q, k, v, rows, segments, mask):
 
 
 def _blockwise(q, k, v, rows, segments, mask, *, block):
-    del mask
     if segments is None:
         first = jnp.zeros(q.shape[:2], jnp.int32)
     else:
@@ -159,5 +157,5 @@ def _blockwise(q, k, v, rows, segments, mask, *, block):
 
 
 def _cudnn(q, k, v, rows, segments, mask):
-    del rows, segments, mask  # `choose_kernel` allows whole rows of one segment only
+    # `choose_kernel` allows whole rows of one segment only.
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")

@@ -66,7 +66,7 @@ def project(x: jax.Array, *matrices: Matrix, dtype: Any) -> tuple[jax.Array, ...
     kernels, overlays = zip(*(matrix() for matrix in matrices), strict=True)
     kinds = tuple(_Kind(matrix.axes, len(matrix.inputs)) for matrix in matrices)
     thin = [
-        None if o is None else (o["a"], _thin_kind(kind))
+        o and (o["a"], _Kind((*kind.axes[: kind.inputs], "lora_rank"), kind.inputs))
         for o, kind in zip(overlays, kinds, strict=True)
     ]
     # All products of x without dropout are one call, which gathers x once.
@@ -138,11 +138,6 @@ class _Kind(NamedTuple):
 
     axes: tuple[str, ...]
     inputs: int
-
-
-def _thin_kind(kind):
-    """The kind of the overlay's factor `a` for a matrix of `kind`."""
-    return _Kind((*kind.axes[: kind.inputs], "lora_rank"), kind.inputs)
 
 
 class _Layout(NamedTuple):

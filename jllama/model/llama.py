@@ -167,7 +167,7 @@ def param_specs(config: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
     """The parameter tree with a `ParamSpec` at each leaf; computes nothing."""
     boxed = jax.eval_shape(lambda: _init_boxed(config, compute, jax.random.key(0)))
     return jax.tree.map(
-        lambda p: ParamSpec(p.value.shape, p.value.dtype, p.axes, p.decay, p.inputs),
+        lambda p: ParamSpec(p.value.shape, p.value.dtype, p.names, p.decay, p.inputs),
         boxed,
         is_leaf=lambda p: isinstance(p, Declared),
     )

@@ -16,30 +16,14 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 EachLeaf = Callable[[str, Any], Any]
 
 
-@flax.struct.dataclass
-class Declared(nn.meta.AxisMetadata):
-    """A parameter with its declaration; `nn.scan` adds the layer axis."""
+class Declared(nn.Partitioned):
+    """A parameter with its declaration; `nn.scan` adds the layers to `names`, its logical axes."""
 
-    value: Any
-    axes: tuple[str, ...] = flax.struct.field(pytree_node=False)
-    decay: bool = flax.struct.field(pytree_node=False)
-    inputs: int = flax.struct.field(pytree_node=False)
+    decay: bool = flax.struct.field(pytree_node=False, kw_only=True)
+    inputs: int = flax.struct.field(pytree_node=False, kw_only=True)
 
-    def unbox(self) -> Any:
+    def unbox(self, apply_constraint: bool = True) -> Any:
         return self.value
-
-    def replace_boxed(self, val: Any) -> "Declared":
-        return self.replace(value=val)
-
-    def add_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
-        axes = list(self.axes)
-        axes.insert(index, params[nn.PARTITION_NAME])
-        return self.replace(axes=tuple(axes))
-
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
-        axes = list(self.axes)
-        axes.pop(index)
-        return self.replace(axes=tuple(axes))
 
 
 def declare(
@@ -54,7 +38,7 @@ def declare(
     """
 
     def boxed(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Declared:
-        return Declared(init(key, shape, dtype), axes, decay, inputs)
+        return Declared(init(key, shape, dtype), axes, decay=decay, inputs=inputs)
 
     return boxed
 

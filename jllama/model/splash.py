@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from jllama.chips import TPU_LANES as LANES
-from jllama.parallel.context import balanced_order, natural_order
+from jllama.parallel.context import balanced_order
 
 Mask = kernels.SplashAttentionKernel
 
@@ -37,7 +37,7 @@ def causal_mask(length: int, ways: int, balanced: bool, most: int, interpret: bo
       most: the largest block of queries and of keys.
       interpret: interpret the kernel, slowly, so that it runs on any platform.
     """
-    order = balanced_order(length, ways) if balanced else natural_order(length)
+    order = balanced_order(length, ways) if balanced else np.arange(length, dtype=np.int32)
     part = length // ways
     # Blocks that do not cross the two chunks of the balanced layout skip more of the mask.
     chunk = part // 2 if balanced and part % (2 * LANES) == 0 else part

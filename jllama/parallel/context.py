@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jllama.config import ShardingConfig
 from jllama.parallel.mesh import context_mesh
-from jllama.parallel.sharding import Placement, active_placement
+from jllama.parallel.sharding import Placement, active_placement, ways_of
 
 # (q [B,T,H,N], k and v [B,S,K,N], index of each query among the keys [T], segments [B,S] or None,
 # the kernel's precomputed mask or None) -> [B,T,H,N]
@@ -46,7 +46,7 @@ def platform() -> str:
 def sequence_ways(rows: int, length: int) -> int:
     """The number of devices over which the active placement shards the positions [rows, length]."""
     placement = active_placement()
-    return 1 if placement is None else _ways(placement, _spec(placement, (rows, length))[1])
+    return 1 if placement is None else ways_of(placement.mesh, _spec(placement, (rows, length))[1])
 
 
 def context_placement(params: Any) -> Placement | None:
@@ -70,11 +70,6 @@ def balanced_order(length: int, ways: int) -> np.ndarray | None:
         return None
     chunks = np.arange(length, dtype=np.int32).reshape(2 * ways, -1)
     return np.stack([chunks[:ways], chunks[: ways - 1 : -1]], axis=1).reshape(-1)
-
-
-def natural_order(length: int) -> np.ndarray:
-    """The positions of a row in the order of the natural layout, [length] int32."""
-    return np.arange(length, dtype=np.int32)
 
 
 def spread(
@@ -107,7 +102,7 @@ def spread(
         return kernel(q, k, v, jnp.arange(q.shape[1]), segments, mask)
     spec = _spec(placement, q.shape)
     batch, seq, heads, _ = spec
-    ways, head_ways = _ways(placement, seq), _ways(placement, heads)
+    ways, head_ways = ways_of(placement.mesh, seq), ways_of(placement.mesh, heads)
     # With fewer key/value heads than tensor ways, each head is repeated just often enough that
     # every device has the heads that its queries need.
     repeats = head_ways // math.gcd(k.shape[2], head_ways)
@@ -154,11 +149,6 @@ def spread(
 def _spec(placement: Placement, shape: tuple[int, ...]) -> PartitionSpec:
     axes = ("batch", "seq", "act_heads", None)[: len(shape)]
     return placement.spec(shape, axes, "attention")
-
-
-def _ways(placement: Placement, axes: str | tuple[str, ...] | None) -> int:
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(placement.mesh.shape[a] for a in axes)
 
 
 def _natural(x: jax.Array, balanced: bool) -> jax.Array:

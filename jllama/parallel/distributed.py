@@ -26,6 +26,7 @@ from orbax.checkpoint import multihost
 
 from jllama.config import DistributedConfig
 from jllama.errors import UserError
+from jllama.files.storage import one_line
 
 LOST = 3  # exit status of a process that lost another process, or waited for one in vain
 
@@ -77,7 +78,7 @@ def start(config: DistributedConfig) -> None:
         )
     except Exception as e:  # JAX, gRPC and the cluster's own interface raise errors of many types
         raise UserError(
-            f"distributed: {_brief(e)}; check the cluster, give distributed.coordinator,"
+            f"distributed: {one_line(e)}; check the cluster, give distributed.coordinator,"
             " num_processes and process_id, or set distributed.detect=false for a single process"
         ) from e
     finally:
@@ -170,22 +171,16 @@ def several() -> bool:
     return jax.process_count() > 1
 
 
-def _wait_for_all() -> None:
-    """A barrier: returns once every process has called it, however long the others take."""
-    # Not a collective: gloo's first one gives up after 30 s, and preparing data takes hours.
-    key = f"jllama-{next(_barriers)}"
-    multihost.get_barrier_sync_fn()(key=key, timeout_ms=_WEEK * 1000)
-
-
 def _gather_texts(text: str) -> list[str]:
     """The texts of all processes by process number, each cut to `_TEXT_BYTES`."""
     if not several():
         return [text]
-    _wait_for_all()
-    padded = np.zeros(_TEXT_BYTES, np.uint8)
-    encoded = text.encode()[:_TEXT_BYTES]
-    padded[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(padded))
+    # A barrier first, however long the others take: gloo's first collective gives up after 30 s,
+    # and preparing data takes hours.
+    key = f"jllama-{next(_barriers)}"
+    multihost.get_barrier_sync_fn()(key=key, timeout_ms=_WEEK * 1000)
+    padded = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+    rows = np.asarray(multihost_utils.process_allgather(np.frombuffer(padded, np.uint8)))
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
@@ -260,7 +255,7 @@ def ending_together(advice: Callable[[], str]) -> Iterator[None]:
         if isinstance(e, KeyboardInterrupt):
             _exit(130, f"{who}: interrupted")
         if is_loss(e):
-            _exit(LOST, f"error: {who}: another process was lost ({_brief(e)}){_text(advice)}")
+            _exit(LOST, f"error: {who}: another process was lost ({one_line(e)}){_text(advice)}")
         _exit(1, f"{traceback.format_exc()}error: {who}: ended by the above{_text(advice)}")
 
 
@@ -270,7 +265,7 @@ def is_loss(error: BaseException) -> bool:
     # Orbax raises a RuntimeError of its own for a barrier.
     if not several() or not isinstance(error, RuntimeError | ValueError | TimeoutError):
         return False
-    return _sounds_lost(str(error))
+    return _LOSS.search(str(error)) is not None and _NO_LOSS.search(str(error)) is None
 
 
 # Not single words: XLA may quote a program's `opt-barrier`, and a store may report a 503.
@@ -282,14 +277,6 @@ _LOSS = re.compile(
 _NO_LOSS = re.compile(
     r"RESOURCE_EXHAUSTED|tensorstore|\b(gs|s3)://|storage\.googleapis", re.IGNORECASE
 )
-
-
-def _sounds_lost(message: str) -> bool:
-    return _LOSS.search(message) is not None and _NO_LOSS.search(message) is None
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _text(advice: Callable[[], str]) -> str:

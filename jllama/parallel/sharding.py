@@ -7,7 +7,6 @@ dimension, wins. If none does, or the axis has no rule, the resolver raises an e
 to change; it never replicates silently.
 """
 
-import bisect
 import contextlib
 import contextvars
 import dataclasses
@@ -134,22 +133,13 @@ class Placement:
 
         `batch` holds the rows `batch_rows(batch_size)`, or all rows if `batch_size` is None.
         """
-        return {k: self._put(k, np.asarray(v), batch_size) for k, v in batch.items()}
 
-    def _put(self, name: str, rows: np.ndarray, batch_size: int | None) -> jax.Array:
-        shape = (len(rows) if batch_size is None else batch_size, *rows.shape[1:])
-        sharding = self.sharding(shape, ("batch",) + (None,) * (rows.ndim - 1), name)
-        if len(rows) == shape[0]:
-            return jax.make_array_from_callback(shape, sharding, lambda index: rows[index])
-        held = self.batch_rows(shape[0], name)
+        def put(name: str, rows: np.ndarray) -> jax.Array:
+            shape = (batch_size or len(rows), *rows.shape[1:])
+            sharding = self.sharding(shape, ("batch",) + (None,) * (rows.ndim - 1), name)
+            return jax.make_array_from_process_local_data(sharding, rows, shape)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            rows_of_device = range(shape[0])[index[0]]
-            first = bisect.bisect_left(held, rows_of_device.start)
-            # The rows of one device are consecutive, in `held` too.
-            return rows[first : first + len(rows_of_device)]
-
-        return jax.make_array_from_callback(shape, sharding, part)
+        return {name: put(name, np.asarray(rows)) for name, rows in batch.items()}
 
     def pin(self, x: jax.Array, *parts: tuple[str, ...]) -> jax.Array:
         """Constrains x to be sharded over `parts`, the mesh axes of each dimension."""
@@ -223,7 +213,7 @@ def scales_sharding(sharding: Sharding, shape: Sequence[int], full: Sequence[int
     if not isinstance(sharding, NamedSharding):  # on a single device
         return sharding
     spec = (*sharding.spec, *(None for _ in full))[: len(full)]
-    ways = [_ways(sharding.mesh, part) for part in spec]
+    ways = [ways_of(sharding.mesh, part) for part in spec]
     return NamedSharding(
         sharding.mesh,
         PartitionSpec(
@@ -232,6 +222,7 @@ def scales_sharding(sharding: Sharding, shape: Sequence[int], full: Sequence[int
     )
 
 
-def _ways(mesh: Mesh | AbstractMesh, part: str | tuple[str, ...] | None) -> int:
+def ways_of(mesh: Mesh | AbstractMesh, part: str | tuple[str, ...] | None) -> int:
+    """The number of devices over which a dimension is sharded; `part` is its part of a spec."""
     axes = (part,) if isinstance(part, str) else part or ()
     return math.prod(mesh.shape[a] for a in axes)

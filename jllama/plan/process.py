@@ -16,8 +16,6 @@ from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.plan.topology import Topology
 
-_PROGRAM = "jllama.plan.step"
-
 # libtpu looks for the description of a TPU machine, and for other processes that use the TPU. Here
 # is no such machine, and the compiler uses no TPU.
 _TPU = {
@@ -98,21 +96,15 @@ def compile_step(config: Config, topology: Topology, where: str = "recipe") -> d
         "topology": topology.name,
         "slices": topology.slices,
     }
-    with subprocess.Popen(
-        [sys.executable, "-m", _PROGRAM],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    ended = subprocess.run(  # on Ctrl-C it kills the compiler
+        [sys.executable, "-m", "jllama.plan.step"],
+        input=json.dumps(question),
+        capture_output=True,
         text=True,
         errors="replace",
         env=environment(topology),
-    ) as process:
-        try:
-            out, err = process.communicate(json.dumps(question))
-        except BaseException:  # on Ctrl-C the compiler would go on
-            process.kill()
-            raise
-    return _answer(process.returncode, out, err)
+    )
+    return _answer(ended.returncode, ended.stdout, ended.stderr)
 
 
 def _answer(status: int, out: str, err: str) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def search(
                 tried[change] = Tried(kind, change, False, alone, _ALONE)
             else:
                 compiled += 1
-                tried[change] = _tried(kind, change, attempt(change))
+                made = attempt(change)
+                need, eval_need = made["hbm_bytes_per_device"], made["eval_hbm_bytes_per_device"]
+                tried[change] = Tried(kind, change, made["fits"], need, None, eval_need)
         except (UserError, CompileFailed) as error:
             tried[change] = Tried(kind, change, False, None, str(error))
         return tried[change].fits
@@ -85,25 +87,17 @@ def search(
         kinds = {"remat": _remats(config), "batch": _batches(config, report)} | kinds
         kinds["offload"] = [("compute.remat=offload",)] if config.compute.remat != "offload" else []
     for kind, changes in kinds.items():
-        if kind == "mesh":
-            _first(kind, changes, try_change)
-        else:
+        if kind != "mesh":
             _mildest(kind, changes, try_change)
+            continue
+        for change in changes:
+            if try_change(kind, change) is not False:  # it fits, or no more are allowed
+                break
     if not any(t.fits for t in tried.values()):
         for change in _together(kinds):
             if try_change("together", change):
                 break
     return list(tried.values())
-
-
-def _tried(kind: str, change: Change, report: dict[str, Any]) -> Tried:
-    return Tried(
-        kind,
-        change,
-        report["fits"],
-        report["hbm_bytes_per_device"],
-        eval_hbm_bytes_per_device=report["eval_hbm_bytes_per_device"],
-    )
 
 
 def _mildest(kind: str, changes: Sequence[Change], try_change: Callable[..., bool | None]) -> None:
@@ -117,13 +111,6 @@ def _mildest(kind: str, changes: Sequence[Change], try_change: Callable[..., boo
         if fits is None:
             return
         low, high = (low, middle) if fits else (middle + 1, high)
-
-
-def _first(kind: str, changes: Sequence[Change], try_change: Callable[..., bool | None]) -> None:
-    """Tries the changes in order, up to the first that fits."""
-    for change in changes:
-        if try_change(kind, change) in (True, None):
-            return
 
 
 def _evaluation(config: Config, report: dict[str, Any]) -> Change:

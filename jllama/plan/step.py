@@ -61,13 +61,8 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
     if definition.frozen:
         known["frozen"] = bytes_per_device(definition.frozen)
     mesh = dict(placement.mesh.shape)
-    counted = bounds.traffic(
-        config,
-        mesh,
-        topology.slices,
-        parameters_of(definition),
-        known["parameters"] + known["optimizer"],
-    )
+    state_size, parameters = known["parameters"] + known["optimizer"], parameters_of(definition)
+    counted = bounds.traffic(config, mesh, topology.slices, parameters, state_size)
     loss = functools.partial(causal_lm_loss, config)
     step = make_train_step(config, loss, definition, placement)
     start = time.perf_counter()
@@ -281,7 +276,7 @@ def main() -> int:
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     question = json.load(sys.stdin)
-    config = recipes.from_dict(question["config"], question["where"])
+    config = recipes.validate(Config, question["config"], question["where"])
     try:
         answer = report(config, parse(question["topology"], question["slices"]))
     except UserError as error:

@@ -106,7 +106,7 @@ def architecture_at(path: str) -> ModelConfig:
 
 def open_adapted(
     found: Found,
-    adapters: Mapping[str, Path] | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     model: str | ModelConfig | None = None,
 ) -> StoredModel:
     """A model with adapters over it, by name; or an adapter with its base.
@@ -115,7 +115,8 @@ def open_adapted(
     computation, and their tokenizer, where they all have the same. Raises UserError if they are of
     several kinds that cannot be had together; `model` is that of `open_model`.
     """
-    opened = {name: open_adapter(find(path)) for name, path in (adapters or {}).items()}
+    given = (adapters or {}).items()
+    opened = {name: open_adapter(find(storage.path(path))) for name, path in given}
     if adapters is None and found.is_adapter:
         alone = open_adapter(found)
         opened, found = {found.path.name: alone}, base_of(alone)

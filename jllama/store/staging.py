@@ -40,7 +40,7 @@ def fetched(folder: Path, step: int, trees: Collection[str]) -> Iterator[Path]:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 pairs.append((storage.path(name), file))
         try:
-            storage.transfer(storage.download, pairs)
+            storage.transfer(pairs)
         finally:
             if not storage.exists(remote / COMMITTED):
                 raise UserError(f"{remote}: not complete; another run may be removing it")
@@ -96,7 +96,7 @@ class Staging:
             storage.remove_folder(remote)
             files = [f for f in local.rglob("*") if f.is_file()]
             pairs = [(f, remote / f.relative_to(local).as_posix()) for f in files]
-            storage.transfer(storage.upload, pairs)
+            storage.transfer(pairs)
             storage.write_text(remote / COMMITTED, f"{len(files)} files\n")
             for old in complete_steps(self._folder)[: -self._keep]:
                 storage.remove(self._folder / str(old) / COMMITTED)  # first, and so it is gone

@@ -44,9 +44,6 @@ class AddedToken:
             raise TypeError
         return cls(text, id, **{flag: bool(value.get(flag, False)) for flag in _FLAGS})
 
-    def as_special(self, special: bool) -> "AddedToken":
-        return dataclasses.replace(self, special=special)
-
     def to_json(self) -> dict:
         return {"content": self.text} | {flag: getattr(self, flag) for flag in _FLAGS}
 

@@ -5,6 +5,7 @@ every kind of tokenizer, `jllama.text.interface` handles added tokens, the space
 decoding.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 
@@ -65,7 +66,7 @@ class HuggingFaceTokenizer(Tokenizer):
             "special": tuple(sorted(declared)),
             "stop_ids": tuple(sorted(stop_ids)),
         }
-        self.added = [token.as_special(token.text in all_special) for token in tokens]
+        self.added = [dataclasses.replace(t, special=t.text in all_special) for t in tokens]
         # Normalised tokens are matched after the normaliser, which puts a space before the text and
         # marks spaces.
         changes = file.prepends or file.marks
@@ -98,22 +99,12 @@ class HuggingFaceTokenizer(Tokenizer):
             bos_id=ids[bos],
             eos_id=ids[eos],
             own_stops=[ids[name] for name in STOPS if name in all_special],
-            content=json,
             options=options,
             where=where,
         )
 
     def _files(self) -> dict[str, bytes]:
-        options = self._options
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": options["bos_token"],
-            "eos_token": options["eos_token"],
-        }
-        if options["added"]:
-            settings["added_tokens_decoder"] = {str(t.id): t.to_json() for t in options["added"]}
-        if options["special"]:
-            settings["additional_special_tokens"] = list(options["special"])
+        settings = self._settings() | {"tokenizer_class": "PreTrainedTokenizerFast"}
         return {"tokenizer.json": to_json(self.json), "tokenizer_config.json": to_json(settings)}
 
     def _encode(self, text: str, prefix: bool) -> list[int]:

@@ -127,7 +127,10 @@ def prompt_from_options(
             raise UserError(
                 "--prompt: excludes --prefix-file and --suffix-file; give the prompt or the files"
             )
-        prefix, suffix = ("" if f is None else _read(f) for f in (prefix_file, suffix_file))
+        prefix, suffix = (
+            "" if f is None else storage.read_text(storage.path(f))
+            for f in (prefix_file, suffix_file)
+        )
         return Infill(prefix, suffix, format or "psm")
     parsed = parse_prompt("--prompt", prompt, format or "psm")
     if format is not None and parsed == prompt:
@@ -147,10 +150,3 @@ def parse_prompt(key: str, text: str, format: InfillFormat = "psm") -> str | Inf
             " leave one of them"
         )
     return Infill(prefix, *rest, format) if rest else text
-
-
-def _read(file: str) -> str:
-    try:
-        return storage.read_text(storage.path(file))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None

@@ -49,7 +49,6 @@ class Tokenizer(abc.ABC):
         bos_id: int,
         eos_id: int,
         own_stops: Iterable[int] = (),
-        content: Any,
         options: Mapping[str, Any],
         where: str,
     ):
@@ -61,11 +60,10 @@ class Tokenizer(abc.ABC):
           prefix: where encoding adds a space.
           special_tokens, bos_id, eos_id: the attributes.
           own_stops: ids that end a text by the names of this kind, beside those in `options`.
-          content, options: the first argument and the keyword arguments that make the subclass
-            again; `stop_ids` is one of the latter.
+          options: the keyword arguments that make the subclass again; `stop_ids` is one of them.
           where: the file, for errors.
         """
-        self._content, self._options = content, options
+        self._options = options
         self.vocab_size = len(table)
         self.bos_id = bos_id
         self.eos_id = eos_id
@@ -87,10 +85,6 @@ class Tokenizer(abc.ABC):
         self._user = Splitter([token for token in added if not token.special])
         self._all = Splitter(known.values())
 
-    def __reduce__(self):
-        make = functools.partial(type(self), **self._options)
-        return make, (self._content,), {"carried": dict(self.carried)}
-
     @property
     def adds_space(self) -> bool:
         """Whether encoding adds a space before a text, which decoding removes."""
@@ -104,6 +98,15 @@ class Tokenizer(abc.ABC):
             return hashlib.sha256(*files.values()).hexdigest()
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+    def _settings(self) -> dict[str, Any]:
+        """Options by their keys in Hugging Face's files, but for those that are not set."""
+        settings = {k: self._options[k] for k in ("bos_token", "eos_token") if self._options[k]}
+        if added := self._options["added"]:
+            settings["added_tokens_decoder"] = {str(t.id): t.to_json() for t in added}
+        if special := self._options["special"]:
+            settings["additional_special_tokens"] = list(special)
+        return settings
 
     @abc.abstractmethod
     def _files(self) -> dict[str, bytes]:

@@ -99,7 +99,6 @@ class TiktokenTokenizer(Tokenizer):
             bos_id=special[options["bos_token"]],
             eos_id=special[options["eos_token"]],
             own_stops=[special[name] for name in STOPS],
-            content=model,
             options=options,
             where=where,
         )

@@ -1,15 +1,48 @@
 """Reads and extends the file of a SentencePiece model: pieces with scores, and normalisation.
 
-The file is a protocol buffer, sentencepiece_model.proto. The module for it in sentencepiece needs a
-newer protobuf than other packages allow, and would not keep the bytes of a file that is extended.
+The file is a protocol buffer. The fields that are needed are declared here after
+sentencepiece_model.proto; the others stay as they are. sentencepiece's own module for it is not
+used: it asks for a newer protobuf than other packages allow.
 """
 
 import dataclasses
 import enum
-import struct
 from collections.abc import Iterable
 
-from jllama.files import protobuf
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+
+# self_test_data are sample texts with their pieces, which sentencepiece checks on loading.
+_PROTO = """
+name: "jllama_sentencepiece.proto" package: "jllama" syntax: "proto2"
+message_type { name: "Piece"
+  field { number: 1 name: "piece" type: TYPE_STRING }
+  field { number: 2 name: "score" type: TYPE_FLOAT }
+  field { number: 3 name: "type" type: TYPE_INT32 default_value: "1" }
+}
+message_type { name: "Trainer"
+  field { number: 3 name: "model_type" type: TYPE_INT32 default_value: "1" }
+  field { number: 4 name: "vocab_size" type: TYPE_INT32 }
+  field { number: 24 name: "treat_whitespace_as_suffix" type: TYPE_BOOL }
+  field { number: 43 name: "pad_id" type: TYPE_INT32 default_value: "-1" }
+  field { number: 48 name: "pad_piece" type: TYPE_STRING }
+}
+message_type { name: "Normalizer"
+  field { number: 2 name: "precompiled_charsmap" type: TYPE_BYTES }
+  field { number: 3 name: "add_dummy_prefix" type: TYPE_BOOL default_value: "true" }
+  field { number: 4 name: "remove_extra_whitespaces" type: TYPE_BOOL default_value: "true" }
+  field { number: 5 name: "escape_whitespaces" type: TYPE_BOOL default_value: "true" }
+}
+message_type { name: "Model"
+  field { number: 1 name: "pieces" type: TYPE_MESSAGE type_name: "Piece" label: LABEL_REPEATED }
+  field { number: 2 name: "trainer" type: TYPE_MESSAGE type_name: "Trainer" }
+  field { number: 3 name: "normalizer" type: TYPE_MESSAGE type_name: "Normalizer" }
+  field { number: 4 name: "self_test_data" type: TYPE_BYTES }
+}
+"""
+_pool = descriptor_pool.DescriptorPool()
+_file = text_format.Parse(_PROTO, descriptor_pb2.FileDescriptorProto())
+_pool.AddSerializedFile(_file.SerializeToString())
+_Model = message_factory.GetMessageClass(_pool.FindMessageTypeByName("jllama.Model"))
 
 
 class PieceType(enum.IntEnum):
@@ -56,51 +89,30 @@ class SentencePieceModel:
 
 def parse_sentencepiece(model: bytes) -> SentencePieceModel:
     """Parses a model that sentencepiece has loaded, so the file is known to be whole."""
-    # Fields by their numbers in the .proto, and its defaults.
-    pieces, trainer, normalizer = [], {}, {}
-    for number, value in protobuf.fields(model):
-        match number:
-            case 1:
-                piece = {2: b"\0\0\0\0", 3: PieceType.NORMAL, **dict(protobuf.fields(value))}
-                score = struct.unpack("<f", piece[2])[0]
-                pieces.append(Piece(piece[1].decode(), score, PieceType(piece[3])))
-            case 2:
-                trainer |= protobuf.fields(value)
-            case 3:
-                normalizer |= protobuf.fields(value)
-    pad = trainer.get(43, -1)
+    proto = _Model.FromString(model)
+    trainer, normalizer = proto.trainer, proto.normalizer
     return SentencePieceModel(
-        tuple(pieces),
-        algorithm={1: "unigram", 2: "bpe", 3: "word", 4: "char"}[trainer.get(3, 1)],
-        pad_id=None if pad < 0 else pad,
-        add_dummy_prefix=bool(normalizer.get(3, 1)),
-        remove_extra_whitespaces=bool(normalizer.get(4, 1)),
-        marks_before=bool(normalizer.get(5, 1)) and not trainer.get(24, 0),
-        charsmap=normalizer.get(2, b""),
+        tuple(Piece(p.piece, p.score, PieceType(p.type)) for p in proto.pieces),
+        algorithm={1: "unigram", 2: "bpe", 3: "word", 4: "char"}[trainer.model_type],
+        pad_id=None if trainer.pad_id < 0 else trainer.pad_id,
+        add_dummy_prefix=normalizer.add_dummy_prefix,
+        remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
+        marks_before=normalizer.escape_whitespaces and not trainer.treat_whitespace_as_suffix,
+        charsmap=normalizer.precompiled_charsmap,
     )
 
 
-_SELF_TEST = 4  # field of sample texts with their pieces, which sentencepiece checks on loading
-
-
 def append_pieces(model: bytes, pieces: Iterable[Piece], pad: str = "") -> bytes:
-    """Returns the model with more pieces; except for samples of encoding, its bytes stay.
+    """Returns the model with more pieces, without its samples of encoding.
 
-    A field that appears twice in a protocol buffer is a list, or its last value counts. So the new
-    fields go to the end. `pad` is the text of a control piece that becomes the model's padding.
+    `pad` is the text of a control piece that becomes the model's padding.
     """
-    fields = list(protobuf.fields(model))
-    ids = [piece for number, piece in fields if number == 1]
-    texts = {dict(protobuf.fields(piece))[1].decode(): id for id, piece in enumerate(ids)}
-    out = [protobuf.bytes_field(number, value) for number, value in fields if number != _SELF_TEST]
+    proto = _Model.FromString(model)
+    proto.ClearField("self_test_data")
     for piece in pieces:
-        texts[piece.text] = len(texts)
-        text, score = piece.text.encode(), struct.pack("<f", piece.score)
-        entry = protobuf.bytes_field(1, text) + protobuf.fixed32_field(2, score)
-        entry += protobuf.varint_field(3, piece.type)
-        out.append(protobuf.bytes_field(1, entry))
-    trainer = protobuf.varint_field(4, len(texts))  # vocab_size
+        proto.pieces.add(piece=piece.text, score=piece.score, type=piece.type)
+    proto.trainer.vocab_size = len(proto.pieces)
     if pad:
-        trainer += protobuf.varint_field(43, texts[pad])  # pad_id
-        trainer += protobuf.bytes_field(48, pad.encode())  # pad_piece
-    return b"".join([*out, protobuf.bytes_field(2, trainer)])
+        proto.trainer.pad_piece = pad
+        proto.trainer.pad_id = [piece.piece for piece in proto.pieces].index(pad)
+    return proto.SerializeToString()

@@ -5,6 +5,8 @@ tokenizers and all that jllama trains, `decode(encode(text)) == text` for every 
 holds U+2581: SentencePiece marks spaces with it, so it is decoded to a space.
 """
 
+import contextlib
+import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Iterator
@@ -71,7 +73,7 @@ class SentencePieceTokenizer(Tokenizer):
         table = [b""] * (max(names) + 1)
         for i in names.keys() - control - declared:
             table[i] = _bytes(sp, i) if i < len(self.pieces) else names[i].encode()
-        self.added = [token.as_special(token.id in declared) for token in added]
+        self.added = [dataclasses.replace(token, special=token.id in declared) for token in added]
         options = {
             "added": added,
             "special": tuple(names[i] for i in sorted(declared - control)),
@@ -92,18 +94,13 @@ class SentencePieceTokenizer(Tokenizer):
             special_tokens={names[i]: i for i in sorted(control | declared)},
             bos_id=bos,
             eos_id=eos,
-            content=model,
             options=options,
             where=where,
         )
 
     def _files(self) -> dict[str, bytes]:
         files = {"tokenizer.model": self.model}
-        settings = {k: self._options[k] for k in ("bos_token", "eos_token") if self._options[k]}
-        if added := self._options["added"]:
-            settings["added_tokens_decoder"] = {str(t.id): t.to_json() for t in added}
-        if special := self._options["special"]:
-            settings["additional_special_tokens"] = list(special)
+        settings = self._settings()
         if not self._options["legacy"]:
             settings["legacy"] = False
         if settings:
@@ -144,17 +141,13 @@ def _parts(text: str, prefix: bool) -> Iterator[str]:
 
 
 def _processor(model: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
-    sp = sentencepiece.SentencePieceProcessor()
-    try:
-        loaded = bool(model) and sp.LoadFromSerializedProto(model)
-    except (RuntimeError, ValueError):
-        loaded = False
-    if not loaded:
-        raise UserError(
-            f"{where}: not a SentencePiece model, Llama 3's tokenizer.model or a tokenizer.json;"
-            " give the file itself"
-        )
-    return sp
+    with contextlib.suppress(RuntimeError, ValueError):
+        if model:
+            return sentencepiece.SentencePieceProcessor(model_proto=model)
+    raise UserError(
+        f"{where}: not a SentencePiece model, Llama 3's tokenizer.model or a tokenizer.json;"
+        " give the file itself"
+    )
 
 
 def _bytes(sp: sentencepiece.SentencePieceProcessor, id: int) -> bytes:

@@ -9,20 +9,11 @@ from jllama.errors import UserError
 from jllama.files import storage
 from jllama.text.huggingface import HuggingFaceTokenizer
 from jllama.text.infill import PIECES
-from jllama.text.interface import TextStream, Tokenizer
+from jllama.text.interface import Tokenizer
 from jllama.text.llama3 import TiktokenTokenizer, is_tiktoken
 from jllama.text.settings import TokenizerSettings, load_settings
 from jllama.text.spm import SentencePieceTokenizer
 from jllama.text.tokenizer_json import spell, token_ids
-
-__all__ = [
-    "HuggingFaceTokenizer",
-    "SentencePieceTokenizer",
-    "TextStream",
-    "TiktokenTokenizer",
-    "Tokenizer",
-    "load_tokenizer",
-]
 
 _MODEL, _JSON = "tokenizer.model", "tokenizer.json"
 _NO_SETTINGS = TokenizerSettings()
@@ -52,7 +43,7 @@ def find_tokenizer(folder: Path, names: Collection[str] | None = None) -> Tokeni
 
     `names` are those of the folder's files, where the caller has listed them.
     """
-    names = storage.names(folder) if names is None else names
+    names = storage.listing(folder).files if names is None else names
     if _MODEL not in names and _JSON not in names:
         above = storage.absolute(folder).parent / _MODEL
         if "params.json" in names and storage.exists(above):
@@ -73,10 +64,7 @@ def find_tokenizer(folder: Path, names: Collection[str] | None = None) -> Tokeni
 
 
 def _from_file(path: Path, settings: TokenizerSettings) -> Tokenizer:
-    try:
-        data = storage.read_bytes(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such tokenizer file") from None
+    data = storage.read_bytes(path)
     if path.suffix == ".json" or data.lstrip()[:1] == b"{":
         return _from_json(_parse_json(data, path), path, settings)
     options = _options(settings)

@@ -15,6 +15,7 @@ import sentencepiece
 
 from jllama.config import TrainedTokenizer
 from jllama.errors import UserError
+from jllama.files import storage
 from jllama.text.infill import PIECES
 from jllama.text.spm import SentencePieceTokenizer
 
@@ -71,9 +72,8 @@ def train_sentencepiece(texts: Iterable[str], config: TrainedTokenizer) -> Sente
     except (RuntimeError, ValueError) as e:
         limit = re.search(r"value <= (\d+)", str(e))
         if limit is None:
-            reason = " ".join(str(e).split())
             raise UserError(
-                f"tokenizer: SentencePiece cannot train on this text: {reason}"
+                f"tokenizer: SentencePiece cannot train on this text: {storage.one_line(e)}"
             ) from None
         raise UserError(
             f"tokenizer.vocab_size={config.vocab_size} (--size): the training text gives only"

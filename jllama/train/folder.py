@@ -68,7 +68,9 @@ def open_run(
             lambda: _begin(config, folder, stack, initial_tokenizer) if leader else None
         )
         data = together(lambda: data or _join(config, folder))
-        distributed.check_same("the prepared text", _digests_text(data), "give all the same files")
+        distributed.check_same(
+            "the prepared text", json.dumps(_digests(data), indent=1), "give all the same files"
+        )
         yield folder, data
 
 
@@ -93,7 +95,7 @@ def _begin(
             )
         data = open_data(config, tokenizer)
         tokenizer.save(folder)
-        storage.write_text(folder / _DATA, _digests_text(data))
+        storage.write_text(folder / _DATA, json.dumps(_digests(data), indent=1))
     _note_unused_rows(config.model.vocab_size, tokenizer.vocab_size)
     # Where a file is in the way this is a UserError; Orbax would raise its own.
     storage.make_folder(folder / "checkpoints")
@@ -146,14 +148,10 @@ def _digests(data: Data) -> dict[str, dict[str, str]]:
     }
 
 
-def _digests_text(data: Data) -> str:
-    return json.dumps(_digests(data), indent=1)
-
-
 def _check_same_data(folder: Path, data: Data) -> None:
     try:
         before = json.loads(storage.read_text(folder / _DATA))
-    except (FileNotFoundError, ValueError) as e:
+    except (storage.NoSuchFile, ValueError) as e:
         raise UserError(f"{folder / _DATA}: not readable, the run's data is unknown: {e}") from None
     for part, digests in _digests(data).items():
         for name, digest in digests.items():

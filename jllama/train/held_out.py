@@ -44,7 +44,7 @@ def evaluate(
     total_nll = total_weight = total_bits = total_bytes = 0.0
     for name, prepared in data.held_out.items():
         rows = data.held_out_rows[name]
-        if 0 < stride < rows.length and isinstance(rows, CutRows):
+        if 0 < stride < config.data.length and isinstance(rows, CutRows):
             rows = CutRows(prepared, config.data.length, stride=stride)
         part = placement.batch_rows(size, "eval.batch_size")
         nll = weight = 0.0

@@ -135,7 +135,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl, without a last line that a kill has cut off."""
     try:
         text = storage.read_text(path)
-    except FileNotFoundError:
+    except storage.NoSuchFile:
         return []
     lines = []
     for line in text.splitlines():

@@ -1,7 +1,7 @@
 """Learning-rate schedules and the optimizer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,6 @@ from jllama.config import (
     MuonConfig,
     Optimizer,
     Schedule,
-    TrainingConfig,
     WsdSchedule,
 )
 from jllama.model.llama import ParamSpec
@@ -66,12 +65,8 @@ def make_optimizer(config: Optimizer, specs: Any) -> optax.GradientTransformatio
             )
     return optax.chain(
         direction,
-        optax.add_decayed_weights(config.weight_decay, mask=jax.tree.map(_decays, specs)),
+        optax.add_decayed_weights(config.weight_decay, mask=jax.tree.map(lambda s: s.decay, specs)),
     )
-
-
-def _decays(spec: ParamSpec) -> bool:
-    return spec.decay
 
 
 def _muon(momentum: float, specs: Any) -> optax.GradientTransformation:
@@ -79,18 +74,17 @@ def _muon(momentum: float, specs: Any) -> optax.GradientTransformation:
     updates (arXiv:2502.16982, equation 4).
     """
 
-    def split(spec: ParamSpec) -> tuple[int, int]:
-        stacked = int(spec.axes[0] == "layers")  # each layer's matrix is orthogonalised by itself
-        return stacked, stacked + spec.inputs
+    def split(dimensions: Sequence[int], spec: ParamSpec) -> tuple[tuple[int, ...], ...]:
+        """Those of the inputs, and of the outputs; each layer's matrix is orthogonalised alone."""
+        first = int(spec.axes[0] == "layers")
+        last = first + spec.inputs
+        return tuple(dimensions[first:last]), tuple(dimensions[last:])
 
     def dimensions(spec: ParamSpec) -> optax.contrib.MuonDimensionNumbers:
-        first, last = split(spec)
-        axes = tuple(range(len(spec.axes)))
-        return optax.contrib.MuonDimensionNumbers(axes[first:last], axes[last:])
+        return optax.contrib.MuonDimensionNumbers(*split(range(len(spec.axes)), spec))
 
     def size(spec: ParamSpec) -> float:
-        first, last = split(spec)
-        return 0.2 * max(math.prod(spec.shape[first:last]), math.prod(spec.shape[last:])) ** 0.5
+        return 0.2 * max(map(math.prod, split(spec.shape, spec))) ** 0.5
 
     def of_matrices(f: Callable[[ParamSpec], Any]) -> Any:
         return jax.tree.map(lambda s: f(s) if s.inputs else optax.MaskedNode(), specs)
@@ -104,8 +98,3 @@ def _muon(momentum: float, specs: Any) -> optax.GradientTransformation:
         ),
         optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, sizes)),
     )
-
-
-def make_schedule(config: TrainingConfig) -> Callable[[jax.Array], jax.Array]:
-    """Returns the recipe's schedule, as `learning_rate` does."""
-    return learning_rate(config.schedule, config.steps)

@@ -43,25 +43,13 @@ def start_state(
     Raises `UserError` when a checkpoint or a model cannot be read, or when the base is not the one
     that the run began with.
     """
-    if isinstance(config.adapt, LoraConfig):
-        return _start_overlay(config, placement, definition, folder, step, initial)
-    if step:
-        return load_state(folder, step, definition), ()
-    if initial is not None:
-        return start_from(definition, initial.read(definition.placed.trainable)), ()
-    return init_state(definition, config.run.seed), ()
-
-
-def _start_overlay(
-    config: Config,
-    placement: Placement,
-    definition: StateDef,
-    folder: Path,
-    step: int,
-    initial: StoredModel,
-) -> tuple[TrainState, Any]:
-    shapes = base_shapes(config, placement)
-    base, digest = read_base(initial, shapes, freezer(config))
+    if not isinstance(config.adapt, LoraConfig):
+        if step:
+            return load_state(folder, step, definition), ()
+        if initial is not None:
+            return start_from(definition, initial.read(definition.placed.trainable)), ()
+        return init_state(definition, config.run.seed), ()
+    base, digest = read_base(initial, base_shapes(config, placement), freezer(config))
     model = str(storage.absolute(initial.place))
     distributed.together(lambda: note_base(folder, model, digest) if distributed.leader() else None)
     if step:

@@ -62,11 +62,7 @@ class StateDef:
     @property
     def placed(self) -> TrainState:
         """The state with a `jax.ShapeDtypeStruct` at each leaf, its sharding included."""
-        return jax.tree.map(
-            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-            self.shapes,
-            self.shardings,
-        )
+        return jax.tree.map(lambda s, p: s.update(sharding=p), self.shapes, self.shardings)
 
 
 def to_trees(state: TrainState) -> dict[str, Any]:
@@ -155,8 +151,7 @@ def base_shapes(config: Config, placement: Placement) -> llama.Params:
 def freezer(config: Config) -> EachLeaf:
     """Returns what quantises a base's leaf as `config.adapt` says; it maps shapes to shapes."""
     overlay = lora.overlay_specs(config.model, config.compute, config.adapt)
-    whole = {".".join(path) for path, _ in lora.whole_leaves(overlay)}
-    return quant.quantizer(config.model, config.adapt.quantize, whole)
+    return quant.quantizer(config.model, config.adapt.quantize, lora.whole_leaves(overlay))
 
 
 def _like_parameters(opt_state: Any, specs: Any, shardings: Any, placement: Placement) -> Any:

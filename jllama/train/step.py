@@ -12,7 +12,7 @@ import optax
 from jllama.config import Config
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import Batch
-from jllama.train.optimizer import make_schedule
+from jllama.train.optimizer import learning_rate
 from jllama.train.state import StateDef, TrainState, as_float32
 
 # (trainable, frozen, batch, key) -> (loss_sum, weight_sum, sums): float32 scalars, summed over
@@ -42,7 +42,7 @@ def make_train_step(
     whatever else the loss function adds), grad_norm (before clipping), learning_rate, weight
     (weight_sum: predicted tokens), and every other sum by its name, divided by weight_sum.
     """
-    rate = make_schedule(config.training)
+    rate = learning_rate(config.training.schedule, config.training.steps)
     optimizer, splits = definition.optimizer, config.training.accumulate
 
     def gradient(trainable, frozen, batch, key):

@@ -36,11 +36,9 @@ def random(lora_config: LoraConfig, base, seed: int = 1, std: float = 0.05):
         std * jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(leaves)
     ]
     moved = tree.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
-    for path, factors in lora.matrices(moved):  # what lies beyond a layer's rank stays zero
+    for path, factors in lora.matrices(moved).items():  # what lies beyond a layer's rank stays zero
         layers = factors["a"].shape[0]
-        for layer, (rank, _) in enumerate(
-            lora.ranks_and_scales(".".join(path), lora_config, layers)
-        ):
+        for layer, (rank, _) in enumerate(lora.ranks_and_scales(path, lora_config, layers)):
             factors["a"] = factors["a"].at[layer, ..., rank:].set(0)
             factors["b"] = factors["b"].at[layer, rank:].set(0)
     return moved
@@ -60,14 +58,10 @@ def logits(params, collection, tokens, cpt=None):
 
 def by_hand(lora_config: LoraConfig, base, overlay):
     """The merged parameters in float64, matrix by matrix and layer by layer."""
-    params = jax.tree.map(lambda x: np.asarray(x, np.float64), base)
-    for path, value in lora.whole_leaves(overlay):
-        node = params
-        for key in path[:-1]:
-            node = node[key]
-        node[path[-1]] = np.asarray(value, np.float64)
-    for path, factors in lora.matrices(overlay):
-        node = params[path[0]][path[1]][path[2]]
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), lora.with_whole(base, overlay))
+    for path, factors in lora.matrices(overlay).items():
+        first, second, third = path.split(".")
+        node = params[first][second][third]
         a, b = (np.asarray(factors[n], np.float64) for n in "ab")
         inputs = a.ndim - 2
         for layer in range(a.shape[0]):
@@ -225,8 +219,8 @@ def test_patterns_name_matrices_by_name_and_by_path():
     specs = lora.overlay_specs(
         MODEL, tiny.compute(), config(targets=("layers.attention.*", "?p"), full=("*_norm",))
     )
-    assert {path[-1] for path, _ in lora.matrices(specs)} == {"q", "k", "v", "o", "up"}
-    assert {".".join(path) for path, _ in lora.whole_leaves(specs)} == {
+    assert {path.rpartition(".")[2] for path in lora.matrices(specs)} == {"q", "k", "v", "o", "up"}
+    assert lora.whole_leaves(specs).keys() == {
         "layers.attention_norm.scale", "layers.ffn_norm.scale", "final_norm.scale",
     }  # fmt: skip
 

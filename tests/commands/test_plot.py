@@ -30,14 +30,14 @@ def run(tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """The panels of the pictures drawn."""
-    panels, subplots = [], plot.pyplot.subplots
+    panels, subplots = [], plot.Figure.subplots
 
-    def remember(*args, **kwargs):
-        figure, axes = subplots(*args, **kwargs)
+    def remember(figure, *args):
+        axes = subplots(figure, *args)
         panels.extend(axes)
-        return figure, axes
+        return axes
 
-    monkeypatch.setattr(plot.pyplot, "subplots", remember)
+    monkeypatch.setattr(plot.Figure, "subplots", remember)
     return panels
 
 

@@ -453,7 +453,7 @@ def test_a_saved_recipe_loads_to_an_equal_one(path, tmp_path):
     saved = tmp_path / "config.yaml"
     saved.write_text(recipes.to_yaml(loaded))
     again = recipes.load(saved)
-    assert again == loaded == recipes.from_dict(recipes.to_dict(loaded), "test")
+    assert again == loaded == recipes.validate(Config, recipes.to_dict(loaded), "test")
     assert hash(again) == hash(loaded)
 
 

@@ -1,5 +1,6 @@
 """Preparing with Apache Beam writes the same bytes as in processes, with any workers."""
 
+import functools
 import gzip
 import json
 
@@ -40,7 +41,7 @@ def make(source, tokenizer, tmp_path, monkeypatch):
     def make(name, options=None, shards=3, **changes):
         folder = str(tmp_path / name)
         kwargs = {"shards": shards, "block_tokens": 50, "workers": 1, "max_skipped": 2} | changes
-        how = None if options is None else beam.maker("direct", options)
+        how = None if options is None else functools.partial(beam.make, "direct", options)
         return prepare(source, tokenizer, PrepareConfig(folder=folder, **kwargs), how)
 
     return make

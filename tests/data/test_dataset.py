@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from jllama.config import Config
 from jllama.config import recipe as recipes
 from jllama.data.dataset import Dataset, eval_batches
 from jllama.data.opening import open_data, open_tokenizer
@@ -124,7 +125,7 @@ def recipe(tmp_path, texts, write_jsonl):
     path = recipes.configs_folder() / "train" / "tiny.yaml"
     whole = recipes.to_dict(recipes.load(path, ["tokenizer.vocab_size=300"]))
     whole["data"] = data
-    return recipes.from_dict(whole, "recipe")
+    return recipes.validate(Config, whole, "recipe")
 
 
 def test_a_recipe_opens_to_training_and_held_out_rows(recipe, tmp_path, monkeypatch):
@@ -157,7 +158,7 @@ def test_tokenising_processes_do_not_import_jax():
 
 
 def changed(recipe, *overrides):
-    return recipes.from_dict(recipes.override(recipes.to_dict(recipe), overrides), "recipe")
+    return recipes.validate(Config, recipes.override(recipes.to_dict(recipe), overrides), "recipe")
 
 
 @pytest.mark.parametrize("part", ["train", "held_out"])

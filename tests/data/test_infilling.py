@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from jllama.config import InfillObjective, PrepareConfig, TrainedTokenizer
+from jllama.config import Config, InfillObjective, PrepareConfig, TrainedTokenizer
 from jllama.config import recipe as recipes
 from jllama.data.dataset import Dataset
 from jllama.data.opening import open_data, open_tokenizer
@@ -206,7 +206,7 @@ def recipe(tmp_path, texts, write_jsonl):
         "held_out": [recipes.to_dict(write_jsonl(texts[50:], "held_out"))],
         "prepare": {"folder": str(tmp_path / "prepared"), "workers": 1},
     }
-    return lambda *overrides: recipes.from_dict(recipes.override(whole, overrides), "recipe")
+    return lambda *overrides: recipes.validate(Config, recipes.override(whole, overrides), "recipe")
 
 
 def test_a_recipe_infills_training_rows_alone_and_prepares_nothing_anew(recipe, monkeypatch):

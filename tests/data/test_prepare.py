@@ -57,11 +57,10 @@ def test_a_dataset_whose_file_went_away_while_it_was_made_gets_no_marker(
     prepare_texts, tmp_path, monkeypatch
 ):
     # As another process does that prepares at the same URL: it removes the folder when it starts.
-    names = storage.names
+    listing = storage.listing
     gone = "document-ends.00001.u64"
-    monkeypatch.setattr(
-        storage, "names", lambda f: {n: size for n, size in names(f).items() if n != gone}
-    )
+    rest = lambda f: {n: size for n, size in listing(f).files.items() if n != gone}  # noqa: E731
+    monkeypatch.setattr(storage, "listing", lambda f: storage.Listing(rest(f), set()))
     with pytest.raises(UserError, match=rf"{gone}: was removed while .*\(1 such files\)"):
         prepare_texts(folder=str(tmp_path), shards=2)
     assert not list(tmp_path.rglob("identity.json"))

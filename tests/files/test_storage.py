@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import gzip
 import importlib.util
 import json
@@ -87,7 +88,7 @@ def folder(request, tmp_path):
 
 
 def test_what_is_written_is_read_listed_and_found(folder):
-    assert storage.names(folder) == {}
+    assert storage.listing(folder).files == {}
     assert not storage.is_folder(folder)
     storage.make_folder(folder)
     storage.write_text(folder / "a.txt", "straße")
@@ -95,7 +96,7 @@ def test_what_is_written_is_read_listed_and_found(folder):
     storage.write_bytes(folder / "b.bin", b"\1" * 10)
     assert storage.read_text(folder / "a.txt") == "straße"
     assert storage.read_bytes(folder / "b.bin") == b"\1" * 10
-    assert storage.names(folder) == {"a.txt": 7, "b.bin": 10}
+    assert storage.listing(folder).files == {"a.txt": 7, "b.bin": 10}
     assert storage.is_folder(folder)
     assert storage.exists(folder / "a.txt") and not storage.exists(folder / "c")
     assert storage.matches(f"{folder}/*.txt") == [f"{folder}/a.txt"]
@@ -116,7 +117,7 @@ def test_a_change_of_equal_size_is_another_version(folder):
 
 def test_a_missing_file_is_file_not_found(folder):
     for function in (storage.read_bytes, storage.stat, storage.open_read):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(storage.NoSuchFile):
             function(folder / "nothing")
 
 
@@ -240,7 +241,7 @@ def test_every_kind_of_file_is_read_from_a_url(scheme, request, tmp_path):
     storage.write_bytes(root / "c.jsonl.zst", zstandard.compress(lines()))
     storage.write_bytes(root / "d.txt", "\f".join(TEXTS).encode())
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "e.parquet")
-    storage.upload(tmp_path / "e.parquet", root / "e.parquet")
+    storage.copy_file(tmp_path / "e.parquet", root / "e.parquet")
     found = documents(JsonlSource(kind="jsonl", files=(f"{root}/*.jsonl*",)))
     assert [d.text for d in found] == TEXTS * 3
     found = documents(TextSource(kind="text", files=(f"{root}/d.txt",), separator="\f"))
@@ -301,11 +302,11 @@ def test_beam_makes_the_same_dataset_at_a_url(scheme, request, tokenizer, tmp_pa
     options = {"workers": 1, "shards": 2, "block_tokens": 50, "cache": str(tmp_path / "cache")}
     local = prepare(source, tokenizer, PrepareConfig(folder=str(tmp_path), **options))
     config = PrepareConfig(folder=str(root), **options)
-    remote = prepare(source, tokenizer, config, beam.maker("direct", {}))
+    remote = prepare(source, tokenizer, config, functools.partial(beam.make, "direct", {}))
     assert remote.identity == local.identity
     for name in local.identity["files"]:
         assert storage.read_bytes(remote.folder / name) == (local.folder / name).read_bytes(), name
-    assert set(storage.names(remote.folder)) == {"identity.json", *local.identity["files"]}
+    assert set(storage.listing(remote.folder).files) == {"identity.json", *local.identity["files"]}
     assert not storage.is_folder(remote.folder / "beam")
 
 
@@ -317,7 +318,7 @@ def test_copies_of_a_dataset_are_fetched_once(gs, tokenizer, tmp_path, monkeypat
     config = PrepareConfig(folder=str(root), workers=1, shards=2, cache=str(tmp_path / "cache"))
     first = prepare(source, tokenizer, config)
     fetched = []
-    monkeypatch.setattr(storage, "download", lambda *pair: fetched.append(pair))
+    monkeypatch.setattr(storage, "copy_file", lambda *pair: fetched.append(pair))
     again = prepare(source, tokenizer, config)
     assert not fetched
     assert again.read(0, 90)[0].tolist() == first.read(0, 90)[0].tolist()
@@ -353,10 +354,10 @@ def test_a_run_at_urls_stops_resumes_and_is_the_run_on_disk(
     root = request.getfixturevalue(scheme)
     url = storage.path(root)
     for name in ("train", "held_out"):
-        storage.upload(recipe.parent / f"{name}.txt", url / "text" / f"{name}.txt")
+        storage.copy_file(recipe.parent / f"{name}.txt", url / "text" / f"{name}.txt")
     (tokenizer,) = (recipe.parent / "prepared").glob("tokenizer-*.model")
     load_tokenizer(tokenizer).save(url / "text")
-    storage.upload(recipe, url / "recipe.yaml")
+    storage.copy_file(recipe, url / "recipe.yaml")
     overrides = [
         "tokenizer.kind=file",
         f"tokenizer.path={root}/text",

@@ -63,7 +63,7 @@ def test_greedy_is_the_argmax_under_every_kind_of_rope_and_for_texts_of_several_
 ):
     model = dataclasses.replace(MODEL, rope=rope, max_length=256)
     read, prefill = [], engine._prefill
-    monkeypatch.setattr(engine, "_prefill", lambda *a: read.append(len(a[6])) or prefill(*a))
+    monkeypatch.setattr(engine, "_prefill", lambda *a: read.append(len(a[4])) or prefill(*a))
     # One prompt twice, for texts of another length and of the same.
     sizes = ((5, 12), (20, 6), (20, 40), (20, 40))
     requests = [
@@ -231,7 +231,7 @@ def test_only_ids_below_the_vocabulary_are_drawn(params):
 def test_several_requests_of_one_prompt_share_its_prefill(params, monkeypatch):
     rows = []
     prefill = engine._prefill
-    monkeypatch.setattr(engine, "_prefill", lambda *a: rows.append(len(a[6])) or prefill(*a))
+    monkeypatch.setattr(engine, "_prefill", lambda *a: rows.append(len(a[4])) or prefill(*a))
     one = Request(prompt=prompt(9), max_new_tokens=12)
     many = [dataclasses.replace(one, number=n) for n in range(3)]
     other = Request(prompt=prompt(4, seed=5), max_new_tokens=12)

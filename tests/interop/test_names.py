@@ -6,7 +6,8 @@ import pytest
 import tiny
 
 from jllama.errors import UserError
-from jllama.interop.names import NAMES, file_shape, from_file, name_of, to_file
+from jllama.interop.names import NAMES, file_shape, name_of
+from jllama.interop.tensors import from_file, to_file
 from jllama.model import llama
 from jllama.model.param import dotted
 

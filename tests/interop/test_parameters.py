@@ -12,7 +12,7 @@ import tiny
 from jllama.config import MeshConfig, ShardingConfig
 from jllama.errors import UserError
 from jllama.interop.parameters import file_tensors, match, read_params, widest_dtype
-from jllama.interop.tensors import FileTensor, JoinedTensor, cast
+from jllama.interop.tensors import cast, in_file, joined
 from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
@@ -127,10 +127,10 @@ def test_a_tensor_is_read_from_its_place_in_the_file(tmp_path):
     whole = np.arange(24, dtype=np.float32).reshape(4, 6)
     file = tmp_path / "data"
     file.write_bytes(b"12345678" + whole.tobytes())
-    np.testing.assert_array_equal(FileTensor(file, 8, (4, 6), "float32").read(), whole)
-    np.testing.assert_array_equal(FileTensor(file, 8 + 24, (3, 6), "float32").read(), whole[1:])
+    np.testing.assert_array_equal(in_file(file, 8, (4, 6), "float32").read(), whole)
+    np.testing.assert_array_equal(in_file(file, 8 + 24, (3, 6), "float32").read(), whole[1:])
     with pytest.raises(UserError, match=r"data: truncated at byte 104"):
-        FileTensor(file, 12, (4, 6), "float32").read()
+        in_file(file, 12, (4, 6), "float32").read()
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -139,10 +139,10 @@ def test_shards_are_joined_along_their_axis(tmp_path, axis):
     parts = []
     for i, part in enumerate(np.split(whole, 2, axis)):
         (tmp_path / str(i)).write_bytes(part.tobytes())
-        parts.append(FileTensor(tmp_path / str(i), 0, part.shape, "float16"))
-    joined = JoinedTensor(tuple(parts), axis)
-    assert (joined.shape, joined.dtype) == ((4, 6), "float16")
-    np.testing.assert_array_equal(joined.read(), whole)
+        parts.append(in_file(tmp_path / str(i), 0, part.shape, "float16"))
+    whole_again = joined(parts, axis)
+    assert (whole_again.shape, whole_again.dtype) == ((4, 6), "float16")
+    np.testing.assert_array_equal(whole_again.read(), whole)
 
 
 def test_a_value_that_does_not_fit_is_an_error_and_no_infinity():

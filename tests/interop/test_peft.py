@@ -91,8 +91,8 @@ def _random(lora, model=MODEL):
     specs = overlay_specs(model, tiny.compute(), lora)
     rng = np.random.default_rng(0)
     overlay = jax.tree.map(lambda spec: rng.normal(size=spec.shape).astype(np.float32), specs)
-    for path, leaf in matrices(overlay):
-        for layer, (rank, _) in enumerate(ranks_and_alphas(".".join(path), lora, model.num_layers)):
+    for path, leaf in matrices(overlay).items():
+        for layer, (rank, _) in enumerate(ranks_and_alphas(path, lora, model.num_layers)):
             leaf["a"][layer, ..., rank:] = leaf["b"][layer, rank:] = 0
     return overlay
 

@@ -2,6 +2,7 @@
 
 import recipes
 
+from jllama.config import Config
 from jllama.config import recipe as recipe_loader
 from jllama.plan.process import CompileFailed
 from jllama.plan.search import search
@@ -132,4 +133,4 @@ def test_every_change_is_a_valid_override():
     assert asked
     for change in asked:
         data = recipe_loader.override(recipe_loader.to_dict(before), change)
-        assert recipe_loader.from_dict(data, "test") != before
+        assert recipe_loader.validate(Config, data, "test") != before

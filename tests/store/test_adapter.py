@@ -389,7 +389,7 @@ def test_perplexity_takes_adapters_of_the_model_before_them(base, one, other, tm
     assert found["with"] == found["alone"] != found["base"] == found["off"]
     assert found["both"] not in (found["base"], found["alone"])
     for args, said in (
-        (("--adapter", one, "--model", base), "comes after the --model that it is for"),
+        (("--adapter", one, "--model", base), "must come after the --model that it is for"),
         (("--model", base, "--adapter", f"{one}=much"), "'much' is not a number"),
         (("--model", base, "--adapter", one, "--adapter", f"{one}=0"), "is given twice"),
         (("--model", base, "--adapter", base), "a model and no adapter"),

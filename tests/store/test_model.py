@@ -236,7 +236,7 @@ def test_meta_folders_may_have_another_rope_and_epsilon_too(tmp_path, text, caps
     config = recipes.load(text, [f"training.init_from={tmp_path / 'meta'}", *file])
     there = open_model(find(FIXTURES / "hf-llama3")).config
     wanted = dataclasses.replace(there, rope_theta=1e6, rms_norm_eps=1e-4)
-    stored = open_initial(dataclasses.replace(config, model=wanted)).model
+    stored = open_initial(dataclasses.replace(config, model=wanted))
     assert stored.config.rope_theta == params["rope_theta"]
     assert stored.config.rms_norm_eps == params["norm_eps"]
     said = capsys.readouterr().err

@@ -222,5 +222,5 @@ def test_bad_files_are_one_line(folder, spm_model, files, expected):
 
 
 def test_a_missing_file_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"none\.model: no such tokenizer file"):
+    with pytest.raises(UserError, match=r"none\.model: no such file"):
         load_tokenizer(tmp_path / "none.model")

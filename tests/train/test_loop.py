@@ -14,6 +14,7 @@ import recipes
 from test_metrics import scalars
 
 import jllama
+from jllama.config import Config
 from jllama.config import recipe as configs
 from jllama.errors import UserError
 from jllama.flops import parameter_count, train_flops_per_token
@@ -336,7 +337,7 @@ def test_held_out_sources_are_weighted_by_their_tokens_and_bytes(recipe, tmp_pat
         held_out.append({"name": name, "source": text})
     data = configs.to_dict(recipe("eval.max_rows=0", "run.stop_after=5"))
     data["data"]["held_out"] = held_out
-    folder = loop.train(configs.from_dict(data, "test")).folder
+    folder = loop.train(configs.validate(Config, data, "test")).folder
     (line,) = [x for x in read(folder / "metrics.jsonl") if "eval_loss" in x]
     model = jllama.load(folder)
     found = [nats_of(model, some, 24) for some in parts.values()]

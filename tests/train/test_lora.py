@@ -10,6 +10,7 @@ import pytest
 import qwix
 import recipes
 import tiny
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jllama.adapt import lora
 from jllama.config import MeshConfig
@@ -71,26 +72,29 @@ def test_gradients_equal_those_through_merged_matrices(more):
     overlay = moved(run.state.trainable)
     batch, adapt = recipes.batch(run.config), run.config.adapt
     full = dataclasses.replace(run.config, adapt=recipes.in_memory().adapt)
+    frozen = flatten_dict(run.frozen, sep=".")
     norms = {
         path: lora.stacked_column_norms(
-            run.frozen[path[0]][path[1]][path[2]]["kernel"],
+            frozen[f"{path}.kernel"],
             lora.with_scale(path, adapt, factors),
             factors["a"].ndim - 2,
         )
-        for path, factors in lora.matrices(overlay)
+        for path, factors in lora.matrices(overlay).items()
     }  # constants, as DoRA has them
 
     def through_merged(overlay):
-        params = lora.with_whole(run.frozen, overlay)
-        for path, factors in lora.matrices(overlay):
-            w = run.frozen[path[0]][path[1]][path[2]]["kernel"]
+        params = flatten_dict(lora.with_whole(run.frozen, overlay), sep=".")
+        for path, factors in lora.matrices(overlay).items():
+            w = frozen[f"{path}.kernel"]
             change = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(factors["a"], factors["b"])
             w = w + 2.0 * change
             if "m" in factors:
                 gain = factors["m"] / norms[path]
                 w = w * gain.reshape(gain.shape[0], *(1,) * (w.ndim - gain.ndim), *gain.shape[1:])
-            lora.set_at(params, (*path, "kernel"), w)
-        return causal_lm_loss(full, params, (), batch, jax.random.key(0))[0]
+            params[f"{path}.kernel"] = w
+        return causal_lm_loss(full, unflatten_dict(params, sep="."), (), batch, jax.random.key(0))[
+            0
+        ]
 
     wanted = jax.jit(jax.grad(through_merged))(overlay)
     got = jax.jit(jax.grad(lambda o: run.loss(o, run.frozen, batch, jax.random.key(0))[0]))(overlay)
@@ -208,7 +212,7 @@ def test_a_layer_of_rank_0_has_no_overlay():
     none = "adapt.overrides=[{match: '*', layers: [0], rank: 0}]"
     run = Run(recipes.in_memory(*LORA, none, "training.schedule.peak=0.03"))
     run.go(3)
-    for _, factors in lora.matrices(run.state.trainable):
+    for factors in lora.matrices(run.state.trainable).values():
         for leaf in factors.values():
             assert not np.any(leaf[0]) and np.any(leaf[1])
     config, adapt = run.config.model, run.config.adapt
