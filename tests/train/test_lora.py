@@ -129,7 +129,7 @@ def test_the_state_holds_the_overlay_alone():
     bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
     assert bytes_of(run.state.trainable) == 4 * count
     assert bytes_of(run.state.opt_state) - 8 * count <= 16  # two moments, and counts of steps
-    assert not run.frozen["head"] and run.frozen["embedding"]
+    assert "head" not in run.frozen and "embedding" in run.frozen
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,9 @@ def test_learning_rate_ratio_scales_the_updates_of_b_alone():
         jax.tree.map(lambda new, old: np.asarray(new) - old, run.state.trainable, before)
         for run in (one, four)
     ]
-    for (path, factors), (_, other) in zip(*map(lora.matrices, steps), strict=True):
+    once, fourfold = map(lora.matrices, steps)
+    for path, factors in once.items():
+        other = fourfold[path]
         np.testing.assert_allclose(other["b"], 4 * factors["b"], rtol=1e-3, atol=1e-7, err_msg=path)
         np.testing.assert_array_equal(other["a"], factors["a"])
     np.testing.assert_array_equal(steps[0]["head"]["weight"], steps[1]["head"]["weight"])
