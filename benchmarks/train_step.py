@@ -25,7 +25,7 @@ from jllama.model.param import map_leaves
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import causal_lm_loss
-from jllama.train.state import TrainState, base_shapes, define_state, freezer, init_state
+from jllama.train.state import TrainState, base_quantizer, base_shapes, define_state, init_state
 from jllama.train.step import make_train_step
 
 
@@ -77,7 +77,7 @@ def ready(config: Config) -> tuple[Any, TrainState, Any, dict[str, jax.Array]]:
             ),
             out_shardings=jax.tree.map(lambda s: s.sharding, shapes),
         )
-        base = map_leaves(draw(jax.random.key(1)), freezer(config))
+        base = map_leaves(draw(jax.random.key(1)), base_quantizer(config))
         frozen = without_whole(base, definition.shapes.trainable)
     state = init_state(definition, 0, base)
     step = make_train_step(config, lambda *a: causal_lm_loss(config, *a), definition, placement)

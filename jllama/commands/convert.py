@@ -151,7 +151,7 @@ def _convert_adapter(args: argparse.Namespace, adapter: Adapter, target: Path) -
         raise UserError(f"{target}: adapters are not written as GGUF; merge it into its base")
     outputs.check_absent(target)
     base = open_model(base_of(adapter, args.base), args.model)
-    config = adapter.over(base.config)
+    config = adapter.trained_config(base.config)
     if to == "peft" and config.rope != base.config.rope:
         say("note: it was trained with another model.rope than its base's, which PEFT cannot store")
     tokenizer = adapter.tokenizer or base.tokenizer

@@ -90,7 +90,7 @@ def _foreign_figures(
         return model_figures(name, model, length or model.max_length)
     adapter = open_adapter(found)
     model_found = base_of(adapter, base)
-    model = adapter.over(architecture(model_found))
+    model = adapter.trained_config(architecture(model_found))
     length = length or model.max_length
     over = _overlay_figures(model, adapter.lora(model), length, str(model_found.path))
     return model_figures(name, model, length) | over

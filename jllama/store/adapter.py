@@ -66,7 +66,7 @@ class Adapter:
             return self.found.stored.adapt
         return peft.read_lora(self.path, config.unpadded)
 
-    def over(self, base: ModelConfig) -> ModelConfig:
+    def trained_config(self, base: ModelConfig) -> ModelConfig:
         """`base` with the RoPE, epsilon, length and padding that the adapter was trained with."""
         if self.found.stored is None:
             return base

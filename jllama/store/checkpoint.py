@@ -88,14 +88,6 @@ class Checkpoints:
         if self._staging:
             self._staging.publish(step, self._manager.wait_until_finished)
 
-    def restore(self, step: int, **placed: Any) -> dict[str, Any]:
-        """Trees of `step` by name, straight into the places of `jax.ShapeDtypeStruct`s.
-
-        Raises `UserError` when one cannot be read, or has another shape.
-        """
-        self.wait()  # the step may be on its way
-        return load_trees(self._folder.parent, step, **placed)
-
     def wait(self) -> None:
         """Returns once what was saved is on disk, or at its URL; `StorageError` if it is not."""
         with _writing(self._folder):

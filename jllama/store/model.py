@@ -115,15 +115,22 @@ def open_adapted(
     computation, and their tokenizer, where they all have the same. Raises UserError if they are of
     several kinds that cannot be had together; `model` is that of `open_model`.
     """
-    given = (adapters or {}).items()
-    opened = {name: open_adapter(find(storage.path(path))) for name, path in given}
     if adapters is None and found.is_adapter:
         alone = open_adapter(found)
-        opened, found = {found.path.name: alone}, base_of(alone)
-    base = open_model(found, model)
-    configs = {adapter.over(base.config) for adapter in opened.values()}
+        return with_adapters(open_model(base_of(alone), model), {found.path.name: alone})
+    given = (adapters or {}).items()
+    opened = {name: open_adapter(find(storage.path(path))) for name, path in given}
+    return with_adapters(open_model(found, model), opened)
+
+
+def with_adapters(base: StoredModel, adapters: Mapping[str, Adapter]) -> StoredModel:
+    """The model with adapters over it, by name, as they were trained over it; see `open_adapted`.
+
+    Raises UserError if they are of several kinds that cannot be had together.
+    """
+    configs = {adapter.trained_config(base.config) for adapter in adapters.values()}
     for what, values in (
-        ("bases kept in", {adapter.quantize for adapter in opened.values()}),
+        ("bases kept in", {adapter.quantize for adapter in adapters.values()}),
         (
             "several of model.rope, rope_theta, rms_norm_eps, max_length and vocab_multiple:",
             configs,
@@ -132,13 +139,13 @@ def open_adapted(
         if len(values) > 1:
             named = " and ".join(sorted(v if isinstance(v, str) else repr(v.rope) for v in values))
             raise UserError(f"adapters: trained over {what} {named}; load them apart")
-    changes: dict[str, Any] = {"adapters": opened}
+    changes: dict[str, Any] = {"adapters": adapters}
     if configs:
         changes["config"] = configs.pop()
-    tokenizers = {a.tokenizer.digest: a.tokenizer for a in opened.values() if a.tokenizer}
+    tokenizers = {a.tokenizer.digest: a.tokenizer for a in adapters.values() if a.tokenizer}
     if len(tokenizers) == 1:
         changes["tokenizer"] = tokenizers.popitem()[1]
-    dtypes = {adapter.dtype for adapter in opened.values() if adapter.dtype}
+    dtypes = {adapter.dtype for adapter in adapters.values() if adapter.dtype}
     if len(dtypes) == 1:
         changes["compute"] = dataclasses.replace(base.compute, dtype=dtypes.pop())
     return dataclasses.replace(base, **changes)

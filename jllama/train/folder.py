@@ -22,7 +22,7 @@ from jllama.files import storage
 from jllama.files.locks import locked
 from jllama.parallel import distributed
 from jllama.progress import say
-from jllama.store.find import latest_step
+from jllama.store.find import CHECKPOINTS, RECIPE, latest_step
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 
 _DATA = "data.json"
@@ -98,8 +98,8 @@ def _begin(
         storage.write_text(folder / _DATA, json.dumps(_digests(data), indent=1))
     _note_unused_rows(config.model.vocab_size, tokenizer.vocab_size)
     # Where a file is in the way this is a UserError; Orbax would raise its own.
-    storage.make_folder(folder / "checkpoints")
-    storage.write_text(folder / "config.yaml", recipes.to_yaml(config))
+    storage.make_folder(folder / CHECKPOINTS)
+    storage.write_text(folder / RECIPE, recipes.to_yaml(config))
     return data
 
 
@@ -114,7 +114,7 @@ def _note_unused_rows(rows: int, pieces: int) -> None:
 
 def _join(config: Config, folder: Path) -> Data:
     """The other processes' part of `open_run`, once process 0 has begun."""
-    if not storage.exists(folder / "config.yaml"):
+    if not storage.exists(folder / RECIPE):
         raise UserError(
             f"{folder}: process 0 wrote this folder and this process does not see it: run.folder"
             " must be on storage that all processes share"
@@ -164,7 +164,7 @@ def _check_same_data(folder: Path, data: Data) -> None:
 
 
 def _check_same_config(folder: Path, config: Config) -> None:
-    old = recipes.load(folder / "config.yaml")
+    old = recipes.load(folder / RECIPE)
     before, after = flatten(recipes.to_dict(old)), flatten(recipes.to_dict(config))
     # An overlay's base may have moved: `note_base` compares its parameters, not its path.
     adapts = isinstance(config.adapt, LoraConfig)

@@ -1,7 +1,6 @@
 """The loss of held-out text."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,9 +10,7 @@ from jllama.data.dataset import eval_batches
 from jllama.data.opening import Data
 from jllama.data.pack import CutRows
 from jllama.parallel.sharding import Placement
-from jllama.train.loss import Batch
-
-EvalStep = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
+from jllama.train.step import EvalStep
 
 
 def evaluate(
@@ -23,6 +20,7 @@ def evaluate(
     eval_step: EvalStep,
     trainable: Any,
     frozen: Any = (),
+    *,
     max_rows: int = 0,
     stride: int = 0,
 ) -> dict[str, float] | None:

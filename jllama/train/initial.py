@@ -19,7 +19,7 @@ from jllama.parallel import distributed
 from jllama.progress import say
 from jllama.store.adapter import Adapter, base_of, differences, open_adapter
 from jllama.store.find import Found, find
-from jllama.store.model import StoredModel, open_adapted, open_model
+from jllama.store.model import StoredModel, open_model, with_adapters
 
 
 def open_initial(config: Config) -> StoredModel | None:
@@ -70,8 +70,9 @@ def _open(config: Config, found: Found) -> StoredModel:
             f"{found.path}: is an adapter: adapt.kind=lora trains it on; to train all parameters,"
             f" begin from what `jllama convert BASE DST --adapter {found.path}` makes"
         )
-    base = base_of(open_adapter(found), config.adapt.base)
-    return open_adapted(base, {found.path.name: found.path}, config.model)
+    adapter = open_adapter(found)
+    base = open_model(base_of(adapter, config.adapt.base), config.model)
+    return with_adapters(base, {found.path.name: adapter})
 
 
 def _check_overlay(config: Config, adapter: Adapter) -> None:

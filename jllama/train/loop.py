@@ -17,7 +17,7 @@ from jllama.parallel import distributed
 from jllama.train.folder import advice, run_folder
 from jllama.train.held_out import evaluate
 from jllama.train.report import Result, result
-from jllama.train.run import Pending, RunState, Setup, last_step, prepare
+from jllama.train.run import Pending, RunState, Setup, end_step, prepare
 from jllama.train.signals import noting_signals
 from jllama.train.state import to_trees
 
@@ -41,13 +41,13 @@ def train(config: Config) -> Result:
         with noting_signals(run.signals):
             take_steps(setup, run)
             held_out = finish(setup, run)
-        stopped = run.step < last_step(config)
+        stopped = run.step < end_step(config)
         return result(config, setup.folder, run.step, stopped, held_out)
 
 
 def take_steps(setup: Setup, run: RunState) -> None:
     """Trains until the last step or a signal, and saves where that ends."""
-    config, end = setup.config, last_step(setup.config)
+    config, end = setup.config, end_step(setup.config)
     while run.step < end and not run.halt:
         if run.profile.begins_at(run.step):
             record(setup, run)  # the trace begins with idle devices
@@ -140,8 +140,8 @@ def evaluate_state(
         setup.eval_step,
         run.train_state.trainable,
         setup.frozen,
-        max_rows,
-        stride,
+        max_rows=max_rows,
+        stride=stride,
     )
     if values is not None:
         setup.metrics.write_eval(run.step, values)
@@ -152,8 +152,10 @@ def finish(setup: Setup, run: RunState) -> dict[str, float] | None:
     """Says how the run ended, evaluates a finished one, and waits for the last checkpoint."""
     steps, held_out = setup.config.training.steps, None
     if run.step < steps:
-        why = f"{run.signals[0].name}: " if run.signals else ""
-        if run.halt and not run.signals:
+        why = ""  # run.stop_after
+        if run.signals:
+            why = f"{run.signals[0].name}: "
+        elif run.halt:
             why = "a signal to another process: "
         setup.metrics.say(f"{why}stopped at step {run.step} of {steps}, checkpointed")
     if setup.data.train.objective is not None:

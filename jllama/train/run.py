@@ -6,7 +6,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,6 @@ from jllama.store.checkpoint import Checkpoints
 from jllama.store.find import latest_step
 from jllama.train.batches import Batches
 from jllama.train.folder import check_same_recipe, open_run, run_folder
-from jllama.train.held_out import EvalStep
 from jllama.train.initial import open_initial
 from jllama.train.loss import Batch, causal_lm_loss
 from jllama.train.metrics import MetricsWriter, NoMetricsWriter
@@ -32,7 +31,7 @@ from jllama.train.profile import Profile
 from jllama.train.report import opening_line
 from jllama.train.start import start_state
 from jllama.train.state import TrainState, define_state
-from jllama.train.step import StepMetrics, make_eval_step, make_train_step
+from jllama.train.step import EvalStep, StepMetrics, TrainStep, make_eval_step, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Setup:
     placement: Placement
     data: Data
     frozen: Any
-    train_step: Callable[[TrainState, Any, Batch], tuple[TrainState, StepMetrics]]
+    train_step: TrainStep
     eval_step: EvalStep
     checkpoints: Checkpoints
     metrics: MetricsWriter | NoMetricsWriter
@@ -114,7 +113,7 @@ class RunState:
     checkpoint_seconds: float = 0.0
 
 
-def last_step(config: Config) -> int:
+def end_step(config: Config) -> int:
     """The step after which this call of `train` stops: the recipe's last, or `run.stop_after`."""
     return min(config.training.steps, config.run.stop_after or config.training.steps)
 
@@ -165,7 +164,7 @@ def prepare(config: Config, stack: contextlib.ExitStack) -> tuple[Setup, RunStat
     )
     return setup, RunState(
         batches=Batches(config, data, placement).iterate(step),
-        profile=Profile(config.run.profile, last_step(config), folder),
+        profile=Profile(config.run.profile, end_step(config), folder),
         train_state=state,
         step=step,
         saved=step,

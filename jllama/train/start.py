@@ -13,8 +13,8 @@ from jllama.store.model import StoredModel, read_base
 from jllama.train.state import (
     StateDef,
     TrainState,
+    base_quantizer,
     base_shapes,
-    freezer,
     init_state,
     load_state,
     start_from,
@@ -49,7 +49,7 @@ def start_state(
         if initial is not None:
             return start_from(definition, initial.read(definition.placed.trainable)), ()
         return init_state(definition, config.run.seed), ()
-    base, digest = read_base(initial, base_shapes(config, placement), freezer(config))
+    base, digest = read_base(initial, base_shapes(config, placement), base_quantizer(config))
     model = str(storage.absolute(initial.place))
     distributed.together(lambda: note_base(folder, model, digest) if distributed.leader() else None)
     if step:

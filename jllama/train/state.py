@@ -103,7 +103,7 @@ def define_state(config: Config, placement: Placement) -> StateDef:
     check_rows(config, placement)
     if isinstance(config.adapt, LoraConfig):
         specs = lora.overlay_specs(config.model, config.compute, config.adapt)
-        base = map_leaves(base_shapes(config, placement), freezer(config))
+        base = map_leaves(base_shapes(config, placement), base_quantizer(config))
         frozen = lora.without_whole(base, specs)
         init = functools.partial(lora.init_overlay, config.model, config.compute, config.adapt)
     else:
@@ -148,7 +148,7 @@ def base_shapes(config: Config, placement: Placement) -> llama.Params:
     return llama.placed_shapes(config.model, placement, config.compute.dtype, "float32")
 
 
-def freezer(config: Config) -> EachLeaf:
+def base_quantizer(config: Config) -> EachLeaf:
     """Returns what quantises a base's leaf as `config.adapt` says; it maps shapes to shapes."""
     overlay = lora.overlay_specs(config.model, config.compute, config.adapt)
     return quant.quantizer(config.model, config.adapt.quantize, lora.whole_leaves(overlay))

@@ -21,11 +21,15 @@ LossFn = Callable[
     [Any, Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 ]
 StepMetrics = dict[str, jax.Array]  # float32 scalars
+# (state, frozen, batch) -> (next state, metrics)
+TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, StepMetrics]]
+# (trainable, frozen, batch) -> (nll_sum, weight_sum)
+EvalStep = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
 
 
 def make_train_step(
     config: Config, loss_fn: LossFn, definition: StateDef, placement: Placement
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, StepMetrics]]:
+) -> TrainStep:
     """Returns the jitted step: (state, frozen, batch) -> (next state, metrics).
 
     It donates the state, and neither `frozen` nor the batch. Every random number of step t comes
@@ -138,9 +142,7 @@ def _map_over_axis(f: Callable[..., Any], placement: Placement, axis: str) -> Ca
     return jax.vmap(inside, spmd_axis_name=axis)
 
 
-def make_eval_step(
-    loss_fn: LossFn, placement: Placement
-) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(loss_fn: LossFn, placement: Placement) -> EvalStep:
     """Returns the jitted evaluation: (trainable, frozen, batch) -> (nll_sum, weight_sum).
 
     Both are float32 scalars, the same on all devices; nothing is donated.

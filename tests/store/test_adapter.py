@@ -27,7 +27,7 @@ from jllama.store.find import find
 from jllama.store.fingerprint import fingerprint
 from jllama.store.model import open_model, read_base
 from jllama.train.loop import train
-from jllama.train.state import base_shapes, define_state, freezer, init_state, load_state
+from jllama.train.state import base_quantizer, base_shapes, define_state, init_state, load_state
 
 TOKENS = tiny.tokens(2, 20, vocab_size=300)
 FASTER = "training.schedule.peak=0.03"
@@ -312,7 +312,7 @@ def test_a_base_is_quantised_alike_whatever_it_is_read_in(base, adapted, dtype):
     config = configs.load(run / "config.yaml")
     stored = open_model(find(base))
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
-    trained = map_leaves(stored.read(base_shapes(config, placement)), freezer(config))
+    trained = map_leaves(stored.read(base_shapes(config, placement)), base_quantizer(config))
     for wanted in (None, "float32", "bfloat16"):
         model = jllama.load(run, dtype=wanted)
         assert model.compute.dtype == (wanted or dtype)
@@ -328,7 +328,9 @@ def test_a_whole_matrix_begins_as_the_base_over_a_quantised_one_too(base):
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), config.sharding)
     params = open_model(find(base)).read(base_shapes(config, placement))
     down = np.asarray(params["layers"]["mlp"]["down"]["kernel"])
-    state = init_state(define_state(config, placement), 0, map_leaves(params, freezer(config)))
+    state = init_state(
+        define_state(config, placement), 0, map_leaves(params, base_quantizer(config))
+    )
     np.testing.assert_array_equal(state.trainable["layers"]["mlp"]["down"]["kernel"], down)
 
 
@@ -345,7 +347,7 @@ def test_one_matrix_at_a_time_is_read_and_quantised(base, tmp_path, format):
         del params
     there = {id(x) for x in jax.live_arrays()}
     least = min(x.nbytes for x in jax.tree.leaves(stored.read(places)["layers"]["mlp"]))
-    most, freeze = [], freezer(config)
+    most, freeze = [], base_quantizer(config)
 
     def keep(path, x):
         whole = [y for y in jax.live_arrays() if id(y) not in there and y.ndim > 2]

@@ -20,7 +20,7 @@ from jllama.model.param import map_leaves
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import causal_lm_loss
-from jllama.train.state import base_shapes, define_state, freezer, init_state
+from jllama.train.state import base_quantizer, base_shapes, define_state, init_state
 from jllama.train.step import make_eval_step, make_train_step
 
 LORA = (
@@ -41,7 +41,7 @@ class Run:
         base = jax.tree.map(
             lambda x, s: jax.device_put(x.astype(s.dtype), s.sharding), params, shapes
         )
-        base = map_leaves(base, freezer(config))
+        base = map_leaves(base, base_quantizer(config))
         self.state = init_state(self.definition, 0, base)
         self.frozen = lora.without_whole(base, self.state.trainable)
         self.loss = functools.partial(causal_lm_loss, config)
