@@ -16,6 +16,8 @@ from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.plan.topology import Topology
 
+_PROGRAM = "jllama.plan.step"
+
 # libtpu looks for the description of a TPU machine, and for other processes that use the TPU. Here
 # is no such machine, and the compiler uses no TPU.
 _TPU = {
@@ -97,7 +99,7 @@ def compile_step(config: Config, topology: Topology, where: str = "recipe") -> d
         "slices": topology.slices,
     }
     ended = subprocess.run(  # on Ctrl-C it kills the compiler
-        [sys.executable, "-m", "jllama.plan.step"],
+        [sys.executable, "-m", _PROGRAM],
         input=json.dumps(question),
         capture_output=True,
         text=True,

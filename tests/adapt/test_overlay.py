@@ -67,7 +67,7 @@ def by_hand(lora_config: LoraConfig, base, overlay):
         for layer in range(a.shape[0]):
             rank, alpha = lora_config.rank, lora_config.alpha
             for o in lora_config.overrides:
-                if path[-1] == o.match and (o.layers is None or layer in o.layers):
+                if third == o.match and (o.layers is None or layer in o.layers):
                     rank, alpha = o.rank or rank, o.alpha or alpha
             scale = alpha / (np.sqrt(rank) if lora_config.rslora else rank)
             w = node["kernel"][layer] + scale * np.tensordot(a[layer], b[layer], 1)
