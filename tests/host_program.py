@@ -53,7 +53,7 @@ def rows(mesh, axes):
     batch = placement.put_batch(data.batch(0, own), 8)
     whole = multihost_utils.process_allgather(batch["tokens"], tiled=True)[:, 0]
     read = sorted(order.index(i) for i in source.read)
-    list(eval_batches(held_out, 8, part=own))
+    list(eval_batches(held_out, 1, 8, part=own))
     return {
         "read": read,
         "whole": [order.index(i) for i in whole],

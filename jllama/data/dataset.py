@@ -94,9 +94,13 @@ def _stack(rows: Sequence[Row]) -> HostBatch:
 
 
 def eval_batches(
-    rows: Rows, batch_size: int, max_rows: int = 0, part: Sequence[int] | None = None
+    rows: Rows,
+    length: int,
+    batch_size: int,
+    max_rows: int = 0,
+    part: Sequence[int] | None = None,
 ) -> Iterator[HostBatch]:
-    """Yields every row once, in order, or the first `max_rows` rows if that is not 0.
+    """Yields every row of `length` once, in order, or the first `max_rows` rows if that is not 0.
 
     Rows of padding, which have no weight, fill up the last batch. A process of several names in
     `part` the rows of each batch that it needs.
@@ -105,5 +109,4 @@ def eval_batches(
     part = range(batch_size) if part is None else part
     for first in range(0, count, batch_size):
         indices = [first + i for i in part]
-        padding = empty_row(len(rows[0]["tokens"]) - 1)
-        yield _stack([rows[i] if i < count else padding for i in indices])
+        yield _stack([rows[i] if i < count else empty_row(length) for i in indices])

@@ -46,7 +46,7 @@ def evaluate(
             rows = CutRows(prepared, config.data.length, stride=stride)
         part = placement.batch_rows(size, "eval.batch_size")
         nll = weight = 0.0
-        for batch in eval_batches(rows, size, max_rows, part):
+        for batch in eval_batches(rows, config.data.length, size, max_rows, part):
             batch = placement.put_batch(batch, size)
             sums = jax.device_get(eval_step(trainable, frozen, batch))
             nll, weight = nll + float(sums[0]), weight + float(sums[1])

@@ -180,7 +180,7 @@ def test_bad_input_is_one_line_and_makes_nothing(here, tmp_path, capsys):
         ("exists; choose", "merge", base, new, "--out", new),
         ("has no piece that", "merge", base, base, "--out", out),
         ("already is a piece", "merge", base, new, "--pad", "<s>", "--out", out),
-        ("no such tokenizer", "merge", base, tmp_path / "no", "--out", out),
+        ("no: no such file", "merge", base, tmp_path / "no", "--out", out),
         ("no such tokenizer", "merge", base, "", "--out", out),
         ("is not printable", "merge", base, "--special", "\udcff", "--out", out),
         ("empty.txt: is empty", "compare", base, "--text", tmp_path / "empty.txt"),

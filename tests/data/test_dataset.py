@@ -17,8 +17,6 @@ from jllama.errors import UserError
 class Numbered:
     """`count` rows; each holds its number."""
 
-    length = 3
-
     def __init__(self, count, first=0):
         self.count, self.first, self.read = count, first, []
 
@@ -105,12 +103,12 @@ def test_a_source_without_rows_is_an_error():
 
 
 def test_evaluation_has_every_row_once_and_pads_the_last_batch():
-    batches = list(eval_batches(Numbered(10), 4))
+    batches = list(eval_batches(Numbered(10), 3, 4))
     assert np.concatenate([b["tokens"][:, 0] for b in batches]).tolist() == [*range(10), 0, 0]
     assert [b["tokens"].shape for b in batches] == [(4, 4)] * 3
     for key in ("segments", "weights"):
         assert batches[-1][key].any(axis=1).tolist() == [True, True, False, False]
-    assert len(list(eval_batches(Numbered(10), 4, max_rows=4))) == 1
+    assert len(list(eval_batches(Numbered(10), 3, 4, max_rows=4))) == 1
 
 
 @pytest.fixture
@@ -134,7 +132,8 @@ def test_a_recipe_opens_to_training_and_held_out_rows(recipe, tmp_path, monkeypa
     assert data.train.batch(0)["tokens"].shape == (recipe.training.batch_size, 17)
     held_out = data.held_out["held_out"]
     assert held_out.documents == 10
-    scored = sum(b["weights"].sum() for b in eval_batches(data.held_out_rows["held_out"], 4))
+    batches = eval_batches(data.held_out_rows["held_out"], 16, 4)
+    scored = sum(batch["weights"].sum() for batch in batches)
     assert scored == held_out.tokens - held_out.documents
     monkeypatch.setattr("jllama.data.opening.train_sentencepiece", None)
     monkeypatch.setattr("jllama.data.prepare._make", None)
