@@ -40,10 +40,11 @@ long-context: $(VENV)/.default  ## extend a small model's context, and draw perp
 		--model "fine-tuned at 1,024 with theta 1e6=runs/tiny-1024-theta"
 
 test: $(VENV)/.dev  ## run the tests on the CPU
+	@# One worker more than cores: a worker waits for its subprocesses a quarter of the time.
 	@# If the TPU compiler cannot be installed, the tests that compile for TPUs skip.
 	@$(MAKE) --no-print-directory $(VENV)/.plan || echo "no TPU compiler: some tests will skip" >&2
 	if [ -f $(LIBTPU) ]; then export TPU_LIBRARY_PATH=$(abspath $(LIBTPU)); fi; \
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 8 --dist worksteal
 
 test-peers: $(VENV)/.dev  ## check exactness against transformers, PEFT, llama.cpp, sentencepiece and tiktoken
 	@# The first run installs them, llama.cpp from source, in about ten minutes.
