@@ -119,9 +119,20 @@ def cast_params(params: Params, dtype: str, scale_dtype: str) -> Params:
     for i, (path, leaf) in enumerate(leaves):
         wanted = scale_dtype if path[-1].key == "scale" else dtype
         if leaf.dtype != wanted:
-            leaf = jax.device_put(cast(np.asarray(leaf), wanted, dotted(path)), leaf.sharding)
+            leaf, largest = _cast(leaf, wanted)
+            if largest:
+                raise UserError(f"{dotted(path)}: {largest:g} does not fit {wanted}; use float32")
         leaves[i] = leaf
     return tree.unflatten(leaves)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(leaf: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """The array in `dtype`, and the largest finite value that becomes infinite, or 0."""
+    # On all cores: twice as fast on two as `cast`, whose arrays are NumPy's.
+    out = leaf.astype(dtype)
+    lost = jnp.isinf(out) & jnp.isfinite(leaf)
+    return out, jnp.max(jnp.where(lost, jnp.abs(leaf), 0)).astype(jnp.float32)
 
 
 def widest_dtype(by_path: Mapping[str, Sequence[Tensor]], *, scales: bool) -> str:
