@@ -12,6 +12,7 @@ V is `ModelConfig.vocab_rows` in the tables, whose rows from `vocab_size` on are
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -165,6 +166,12 @@ def init_params(config: ModelConfig, compute: ComputeConfig, key: jax.Array) -> 
 
 def param_specs(config: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
     """The parameter tree with a `ParamSpec` at each leaf; computes nothing."""
+    return jax.tree.map(lambda spec: spec, _param_specs(config, compute.param_dtype))
+
+
+@functools.cache  # tracing the model takes longer than all that asks for its specs
+def _param_specs(config: ModelConfig, param_dtype: str) -> dict[str, Any]:
+    compute = ComputeConfig(dtype="float32", param_dtype=param_dtype)
     boxed = jax.eval_shape(lambda: _init_boxed(config, compute, jax.random.key(0)))
     return jax.tree.map(
         lambda p: ParamSpec(p.value.shape, p.value.dtype, p.names, p.decay, p.inputs),
