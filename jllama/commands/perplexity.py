@@ -1,9 +1,9 @@
 """Perplexity against the length of the context, of one or several models.
 
-The data are cut into windows of the largest length; the last STRIDE tokens of each are scored,
-behind as many tokens as each of the lengths says. So every length and every model has the same
-targets, and no two windows share a target. A window lies within one document unless --join cuts
-across them. Lengths may be above what the models were trained for.
+The data are cut into windows of the largest length. The last STRIDE tokens of a window are scored
+once for each length, with only the last that many tokens of the window as input. So every length
+and every model has the same targets, and no two windows share a target. A window lies within one
+document unless --join cuts across them. Lengths may be above what the models were trained for.
 
 --rope lists scalings of the rotary frequencies to try in place of the model's own. Each is written
 as model.rope in a recipe, or as its kind alone; "model" is the model's own:
