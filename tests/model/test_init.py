@@ -97,3 +97,16 @@ def test_tied_model_has_no_head():
     specs = llama.param_specs(tiny.config(tie_embeddings=True), tiny.compute())
     assert "head" not in specs
     assert "head" in llama.param_specs(tiny.config(), tiny.compute())
+
+
+def test_specs_are_traced_once_and_each_caller_has_its_own(monkeypatch):
+    model, traced = tiny.config(vocab_size=77), []
+    trace = llama._init_boxed
+    monkeypatch.setattr(llama, "_init_boxed", lambda *args: traced.append(args) or trace(*args))
+    first = llama.param_specs(model, tiny.compute())
+    whole = dict(first)
+    del first["head"]
+    assert llama.param_specs(model, tiny.compute(remat="full")) == whole
+    narrow = llama.param_specs(model, tiny.compute(param_dtype="bfloat16"))
+    assert narrow["head"]["weight"].dtype == jnp.bfloat16
+    assert len(traced) == 2
