@@ -43,15 +43,18 @@ test: $(VENV)/.dev  ## run the tests on the CPU
 	@# One worker more than cores: a worker waits for its subprocesses a quarter of the time.
 	@# If the TPU compiler cannot be installed, the tests that compile for TPUs skip.
 	@$(MAKE) --no-print-directory $(VENV)/.plan || echo "no TPU compiler: some tests will skip" >&2
+	@# XLA_FLAGS, set or empty, keeps LLVM's optimisations (tests/conftest.py).
 	if [ -f $(LIBTPU) ]; then export TPU_LIBRARY_PATH=$(abspath $(LIBTPU)); fi; \
-	$(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 8 --dist worksteal
+	pytest="$(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 8 --dist worksteal"; \
+	$$pytest -m 'not optimized'; passed=$$?; \
+	XLA_FLAGS="$$XLA_FLAGS" $$pytest -m optimized && exit $$passed
 
 test-peers: $(VENV)/.dev  ## check exactness against transformers, PEFT, llama.cpp, sentencepiece and tiktoken
 	@# The first run installs them, llama.cpp from source, in about ten minutes.
 	transformers="$$($(PEER) transformers)" && transformers4="$$($(PEER) transformers4)" && \
 	llama_cpp="$$($(PEER) llama-cpp)" && JLLAMA_PEER_TRANSFORMERS="$$transformers" \
 	JLLAMA_PEER_TRANSFORMERS4="$$transformers4" JLLAMA_PEER_LLAMA_CPP="$$llama_cpp" \
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/peers
+	XLA_FLAGS="$$XLA_FLAGS" $(BIN)/python -m pytest -n 2 --dist loadfile tests/peers
 
 bench: $(VENV)/.default  ## compare the train step with PyTorch (an hour on two quiet cores)
 	peer="$$($(PEER) transformers)" && $(BIN)/python -m benchmarks.compare --peers "$$peer"

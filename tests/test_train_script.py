@@ -21,6 +21,8 @@ from jllama.store.find import latest_step
 from jllama.train.folder import flatten
 from jllama.train.metrics import read
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parent.parent
 STEPS = 150
 

@@ -89,6 +89,7 @@ def test_random_rows_depend_on_the_seed_and_differ_between_the_tables():
     assert tiny.relative_error(one, table) > 0.1
 
 
+@pytest.mark.optimized
 @TIED
 def test_logits_of_old_tokens_are_unchanged_to_the_bit(tied):
     model = dataclasses.replace(BASE, tie_embeddings=tied)

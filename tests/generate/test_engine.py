@@ -131,6 +131,7 @@ def test_prompts_longer_than_a_chunk_are_read_in_chunks(params, monkeypatch):
     assert generate(params, *requests) == whole
 
 
+@pytest.mark.optimized
 def test_a_request_is_a_function_of_itself_and_not_of_its_batch(params):
     sampling = Sampling(temperature=1.0, top_p=0.9)
     one = Request(prompt=prompt(7), max_new_tokens=16, sampling=sampling, seed=3)

@@ -108,6 +108,7 @@ def test_generate_takes_a_text_several_texts_and_ids(model):
     assert model.generate("", **settings) == model.generate([bos], **settings)
 
 
+@pytest.mark.optimized
 def test_samples_come_by_prompt_and_do_not_depend_on_the_batch(model):
     prompts = ["def a", "def b"]
     many = model.generate(prompts, num_samples=3, max_new_tokens=12, seed=5)

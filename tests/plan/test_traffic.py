@@ -17,8 +17,8 @@ from jllama.train.state import define_state
 from jllama.train.step import make_train_step
 
 SIZES = {
-    "vocab_size": 1024, "hidden_dim": 1024, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4,
-    "head_dim": 128, "ffn_dim": 1024, "max_length": 512,
+    "vocab_size": 512, "hidden_dim": 512, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
+    "head_dim": 128, "ffn_dim": 512, "max_length": 512,
 }  # fmt: skip
 ITEM = {"f32": 4, "bf16": 2, "s8": 1}
 

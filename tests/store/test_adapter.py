@@ -114,6 +114,7 @@ def test_a_checkpoint_holds_the_overlay_and_its_optimizer_alone(one):
         assert not {"embedding", "head", "kernel"} & {key for path in keys for key in path}
 
 
+@pytest.mark.optimized
 def test_it_resumes_bit_for_bit(base, one):
     stopped = train(recipe(base, "run.name=again", "run.stop_after=6"))
     assert stopped.steps == 6

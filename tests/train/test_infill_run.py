@@ -15,6 +15,8 @@ from jllama.train.folder import run_folder
 from jllama.train.placement import make_placement
 from jllama.train.state import define_state, load_state
 
+pytestmark = pytest.mark.optimized
+
 STEPS = 4
 INFILL = [
     "data.objective.kind=infill", "tokenizer.infill=true", "data.length=40", "data.held_out=[]",

@@ -17,6 +17,8 @@ import jllama
 import jllama.train as jt
 from jllama.store.fingerprint import fingerprint
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples" / "own_loop.py"
 PAGE = (ROOT / "docs" / "library.md").read_text()

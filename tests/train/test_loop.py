@@ -26,6 +26,8 @@ from jllama.train.metrics import read
 from jllama.train.placement import make_placement
 from jllama.train.state import define_state, load_state
 
+pytestmark = pytest.mark.optimized
+
 PEAK = 1e12
 STEP_METRICS = {
     "step", "loss", "perplexity", "grad_norm", "learning_rate", "weight", "seconds",
