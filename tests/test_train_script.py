@@ -21,8 +21,6 @@ from jllama.store.find import latest_step
 from jllama.train.folder import flatten
 from jllama.train.metrics import read
 
-pytestmark = pytest.mark.optimized
-
 ROOT = Path(__file__).parent.parent
 STEPS = 150
 
@@ -73,6 +71,7 @@ def digest(folder, capsys):
     return capsys.readouterr().out
 
 
+@pytest.mark.optimized
 def test_killed_stopped_and_resumed_it_ends_where_an_uninterrupted_run_ends(recipe, whole, capsys):
     folder = recipe.parent / "runs" / "stopped"
     process = start(recipe, "stopped")

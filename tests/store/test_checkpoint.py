@@ -21,8 +21,6 @@ from jllama.store.find import latest_step
 from jllama.store.fingerprint import fingerprint
 from jllama.train.state import define_state, init_state, load_state, to_trees
 
-pytestmark = pytest.mark.optimized
-
 CONFIG = recipes.in_memory()
 
 

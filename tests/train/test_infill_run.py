@@ -15,8 +15,6 @@ from jllama.train.folder import run_folder
 from jllama.train.placement import make_placement
 from jllama.train.state import define_state, load_state
 
-pytestmark = pytest.mark.optimized
-
 STEPS = 4
 INFILL = [
     "data.objective.kind=infill", "tokenizer.infill=true", "data.length=40", "data.held_out=[]",
@@ -41,6 +39,7 @@ def digest(config):
     return fingerprint(load_state(run_folder(config), STEPS, define_state(config, placement)))
 
 
+@pytest.mark.optimized
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(text, tmp_path, capfd):
     def recipe(*more):
         return configs.load(text, [*INFILL, f"run.folder={tmp_path}", *more])

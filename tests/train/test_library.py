@@ -17,8 +17,6 @@ import jllama
 import jllama.train as jt
 from jllama.store.fingerprint import fingerprint
 
-pytestmark = pytest.mark.optimized
-
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples" / "own_loop.py"
 PAGE = (ROOT / "docs" / "library.md").read_text()
@@ -60,6 +58,7 @@ def evaluated(out):
     return ast.literal_eval(out.splitlines()[-1])
 
 
+@pytest.mark.optimized
 def test_with_the_unchanged_loss_the_example_is_train_bit_for_bit(recipe, trained, example, capsys):
     example("plain", recipe, *overrides("plain"))
     out = capsys.readouterr().out

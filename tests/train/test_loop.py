@@ -26,8 +26,6 @@ from jllama.train.metrics import read
 from jllama.train.placement import make_placement
 from jllama.train.state import define_state, load_state
 
-pytestmark = pytest.mark.optimized
-
 PEAK = 1e12
 STEP_METRICS = {
     "step", "loss", "perplexity", "grad_norm", "learning_rate", "weight", "seconds",
@@ -127,6 +125,7 @@ def test_the_step_compiles_once_in_a_run(whole, fast):
     assert fast[0]._cache_size() == 1
 
 
+@pytest.mark.optimized
 def test_a_stopped_run_resumes_bit_for_bit(recipe, whole, capfd):
     stopped = loop.train(recipe("run.stop_after=6", "eval.stride=9"))
     assert (stopped.steps, stopped.done, stopped.eval) == (6, False, None)
@@ -170,6 +169,7 @@ def test_a_run_without_checkpoints_says_so_and_a_finished_one_compiles_nothing(
     assert "note: " not in err  # as many pieces as rows
 
 
+@pytest.mark.optimized
 def test_a_run_that_lost_its_last_checkpoint_resumes_from_the_one_before(recipe, whole, tmp_path):
     # A crash leaves metrics of later steps, and half a line.
     shutil.copytree(whole.folder, tmp_path / "run")
