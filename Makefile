@@ -46,8 +46,8 @@ test: $(VENV)/.dev  ## run the tests on the CPU
 	@# XLA_FLAGS, set or empty, keeps LLVM's optimisations (tests/conftest.py).
 	if [ -f $(LIBTPU) ]; then export TPU_LIBRARY_PATH=$(abspath $(LIBTPU)); fi; \
 	pytest="$(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 8 --dist worksteal"; \
-	$$pytest -m 'not optimized'; passed=$$?; \
-	XLA_FLAGS="$$XLA_FLAGS" $$pytest -m optimized && exit $$passed
+	$$pytest -m 'not optimized'; status=$$?; \
+	XLA_FLAGS="$$XLA_FLAGS" $$pytest -m optimized && exit $$status
 
 test-peers: $(VENV)/.dev  ## check exactness against transformers, PEFT, llama.cpp, sentencepiece and tiktoken
 	@# The first run installs them, llama.cpp from source, in about ten minutes.

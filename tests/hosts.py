@@ -56,8 +56,7 @@ def free_port(lowest: int = 20000) -> int:
 
 def environment(devices: int, **more: str) -> dict[str, str]:
     """This process's, for one with `devices` CPU devices."""
-    # Compiling is most of what such a process does; tests/conftest.py compiles alike.
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices} {os.environ.get('XLA_FLAGS', '')}"
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path} | more
 
