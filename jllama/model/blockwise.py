@@ -94,14 +94,17 @@ def _blockwise_bwd(block, saved, d_out):
 
     def query_block(carry, xs):
         q, d_out, log_z, delta, rows, first, low, high = xs
+        # The gradients of keys and values are summed as [N,s]: their products then read the scores
+        # as they lie, and q and d_out, which are smaller, are transposed once.
+        q_columns, d_out_columns = jnp.moveaxis(q, -1, 2), jnp.moveaxis(d_out, -1, 2)
 
         def visit(j, carry):
             d_q, d_keys, d_values = carry
             weights = jnp.exp(_scores(q, keys[j], rows, first, j) - log_z[..., None])
-            d_v = _product("BKGTS,BKGTN->BKSN", weights.astype(d_out.dtype), d_out)
+            d_v = _product("BKNGT,BKGTS->BKNS", d_out_columns, weights.astype(d_out.dtype))
             d_weights = _product("BKGTN,BKSN->BKGTS", d_out, values[j])
             d_scores = (weights * (d_weights - delta[..., None]) * N**-0.5).astype(q.dtype)
-            d_k = _product("BKGTS,BKGTN->BKSN", d_scores, q)
+            d_k = _product("BKNGT,BKGTS->BKNS", q_columns, d_scores)
             d_q += _product("BKGTS,BKSN->BKGTN", d_scores, keys[j])
             return d_q, d_keys.at[j].add(d_k), d_values.at[j].add(d_v)
 
@@ -110,10 +113,10 @@ def _blockwise_bwd(block, saved, d_out):
         return tuple(carry), d_q.astype(q.dtype)
 
     queries = (_query_blocks(x, K, t) for x in (q, d_out, log_z, delta))
-    zeros = jnp.zeros(keys.shape, jnp.float32)
+    zeros = jnp.zeros(keys.swapaxes(-2, -1).shape, jnp.float32)
     xs = (*queries, *_bounds(rows, first, t, s))
     (d_k, d_v), d_q = lax.scan(query_block, (zeros, zeros), xs)
-    d_k, d_v = (_key_rows(x, S).astype(k.dtype) for x in (d_k, d_v))
+    d_k, d_v = (_key_rows(x.swapaxes(-2, -1), S).astype(k.dtype) for x in (d_k, d_v))
     return _query_rows(d_q, T), d_k, d_v, None, None
 
 
