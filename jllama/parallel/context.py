@@ -99,7 +99,7 @@ def spread(
     """
     placement = active_placement()
     if placement is None or placement.mesh.size == 1:
-        return kernel(q, k, v, jnp.arange(q.shape[1]), segments, mask)
+        return kernel(q, k, v, np.arange(q.shape[1], dtype=np.int32), segments, mask)
     spec = _spec(placement, q.shape)
     batch, seq, heads, _ = spec
     ways, head_ways = ways_of(placement.mesh, seq), ways_of(placement.mesh, heads)
@@ -109,10 +109,10 @@ def spread(
     if repeats > 1:
         k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
 
-    def own_rows(t: int) -> jax.Array:
+    def own_rows(t: int) -> jax.Array | np.ndarray:
         """The natural index of the t positions that this device holds."""
         if ways == 1:
-            return jnp.arange(t)
+            return np.arange(t, dtype=np.int32)
         device = lax.axis_index(seq)
         if not balanced:
             return device * t + jnp.arange(t)

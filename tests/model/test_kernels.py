@@ -158,6 +158,19 @@ def equations(jaxpr):
     return len(jaxpr.eqns) + sum(map(equations, inner))
 
 
+@pytest.mark.parametrize(("T", "block", "loops"), [(32, 8, False), (40, 8, True), (520, 512, True)])
+def test_only_a_short_row_of_whole_positions_is_visited_without_loops(T, block, loops):
+    q, k, v, _, _ = case(T, B=1)
+    first = jnp.zeros((1, T), jnp.int32)
+
+    def program(rows):
+        return str(jax.make_jaxpr(lambda q: blockwise(q, k, v, rows, first, block))(q))
+
+    assert ("while" in program(np.arange(T))) == loops
+    assert "while" in program(jnp.arange(T)[::-1])
+    assert "while" in program(np.arange(T)[::-1])
+
+
 def test_the_program_does_not_grow_with_the_length():
     sizes = set()
     for T in (1024, 8192):
