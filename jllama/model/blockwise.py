@@ -63,9 +63,8 @@ def blockwise(
       first: [B,T] int32, the first key that each query sees; at most `rows`.
       block: the number of queries, and of keys, in a block.
     """
-    T, S = q.shape[1], k.shape[1]
-    whole = isinstance(rows, np.ndarray) and np.array_equal(rows, np.arange(S))
-    unrolled = whole and min(_UNROLLED_BLOCKS * block, _UNROLLED_LENGTH) >= T
+    whole = isinstance(rows, np.ndarray) and np.array_equal(rows, np.arange(k.shape[1]))
+    unrolled = whole and q.shape[1] <= min(_UNROLLED_BLOCKS * block, _UNROLLED_LENGTH)
     return _blockwise(q, k, v, rows, first, block, unrolled)
 
 
