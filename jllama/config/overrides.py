@@ -1,27 +1,34 @@
 """Dotted overrides: `data.train.0.weight=2` sets one value among the nested values of a recipe."""
 
 import re
+import types
 from collections.abc import Sequence
 from typing import Any
 
+from jllama.config import schema
 from jllama.config.plain_yaml import parse_yaml
 from jllama.errors import UserError
 
 
-def override(data: dict, overrides: Sequence[str]) -> dict:
+def override(data: dict, overrides: Sequence[str], cls: type | None = None) -> dict:
     """Sets every `key=value` in `data`, in place and before validation, and returns `data`.
 
-    A value is YAML, except that plain text is taken as it stands. A number in the key is the index
-    of a list's item. A new `kind` removes the keys beside it that no earlier override has set.
-    Raises UserError, naming the key.
+    The value of a key that is text in the config `cls` is taken as it stands, except that null is
+    no text where there may be none. Any other value is YAML, except that plain text is taken as it
+    stands. A number in the key is the index of a list's item. A new `kind` removes the keys beside
+    it that no earlier override has set. Raises UserError, naming the key.
     """
     assigned: set[str] = set()
     for item in overrides:
         key, eq, text = item.partition("=")
         if not eq or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
             raise UserError(f"{item!r}: an override is written key=value, with dots inside the key")
+        kinds = schema.value_types(cls, key) if cls else set()
         try:
-            value = _parse_value(text)
+            if str in kinds and kinds <= {str, types.NoneType}:
+                value = None if text == "null" and len(kinds) > 1 else text
+            else:
+                value = _parse_value(text)
         except ValueError as e:
             raise UserError(f"{key}: {text!r} is not a YAML value: {e}") from None
         _assign(data, key, value, assigned)

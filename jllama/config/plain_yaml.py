@@ -1,7 +1,7 @@
 """YAML as recipes are written and saved: PyYAML with the numbers that people write.
 
-Plain YAML 1.1 reads 1e-3 as text, 3:5 as a number in base 60 and 2024-01-01 as a date. Here 1e-3 is
-a number and the other two are text. A key that appears twice in a mapping is an error.
+Plain YAML 1.1 reads 1e-3 as text, 010 as eight, 3:5 as a number in base 60 and 2024-01-01 as a date.
+Here 1e-3 is a number and the others are text. A key that appears twice in a mapping is an error.
 """
 
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-_INT = r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)"
+_INT = r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)"
 _FLOAT = (
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"

@@ -91,7 +91,7 @@ def load_model(
       overrides: dotted `key=value`.
       architecture: reads folders of other formats, which without it are errors.
     """
-    data = override(_model_dict(name, architecture), overrides)
+    data = override(_model_dict(name, architecture), overrides, ModelConfig)
     return validate(ModelConfig, data, where=name, given=overrides)
 
 
@@ -139,7 +139,7 @@ def load(
             data["model"] = _model_dict(name, architecture)
         case {"base": str(name), **changes}:
             data["model"] = _model_dict(name, architecture) | changes
-    return validate(Config, override(data, rest), where=str(path), given=rest)
+    return validate(Config, override(data, rest, Config), where=str(path), given=rest)
 
 
 def _implied(folder: Any) -> dict[str, Any]:

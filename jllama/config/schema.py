@@ -82,6 +82,31 @@ def _walk(cls: Any, loc: Sequence[str | int]) -> tuple[list[str], list[str], lis
     return path, allowed, [t for m in members if (t := _tag(m))]
 
 
+def value_types(cls: type, key: str) -> set[Any]:
+    """The types that a dotted key may have: those of a union, and of all members of a sum type."""
+    hints: list[Any] = [cls]
+    for part in key.split("."):
+        inner = []
+        for option in _options(hints):
+            if dataclasses.is_dataclass(option):
+                inner.append(typing.get_type_hints(option, include_extras=True).get(part))
+            elif typing.get_origin(option) is tuple and part.isdecimal():
+                inner.append(typing.get_args(option)[0])
+        hints = [hint for hint in inner if hint is not None]
+    return set(_options(hints))
+
+
+def _options(hints: Sequence[Any]) -> list[Any]:
+    """The hints without annotations, and the members of a union for the union."""
+    options = []
+    for hint in map(_strip, hints):
+        if typing.get_origin(hint) in (typing.Union, types.UnionType):
+            options += _options(typing.get_args(hint))
+        else:
+            options.append(hint)
+    return options
+
+
 def _strip(hint: Any) -> Any:
     while typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]

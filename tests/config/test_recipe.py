@@ -249,7 +249,8 @@ def test_an_override_changes_its_key_and_no_other(recipe, setup, key, hint):
     before = flatten(recipes.to_dict(recipes.load(recipe, setup)))
     new = CHOSEN[key] if key in CHOSEN else another(hint, before[key])
     assert new != before[key]
-    after = flatten(recipes.to_dict(recipes.load(recipe, [*setup, f"{key}={json.dumps(new)}"])))
+    value = new if isinstance(new, str) else json.dumps(new)
+    after = flatten(recipes.to_dict(recipes.load(recipe, [*setup, f"{key}={value}"])))
     assert after == {**before, key: new}
 
 
@@ -266,19 +267,38 @@ def test_an_override_reads_numbers_and_words_as_people_write_them(recipe):
 
 @pytest.mark.parametrize(
     "text",
-    ["1e-3", "3:5", "2024-01-01", "yes", "null", "", "${run.name}", " a # b", "a: b", "é\n\t", "="],
+    [
+        *("1e-3", "001", "48213", "3:5", "2024-01-01", "yes", "null", "", "=", "---", "\n\n", "é\n\t"),
+        *("### Response:", "a: b", " a # b", "# a", "[a", "{a", "%s", "'a' or 'b'", '"a"', "| a", "*a"),
+        *("${run.name}", "${oc.env:HOME}"),
+    ],
 )
-def test_any_text_is_saved_and_read_as_it_is(recipe, tmp_path, text):
-    loaded = recipes.load(recipe, [f"sample.prompt={json.dumps(text)}"])
+def test_any_text_is_taken_saved_and_read_as_it_is(recipe, tmp_path, text):
+    loaded = recipes.load(recipe, [f"sample.prompt={text}"])
     assert loaded.sample.prompt == text
     (tmp_path / "saved.yaml").write_text(recipes.to_yaml(loaded))
     assert recipes.load(tmp_path / "saved.yaml") == loaded
 
 
+def test_text_that_may_be_none_is_null_or_text(recipe):
+    source = "data.train.0.source"
+    kind = [f"{source}.kind=text", f"{source}.files=[a.txt]"]
+    for text, wanted in (("---", "---"), ("\n\n", "\n\n"), ("null", None), ("~", "~"), ("", "")):
+        loaded = recipes.load(recipe, [*kind, f"{source}.separator={text}"])
+        assert loaded.data.train[0].source.separator == wanted
+
+
+def test_an_item_of_a_list_of_texts_is_text(recipe):
+    loaded = recipes.load(
+        recipe, ["data.train.0.source={kind: text, files: [a]}", "data.train.0.source.files.0=1.txt: b"]
+    )
+    assert loaded.data.train[0].source.files == ("1.txt: b",)
+
+
 def test_a_file_reads_numbers_and_words_as_people_write_them():
-    text = "{a: 1e-3, b: 3:5, c: 2024-01-01, d: 1_000, e: 089, f: .5, g: ~, h: on, i: 0x10}"
+    text = "{a: 1e-3, b: 3:5, c: 2024-01-01, d: 1_000, e: 010, f: .5, g: ~, h: on, i: 0x10}"
     assert parse_yaml(text) == {
-        "a": 1e-3, "b": "3:5", "c": "2024-01-01", "d": 1000, "e": "089", "f": 0.5, "g": None,
+        "a": 1e-3, "b": "3:5", "c": "2024-01-01", "d": 1000, "e": "010", "f": 0.5, "g": None,
         "h": True, "i": 16,
     }  # fmt: skip
 
@@ -324,8 +344,9 @@ def test_a_model_may_be_another_with_changes(recipe, tmp_path):
         (["training.steps=many"], r'training\.steps: .*integer, not "many"'),
         (["training.steps=1.5"], r"training\.steps: .*integer, not 1\.5"),
         (["training.steps='7'"], r'training\.steps: .*integer, not "7"'),
+        (["training.steps=010"], r'training\.steps: .*integer, not "010"'),
         (["model.tie_embeddings=1"], r"model\.tie_embeddings: .*boolean, not 1"),
-        (["run.name=3"], r"run\.name: .*string, not 3"),
+        (["run={name: 3}"], r"run\.name: .*string, not 3"),
         (["training.steps=0"], r"training\.steps: .*greater than or equal to 1, not 0"),
         (["training.schedule.peak=-1"], r"training\.schedule\.peak: .*greater than 0, not -1"),
         (["training.optimizer.beta2=1"], r"training\.optimizer\.beta2: .*less than 1, not 1"),
