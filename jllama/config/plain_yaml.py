@@ -1,6 +1,6 @@
 """YAML as recipes are written and saved: PyYAML with the numbers that people write.
 
-Plain YAML 1.1 reads 1e-3 as text, 010 as eight, 3:5 as a number in base 60 and 2024-01-01 as a date.
+Plain YAML 1.1 reads 1e-3 as text, 010 as 8, 3:5 as a number in base 60 and 2024-01-01 as a date.
 Here 1e-3 is a number and the others are text. A key that appears twice in a mapping is an error.
 """
 

@@ -37,6 +37,7 @@ from jllama.data.records import (
     records_file,
     write_tfds_metadata,
 )
+from jllama.data.text_files import is_named_compressed
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.files.locks import locked
@@ -73,7 +74,7 @@ def prepare(
         "block_tokens": config.block_tokens,
     }
     identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = storage.path(config.folder) / f"{source.name}-{identity[:16]}"
+    folder = _folder(storage.path(config.folder), source.name, identity[:16])
     prepared = Prepared.open(folder, config.cache)  # without the lock: the folder may be read-only
     if prepared is None:
         try:
@@ -88,8 +89,21 @@ def prepare(
             raise UserError(f"{e.filename or folder}: {e.strerror}; {fix}") from None
         prepared = prepared or Prepared.open(folder, config.cache)
         assert prepared is not None
+    prepared.name = source.name
     check_unchanged(prepared, source, config.max_skipped)
     return prepared
+
+
+def _folder(parent: Path, name: str, key: str) -> Path:
+    """The folder of the dataset `key`; that of a source with another name if it is whole there."""
+    folder = parent / f"{name}-{key}"
+    names = storage.listing(parent).folders
+    if folder.name not in names:
+        for other in sorted(names):
+            if other.endswith(f"-{key}") and storage.exists(parent / other / MARKER):
+                say(f"{parent / other}: used for the source {name}, whose files are the same")
+                return parent / other
+    return folder
 
 
 def _make(
@@ -100,7 +114,7 @@ def _make(
     config: PrepareConfig,
 ) -> None:
     inputs = sources.source_files(source.source)
-    compressed = any(f.path.suffix in (".gz", ".zst", ".parquet") for f in inputs)
+    compressed = any(is_named_compressed(f.path) or f.path.suffix == ".parquet" for f in inputs)
     size = None if compressed else sum(f.size for f in inputs)
     progress = Progress(f"prepare {source.name}", size)
     # A process takes longer to start than to tokenise a few megabytes.

@@ -93,8 +93,11 @@ class Prepared:
         while at < stop:
             shard = int(np.searchsorted(self._token_starts, at, side="right")) - 1
             block, skip = divmod(at - int(self._token_starts[shard]), self._block)
-            record = self._records[int(self._record_starts[shard]) + block]
-            block_tokens, block_starts = decode_record(record, self.vocab_size)
+            number = int(self._record_starts[shard]) + block
+            try:
+                block_tokens, block_starts = decode_record(self._records[number], self.vocab_size)
+            except Exception as e:  # array_record and protobuf raise exceptions of many types
+                raise self._broken(records_file(shard, self._shards), e) from None
             n = min(stop - at, len(block_tokens) - skip)
             tokens[at - start : at - start + n] = block_tokens[skip : skip + n]
             offsets = block_starts - skip
@@ -105,11 +108,22 @@ class Prepared:
     def document_ends(self) -> np.ndarray:
         """Returns the stream position after each document: int64 [documents]."""
         ends = []
-        for shard in range(self._shards):
-            if self.identity["shard_documents"][shard]:
-                data = storage.read_bytes(self._files / ends_file(shard))
-                ends.append(np.frombuffer(data, "<u8").astype(np.int64) + self._token_starts[shard])
+        for shard, count in enumerate(self.identity["shard_documents"]):
+            if not count:
+                continue
+            start, stop = self._token_starts[shard : shard + 2]
+            data = storage.read_bytes(self._files / ends_file(shard))
+            own = np.frombuffer(data, "<u8").astype(np.int64) + start
+            if len(own) != count or own[-1] != stop or np.any(np.diff(own, prepend=start) <= 0):
+                raise self._broken(ends_file(shard), "its numbers are no ends of documents")
+            ends.append(own)
         return np.concatenate(ends)
+
+    def _broken(self, name: str, why: object) -> UserError:
+        again = f"delete {self._files} to " + (
+            "prepare the source again" if self._files == self.folder else "fetch it again"
+        )
+        return UserError(f"{self._files / name}: broken: {storage.one_line(why)}; {again}")
 
 
 def _copies(folder: Path, identity: dict, cache: str) -> Path | None:

@@ -4,7 +4,9 @@ A reader yields (place, text or the reason why it cannot be used) for each docum
 streams: memory is bounded by the longest document.
 """
 
+import codecs
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pyarrow.parquet
 import tensorflow_datasets as tfds
 
 from jllama.config import JsonlSource, ParquetSource, StdlibSource, TextSource, TfdsSource
-from jllama.data import text_files
+from jllama.data import json_array, text_files
 from jllama.errors import UserError
 from jllama.files import storage
 
@@ -46,6 +48,8 @@ def _text(data: bytes) -> str | Skipped:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return Skipped("is UTF-16 and not UTF-8; convert the file")
         line = data.count(b"\n", 0, e.start)
         at = f" {line} lines into it" if line else ""
         return Skipped(f"invalid UTF-8, byte 0x{data[e.start]:02x}{at}")
@@ -80,7 +84,9 @@ def _read_text(source: TextSource, file: SourceFile) -> Iterator[tuple[str, str 
     if not source.separator:
         raise UserError("separator: is empty; write null to make each file one document")
     pending = None
-    for line, data in text_files.split_file(file.path, source.separator.encode()):
+    for line, data in text_files.split(
+        text_files.read_chunks(file.path), source.separator.encode()
+    ):
         if pending is not None:
             yield pending
         pending = f"{file.name}:{line}", _text(data)
@@ -89,7 +95,21 @@ def _read_text(source: TextSource, file: SourceFile) -> Iterator[tuple[str, str 
 
 
 def _read_jsonl(source: JsonlSource, file: SourceFile) -> Iterator[tuple[str, str | Skipped]]:
-    for line, data in text_files.split_file(file.path, b"\n"):
+    """A record a line; or if the file begins with a bracket, the items of one array."""
+    chunks, start = text_files.read_chunks(file.path), b""
+    for chunk in chunks:
+        start += chunk
+        if start.strip():
+            break
+    chunks = itertools.chain([start], chunks)
+    if start.lstrip().startswith(b"["):
+        try:
+            for number, record in enumerate(json_array.items(chunks, _JSON), 1):
+                yield f"{file.name}: item {number}", _record_text(record, source.field)
+        except (json_array.BrokenArray, UnicodeDecodeError, RecursionError) as e:
+            raise UserError(f"{file.name}: not a JSON array: {storage.one_line(e)}") from None
+        return
+    for line, data in text_files.split(chunks, b"\n"):
         if data.strip():  # a blank line is not a document
             yield f"{file.name}:{line}", _json_text(data, source.field)
 
@@ -99,14 +119,28 @@ def _json_text(data: bytes, field: str) -> str | Skipped:
     if isinstance(text, Skipped):
         return text
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as e:
+        record = _JSON.decode(text)
+    except ValueError as e:
         return Skipped(f"malformed JSON: {e}")
+    except RecursionError:
+        return Skipped("JSON that is nested too deeply to be read")
+    return _record_text(record, field)
+
+
+def _record_text(record: object, field: str) -> str | Skipped:
     if not isinstance(record, dict):
         return Skipped("not a JSON object")
     if field not in record:
         return Skipped(f"no field {field!r}")
     return _string(record[field], field)
+
+
+def _integer(digits: str) -> int | float:
+    # Python makes no integer of thousands of digits, and no text depends on it.
+    return int(digits) if len(digits) < 1000 else float(digits)
+
+
+_JSON = json.JSONDecoder(parse_int=_integer)
 
 
 def _string(value: object, field: str) -> str | Skipped:

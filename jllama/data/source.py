@@ -42,7 +42,8 @@ def documents(
     without documents.
     """
     skipped = count = 0
-    for part in parts(source):
+    listed = parts(source)
+    for part in listed:
         for where, text in read_part(source, part):
             if not isinstance(text, Skipped):
                 count += 1
@@ -52,6 +53,23 @@ def documents(
             skipped += 1
     if not count:
         raise no_documents(source)
+    if isinstance(source, TextSource) and source.separator and count + skipped == len(listed):
+        say(f"note: {_whole_files(source, listed)}")
+
+
+def _whole_files(source: TextSource, files: list[SourceFile]) -> str:
+    """Says that no separator was found, and what may be the reason."""
+    reason = "check it"
+    if "\\n" in source.separator:
+        reason = 'it has a backslash and an n, and in YAML a line feed is "\\n" in double quotes'
+    elif "\n" in source.separator and any(
+        b"\r\n" in next(iter(text_files.read_chunks(f.path)), b"") for f in files[:8]
+    ):
+        reason = "the lines of the files end in CR LF"
+    return (
+        f"{summary(source)}: the separator {source.separator!r} gives one document for each of"
+        f" {len(files)} files; {reason}"
+    )
 
 
 def skip_message(where: str, reason: str, skipped: int, max_skipped: int) -> str:

@@ -3,10 +3,16 @@
 Every problem is a UserError.
 """
 
+import bz2
+import codecs
+import errno
 import gzip
 import hashlib
+import lzma
+import os
+import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +22,8 @@ from jllama.errors import UserError
 from jllama.files import storage
 
 _CHUNK = 1 << 18
+_COMPRESSED = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd", "bz2": b"BZh", "xz": b"\xfd7zXZ\0"}
+_BROKEN = (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, lzma.LZMAError)
 
 
 class NoFiles(UserError):
@@ -25,10 +33,12 @@ class NoFiles(UserError):
 def find_files(patterns: tuple[str, ...], suffix: str = "") -> list[str]:
     """Returns the paths that the patterns match, sorted and spelt as in the patterns.
 
-    Raises `NoFiles` for a pattern that matches no file. For a folder the error proposes a pattern
-    of the files in it that end with `suffix`.
+    A file that they match under several names, by links, is returned once, under the shortest.
+    Raises `NoFiles` for a pattern that matches no file: for a folder the error proposes a pattern
+    of the files in it that end with `suffix`. Raises UserError for what is no file of data, such
+    as a pipe.
     """
-    paths = set()
+    paths: set[str] = set()
     for pattern in patterns:
         names = storage.matches(pattern)
         if not names:
@@ -37,7 +47,26 @@ def find_files(patterns: tuple[str, ...], suffix: str = "") -> list[str]:
                 raise NoFiles(f"{pattern}: is a folder; write {glob!r} for the files in it")
             raise NoFiles(f"{pattern}: no file matches; check the path")
         paths.update(names)
-    return sorted(paths)
+    return sorted(_each_once(paths))
+
+
+def _each_once(paths: Iterable[str]) -> list[str]:
+    names: dict[object, str] = {}
+    for path in sorted(paths, key=lambda path: (len(path), path)):
+        file: object = path
+        if not storage.is_remote(path):
+            with storage.reading(Path(path)):
+                try:
+                    found = os.stat(path)
+                except OSError as e:
+                    if e.errno != errno.ELOOP:
+                        raise
+                    continue  # a link that leads around has a shorter name for the same file
+            if not stat.S_ISREG(found.st_mode):
+                raise UserError(f"{path}: is a pipe or a device; write its data to a file")
+            file = found.st_dev, found.st_ino
+        names.setdefault(file, path)
+    return list(names.values())
 
 
 def file_digest(path: Path) -> str:
@@ -47,22 +76,59 @@ def file_digest(path: Path) -> str:
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:
-    """Yields the bytes of a file, decompressed if its suffix is .gz or .zst.
+    """Yields the bytes of a file, decompressed (gzip, zstd, bzip2, xz), without a byte order mark.
 
-    Raises UserError for a missing file, and for compressed data that are broken or end early.
+    The first bytes tell whether and how it is compressed, whatever its name says.
+
+    Raises UserError for a missing file, for compressed data that are broken or end early, and for
+    an uncompressed file whose name says that it is compressed.
     """
+    chunks, start = _decompressed(path), b""
+    for chunk in chunks:
+        start += chunk
+        if len(start) >= len(codecs.BOM_UTF8):
+            break
+    yield start.removeprefix(codecs.BOM_UTF8)  # a signature of the file, and no text
+    yield from chunks
+
+
+def _decompressed(path: Path) -> Iterator[bytes]:
     with storage.reading(path), storage.open_read(path) as file:
+        kind = _compression(file.read(8))
+        file.seek(0)
+        if kind is None and is_named_compressed(path):
+            raise UserError(f"{path}: is not compressed, and its name says that it is; rename it")
+        broken = (*_BROKEN, OSError) if kind == "bz2" else _BROKEN
         try:
-            if path.suffix == ".zst":
+            if kind == "zst":
                 yield from _unzstd(file)
                 return
-            unzipped = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-            while chunk := unzipped.read(_CHUNK):
+            opened = _OPENERS[kind](file) if kind else file
+            while chunk := opened.read(_CHUNK):
                 yield chunk
-        except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
+        except broken as e:
             raise UserError(f"{path}: broken compressed data: {e}; get the file again") from None
         except EOFError:
             raise UserError(f"{path}: compressed data ends early; get the file again") from None
+
+
+_OPENERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    "gz": lambda file: gzip.GzipFile(fileobj=file),
+    "bz2": bz2.BZ2File,
+    "xz": lzma.LZMAFile,
+}
+
+
+def _compression(start: bytes) -> str | None:
+    """How a file is compressed that begins so; None if it is not."""
+    kind = next((k for k, magic in _COMPRESSED.items() if start.startswith(magic)), None)
+    # A text may begin with "BZh"; the digits of pi follow in bzip2, or of its root if it is empty.
+    return None if kind == "bz2" and start[4:7] not in (b"1AY", b"\x17rE") else kind
+
+
+def is_named_compressed(path: Path) -> bool:
+    """Whether the suffix of a file is one of compressed files."""
+    return path.suffix[1:].lower() in _COMPRESSED
 
 
 def _unzstd(file: BinaryIO) -> Iterator[bytes]:
@@ -80,13 +146,13 @@ def _unzstd(file: BinaryIO) -> Iterator[bytes]:
         raise EOFError
 
 
-def split_file(path: Path, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yields the parts between separators as (number of the line where it starts, bytes).
+def split(chunks: Iterable[bytes], separator: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yields the parts of a file's bytes as (number of the line where it starts, bytes).
 
-    The last part may be empty.
+    The last part, after the last separator, may be empty.
     """
     line, buffer = 1, bytearray()
-    for chunk in read_chunks(path):
+    for chunk in chunks:
         start = max(0, len(buffer) - len(separator) + 1)
         buffer += chunk
         done = 0

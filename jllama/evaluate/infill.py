@@ -113,7 +113,7 @@ def _span(problem: Problem) -> Problem:
 
 
 def _ready_made(path: str) -> Iterator[Problem]:
-    for number, data in text_files.split_file(storage.path(path), b"\n"):
+    for number, data in text_files.split(text_files.read_chunks(storage.path(path)), b"\n"):
         if not data.strip():
             continue
         try:

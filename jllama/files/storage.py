@@ -346,7 +346,7 @@ def _kind(error: Exception) -> type[UserError]:
     return UserError if wrong else StorageError
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks, its middle left out beyond 300 characters."""
+def one_line(error: object) -> str:
+    """An error or a text without line breaks, its middle left out beyond 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-145:]}"

@@ -268,8 +268,33 @@ def test_an_override_reads_numbers_and_words_as_people_write_them(recipe):
 @pytest.mark.parametrize(
     "text",
     [
-        *("1e-3", "001", "48213", "3:5", "2024-01-01", "yes", "null", "", "=", "---", "\n\n", "é\n\t"),
-        *("### Response:", "a: b", " a # b", "# a", "[a", "{a", "%s", "'a' or 'b'", '"a"', "| a", "*a"),
+        *(
+            "1e-3",
+            "001",
+            "48213",
+            "3:5",
+            "2024-01-01",
+            "yes",
+            "null",
+            "",
+            "=",
+            "---",
+            "\n\n",
+            "é\n\t",
+        ),
+        *(
+            "### Response:",
+            "a: b",
+            " a # b",
+            "# a",
+            "[a",
+            "{a",
+            "%s",
+            "'a' or 'b'",
+            '"a"',
+            "| a",
+            "*a",
+        ),
         *("${run.name}", "${oc.env:HOME}"),
     ],
 )
@@ -290,7 +315,8 @@ def test_text_that_may_be_none_is_null_or_text(recipe):
 
 def test_an_item_of_a_list_of_texts_is_text(recipe):
     loaded = recipes.load(
-        recipe, ["data.train.0.source={kind: text, files: [a]}", "data.train.0.source.files.0=1.txt: b"]
+        recipe,
+        ["data.train.0.source={kind: text, files: [a]}", "data.train.0.source.files.0=1.txt: b"],
     )
     assert loaded.data.train[0].source.files == ("1.txt: b",)
 

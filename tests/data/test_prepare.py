@@ -1,5 +1,6 @@
 """Preparing writes the same bytes in any way, is not repeated, and is trusted only when whole."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -102,11 +103,41 @@ def test_a_second_run_finds_it(prepare_texts, monkeypatch):
 
 def test_what_changes_the_bytes_changes_the_folder(prepare_texts, tmp_path):
     folders = {
-        prepare_texts(**options).folder
-        for options in ({}, {"shards": 2}, {"block_tokens": 51}, {"name": "other"})
+        prepare_texts(**options).folder for options in ({}, {"shards": 2}, {"block_tokens": 51})
     }
-    assert len(folders) == 4
+    assert len(folders) == 3
     assert prepare_texts(workers=2, max_skipped=5).folder in folders
+
+
+def test_the_same_files_under_another_name_are_not_tokenised_again(
+    tmp_path, tokenizer, write_jsonl, texts, capfd
+):
+    config = PrepareConfig(folder=str(tmp_path / "prepared"), workers=1)
+    source = write_jsonl(texts)
+    first = prepare(source, tokenizer, config)
+    again = prepare(dataclasses.replace(source, name="other"), tokenizer, config)
+    assert (again.folder, again.name) == (first.folder, "other")
+    assert f"{first.folder}: used for the source other" in capfd.readouterr().err
+    (first.folder / "identity.json").unlink()  # it is not whole
+    assert (
+        prepare(dataclasses.replace(source, name="other"), tokenizer, config).folder != first.folder
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["tokens-train.array_record-00001-of-00003", "document-ends.00001.u64"]
+)
+def test_broken_bytes_are_an_error_that_names_the_file(prepare_texts, name):
+    prepared = prepare_texts()
+    path = prepared.folder / name
+    data = path.read_bytes()
+    at = len(data) // 2
+    path.write_bytes(data[:at] + bytes(b ^ 0xFF for b in data[at : at + 20]) + data[at + 20 :])
+    damaged = Prepared.open(prepared.folder)
+    with pytest.raises(UserError, match=f"{name}: broken: .*; delete {prepared.folder} to") as e:
+        damaged.read(0, damaged.tokens)
+        damaged.document_ends()
+    assert "\n" not in str(e.value)
 
 
 def test_a_changed_source_is_an_error_that_names_the_file(prepare_texts, tmp_path, texts):

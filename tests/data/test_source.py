@@ -1,7 +1,11 @@
 """Reading documents from every kind of source, whole and broken."""
 
+import bz2
+import codecs
 import gzip
 import json
+import lzma
+import os
 
 import numpy as np
 import pyarrow
@@ -12,7 +16,7 @@ import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from jllama.config import JsonlSource, ParquetSource, StdlibSource, TextSource, TfdsSource
-from jllama.data import text_files
+from jllama.data import json_array, text_files
 from jllama.data.source import Document, documents, is_held_out, source_files
 from jllama.errors import UserError
 
@@ -29,8 +33,17 @@ def jsonl_source(*files, **kwargs):
     return JsonlSource(kind="jsonl", files=tuple(map(str, files)), **kwargs)
 
 
+PACKERS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
+
 def packed(suffix, data):
-    return {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix](data)
+    return PACKERS[suffix](data)
 
 
 def test_the_library_is_split_by_file_and_holds_out_400_kb():
@@ -75,7 +88,7 @@ def test_a_text_file_is_one_document_with_its_newlines_untouched(tmp_path):
     assert [f.size for f in source_files(source)] == [3, 6]
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", PACKERS)
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 18])
 def test_separators_split_a_stream(tmp_path, suffix, chunk, monkeypatch):
     monkeypatch.setattr(text_files, "_CHUNK", max(chunk, 8) if suffix == ".zst" else chunk)
@@ -93,16 +106,150 @@ def test_a_zst_file_may_hold_several_frames(tmp_path):
     assert read(jsonl_source(path)) == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", list(PACKERS)[1:])
 def test_truncated_and_broken_archives_are_errors(tmp_path, suffix):
     data = packed(suffix, np.random.default_rng(0).bytes(10_000))
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(data[:-20])
     with pytest.raises(UserError, match="ends early"):
         read(text_source(path), max_skipped=9)
-    path.write_bytes(b"plain text, not an archive at all")
+    header = 4 if suffix == ".zst" else 10
+    path.write_bytes(data[:header] + b"\xff" * 40 + data[header + 40 :])
     with pytest.raises(UserError, match="broken compressed data"):
         read(text_source(path), max_skipped=9)
+    path.write_bytes(b"plain text, not an archive at all")
+    with pytest.raises(UserError, match="is not compressed, and its name says that it is"):
+        read(text_source(path), max_skipped=9)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL.GZ", "a.jsonl.bz2"])
+@pytest.mark.parametrize("suffix", list(PACKERS)[1:])
+def test_the_first_bytes_say_how_a_file_is_compressed(tmp_path, suffix, name):
+    (tmp_path / name).write_bytes(packed(suffix, b'{"text": "one"}\n{"text": "two"}\n'))
+    assert read(jsonl_source(tmp_path / name)) == ["one", "two"]
+
+
+def test_text_that_begins_like_bzip2_is_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"BZh9 is the mark of bzip2")
+    assert read(text_source(tmp_path / "a.txt")) == ["BZh9 is the mark of bzip2"]
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+@pytest.mark.parametrize("chunk", [1, 2, 1 << 18])
+def test_a_byte_order_mark_is_no_text(tmp_path, suffix, chunk, monkeypatch):
+    monkeypatch.setattr(text_files, "_CHUNK", max(chunk, 8) if suffix == ".zst" else chunk)
+    mark = codecs.BOM_UTF8
+    for name, data in (
+        ("a.jsonl", b'{"text": "one"}\n{"text": "two"}'),
+        ("a.txt", b"one--two"),
+        ("array.jsonl", b'[{"text": "one"}, {"text": "two"}]'),
+    ):
+        (tmp_path / name).write_bytes(packed(suffix, mark + data))
+    assert read(jsonl_source(tmp_path / "a.jsonl")) == ["one", "two"]
+    assert read(jsonl_source(tmp_path / "array.jsonl")) == ["one", "two"]
+    assert read(text_source(tmp_path / "a.txt", separator="--")) == ["one", "two"]
+    inside = b"a" + mark + b"b"  # there it is a character
+    (tmp_path / "a.txt").write_bytes(packed(suffix, inside))
+    assert read(text_source(tmp_path / "a.txt")) == [inside.decode()]
+
+
+def test_utf_16_is_called_so(tmp_path):
+    (tmp_path / "a.txt").write_text("hello", encoding="utf-16")
+    with pytest.raises(UserError, match=r"a\.txt: is UTF-16 and not UTF-8"):
+        read(text_source(tmp_path / "a.txt"))
+
+
+def test_a_file_with_several_names_is_read_once(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("one")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "again.txt").symlink_to("a.txt")
+    os.link(tmp_path / "in" / "a.txt", tmp_path / "in" / "hard.txt")
+    files = source_files(text_source(tmp_path / "in/**/*.txt", tmp_path / "in/*.txt"))
+    assert [f.name for f in files] == [str(tmp_path / "in" / "a.txt")]
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"a\.txt: is a pipe or a device"):
+        read(text_source(tmp_path / "*.txt"))
+
+
+ARRAY = (
+    '[{"text": "one, \\"[x]\\""},\n {"text": "é", "n": 1234567, "in": [{"text": 0}]} '
+    ',{"text":"3"}]\n'
+)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 18])
+def test_an_array_of_json_is_read_item_by_item(tmp_path, chunk, monkeypatch):
+    monkeypatch.setattr(text_files, "_CHUNK", chunk)
+    path = tmp_path / "a.json"
+    path.write_text("\n " + ARRAY)
+    parts = list(documents(jsonl_source(path)))
+    assert [d.text for d in parts] == [item["text"] for item in json.loads(ARRAY)]
+    assert [d.where for d in parts] == [f"{path}: item {i}" for i in (1, 2, 3)]
+
+
+def test_numbers_of_an_array_are_not_cut_between_chunks(monkeypatch):
+    assert list(json_array.items([b"[12", b"34,5", b"6", b"]"], json.JSONDecoder())) == [1234, 56]
+    assert list(json_array.items([b" [ ", b"] "], json.JSONDecoder())) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('[{"text": "one"}', "ends early"),
+        ('[{"text": "one"} {"text": "two"}]', "expected ',', not '{'"),
+        ('[{"text": "one"},]', "item 2: "),
+        ('[{"text": "one"}, {"text"]', "item 2: "),
+        ('[{"text": "one"}]\n{"text": "two"}', "after the end of the array"),
+        ('[{"text": "one"}, ' + "[" * 100_000, "not a JSON array"),
+        ('[{"text": "one"}, "\udcff"]', "not a JSON array"),
+    ],
+)
+def test_a_broken_array_is_an_error(tmp_path, text, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError) as e:
+        read(jsonl_source(path), max_skipped=9)
+    assert str(e.value).startswith(f"{path}: not a JSON array") and reason in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_a_bad_item_of_an_array_is_skipped_and_reported(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('[{"text": "one"}, 3, {"texts": 0}, {"text": ""}, {"text": "two"}]')
+    reports = []
+    assert read(jsonl_source(path), max_skipped=3, report=reports.append) == ["one", "two"]
+    assert [r.partition("; ")[0] for r in reports] == [
+        f"{path}: item 2: not a JSON object",
+        f"{path}: item 3: no field 'text'",
+        f"{path}: item 4: empty document",
+    ]
+
+
+def test_a_number_of_any_length_is_json(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "n": ' + "7" * 5000 + "}\n")
+    assert read(jsonl_source(path)) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("data", "separator", "reason"),
+    [
+        (b"one\r\n\r\ntwo", "\n\n", "end in CR LF"),
+        (b"one\n\ntwo", "\\n\\n", "a backslash and an n"),
+        (b"one\n\ntwo", "---", "check it"),
+        (b"one\n\ntwo", "\n\n", None),
+    ],
+)
+def test_a_separator_that_cuts_nothing_is_said(tmp_path, data, separator, reason, capfd):
+    (tmp_path / "a.txt").write_bytes(data)
+    texts = read(text_source(tmp_path / "a.txt", separator=separator))
+    said = capfd.readouterr().err
+    assert len(texts) == (1 if reason else 2)
+    assert (reason in said and repr(separator) in said) if reason else not said
 
 
 BAD_LINES = {
@@ -113,7 +260,7 @@ BAD_LINES = {
     b'{"texts": "x"}': "no field 'text'",
     b'{"text": 3}': "is int, not text",
     b'{"text": "\\ud800"}': "unpaired surrogate",
-    b"[" * 100_000: "malformed JSON",
+    b'{"a": ' * 100_000: "nested too deeply",
 }
 
 
