@@ -1,7 +1,7 @@
 """Trains a recipe: python train.py --config configs/train/tiny.yaml --training.steps=100
 
 Any key of the recipe can be overridden: --section.key=value. The same command resumes a run that
-was interrupted; one that a signal stops before its last step exits with status 75: start it again.
+was interrupted; one that a signal stops before its end exits with status 75: start it again.
 """
 
 import json
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     config = recipe.from_arguments(argv, architecture_at)
     prompt = parse_prompt("sample.prompt", config.sample.prompt)
     result = train(config)
-    if result.done and distributed.leader():
+    if result.done and not result.stopped and distributed.leader():
         report(config, result, prompt)
     return os.EX_TEMPFAIL if result.stopped else os.EX_OK
 

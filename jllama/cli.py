@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from jllama.errors import UserError
+from jllama.errors import Stopped, UserError
 
 COMMANDS = {
     # name: (module, what it does)
@@ -76,6 +76,9 @@ def exit_status(run: Callable[..., Any], *args: Any) -> int:
         sys.stdout.flush()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return e.status
+    except Stopped as e:
+        print(e, file=sys.stderr)
         return e.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -18,6 +18,15 @@ class UserError(Exception):
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+class Stopped(BaseException):
+    """A signal asked a run to stop where there is nothing to save; the message is one line.
+
+    It is no `Exception`, so that nothing takes it for a failure of what was being done.
+    """
+
+    status = os.EX_TEMPFAIL  # 75: start it again
+
+
 class StorageError(UserError):
     """Storage failed, such as an unreachable store or a full disk: trying again may succeed."""
 

@@ -38,8 +38,8 @@ def recipe(tmp_path_factory):
     return path
 
 
-def start(recipe, name):
-    command = [sys.executable, "train.py", "--config", str(recipe), f"--run.name={name}"]
+def start(recipe, name, *options):
+    command = [sys.executable, "train.py", "--config", str(recipe), f"--run.name={name}", *options]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -108,6 +108,35 @@ def test_killed_stopped_and_resumed_it_ends_where_an_uninterrupted_run_ends(reci
     )
     assert ended == wanted
     assert len(wanted) == STEPS
+
+
+def test_a_signal_is_heard_during_an_evaluation(recipe, whole, tmp_path):
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("the cat sat on the mat\n" * 200_000)
+    source = {"name": "long", "source": {"kind": "text", "files": [str(held_out)]}}
+    options = (f"--data.held_out={json.dumps([source])}", "--eval.every=1", "--eval.max_rows=0")
+    process = start(recipe, "evaluated", *options)
+    until(process, 1)
+    time.sleep(1)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == os.EX_TEMPFAIL, err
+    assert err.splitlines()[-1] == f"SIGUSR1: stopped at step 1 of {STEPS}, checkpointed"
+    folder = recipe.parent / "runs" / "evaluated"
+    assert latest_step(folder) == 1
+    assert not [line for line in read(folder / "metrics.jsonl") if "eval_loss" in line]
+
+
+def test_a_signal_before_the_first_step_is_heard_at_once(recipe, whole):
+    process = start(recipe, "compiling")
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "compiling the first step" in line:
+            process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == os.EX_TEMPFAIL, lines
+    assert lines[-1] == "SIGHUP: stopped with nothing to save; start it again\n"
+    assert latest_step(recipe.parent / "runs" / "compiling") is None
 
 
 def test_the_summary_and_what_is_printed(whole):

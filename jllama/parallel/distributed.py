@@ -25,7 +25,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
 from jllama.config import DistributedConfig
-from jllama.errors import UserError
+from jllama.errors import Stopped, UserError
 from jllama.files.storage import one_line
 
 LOST = 3  # exit status of a process that lost another process, or waited for one in vain
@@ -252,6 +252,8 @@ def ending_together(advice: Callable[[], str]) -> Iterator[None]:
         who = f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(e, UserError):
             _exit(e.status, f"error: {who}: {e}")
+        if isinstance(e, Stopped):
+            _exit(e.status, f"{who}: {e}")
         if isinstance(e, KeyboardInterrupt):
             _exit(130, f"{who}: interrupted")
         if is_loss(e):

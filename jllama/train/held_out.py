@@ -1,6 +1,7 @@
 """The loss of held-out text."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,10 @@ from jllama.parallel.sharding import Placement
 from jllama.train.step import EvalStep
 
 
+class Left(Exception):
+    """The evaluation was left before its end, because a process was asked to stop."""
+
+
 def evaluate(
     config: Config,
     data: Data,
@@ -23,6 +28,7 @@ def evaluate(
     *,
     max_rows: int = 0,
     stride: int = 0,
+    vote: Callable[[], jax.Array | bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Returns the loss over all held-out sources, the same in every process; all call it.
 
@@ -32,11 +38,15 @@ def evaluate(
       max_rows: how many rows of each source are read; 0 reads all of them.
       stride: rows that are cut from a stream begin this many tokens apart, and only the last
         `stride` targets of each are scored. 0 is the row's length.
+      vote: asked once a batch whether to leave the evaluation; the answer is the same in every
+        process, and may still be computed.
 
     Returns:
       "loss", nats per predicted token, and "bits_per_byte" of UTF-8 text; None when nothing is
       held out. Under the objective `reply` there are no bits per byte: only replies are predicted,
       and the bytes of their prompts are not known apart.
+
+    Raises `Left` after a batch at which `vote` said so.
     """
     size = config.eval.batch_size
     total_nll = total_weight = total_bits = total_bytes = 0.0
@@ -48,7 +58,10 @@ def evaluate(
         nll = weight = 0.0
         for batch in eval_batches(rows, config.data.length, size, max_rows, part):
             batch = placement.put_batch(batch, size)
+            leave = vote()
             sums = jax.device_get(eval_step(trainable, frozen, batch))
+            if leave:
+                raise Left
             nll, weight = nll + float(sums[0]), weight + float(sums[1])
         if not weight:
             continue

@@ -15,7 +15,7 @@ from jllama.chips import use_compilation_cache
 from jllama.config import Config
 from jllama.parallel import distributed
 from jllama.train.folder import advice, run_folder
-from jllama.train.held_out import evaluate
+from jllama.train.held_out import Left, evaluate
 from jllama.train.report import Result, result
 from jllama.train.run import Pending, RunState, Setup, end_step, prepare
 from jllama.train.signals import noting_signals
@@ -37,12 +37,11 @@ def train(config: Config) -> Result:
     # The inner one ends this process before the stack waits for work that other processes share,
     # such as a checkpoint. The outer one is for errors that closing the stack raises.
     with leaving(), contextlib.ExitStack() as stack, leaving():
-        setup, run = prepare(config, stack)
-        with noting_signals(run.signals):
+        with noting_signals() as received:
+            setup, run = prepare(config, stack, received)
             take_steps(setup, run)
             held_out = finish(setup, run)
-        stopped = run.step < end_step(config)
-        return result(config, setup.folder, run.step, stopped, held_out)
+        return result(config, setup.folder, run.step, run.halt, held_out)
 
 
 def take_steps(setup: Setup, run: RunState) -> None:
@@ -78,14 +77,15 @@ def take_step(setup: Setup, run: RunState) -> None:
     step, batch = next(run.batches)
     assert step == run.step
     run.data_wait_seconds += time.perf_counter() - before
-    vote = setup.vote(bool(run.signals))
+    vote = setup.vote(bool(run.received))
     with jax.profiler.StepTraceAnnotation("train", step_num=step):
         run.train_state, metrics = setup.train_step(run.train_state, setup.frozen, batch)
+    run.received.nothing_to_save = False
     record(setup, run)
     run.step += 1
     run.pending = Pending(run.step, metrics, vote)
     # A process alone need not wait for the vote to arrive.
-    run.halt = run.halt or (bool(run.signals) and not distributed.several())
+    run.halt = run.halt or (bool(run.received) and not distributed.several())
 
 
 def record(setup: Setup, run: RunState) -> None:
@@ -132,35 +132,44 @@ def save(setup: Setup, run: RunState) -> None:
 def evaluate_state(
     setup: Setup, run: RunState, max_rows: int = 0, stride: int = 0
 ) -> dict[str, float] | None:
-    """Evaluates the parameters of now on held-out rows, and writes the values; see `evaluate`."""
-    values = evaluate(
-        setup.config,
-        setup.data,
-        setup.placement,
-        setup.eval_step,
-        run.train_state.trainable,
-        setup.frozen,
-        max_rows=max_rows,
-        stride=stride,
-    )
+    """Evaluates the parameters of now on held-out rows, and writes the values; see `evaluate`.
+
+    After a signal to any process the evaluation is left: then `run.halt` is set, and nothing is
+    written.
+    """
+    try:
+        values = evaluate(
+            setup.config,
+            setup.data,
+            setup.placement,
+            setup.eval_step,
+            run.train_state.trainable,
+            setup.frozen,
+            max_rows=max_rows,
+            stride=stride,
+            vote=lambda: setup.vote(bool(run.received)),
+        )
+    except Left:
+        run.halt, values = True, None
     if values is not None:
         setup.metrics.write_eval(run.step, values)
     return values
 
 
 def finish(setup: Setup, run: RunState) -> dict[str, float] | None:
-    """Says how the run ended, evaluates a finished one, and waits for the last checkpoint."""
+    """Evaluates a finished run, says how the run ended, and waits for the last checkpoint."""
     steps, held_out = setup.config.training.steps, None
-    if run.step < steps:
-        why = ""  # run.stop_after
-        if run.signals:
-            why = f"{run.signals[0].name}: "
-        elif run.halt:
-            why = "a signal to another process: "
-        setup.metrics.say(f"{why}stopped at step {run.step} of {steps}, checkpointed")
     if setup.data.train.objective is not None:
         setup.metrics.say(setup.data.train.objective.report())
-    if run.step == steps:
+    if run.step == steps and not run.halt:
         held_out = evaluate_state(setup, run, stride=setup.config.eval.stride)
+    if run.step < steps or run.halt:
+        why = ""  # run.stop_after
+        if run.received:
+            why = f"{run.received.signals[0].name}: "
+        elif run.halt:
+            why = "a signal to another process: "
+        left = ", not evaluated" if run.step == steps else ""
+        setup.metrics.say(f"{why}stopped at step {run.step} of {steps}, checkpointed{left}")
     setup.checkpoints.wait()  # signals are still noted: one must not end the process before this
     return held_out

@@ -28,6 +28,7 @@ class MetricsWriter:
         Every `log_every` steps a line goes to stderr, unless a progress bar is shown there.
         """
         lines = [line for line in read(run / METRICS) if line["step"] <= start]
+        self._last = lines[-1] if lines else {}
         self._mirror = Mirror(run)
         path = self._mirror.local / METRICS
         # The file is replaced as a whole: a kill here loses no line.
@@ -74,7 +75,9 @@ class MetricsWriter:
 
     def write_eval(self, step: int, values: dict[str, float]) -> None:
         """Writes what `evaluate` returned."""
-        self._record(step, {f"eval_{k}": v for k, v in values.items()})
+        named = {f"eval_{k}": v for k, v in values.items()}
+        if self._last != {"step": step, **named}:  # a finished run that is started once more
+            self._record(step, named)
         brief = f"step {step}  held-out loss {values['loss']:.4f}"
         if "bits_per_byte" in values:
             brief += f"  bits per byte {values['bits_per_byte']:.4f}"

@@ -21,7 +21,8 @@ class Result:
       folder: the run's folder.
       steps: how many steps have been taken.
       done: whether `steps` is the recipe's number.
-      stopped: whether a signal, to this process or another, ended the run early.
+      stopped: whether a signal, to this process or another, ended it before its last step or
+        before its evaluation was done.
       tokens: predicted tokens of all steps.
       seconds: training time of all steps, the compilation of the first one included.
       tokens_per_second: the median over steps.

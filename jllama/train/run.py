@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from jllama.train.metrics import MetricsWriter, NoMetricsWriter
 from jllama.train.placement import make_placement
 from jllama.train.profile import Profile
 from jllama.train.report import opening_line
+from jllama.train.signals import Received
 from jllama.train.start import start_state
 from jllama.train.state import TrainState, define_state
 from jllama.train.step import EvalStep, StepMetrics, TrainStep, make_eval_step, make_train_step
@@ -83,7 +83,7 @@ class Pending(NamedTuple):
 @dataclasses.dataclass
 class RunState:
     """The state of a run between two steps. The functions of `jllama.train.loop` change it, and the
-    handler of signals appends to `signals`.
+    handler of signals notes them in `received`.
 
     Attributes:
       batches: the placed batches from `step` on, in order.
@@ -92,7 +92,7 @@ class RunState:
       step: how many steps have been dispatched, those of earlier runs in the folder included.
       saved: the newest step whose save has begun; 0 if there is none.
       pending: the last dispatched step, until its metrics are written.
-      signals: SIGTERM and SIGINT that this process has received.
+      received: the signals to stop that this process has received.
       halt: whether to stop before the next step because some process received a signal. All
         processes find that out while they record the same step.
       timed_from: when the time of the next recorded step began, by time.perf_counter().
@@ -105,8 +105,8 @@ class RunState:
     train_state: TrainState
     step: int
     saved: int
+    received: Received
     pending: Pending | None = None
-    signals: list[signal.Signals] = dataclasses.field(default_factory=list)
     halt: bool = False
     timed_from: float = dataclasses.field(default_factory=time.perf_counter)
     data_wait_seconds: float = 0.0
@@ -118,7 +118,9 @@ def end_step(config: Config) -> int:
     return min(config.training.steps, config.run.stop_after or config.training.steps)
 
 
-def prepare(config: Config, stack: contextlib.ExitStack) -> tuple[Setup, RunState]:
+def prepare(
+    config: Config, stack: contextlib.ExitStack, received: Received
+) -> tuple[Setup, RunState]:
     """Opens all that a run needs; `stack` closes it. Every process calls this.
 
     Raises `UserError` for bad input, before anything is written where that can be known.
@@ -168,4 +170,5 @@ def prepare(config: Config, stack: contextlib.ExitStack) -> tuple[Setup, RunStat
         train_state=state,
         step=step,
         saved=step,
+        received=received,
     )
