@@ -209,7 +209,11 @@ def _restore(
         if is_loss(e):
             raise
         reason = storage.one_line(e)
-        raise UserError(f"{where}: not readable as this model's checkpoint: {reason}") from e
+        before = [s for s in complete_steps(run / CHECKPOINTS) if s < step]
+        advice = f"; delete {where}: step {before[-1]} is before it" if before else ""
+        raise UserError(
+            f"{where}: not readable as this model's checkpoint: {reason}{advice}"
+        ) from e
     leaves = jax.tree_util.tree_leaves_with_path(asked.item)
     for (path, want), got in zip(leaves, jax.tree.leaves(restored), strict=True):
         if (want.shape, want.dtype) != (got.shape, got.dtype):

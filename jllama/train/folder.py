@@ -23,6 +23,7 @@ from jllama.files.locks import locked
 from jllama.parallel import distributed
 from jllama.progress import say
 from jllama.store.find import CHECKPOINTS, RECIPE, latest_step
+from jllama.text.infill import Infill, parse_prompt, prompt_ids
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 
 _DATA = "data.json"
@@ -83,10 +84,12 @@ def _begin(
     if latest_step(folder):
         _check_same_config(folder, config)
         tokenizer = load_tokenizer(folder)  # the recipe's path may hold another one by now
+        _check_sample(config, tokenizer)
         data = open_data(config, tokenizer)
         _check_same_data(folder, data)
     else:
         tokenizer = open_tokenizer(config)
+        _check_sample(config, tokenizer)
         if initial_tokenizer is not None and initial_tokenizer.digest != tokenizer.digest:
             where = config.training.init_from
             say(
@@ -101,6 +104,24 @@ def _begin(
     storage.make_folder(folder / CHECKPOINTS)
     storage.write_text(folder / RECIPE, recipes.to_yaml(config))
     return data
+
+
+def _check_sample(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the sample at the end of the run cannot be made."""
+    new, most = config.sample.max_new_tokens, config.model.max_length
+    if not new:
+        return
+    prompt = parse_prompt("sample.prompt", config.sample.prompt)
+    try:
+        fill = isinstance(prompt, Infill)
+        ids = prompt_ids(tokenizer, prompt) if fill else tokenizer.encode(prompt, bos=True)
+    except UserError as e:
+        raise UserError(f"sample.prompt: {e}") from None
+    if len(ids) + new > most:
+        raise UserError(
+            f"sample.prompt: its {len(ids)} tokens and sample.max_new_tokens={new} exceed"
+            f" model.max_length={most}; shorten the prompt, or lower sample.max_new_tokens"
+        )
 
 
 def _note_unused_rows(rows: int, pieces: int) -> None:

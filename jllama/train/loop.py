@@ -8,12 +8,14 @@ import contextlib
 import functools
 import math
 import time
+from pathlib import Path
 
 import jax
 
 from jllama.chips import use_compilation_cache
 from jllama.config import Config
 from jllama.parallel import distributed
+from jllama.store.find import CHECKPOINTS
 from jllama.train.folder import advice, run_folder
 from jllama.train.held_out import Left, evaluate
 from jllama.train.report import Result, result
@@ -113,11 +115,22 @@ def record(setup: Setup, run: RunState) -> None:
     run.timed_from, run.data_wait_seconds, run.checkpoint_seconds = now, 0.0, 0.0
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values[name]):
-            raise distributed.SharedError(
-                f"step {step}: {name} is {values[name]}; lower training.schedule.peak or check the"
-                f" data; {setup.folder} stays at step {run.saved}"
-            )
+            advice = _after_divergence(setup.folder, run.saved)
+            raise distributed.SharedError(f"step {step}: {name} is {values[name]}; {advice}")
     setup.metrics.write(step, values)
+
+
+def _after_divergence(folder: Path, saved: int) -> str:
+    again = "start again"
+    if saved:
+        again = (
+            "start another run from a checkpoint that is still good: --run.name=NAME"
+            f" --training.init_from={folder / CHECKPOINTS / str(saved)}"
+        )
+    return (
+        f"{folder} stays at step {saved}; check the data, or lower training.schedule.peak and"
+        f" {again}"
+    )
 
 
 def save(setup: Setup, run: RunState) -> None:

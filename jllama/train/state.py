@@ -16,10 +16,12 @@ import optax
 
 from jllama.adapt import lora, quant
 from jllama.config import Config, LoraConfig
+from jllama.errors import UserError
 from jllama.model import llama
 from jllama.model.param import EachLeaf, dotted, map_leaves
 from jllama.parallel.sharding import Placement
 from jllama.store.checkpoint import load_trees
+from jllama.store.find import CHECKPOINTS
 from jllama.train.optimizer import make_optimizer
 from jllama.train.placement import check_rows
 
@@ -84,9 +86,16 @@ def load_state(run: Path, step: int, definition: StateDef) -> TrainState:
     """Reads the state from a run's checkpoint of `step`, straight into the definition's shardings.
 
     The run may have been on another mesh. Every process calls it, and reads what its own devices
-    hold. Raises `UserError` when there is no such checkpoint, or it has other shapes.
+    hold. Raises `UserError` when there is no such checkpoint, it has other shapes, or its folder
+    has the name of another step.
     """
-    return from_trees(load_trees(run, step, **to_trees(definition.placed)))
+    state = from_trees(load_trees(run, step, **to_trees(definition.placed)))
+    if (held := int(state.step)) != step:
+        raise UserError(
+            f"{run / CHECKPOINTS / str(step)}: holds the state of step {held}: its folder was"
+            " renamed or copied; give it that name back, or delete it"
+        )
+    return state
 
 
 def as_float32(tree: Any) -> Any:

@@ -5,6 +5,7 @@ On one device unless a test says otherwise. Signals are tested in test_train_scr
 
 import fcntl
 import math
+import re
 import shutil
 
 import jax
@@ -22,6 +23,7 @@ from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.store.fingerprint import fingerprint
 from jllama.train import loop, run
+from jllama.train.initial import open_initial
 from jllama.train.metrics import read
 from jllama.train.placement import make_placement
 from jllama.train.state import define_state, load_state
@@ -268,9 +270,51 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(recipe, tmp_p
     said = message(recipe(huge, "checkpoint.every=2", "eval.every=0"))
     assert "step 2: grad_norm is nan" in said  # the gradient is the first to overflow
     assert "lower training.schedule.peak" in said
-    assert "stays at step 0" in said
+    assert "stays at step 0" in said and said.endswith("start again")
     assert [line["step"] for line in steps_of(tmp_path / "run")] == [1]
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+def test_what_is_said_of_a_step_that_is_not_finite_can_be_followed(recipe, tmp_path):
+    broken = ["training.schedule={kind: constant, peak: 1e30, warmup_steps: 0}", "eval.every=0"]
+    said = message(recipe(*broken, "checkpoint.every=1", "checkpoint.keep=9"))
+    initial = re.search(r"--training\.init_from=(\S+)", said)[1]
+    assert initial == str(tmp_path / "run" / "checkpoints" / "1")
+    again = recipe(f"training.init_from={initial}", "run.name=again")
+    assert str(open_initial(again).place) == initial
+
+
+def test_a_broken_checkpoint_names_the_step_before_it(recipe, tmp_path):
+    loop.train(recipe("checkpoint.every=2", "checkpoint.keep=3", "run.stop_after=6"))
+    steps = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(steps / "6" / "trainable")
+    said = message(recipe())
+    assert said.startswith(f"{steps / '6'}: not readable")
+    assert said.endswith(f"delete {steps / '6'}: step 4 is before it")
+    shutil.rmtree(steps / "6")
+    assert loop.train(recipe("run.stop_after=5", "checkpoint.every=0")).steps == 5
+
+
+def test_a_checkpoint_under_another_name_is_refused(recipe, tmp_path):
+    loop.train(recipe("run.stop_after=3", "checkpoint.every=0"))
+    steps = tmp_path / "run" / "checkpoints"
+    (steps / "3").rename(steps / "9")
+    assert f"{steps / '9'}: holds the state of step 3" in message(recipe())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("a b c " * 100, r"sample\.prompt: its \d+ tokens and sample\.max_new_tokens=5 exceed"),
+        ("a <FILL_ME> b", r"sample\.prompt: infilling: the tokenizer has no"),
+    ],
+)
+def test_a_sample_that_cannot_be_made_is_known_before_the_first_step(
+    recipe, tmp_path, prompt, said
+):
+    wanted = recipe(f"sample.prompt={prompt}", "sample.max_new_tokens=5")
+    assert re.search(said, message(wanted))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 # A trace that reaches beyond the last step ends with it.
