@@ -1,5 +1,6 @@
 """Shows the progress of long work on stderr: lines, and a bar of bytes or of another unit."""
 
+import functools
 import sys
 import time
 
@@ -12,6 +13,12 @@ def say(line: str) -> None:
     The line and its end are one write, so that a signal's message cannot come between them.
     """
     tqdm.write(f"{line}\n", file=sys.stderr, end="")
+
+
+@functools.cache
+def note(line: str) -> None:
+    """Says a line that begins with "note: ", once in a process however often it is asked to."""
+    say(f"note: {line}")
 
 
 class Progress:

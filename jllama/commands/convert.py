@@ -23,11 +23,14 @@ from jllama.model.param import map_leaves
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.progress import say
-from jllama.store.adapter import Adapter, base_of, open_adapter
-from jllama.store.find import find
+from jllama.store.adapter import base_of, open_adapter
+from jllama.store.find import Found, find
 from jllama.store.model import StoredModel, open_adapted, open_model
+from jllama.store.tokenizer import NONE
 from jllama.store.write import write_adapter, write_model
+from jllama.text.tokenizer import FILES
 
+_COPY = "copy"
 # GGUF's names for the dtypes that a folder may have.
 _GGUF = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -60,6 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help=f"{', '.join(_GGUF)}; for GGUF {', '.join(KINDS)} [as stored]",
     )
+    add(
+        "--tokenizer",
+        metavar="TOKENIZER",
+        help="none; copy, which copies SRC's files unread; or the path of another [SRC's, made into"
+        " files of DST's format]",
+    )
+    add(
+        "--untie",
+        action="store_true",
+        help="give a model that ties its tables a head of its own, equal to the embedding, for"
+        " adapters that change the two apart",
+    )
+    add("--max-length", type=int, metavar="N", help="positions that the model reads [as stored]")
     add("--model", metavar="MODEL", help="the model in Meta's folder: in configs/model, or a file")
 
 
@@ -72,28 +88,40 @@ def run(args: argparse.Namespace) -> None:
     target, to = storage.path(args.target), args.target_format
     source = find(storage.path(args.source), args.source_format)
     if source.is_adapter:
-        return _convert_adapter(args, open_adapter(source), target)
+        return _convert_adapter(args, source, target)
     if to == "peft" or args.base:
         raise UserError(f"--to peft and --base are for an adapter; {source.path} is a model")
     given = None if args.adapter is None else {"adapter": _one_adapter(args.adapter)}
-    stored = open_adapted(source, given, args.model)
+    tokenizer = None if args.tokenizer == _COPY else args.tokenizer
+    stored = open_adapted(source, given, args.model, tokenizer, args.max_length)
     if to is None:
         default = "hf" if source.format == "jllama" else "jllama"
         to = "gguf" if target.suffix == ".gguf" else default
+    config = stored.config
+    if args.untie:
+        if not config.tie_embeddings:
+            raise UserError(f"--untie: {source.path} has an embedding and a head already")
+        config = dataclasses.replace(config, tie_embeddings=False)
     dtype = _dtype(args.dtype, to, stored.dtype)
+    copied = _copied(args.tokenizer, source, to)
+    if to == "gguf" and stored.tokenizer is None and args.tokenizer != NONE:
+        raise UserError(
+            f"{source.path}: no tokenizer; give one (--tokenizer PATH), or --tokenizer none for a"
+            " GGUF file that takes ids"
+        )
     # Errors come first, before minutes of reading.
     outputs.check_absent(target)
     if to != "jllama":
         check = {"hf": hf.check_expressible, "gguf": gguf.check_expressible}[to]
-        check(stored.config, stored.tokenizer)
-    count = flops.parameter_count(stored.config)
+        check(config, stored.tokenizer)
+    count = flops.parameter_count(config)
     if to == "gguf":
-        size = gguf.tensor_bytes(stored.config, dtype)
+        size = gguf.tensor_bytes(config, dtype)
     else:
-        padding = flops.padding_count(stored.config) if to == "jllama" else 0
+        padding = flops.padding_count(config) if to == "jllama" else 0
         size = (count + padding) * jnp.dtype(dtype).itemsize
     outputs.check_room(target, size)
-    if stored.tokenizer is None:
+    if stored.tokenizer is None and args.tokenizer is None:
         say("note: the model has no tokenizer, and so no ids of BOS and EOS")
     with outputs.stoppable(target):
         if stored.adapters:
@@ -102,11 +130,13 @@ def run(args: argparse.Namespace) -> None:
             params = read_on_host(stored, stored.dtype, stored.scale_dtype)
         else:
             params = read_on_host(stored, dtype, _scale_dtype(args.dtype, to, stored))
+        if args.untie:
+            params = {**params, "head": {"weight": params["embedding"]["weight"]}}
         if to == "gguf":
-            write_gguf(target, stored.config, params, stored.tokenizer, dtype)
+            write_gguf(target, config, params, stored.tokenizer, dtype)
         else:
             write = write_model if to == "jllama" else hf.write_folder
-            write(target, stored.config, params, stored.tokenizer)
+            write(target, config, params, stored.tokenizer, copied=copied)
     print(f"{target}: {to}, {dtype}, {count:,} parameters")
 
 
@@ -140,17 +170,35 @@ def _merged(stored: StoredModel, to: str, written: str, asked: str | None) -> ll
     return cast_params(params, dtype, scale_dtype)
 
 
-def _convert_adapter(args: argparse.Namespace, adapter: Adapter, target: Path) -> None:
+def _copied(tokenizer: str | None, source: Found, to: str) -> dict[str, bytes] | None:
+    """The tokenizer's files of SRC as they are, if they are to be copied."""
+    if tokenizer != _COPY:
+        return None
+    names = [name for name in FILES if name in source.files]
+    if to == "gguf" or not names:
+        reason = "is for folders" if names else f"{source.path} has none of {', '.join(FILES)}"
+        raise UserError(f"--tokenizer copy: {reason}; take none or a PATH")
+    return {name: storage.read_bytes(source.folder / name) for name in names}
+
+
+def _convert_adapter(args: argparse.Namespace, source: Found, target: Path) -> None:
+    given = None if args.tokenizer == _COPY else args.tokenizer
+    adapter = open_adapter(source, given)
     to = args.target_format or ("peft" if adapter.found.format == "jllama" else "jllama")
     if to not in ("jllama", "peft") or args.adapter is not None:
         raise UserError(
             f"{adapter.path}: is an adapter, which is converted to jllama or peft; to merge it into"
             f" its base: jllama convert BASE DST --adapter {adapter.path}"
         )
+    if args.max_length is not None:
+        raise UserError(f"--max-length: {adapter.path} is an adapter, whose length is its base's")
+    if args.untie:
+        raise UserError(f"--untie is for a model, and {adapter.path} is an adapter")
     if target.suffix == ".gguf":
         raise UserError(f"{target}: adapters are not written as GGUF; merge it into its base")
     outputs.check_absent(target)
-    base = open_model(base_of(adapter, args.base), args.model)
+    copied = _copied(args.tokenizer, adapter.found, to)
+    base = open_model(base_of(adapter, args.base), args.model, given)
     config = adapter.trained_config(base.config)
     if to == "peft" and config.rope != base.config.rope:
         say("note: it was trained with another model.rope than its base's, which PEFT cannot store")
@@ -160,9 +208,10 @@ def _convert_adapter(args: argparse.Namespace, adapter: Adapter, target: Path) -
     adapt, overlay = adapter.read(config, _host(), params)
     with outputs.stoppable(target):
         if to == "peft":
-            peft_write.write_adapter(target, config, adapt, overlay, str(base.place), tokenizer)
+            place = str(base.place)
+            peft_write.write_adapter(target, config, adapt, overlay, place, tokenizer, copied)
         else:
-            write_adapter(target, base, params, adapt, overlay)
+            write_adapter(target, base, params, adapt, overlay, copied)
     count = sum(x.size for x in jax.tree.leaves(overlay))
     print(f"{target}: {to}, an adapter of {count:,} parameters over {base.found.path}")
 

@@ -238,7 +238,7 @@ def _encoded(model: Llama, path: str, documents: Iterable[str]) -> Iterator[np.n
     if tokenizer is None:
         raise UserError(f"{path}: has no tokenizer; put its files there")
     for text in documents:
-        ids = [*tokenizer.encode(text, bos=True), tokenizer.eos_id]
+        ids = [*tokenizer.encode(text, bos=tokenizer.adds_bos), tokenizer.eos_id]
         if max(ids) >= model.config.vocab_size:
             raise UserError(f"{path}: the tokenizer has ids beyond the model's vocabulary")
         yield np.array(ids, np.int32)

@@ -12,6 +12,7 @@ import grain
 from jllama.config import (
     Config,
     DataConfig,
+    InfillObjective,
     SourceConfig,
     TfdsSource,
     TokenizerFile,
@@ -30,6 +31,7 @@ from jllama.errors import UserError
 from jllama.files import storage
 from jllama.files.locks import locked
 from jllama.progress import say
+from jllama.text.infill import infill_tokens
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
 
@@ -58,7 +60,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     model has.
     """
     data = config.data
-    if tokenizer.vocab_size > config.model.vocab_size:
+    if tokenizer.text_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size}: the tokenizer has"
             f" {tokenizer.vocab_size} pieces; raise model.vocab_size to that number"
@@ -69,6 +71,19 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         if twice:
             raise UserError(f"data.{group}: two sources are named {min(twice)}; rename one")
     objective = rewriting(data.objective, tokenizer, config.run.seed)
+    if (
+        isinstance(data.objective, InfillObjective)
+        and max(infill_tokens(tokenizer)) >= config.model.vocab_size
+    ):
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size}: no rows for the tokenizer's infill"
+            " tokens; raise it, or train with another objective"
+        )
+    if objective and not tokenizer.adds_bos and data.packing.kind != "whole":
+        raise UserError(
+            f"data.objective.kind={data.objective.kind}: needs data.packing.kind=whole, because the"
+            " tokenizer adds no BOS, which would show where a document begins"
+        )
     train = _each_source(data, "train", lambda s: prepare(s, tokenizer, data.prepare))
     held_out = _each_source(data, "held_out", lambda s: prepare(s, tokenizer, data.prepare))
     gain = objective.gain if objective else 0

@@ -37,7 +37,7 @@ class Rewriting(abc.ABC):
 
     @abc.abstractmethod
     def document(self, tokens: np.ndarray, epoch: int) -> tuple[list[int], int] | None:
-        """Rewrites a whole document, `tokens`, which begin with BOS and end with EOS.
+        """Rewrites a whole document, `tokens`, with the BOS and EOS around them.
 
         Returns its new ids and how many of the first ones are not predicted, or None to leave it as
         it is.
@@ -76,9 +76,11 @@ class Rewriting(abc.ABC):
         return result
 
     def _is_whole(self, tokens: np.ndarray) -> bool:
-        # Text is never encoded to BOS or EOS, so they mark where a document begins and ends.
+        # Text is never encoded to BOS or EOS, so they mark where a document begins and ends. Where
+        # the tokenizer adds no BOS, the packing leaves no document without its beginning.
         bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
-        return len(tokens) > 1 and tokens[0] == bos and tokens[-1] == eos
+        begins = tokens[0] == bos or not self._tokenizer.adds_bos
+        return len(tokens) > 1 and begins and tokens[-1] == eos
 
     def report(self) -> str:
         """Returns one line on what was done until now."""
@@ -144,7 +146,7 @@ class Replies(Rewriting):
         before, marker, reply = text.partition(self._after)
         if not marker:
             return None
-        prompt = self._tokenizer.encode(before + marker, bos=True)
+        prompt = self._tokenizer.encode(before + marker, bos=self._tokenizer.adds_bos)
         reply = encode_continued(self._tokenizer, reply)
         return [*prompt, *reply, self._tokenizer.eos_id], len(prompt)
 

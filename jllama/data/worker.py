@@ -36,10 +36,12 @@ def encode_in_worker(texts: list[str]) -> tuple[np.ndarray, list[int], int]:
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, list[int], int]:
     """Returns (tokens of all texts, joined; number of tokens of each; UTF-8 bytes of all).
 
-    Each text's tokens begin with BOS and end with EOS.
+    Each text's tokens end with EOS, and begin with BOS if the tokenizer adds it.
     """
     dtype = token_dtype(tokenizer.vocab_size)
-    ids = [np.array(tokenizer.encode(text, bos=True, eos=True), dtype) for text in texts]
+    ids = [
+        np.array(tokenizer.encode(text, bos=tokenizer.adds_bos, eos=True), dtype) for text in texts
+    ]
     return np.concatenate(ids), [len(i) for i in ids], sum(len(t.encode()) for t in texts)
 
 

@@ -119,8 +119,9 @@ class Llama:
         what else is generated with it.
 
         Args:
-          prompts: a text or several; texts get a BOS. Or ids, taken as they are. An empty prompt
-            of either kind is BOS alone. Or an `Infill`, of which the middle is written.
+          prompts: a text or several; texts get a BOS unless the tokenizer adds none. Or ids, taken
+            as they are. An empty prompt of either kind is BOS alone. Or an `Infill`, of which the
+            middle is written.
           max_new_tokens: default `DEFAULT_NEW_TOKENS`, or what the model's `max_length` leaves.
           temperature, top_k, top_p, repetition_penalty: see `jllama.generate.sampling.Sampling`.
           batch_size: continuations generated at a time.
@@ -215,7 +216,7 @@ class Llama:
             ids = tuple(prompt_ids(tokenizer, prompt))
             stop |= {infill_tokens(tokenizer).end}
         elif isinstance(prompt, str):
-            ids = tuple(tokenizer.encode(prompt, bos=True))
+            ids = tuple(tokenizer.encode(prompt, bos=tokenizer.adds_bos)) or (tokenizer.bos_id,)
             # What a model learnt to infill ends so, if it was cut in three.
             stop |= {i for piece, i in tokenizer.special_tokens.items() if piece == EOT}
         else:

@@ -56,12 +56,13 @@ def write_gguf(
     Args:
       path: the file, local or a URL; the model is named after it.
       params: the tree of `jllama.model.llama`, of any float dtype and sharding.
+      tokenizer: without one the file has no vocabulary, and llama.cpp is given ids.
       kind: one of `KINDS`. Norms are F32 in every kind. A matrix whose rows do not divide into the
         kind's blocks is F16; a line on stderr says so.
 
     Raises:
-      UserError: the file exists, the kind is none of `KINDS`, there is no tokenizer, GGUF cannot
-        express it or the model, or a weight is not finite or too large for its type.
+      UserError: the file exists, the kind is none of `KINDS`, GGUF cannot express the model or its
+        tokenizer, or a weight is not finite or too large for its type.
       StorageError: the disk is full, or the storage fails.
     """
     kind = kind_of(kind)
@@ -72,7 +73,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(None, "llama")
     _add_metadata(writer, config, kind, path.stem)
     vocabulary_of(tokenizer, config.vocab_size).add_to(writer)
-    if "chat_template" in tokenizer.carried:
+    if tokenizer is not None and "chat_template" in tokenizer.carried:
         writer.add_chat_template(tokenizer.carried["chat_template"])
     factors = _rope_factors(config)
     if factors is not None:

@@ -13,6 +13,7 @@ import gguf
 from gguf import TokenType
 
 from jllama.errors import UserError
+from jllama.progress import note
 from jllama.text.interface import SPACE
 from jllama.text.llama3 import PATTERN
 from jllama.text.sentencepiece_model import parse_sentencepiece
@@ -29,10 +30,15 @@ _NO_SCORE = -1000.0  # the score of a token that no merge makes, as in llama.cpp
 
 @dataclasses.dataclass
 class Vocabulary:
-    """The tokenizer part of a GGUF file; model "gpt2" uses `merges`, the others `scores`."""
+    """The tokenizer part of a GGUF file; model "gpt2" uses `merges`, "llama" and "t5" `scores`.
+
+    Model "no_vocab" has nothing: programs then give llama.cpp ids.
+    """
 
     model: str
     ids: dict[str, int]  # by role: "bos", "eos", "unk", "pad", "eot", "eom"
+    adds_bos: bool = True
+    adds_eos: bool = False
     merges: list[str] = dataclasses.field(default_factory=list)
     space_prefix: bool = False
     charsmap: bytes = b""
@@ -42,23 +48,38 @@ class Vocabulary:
     scores: list[float] = dataclasses.field(default_factory=list)
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
-        """Adds the metadata. llama.cpp puts BOS before a text, as `jllama.load(...)` does."""
+        """Adds the metadata."""
         writer.add_tokenizer_model(self.model)
+        if self.model == "no_vocab":
+            return
         writer.add_tokenizer_pre("llama-bpe" if self.model == "gpt2" else "default")
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
         for role, id in self.ids.items():
             getattr(writer, f"add_{role}_token_id")(id)
-        writer.add_add_bos_token(True)
-        writer.add_add_eos_token(False)
+        writer.add_add_bos_token(self.adds_bos)
+        writer.add_add_eos_token(self.adds_eos)
         if self.model == "gpt2":
             writer.add_token_merges(self.merges)
         else:
             writer.add_token_scores(self.scores)
             writer.add_add_space_prefix(self.space_prefix)
-        if self.model == "t5":
+        if self.charsmap or self.remove_extra_whitespaces or self.model == "t5":
             writer.add_remove_extra_whitespaces(self.remove_extra_whitespaces)
             writer.add_precompiled_charsmap(self.charsmap)
+
+    def cut(self, rows: int) -> None:
+        """Drops the tokens that have no row; UserError if the tokens of BOS and EOS are of them."""
+        if max(self.ids["bos"], self.ids["eos"]) >= rows:
+            raise UserError(f"gguf: BOS or EOS of the tokenizer is not among the {rows:,} rows")
+        lost = ", ".join(self.tokens[rows : rows + 5])
+        note(
+            f"gguf: {len(self.tokens) - rows} tokens that have no row in the model are left out:"
+            f" {lost}"
+        )
+        for column in (self.tokens, self.types, self.scores):
+            del column[rows:]
+        self.ids = {role: id for role, id in self.ids.items() if id < rows}
 
     def put(self, id: int, token: str, type: TokenType, score: float | None = None) -> None:
         """Sets the token of `id`, and its score if given; lower ids without a token are unused."""
@@ -74,10 +95,13 @@ class Vocabulary:
 def vocabulary_of(tokenizer: Tokenizer | None, rows: int) -> Vocabulary:
     """The vocabulary of a tokenizer, filled up with unused tokens to `rows`, the embedding's.
 
-    Raises UserError if there is no tokenizer, it has more tokens, or llama.cpp would give other
-    ids.
+    Tokens that have no row are left out, which a line on stderr says, and one says that llama.cpp
+    will not normalise a text where the tokenizer does. Raises UserError if llama.cpp would give
+    other ids to every text.
     """
     match tokenizer:
+        case None:
+            return Vocabulary("no_vocab", ids={})
         case SentencePieceTokenizer():
             vocabulary = _sentencepiece(tokenizer)
         case TiktokenTokenizer():
@@ -85,16 +109,14 @@ def vocabulary_of(tokenizer: Tokenizer | None, rows: int) -> Vocabulary:
         case HuggingFaceTokenizer():
             vocabulary = _huggingface(tokenizer)
         case _:
-            raise UserError(
-                "gguf: the model has no tokenizer, and llama.cpp loads no model without; put the"
-                " tokenizer.model or tokenizer.json into the model's folder"
-            )
+            raise TypeError(tokenizer)
+    vocabulary.adds_bos, vocabulary.adds_eos = tokenizer.adds_bos, tokenizer.adds_eos
     for token, id in tokenizer.special_tokens.items():
         if id >= len(vocabulary.tokens) or vocabulary.types[id] != TokenType.UNKNOWN:
             vocabulary.put(id, token, TokenType.CONTROL)
     size = len(vocabulary.tokens)
     if size > rows:
-        raise UserError(f"gguf: the tokenizer has {size} tokens, and the model {rows} rows")
+        vocabulary.cut(rows)
     for row in range(size, rows):
         vocabulary.put(row, f"[PAD{row}]", TokenType.UNUSED)
     return vocabulary
@@ -112,7 +134,11 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
     if not model.marks_before:
         raise _cannot("spaces that are not marked before the word")
     if algorithm == "llama" and (model.charsmap or model.remove_extra_whitespaces):
-        raise _cannot("a normalisation of the text before BPE")
+        what = "normalises characters" if model.charsmap else "removes spaces at the ends of a text"
+        note(
+            f"gguf: the tokenizer {what}, and llama.cpp does not before BPE: texts that this would"
+            " change get other ids there"
+        )
     if algorithm == "llama" and TokenType.BYTE not in types:
         raise _cannot("BPE without a piece for every byte")
     vocabulary = Vocabulary(
@@ -218,4 +244,7 @@ def _ids(tokenizer: Tokenizer, unk: int | None = None, pad: int | None = None) -
 
 
 def _cannot(what: str) -> UserError:
-    return UserError(f"gguf: the tokenizer has {what}; llama.cpp would give other ids")
+    return UserError(
+        f"gguf: the tokenizer has {what}; llama.cpp would give other ids: convert with --tokenizer"
+        " none for a file that takes ids, or with --tokenizer PATH"
+    )

@@ -2,10 +2,11 @@
 
 A key that a file leaves out has the default of `LlamaConfig`, in which transformers 4.57.6 and
 5.23.0 agree. A key that changes the function in either, in a way that `ModelConfig` cannot express,
-is an error; keys that neither reads for this model type are left alone. RoPE's keys are in
-`jllama.interop.hf_rope`.
+is an error. Keys that have no effect here are listed, and a line on stderr names all others. RoPE's
+keys are in `jllama.interop.hf_rope`; the table of keys for users is in docs/interop.md.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from jllama.interop.json_config import (
     explained,
     json_dataclass,
 )
+from jllama.progress import note
 from jllama.text.tokenizer import Tokenizer
 
 # Keys that change the forward pass, with the values at which they do not.
@@ -30,9 +32,6 @@ _NEUTRAL: dict[str, tuple] = {
     "mlp_bias": (False, None),
     "hidden_act": ("silu", "swish"),  # two names of one function
     "partial_rotary_factor": (1, None),
-    "quantization_config": (None,),
-    "compression_config": (None,),
-    "auto_map": (None, {}),  # names code in the folder
     "pruned_heads": (None, {}),
     "is_encoder_decoder": (False, None),
     "is_causal": (True, None),
@@ -42,9 +41,38 @@ _NEUTRAL: dict[str, tuple] = {
     "kv_sharing_modes": (None,),
     "per_layer_config": (None,),
 }
-_REMEDIES = dict.fromkeys(
-    ("quantization_config", "compression_config"), "take the weights before quantisation"
-)
+_REMEDY = "LLaMA has none; if the model was trained without it, take the key out"
+_REMEDIES = {
+    "attention_bias": "if the files have no tensors named bias, write false",
+    "mlp_bias": "if the files have no tensors named bias, write false",
+    "hidden_act": 'if the model was trained with SwiGLU, write "silu"',
+    "sliding_window": "if the model attends to the whole text, set use_sliding_window to false",
+}
+# Keys without effect here: names, versions, training, memory, what other programs and other models
+# read, and sampling, whose settings are arguments of `generate`.
+_NO_EFFECT = {
+    "_attn_implementation", "_name_or_path", "add_cross_attention", "architectures",
+    "attention_dropout", "attn_implementation", "bad_words_ids", "begin_suppress_tokens",
+    "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
+    "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_decoder",
+    "keys_to_ignore_at_inference", "label2id", "length_penalty", "max_length",
+    "max_window_layers", "min_length", "neftune_noise_alpha", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
+    "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+    "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
+    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
+    "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache", "use_sliding_window",
+}  # fmt: skip
+# Keys that other modules read: RoPE and the length, quantised weights, the ids that end a text.
+_READ_ELSEWHERE = {
+    "auto_map", "eos_token_id",
+    "max_position_embeddings", "max_sequence_length", "original_max_position_embeddings",
+    "rope_theta", "rope_scaling", "rope_parameters", "quantization_config", "compression_config",
+}  # fmt: skip
 # The file's key of each field of `ModelConfig` that both have.
 _KEYS = {
     "vocab_size": "vocab_size",
@@ -90,13 +118,22 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     expressible.
     """
     file = check(_HfConfig, config, where)
-    check_neutral(config, where, _NEUTRAL, _REMEDIES)
+    theta, rope, max_length = read_rope(config, where)
+    window = config.get("sliding_window")
+    if config.get("use_sliding_window") is False or (type(window) is int and window >= max_length):
+        config = {key: value for key, value in config.items() if key != "sliding_window"}
+    check_neutral(config, where, _NEUTRAL, _REMEDIES, _REMEDY)
+    if config.get("auto_map"):
+        note(f"{where}: the code that auto_map names is not run; this is read as LLaMA")
+    known = {field.name for field in dataclasses.fields(_HfConfig)} | _NEUTRAL.keys()
+    unknown = config.keys() - known - _READ_ELSEWHERE - _NO_EFFECT
+    if unknown := sorted(key for key in unknown if config[key]):
+        note(f"{where}: keys that are unknown here have no effect: {', '.join(unknown)}")
     if file.head_dim is None and file.hidden_size % file.num_attention_heads:
         raise UserError(
             f"{where}: hidden_size is {file.hidden_size}, no multiple of"
             f" num_attention_heads={file.num_attention_heads}, and head_dim is missing"
         )
-    theta, rope, max_length = read_rope(config, where)
     values = {field: getattr(file, key) for field, key in _KEYS.items()} | {
         "num_kv_heads": file.num_key_value_heads or file.num_attention_heads,
         "head_dim": file.head_dim or file.hidden_size // file.num_attention_heads,

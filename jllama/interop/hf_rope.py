@@ -14,11 +14,13 @@ from jllama.config import (
     LinearRopeScaling,
     ModelConfig,
     RopeScaling,
+    YarnRopeScaling,
 )
 from jllama.errors import UserError
 from jllama.interop.json_config import LARGEST, Positive, Size, check, json_dataclass, shortened
 from jllama.interop.rope_formats import ORIGINAL, ROPE_FORMATS
-from jllama.model.rope import effective_theta
+from jllama.model.rope import effective_theta, original_length
+from jllama.progress import note
 
 _LENGTH = "max_position_embeddings"
 _VICUNA = "max_sequence_length"  # a key of Vicuna's files, which transformers ignores
@@ -55,8 +57,10 @@ class _VicunaLength:
 def read_rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling, int]:
     """Returns rope_theta, the kind of RoPE and `max_length` of a parsed config.json.
 
-    With dynamic scaling max_position_embeddings is the length before it; `max_length` is `factor`
-    times that. Vicuna's files do so with linear scaling, and have a key for the length after it.
+    max_position_embeddings is the length after scaling for llama3, and as a rule for yarn. For
+    linear and dynamic it is the length before it, as transformers documents; some files for linear,
+    such as DeepSeek Coder's, have the length after it there, so a line on stderr says what was
+    taken. Vicuna's files have a key for the length after it. The table is in docs/interop.md.
 
     Raises UserError for a bad value, a kind that is not in the table, and schemas that differ.
     """
@@ -73,11 +77,25 @@ def read_rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling
             f"{where}: rope_parameters says another RoPE than rope_theta and rope_scaling; correct"
             " one"
         )
-    if isinstance(rope, DynamicRopeScaling):
-        length = min(LARGEST, int(length * rope.factor))
-    if isinstance(rope, LinearRopeScaling | DynamicRopeScaling):
-        length = max(length, check(_VicunaLength, config, where).max_sequence_length or 0)
+    given = check(_VicunaLength, config, where).max_sequence_length or 0
+    match rope:
+        case DynamicRopeScaling(factor=factor):
+            length = max(given, _times(length, factor))
+        case LinearRopeScaling() if given:
+            length = max(given, length)
+        case LinearRopeScaling(factor=factor) if factor > 1:
+            note(
+                f"{where}: max_length is {factor:g} times {_LENGTH}={length}, the length before"
+                f" scaling; if {length} is the one after it, give it: --max-length {length}"
+            )
+            length = _times(length, factor)
+        case YarnRopeScaling(original_length=original, factor=factor):
+            length = max(length, _times(original, factor))
     return theta, rope, length
+
+
+def _times(length: int, factor: float) -> int:
+    return min(LARGEST, int(length * factor))
 
 
 def _read_schema(
@@ -131,7 +149,7 @@ def _read_schema(
 def write_rope(config: ModelConfig) -> dict[str, Any]:
     """The keys of config.json for RoPE and the length, in both schemas.
 
-    Static NTK is written as the larger rope_theta that it is. With dynamic scaling
+    Static NTK is written as the larger rope_theta that it is. With linear and dynamic scaling
     max_position_embeddings is the length before it. Raises UserError for a kind that Hugging
     Face's LLaMA does not have.
     """
@@ -147,8 +165,8 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
     # transformers takes these values for keys that are left out; old versions do not know truncate.
     numbers = {key: n for key, n in numbers.items() if n is not None and n is not True}
     lengths = {_LENGTH: config.max_length}
-    if isinstance(rope, DynamicRopeScaling):
-        lengths = {_LENGTH: rope.original_length, _VICUNA: config.max_length}
+    if isinstance(rope, LinearRopeScaling | DynamicRopeScaling):
+        lengths = {_LENGTH: original_length(config), _VICUNA: config.max_length}
     plain = format.hf == "default"
     return lengths | {
         "rope_theta": theta,

@@ -1,15 +1,16 @@
 """Writes the tokenizer files of a Hugging Face folder.
 
 tokenizer.json is for the library `tokenizers`, and so for AutoTokenizer of transformers 4 and 5.
-Its ids are those of `Tokenizer.encode` with `bos=True, special=True` (transformers finds special
-tokens in a text, too, unless it has `split_special_tokens=True`), and its texts those of `decode`.
+Its ids are those of `Tokenizer.encode` with `special=True` and with the BOS and EOS that the
+tokenizer adds (transformers finds special tokens in a text, too, unless it has
+`split_special_tokens=True`), and its texts those of `decode`.
 
 `tokenizers` merges pairs in the order of a list. SentencePiece and tiktoken merge the pair whose
 result has the best score or rank, the leftmost first. The ids are the same, for this reason: as
 long as the ends of a piece are not merged with their neighbours, the merges within it are those of
 the piece alone. So in any text a piece comes from one pair only, the last merge of the piece alone,
 and a list of these pairs, the best first, is exact. The exception are pieces of equal score that
-overlap in a text, because a list cannot say "leftmost". `tie_warning` tells which tokenizers have
+overlap in a text, because a list cannot say "leftmost". `export_note` tells which tokenizers have
 such pieces, as Chinese-LLaMA's, whose added pieces all have the score 0.
 """
 
@@ -22,7 +23,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jllama.errors import UserError
 from jllama.text.added import AddedToken
 from jllama.text.interface import SPACE
 from jllama.text.llama3 import PATTERN
@@ -38,19 +38,12 @@ from jllama.text.tokenizer_json import spell
 _UNLIMITED = int(1e30)  # transformers' own number for "no limit"
 
 
-@functools.lru_cache(maxsize=1)  # takes seconds, and is called before a model is read, and after
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The files' contents by name; UserError for a tokenizer that they cannot express."""
-    match tokenizer:
-        case SentencePieceTokenizer():
-            file = _sentencepiece(tokenizer)
-        case TiktokenTokenizer():
-            file = _tiktoken(tokenizer)
-        case HuggingFaceTokenizer():
-            file = _huggingface(tokenizer)
+    """The files' contents by name: tokenizer.json among them, if it would give the same ids."""
+    file = _tokenizer_json(tokenizer)[0]
     texts = {id: text for text, id in tokenizer.special_tokens.items()}
     names = {"bos_token": texts[tokenizer.bos_id], "eos_token": texts[tokenizer.eos_id]}
-    if unk := file["model"].get("unk_token"):
+    if unk := _unknown(tokenizer, file):
         names["unk_token"] = unk
     if "pad_token" in tokenizer.carried:
         names["pad_token"] = tokenizer.carried["pad_token"]
@@ -58,30 +51,64 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         pad = parse_sentencepiece(tokenizer.model).pad_id
         if pad is not None:
             names["pad_token"] = tokenizer.pieces[pad]
+    added = file.get("added_tokens") or () if file else _listed(tokenizer.added)
     config = {
         # This class takes tokenizer.json as it is in both versions; LlamaTokenizer of 5 does not.
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "PreTrainedTokenizerFast" if file else "LlamaTokenizer",
         **names,
         **tokenizer.carried,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": _UNLIMITED,
         "added_tokens_decoder": {
-            str(token["id"]): {k: v for k, v in token.items() if k != "id"}
-            for token in file.get("added_tokens") or ()
+            str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added
         },
     }
-    files = {}
+    files = {} if file is None else {"tokenizer.json": _json(file)}
     if not isinstance(tokenizer, HuggingFaceTokenizer):
-        config |= {"add_bos_token": True, "add_eos_token": False}
+        config |= {"add_bos_token": tokenizer.adds_bos, "add_eos_token": tokenizer.adds_eos}
     if isinstance(tokenizer, SentencePieceTokenizer):
         config["legacy"] = tokenizer.legacy
         files["tokenizer.model"] = tokenizer.model
     return files | {
-        "tokenizer.json": _json(file),
         "tokenizer_config.json": _json(config, indent=2),
         "special_tokens_map.json": _json(names, indent=2),
     }
+
+
+@functools.lru_cache(maxsize=1)  # takes seconds, and is called for the files and for the note
+def _tokenizer_json(tokenizer: Tokenizer) -> tuple[dict[str, Any] | None, str]:
+    """The content of tokenizer.json; None and the reason where it would give other ids."""
+    try:
+        match tokenizer:
+            case SentencePieceTokenizer():
+                return _sentencepiece(tokenizer), ""
+            case TiktokenTokenizer():
+                return _tiktoken(tokenizer), ""
+            case HuggingFaceTokenizer():
+                return _huggingface(tokenizer), ""
+    except _InexpressibleError as e:
+        return None, str(e)
+    raise TypeError(tokenizer)
+
+
+def export_note(tokenizer: Tokenizer) -> str | None:
+    """A line for the user where transformers may give other ids than this tokenizer, or None."""
+    file, reason = _tokenizer_json(tokenizer)
+    if file is not None:
+        return _ties(tokenizer)
+    return (
+        f"tokenizer: no tokenizer.json, because it would not give the same ids: the model"
+        f" {reason}; LlamaTokenizer of transformers 4 reads tokenizer.model itself, and later"
+        " versions convert it in their own way"
+    )
+
+
+def _unknown(tokenizer: Tokenizer, file: dict[str, Any] | None) -> str | None:
+    if file is not None:
+        return file["model"].get("unk_token")
+    pieces = parse_sentencepiece(tokenizer.model).pieces
+    return next((piece.text for piece in pieces if piece.type == PieceType.UNKNOWN), None)
 
 
 def _json(value: Any, indent: int | None = None) -> bytes:
@@ -91,21 +118,29 @@ def _json(value: Any, indent: int | None = None) -> bytes:
 def _file(
     tokenizer: Tokenizer, added: Iterable[AddedToken], model: dict[str, Any], **steps: Any
 ) -> dict[str, Any]:
-    """The content of tokenizer.json: a BPE model with `steps` around it, and BOS before a text."""
-    bos = next(text for text, id in tokenizer.special_tokens.items() if id == tokenizer.bos_id)
+    """The content of tokenizer.json: a BPE model with `steps` around it, and BOS and EOS around a
+    text as the tokenizer adds them.
+    """
+    texts = {id: text for text, id in tokenizer.special_tokens.items()}
+    before = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    after = [tokenizer.eos_id] if tokenizer.adds_eos else []
 
     def sequence(*types: int) -> list[dict]:
         parts = []
         for name, type in zip("AB", types, strict=False):
-            parts.append({"SpecialToken": {"id": bos, "type_id": type}})
+            parts += [{"SpecialToken": {"id": texts[id], "type_id": type}} for id in before]
             parts.append({"Sequence": {"id": name, "type_id": type}})
+            parts += [{"SpecialToken": {"id": texts[id], "type_id": type}} for id in after]
         return parts
 
     template = {
         "type": "TemplateProcessing",
         "single": sequence(0),
         "pair": sequence(0, 1),
-        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        "special_tokens": {
+            texts[id]: {"id": texts[id], "ids": [id], "tokens": [texts[id]]}
+            for id in (*before, *after)
+        },
     }
     return {
         "version": "1.0",
@@ -163,8 +198,12 @@ def _merges(cost: Mapping[str, float]) -> Iterator[tuple[str, str]]:
 # ----------------------------------------------------------------------------------- SentencePiece
 
 
-def tie_warning(tokenizer: Tokenizer) -> str | None:
-    """A warning for the user if the ids of tokenizer.json may differ from ours, or None."""
+class _InexpressibleError(Exception):
+    """A tokenizer.json would not give the same ids; the text says why, of the model."""
+
+
+def _ties(tokenizer: Tokenizer) -> str | None:
+    """What to say of pieces of equal score, or None."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return None
     _, cost = _model(parse_sentencepiece(tokenizer.model).pieces)
@@ -186,16 +225,16 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     model = parse_sentencepiece(tokenizer.model)
     pieces, prefix = model.pieces, model.add_dummy_prefix
     if model.algorithm != "bpe":
-        raise _cannot("a SentencePiece model that is not of type BPE")
-    if model.charsmap or model.remove_extra_whitespaces:
-        raise _cannot("a SentencePiece model that normalises its text")
+        raise _InexpressibleError("is not of type BPE")
+    if model.charsmap:
+        raise _InexpressibleError("normalises characters")
     if not model.marks_before:
-        raise _cannot("a SentencePiece model that does not mark spaces before the word")
+        raise _InexpressibleError("does not mark spaces before the word")
     types = {piece.type for piece in pieces}
     if PieceType.UNUSED in types:
-        raise _cannot("a SentencePiece model with unused pieces")
+        raise _InexpressibleError("has unused pieces")
     if prefix and PieceType.USER_DEFINED in types:
-        raise _cannot("user-defined pieces in a SentencePiece model that puts a space before texts")
+        raise _InexpressibleError("has user-defined pieces, and puts a space before texts")
     vocab, cost = _model(pieces)
     added = _specials(tokenizer)
     for id, piece in enumerate(pieces):
@@ -206,6 +245,10 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         added[token.id] = dataclasses.replace(token, normalized=False)
         vocab[token.text] = token.id  # else `tokenizers` gives it the id after the last
     unk = next(piece.text for piece in pieces if piece.type == PieceType.UNKNOWN)
+    normalizers = []
+    if model.remove_extra_whitespaces:  # spaces alone, not line breaks
+        normalizers.append(_replace(r"\A +| +\z", ""))
+        normalizers.append(_replace(" {2,}", " "))
     mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     first = None
     decoders = [
@@ -216,12 +259,10 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     if prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
         if tokenizer.legacy:
-            prepend = {"type": "Prepend", "prepend": SPACE}
-            mark = {"type": "Sequence", "normalizers": [prepend, mark]}
+            normalizers.append({"type": "Prepend", "prepend": SPACE})
             visible = [re.escape(t.text) for t in added.values() if not t.special]
             if visible:  # the text after each one begins with a space
-                after = {"Regex": f"(?<={'|'.join(visible)}) "}
-                decoders.append({"type": "Replace", "pattern": after, "content": ""})
+                decoders.append(_replace(f"(?<={'|'.join(visible)}) ", ""))
         else:
             # This Metaspace meets no spaces, for they are marked already; it only adds the first.
             space = {"type": "Metaspace", "split": False}
@@ -241,16 +282,16 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
             "vocab": vocab,
             "merges": [list(pair) for pair in _merges(cost) if all(part in vocab for part in pair)],
         },
-        normalizer=mark,
+        normalizer={"type": "Sequence", "normalizers": [*normalizers, mark]}
+        if normalizers
+        else mark,
         pre_tokenizer=first,
         decoder={"type": "Sequence", "decoders": decoders},
     )
 
 
-def _cannot(what: str) -> UserError:
-    return UserError(
-        f"tokenizer: {what}: tokenizer.json would not give the same ids; leave the tokenizer out"
-    )
+def _replace(pattern: str, by: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": by}
 
 
 def _model(pieces: Sequence[Piece]) -> tuple[dict[str, int], dict[str, float]]:

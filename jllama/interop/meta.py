@@ -18,7 +18,7 @@ from jllama.errors import UserError
 from jllama.files import storage
 from jllama.interop.json_config import Positive, Size, check, json_dataclass
 from jllama.interop.names import META_PARAMS, NAMES, name_of
-from jllama.interop.parameters import drop_tied_head
+from jllama.interop.parameters import tie_tables
 from jllama.interop.pth import read_pth
 from jllama.interop.rope_formats import ROPE_FORMATS
 from jllama.interop.tensors import Tensor, joined, repeated
@@ -66,7 +66,7 @@ def read_folder(
     tensors = _tensors(folder, files)
     facts = _facts(folder / META_PARAMS, tensors)
     config = _model(folder, facts, model)
-    if config.tie_embeddings and not drop_tied_head(tensors, "meta"):
+    if config.tie_embeddings and not tie_tables(tensors, "meta"):
         raise UserError(
             f"{folder}: {_HEAD} differs from {_TABLE}, and the model ties them; give --model FILE,"
             " a copy of it with tie_embeddings: false"

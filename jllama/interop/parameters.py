@@ -21,11 +21,11 @@ import numpy as np
 from jllama.config import ComputeConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.interop.names import NAMES, FileFormat, Name, file_shape, name_of
-from jllama.interop.tensors import DTYPES, Tensor, cast, from_file, nbytes, of_param, same_bits
+from jllama.interop.tensors import DTYPES, Tensor, cast, from_file, nbytes, of_param, same_values
 from jllama.model.llama import Params, ParamSpec, param_specs
 from jllama.model.param import EachLeaf, dotted
 from jllama.parallel.sharding import layer_sharding
-from jllama.progress import Progress
+from jllama.progress import Progress, note
 
 
 def match(
@@ -47,6 +47,8 @@ def match(
         for name, layer, spec in layers_of(specs)
     }
     check_tensors(tensors, wanted, where)
+    if any(tensor.dtype == "float64" for tensor in tensors.values()):
+        note(f"{where}: its float64 tensors are rounded to float32")
     by_path: dict[str, list[Tensor]] = {}
     for file_name, (path, _) in wanted.items():
         by_path.setdefault(path, []).append(tensors[file_name])
@@ -73,7 +75,7 @@ def check_tensors(
             text = f"{ours}: {list(tensor.shape)}, and the config makes it {list(shape)}"
             wrong.setdefault("misshapen", []).append((name, text))
         elif tensor.dtype not in DTYPES:
-            text = f"{ours}: {tensor.dtype}, and weights are float32, float16 or bfloat16"
+            text = f"{ours}: {tensor.dtype}, and weights are {', '.join(sorted(DTYPES))}"
             wrong.setdefault("not weights", []).append((name, text))
     if extra := sorted(tensors.keys() - wanted.keys()):
         wrong["extra"] = [(name, "no such parameter") for name in extra]
@@ -102,11 +104,17 @@ def _ranges(names: Sequence[tuple[str, str]]) -> Iterator[str]:
         yield f"{pattern.replace('{}', span)} ({text})"
 
 
-def drop_tied_head(tensors: dict[str, Tensor], format: FileFormat) -> bool:
-    """Removes the head of a tied model from `tensors`; False if it differs from the embedding."""
+def tie_tables(tensors: dict[str, Tensor], format: FileFormat) -> bool:
+    """Leaves in `tensors` the one table of a tied model, under the embedding's name.
+
+    Files have the embedding, or the head (safetensors' `save_model` keeps either), or both; False
+    if both are there and differ.
+    """
     head, table = (name_of(path).of(format) for path in ("head.weight", "embedding.weight"))
     copy = tensors.pop(head, None)
-    return copy is None or table not in tensors or same_bits(copy, tensors[table])
+    if copy is None or tensors.setdefault(table, copy) is copy:
+        return True
+    return same_values(copy, tensors[table])
 
 
 def cast_params(params: Params, dtype: str, scale_dtype: str) -> Params:
@@ -136,14 +144,17 @@ def _cast(leaf: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
 
 
 def widest_dtype(by_path: Mapping[str, Sequence[Tensor]], *, scales: bool) -> str:
-    """The dtype that holds every matrix exactly, or with `scales` every scale of a norm."""
+    """The dtype that holds every matrix exactly, or with `scales` every scale of a norm.
+
+    It is float32 for float64, whose values are rounded.
+    """
     dtypes = {
         tensor.dtype
         for path, tensors in by_path.items()
         if path.endswith("scale") == scales
         for tensor in tensors
     }
-    return dtypes.pop() if len(dtypes) == 1 else "float32"
+    return dtypes.pop() if len(dtypes) == 1 and "float64" not in dtypes else "float32"
 
 
 def read_params(

@@ -8,6 +8,7 @@ V vocabulary, D model width.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -37,6 +38,12 @@ from jllama.model.llama import Params, ParamSpec
 from jllama.progress import Progress, say
 
 _READERS = {WEIGHTS: read_safetensors, "adapter_model.bin": read_pth}
+# The name of the adapter in the keys of a state dict, which peft's save_pretrained takes out; its
+# from_pretrained reads these keys too, if the name is "default".
+_NAMED = re.compile(
+    r"((?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\b)\.default\b"
+    r"|modules_to_save\.default\."
+)
 _EXACT = ComputeConfig(dtype="float32")
 
 
@@ -111,7 +118,8 @@ def _tensors(folder: Path) -> Mapping[str, Tensor]:
     names = storage.listing(folder).files
     for name, read in _READERS.items():
         if name in names:
-            return read(folder / name)
+            tensors = read(folder / name)
+            return {_NAMED.sub(r"\1", name): tensor for name, tensor in tensors.items()}
     raise UserError(f"{folder}: no weights: expected {' or '.join(_READERS)}")
 
 

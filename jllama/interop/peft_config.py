@@ -10,7 +10,7 @@ from jllama.errors import UserError
 from jllama.files import storage
 from jllama.interop.json_config import Positive, Size, check, check_neutral, json_dataclass
 from jllama.interop.names import PEFT_CONFIG
-from jllama.progress import say
+from jllama.progress import note
 
 CONFIG = PEFT_CONFIG
 WEIGHTS = "adapter_model.safetensors"
@@ -99,7 +99,7 @@ def read_config(folder: Path) -> PeftConfig:
         )
     known = {field.name for field in dataclasses.fields(PeftConfig)} | _NEUTRAL.keys() | _SILENT
     if unknown := sorted(key for key, value in given.items() if key not in known and value):
-        say(f"note: {file}: unknown to this reader, and left alone: {', '.join(unknown)}")
+        note(f"{file}: unknown to this reader, and left alone: {', '.join(unknown)}")
     return config
 
 

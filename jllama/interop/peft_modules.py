@@ -16,7 +16,7 @@ from jllama.interop.json_config import shortened
 from jllama.interop.names import file_shape
 from jllama.interop.parameters import file_specs, layers_of
 from jllama.interop.peft_config import NO_TARGETS, PeftConfig
-from jllama.interop.tensors import DTYPES, Tensor, same_bits
+from jllama.interop.tensors import DTYPES, Tensor, same_values
 from jllama.model.llama import ParamSpec
 
 NORMS = "lora_magnitude_vector"  # of DoRA
@@ -210,8 +210,7 @@ def _untie(
     ):
         raise UserError(
             f"{where}: changes the embedding and the head differently, and the model ties them;"
-            " train it with peft's ensure_weight_tying, or merge it with peft, save that model with"
-            " tie_word_embeddings false, and convert it"
+            " give it as its base a copy with two tables: jllama convert BASE UNTIED --untie"
         )
     return {n: tensor for n, tensor in tensors.items() if not n.startswith(head.tensor(""))}
 
@@ -223,7 +222,7 @@ def _equal(embedding: Module, head: Module, tensors: Mapping[str, Tensor]) -> bo
     """
     for name in ("weight", BASE):
         a, b = tensors.get(embedding.tensor(name)), tensors.get(head.tensor(name))
-        if a and b and not same_bits(a, b):
+        if a and b and not same_values(a, b):
             return False
     for name, other in zip(embedding.factors, head.factors[::-1], strict=True):
         a, b = tensors.get(embedding.tensor(name)), tensors.get(head.tensor(other))

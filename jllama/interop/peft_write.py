@@ -12,12 +12,12 @@ from jllama.adapt.lora import Overlay, matrices, ranks_and_alphas, whole_leaves
 from jllama.config import LoraConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.files import outputs, storage
-from jllama.interop.hf_tokenizer import tokenizer_files
+from jllama.interop.hf_tokenizer import export_note, tokenizer_files
 from jllama.interop.peft_config import CONFIG, NO_TARGETS, WEIGHTS, plain, write_config
 from jllama.interop.peft_modules import NORMS, LowRank, Module, Use, by_owner, modules
 from jllama.interop.safetensors import write_safetensors
 from jllama.interop.tensors import Tensor, nbytes, to_file
-from jllama.progress import Progress
+from jllama.progress import Progress, note
 from jllama.text.interface import Tokenizer
 
 
@@ -28,6 +28,7 @@ def write_adapter(
     overlay: Overlay,
     base: str,
     tokenizer: Tokenizer | None = None,
+    copied: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes an adapter that peft's `PeftModel.from_pretrained` reads, whole or not at all.
 
@@ -37,6 +38,7 @@ def write_adapter(
       overlay: arrays in float32, float16 or bfloat16; dtypes are kept.
       base: the base's folder or name, for `base_model_name_or_path`.
       tokenizer: written beside the adapter as Hugging Face's files.
+      copied: by name the files to write in place of those that are made of the tokenizer.
 
     Raises UserError if the folder holds anything, or the model is one that Hugging Face's LLaMA
     cannot express.
@@ -74,12 +76,16 @@ def write_adapter(
                 (head,) = owners["head"]
                 uses[head] = "whole"
                 add(head, "weight", array, 0)
+    if copied is None:
+        copied = tokenizer_files(tokenizer) if tokenizer else {}
+        if tokenizer and (line := export_note(tokenizer)):
+            note(f"{folder}: {line}")
     config = write_config(lora, base, _named(uses, lora, model))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     with outputs.new_folder(folder, last=CONFIG) as new:
         with Progress(f"write {folder.name}", sum(map(nbytes, tensors.values()))) as progress:
             write_safetensors(new / WEIGHTS, tensors, progress)
-        for name, data in (tokenizer_files(tokenizer) if tokenizer else {}).items():
+        for name, data in copied.items():
             storage.write_bytes(new / name, data)
         storage.write_bytes(new / CONFIG, text.encode())
 

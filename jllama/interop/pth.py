@@ -60,13 +60,24 @@ def _rebuild_tensor(storage, offset, shape, stride, *_):
 
 
 def _rebuild_parameter(data, *_):
-    return data
+    return data  # what follows are gradients, hooks and attributes
+
+
+def _rebuild_from_type(rebuild, _, arguments, *__):
+    """A tensor with attributes: they are dropped."""
+    if rebuild not in _GLOBALS.values() or not callable(rebuild):
+        raise ValueError("it rebuilds a tensor with something that is no such function")
+    return rebuild(*arguments)
 
 
 _GLOBALS = {
     "collections OrderedDict": _ordered_dict,
     "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils _rebuild_parameter": _rebuild_parameter,
+    "torch._utils _rebuild_parameter_with_state": _rebuild_parameter,
+    "torch._tensor _rebuild_from_type_v2": _rebuild_from_type,
+    "torch Tensor": _Type("Tensor"),
+    "torch.nn.parameter Parameter": _Type("Parameter"),
     **{f"torch {name}": _Type(dtype) for name, dtype in _STORAGES.items()},
 }
 
@@ -178,6 +189,8 @@ def _run(data: bytes) -> Any:
             case "BININT" | "BININT1" | "BININT2" | "LONG1":
                 if argument.bit_length() > 63:
                     raise ValueError("it holds a number of more than 64 bits")
+                stack.append(argument)
+            case "BINFLOAT":
                 stack.append(argument)
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])

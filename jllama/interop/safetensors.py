@@ -20,7 +20,7 @@ from jllama.progress import Progress
 
 _MAX_HEADER = 100_000_000  # bytes, the limit of the library
 # NumPy's names of the dtypes of weights, and the bits of every dtype.
-_NUMPY = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_NUMPY = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
     "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,

@@ -14,8 +14,8 @@ from jllama.errors import UserError
 from jllama.files import storage
 from jllama.interop.names import file_shape
 
-# The dtypes of a model's weights; tensors of other dtypes are quantised, or no weights.
-DTYPES = {"float32", "float16", "bfloat16"}
+# The dtypes of weights that can be read; tensors of other dtypes are quantised, or no weights.
+DTYPES = {"float32", "float16", "bfloat16", "float64"}
 _BLOCK = 128  # columns that are transposed at once, and fit in the cache: three times as fast
 
 
@@ -95,6 +95,18 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return True
     bits = f"u{jnp.dtype(a.dtype).itemsize}"
     return np.array_equal(a.read().view(bits), b.read().view(bits))
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of any dtypes of `DTYPES` have the same values; 0 and -0 are the same.
+
+    Reads both, and of other dtypes it compares shape and dtype only.
+    """
+    if a.shape != b.shape or not {a.dtype, b.dtype} <= DTYPES:
+        return (a.shape, a.dtype) == (b.shape, b.dtype)
+    exact = np.float64 if "float64" in (a.dtype, b.dtype) else np.float32
+    rows = zip(a.read(), b.read(), strict=True)
+    return all(np.array_equal(x.astype(exact), y.astype(exact), equal_nan=True) for x, y in rows)
 
 
 def of_param(

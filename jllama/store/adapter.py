@@ -21,7 +21,8 @@ from jllama.model import llama
 from jllama.parallel.sharding import Placement
 from jllama.store.find import Found, find, latest_step
 from jllama.store.fingerprint import fingerprint
-from jllama.text.tokenizer import Tokenizer, find_tokenizer
+from jllama.store.tokenizer import tokenizer_of
+from jllama.text.tokenizer import Tokenizer
 
 BASE = "base.json"
 # What may differ between two models of the same parameters, because it decides no shape.
@@ -117,14 +118,17 @@ class Adapter:
             )
 
 
-def open_adapter(found: Found) -> Adapter:
-    """The adapter that was found. Raises UserError if it is a model, or its base is unknown."""
+def open_adapter(found: Found, tokenizer: str | Path | None = None) -> Adapter:
+    """The adapter that was found. Raises UserError if it is a model, or its base is unknown.
+
+    `tokenizer` is the path of another than the folder's, or "none".
+    """
     if not found.is_adapter:
         raise UserError(
             f"{found.path}: a model and no adapter; expected a run with adapt.kind=lora, or a"
             " folder of PEFT's (adapter_config.json)"
         )
-    tokenizer = find_tokenizer(found.folder, found.files)
+    tokenizer = tokenizer_of(found, tokenizer)
     if found.stored is None:
         base = storage.read_json(found.folder / PEFT_CONFIG).get("base_model_name_or_path")
         return Adapter(found, str(base or ""), None, tokenizer)

@@ -28,6 +28,15 @@ COMMITTED = "commit_success.txt"
 
 ModelFormat = Literal["jllama", "hf", "meta"]
 _FORMATS: dict[str, ModelFormat] = {RECIPE: "jllama", HF_CONFIG: "hf", META_PARAMS: "meta"}
+_MOST_FOLDERS = 16  # in which an adapter is looked for: each takes a request at a URL
+# How the names of weights begin, and the file that should be beside them.
+_WEIGHTS = {
+    "adapter_model.": PEFT_CONFIG,
+    "model.safetensors": HF_CONFIG,
+    "model-0": HF_CONFIG,
+    "pytorch_model": HF_CONFIG,
+    "consolidated.": META_PARAMS,
+}
 _EXPECTED = (
     "expected a run or a model with config.yaml in it, RUN/checkpoints/STEP, or a folder of Hugging"
     " Face (config.json), Meta (params.json) or PEFT (adapter_config.json); jllama downloads"
@@ -85,7 +94,8 @@ def find(path: Path, format: ModelFormat | None = None) -> Found:
 
     Raises UserError if the path holds neither a model nor an adapter, or if it may be several.
     """
-    files = storage.listing(path).files
+    listing = storage.listing(path)
+    files = listing.files
     if format is not None:
         formats = [format]
     elif PEFT_CONFIG in files:
@@ -106,12 +116,32 @@ def find(path: Path, format: ModelFormat | None = None) -> Found:
         return _find_step(path, checkpoints.parent)
     if format == "jllama":
         raise UserError(f"{path}: no config.yaml, which a run and a model of jllama have")
-    what = "no such folder"
-    if storage.is_folder(path):
-        what = "neither a model nor an adapter"
-    elif storage.exists(path):
-        what = "a file, give its folder"
-    raise UserError(f"{path}: {what}; {_EXPECTED}")
+    # peft saves an adapter that has a name in a folder of that name.
+    inner = sorted(listing.folders)[:_MOST_FOLDERS]
+    named = [name for name in inner if storage.exists(path / name / PEFT_CONFIG)]
+    if len(named) == 1:
+        return find(path / named[0])
+    if named:
+        raise UserError(f"{path}: holds several adapters, {', '.join(named)}; give one's folder")
+    raise UserError(f"{path}: {_missing(path, listing)}; {_EXPECTED}")
+
+
+def _missing(path: Path, listing: storage.Listing) -> str:
+    """What a path holds that is neither a model nor an adapter."""
+    files, gguf = listing.files, "which jllama writes and does not read"
+    packed = sorted(name for name in files if name.endswith(".gguf"))
+    if not storage.is_folder(path):
+        if path.suffix == ".gguf":
+            return f"a GGUF file, {gguf}"
+        return "a file, give its folder" if storage.exists(path) else "no such folder"
+    if not files and not listing.folders:
+        return "an empty folder"
+    if packed:
+        return f"holds {packed[0]}, a GGUF file, {gguf}"
+    for weights, config in _WEIGHTS.items():
+        if any(name.startswith(weights) for name in files):
+            return f"has weights and no {config}; copy it from where the weights were saved"
+    return "neither a model nor an adapter"
 
 
 def _find_step(path: Path, run: Path) -> Found:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import pydantic
 
 from jllama.adapt.vocab import repadded, with_rows
 from jllama.config import AutoAttention, ComputeConfig, ModelConfig, RunConfig
@@ -20,7 +21,8 @@ from jllama.model.param import EachLeaf, dotted
 from jllama.store.adapter import Adapter, base_of, open_adapter
 from jllama.store.find import CHECKPOINTS, Found, find
 from jllama.store.fingerprint import Fingerprint
-from jllama.text.tokenizer import Tokenizer, find_tokenizer
+from jllama.store.tokenizer import tokenizer_of
+from jllama.text.tokenizer import Tokenizer
 
 _NO_RUN = RunConfig(name="none")  # its defaults
 
@@ -35,7 +37,7 @@ class StoredModel:
       compute: how it is computed unless told otherwise.
       dtype, scale_dtype: what its matrices and its norms' scales are stored in: float32, bfloat16
         or float16.
-      tokenizer: None where the folder has none.
+      tokenizer: None where there is none. It may have more ids than the embedding has rows.
       compilation_cache: folder of compiled programs; empty is none.
       read: (placed, each=None) -> the parameters, in the dtypes and on the devices of `placed`, the
         tree that `llama.placed_shapes` makes; its tables may have another padding. With an
@@ -62,12 +64,17 @@ class StoredModel:
         return self.found.folder / CHECKPOINTS / str(self.found.checkpoint())
 
 
-def open_model(found: Found, model: str | ModelConfig | None = None) -> StoredModel:
+def open_model(
+    found: Found,
+    model: str | ModelConfig | None = None,
+    tokenizer: str | Path | None = None,
+) -> StoredModel:
     """Checks all that can be checked without reading the parameters.
 
     Args:
       model: for Meta's folders, which do not say all: a name in configs/model, a file like those,
         or a config. A name or file for another format is an error.
+      tokenizer: the path of another than the folder's, or "none".
 
     Raises UserError if it is no model, or one that cannot be expressed here.
     """
@@ -80,10 +87,12 @@ def open_model(found: Found, model: str | ModelConfig | None = None) -> StoredMo
     if isinstance(model, str) and found.format != "meta":
         raise UserError(f"--model {model}: {found.path} says itself what it is; leave it out")
     if found.stored is not None:
-        return _ours(found)
+        return _ours(found, tokenizer_of(found, tokenizer))
     if found.format == "hf":
-        return _foreign(found, *hf.read_folder(found.folder, found.files))
-    return _foreign(found, *meta.read_folder(found.folder, found.files, model))
+        read = hf.read_folder(found.folder, found.files)
+    else:
+        read = meta.read_folder(found.folder, found.files, model)
+    return _foreign(found, *read, tokenizer_of(found, tokenizer))
 
 
 def architecture(found: Found) -> ModelConfig:
@@ -108,19 +117,34 @@ def open_adapted(
     found: Found,
     adapters: Mapping[str, str | Path] | None = None,
     model: str | ModelConfig | None = None,
+    tokenizer: str | Path | None = None,
+    max_length: int | None = None,
 ) -> StoredModel:
     """A model with adapters over it, by name; or an adapter with its base.
 
     The model is as the adapters were trained over it: RoPE and length, padding, dtype of the
     computation, and their tokenizer, where they all have the same. Raises UserError if they are of
-    several kinds that cannot be had together; `model` is that of `open_model`.
+    several kinds that cannot be had together.
+
+    Args:
+      model: that of `open_model`.
+      tokenizer: the path of another than the model's or the adapters', or "none".
+      max_length: in place of the model's.
     """
     if adapters is None and found.is_adapter:
-        alone = open_adapter(found)
-        return with_adapters(open_model(base_of(alone), model), {found.path.name: alone})
-    given = (adapters or {}).items()
-    opened = {name: open_adapter(find(storage.path(path))) for name, path in given}
-    return with_adapters(open_model(found, model), opened)
+        opened = {found.path.name: open_adapter(found, tokenizer)}
+        found = base_of(*opened.values())
+    else:
+        given = (adapters or {}).items()
+        opened = {name: open_adapter(find(storage.path(path)), tokenizer) for name, path in given}
+    stored = with_adapters(open_model(found, model, tokenizer), opened)
+    if max_length is None:
+        return stored
+    try:
+        config = dataclasses.replace(stored.config, max_length=max_length)
+    except pydantic.ValidationError as e:
+        raise UserError(f"max_length={max_length}: {e.errors()[0]['msg']}") from None
+    return dataclasses.replace(stored, config=config)
 
 
 def with_adapters(base: StoredModel, adapters: Mapping[str, Adapter]) -> StoredModel:
@@ -164,7 +188,7 @@ def read_base(base: StoredModel, placed: llama.Params, keep: EachLeaf) -> tuple[
     return base.read(placed, each), str(digest)
 
 
-def _ours(found: Found) -> StoredModel:
+def _ours(found: Found, tokenizer: Tokenizer | None) -> StoredModel:
     # A run that trains on must not change what is read.
     found = dataclasses.replace(found, step=found.checkpoint())
     stored = found.stored
@@ -175,7 +199,7 @@ def _ours(found: Found) -> StoredModel:
         compute=dataclasses.replace(stored.compute, attention=AutoAttention(kind="auto")),
         dtype=dtype,
         scale_dtype=stored.scale_dtype or dtype,
-        tokenizer=_tokenizer(found, stored.model.vocab_size),
+        tokenizer=tokenizer,
         compilation_cache=(stored.run or _NO_RUN).compilation_cache,
         read=functools.partial(_read_ours, found, stored.model.vocab_rows),
     )
@@ -199,21 +223,9 @@ def _read_ours(
     return load_params(found.folder, found.step, as_stored, repadded_each)
 
 
-def _tokenizer(found: Found, rows: int) -> Tokenizer | None:
-    """The folder's tokenizer. Raises UserError if it has more ids than the embedding rows."""
-    tokenizer = find_tokenizer(found.folder, found.files)
-    if tokenizer is not None and tokenizer.vocab_size > rows:
-        added = [text for text, id in tokenizer.special_tokens.items() if id >= rows]
-        beyond = f" ({', '.join(added[:3])})" if added else ""
-        raise UserError(
-            f"{found.folder}: the tokenizer has {tokenizer.vocab_size:,} ids and the embedding"
-            f" {rows:,} rows: it is another model's, or its files add tokens{beyond}"
-            " that the model was not made for; put the right files there, or take those tokens out"
-        )
-    return tokenizer
-
-
-def _foreign(found: Found, config: ModelConfig, tensors: dict[str, Tensor]) -> StoredModel:
+def _foreign(
+    found: Found, config: ModelConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer | None
+) -> StoredModel:
     specs = file_specs(config)
     matched = match(tensors, specs, found.format, found.folder)
     stored = widest_dtype(matched, scales=False)
@@ -225,7 +237,7 @@ def _foreign(found: Found, config: ModelConfig, tensors: dict[str, Tensor]) -> S
         compute=ComputeConfig(dtype=dtype, param_dtype=dtype),
         dtype=stored,
         scale_dtype=widest_dtype(matched, scales=True),
-        tokenizer=_tokenizer(found, config.vocab_size),
+        tokenizer=tokenizer,
         compilation_cache=_NO_RUN.compilation_cache,
         read=functools.partial(
             read_params,

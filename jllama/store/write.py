@@ -5,6 +5,7 @@ last, and a folder without it counts as nothing.
 """
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -24,11 +25,16 @@ from jllama.text.tokenizer import Tokenizer
 
 
 def write_model(
-    folder: Path, config: ModelConfig, params: llama.Params, tokenizer: Tokenizer | None
+    folder: Path,
+    config: ModelConfig,
+    params: llama.Params,
+    tokenizer: Tokenizer | None,
+    copied: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes a model alone, float32 or bfloat16 as its parameters are.
 
-    Raises UserError if the folder holds anything.
+    `copied` are the files to write, by name, in place of the tokenizer's own. Raises UserError if
+    the folder holds anything.
     """
     dtype, scale_dtype = (
         params[name][leaf].dtype.name
@@ -42,7 +48,7 @@ def write_model(
     with _new_folder(folder) as new:
         size = sum(x.nbytes for x in jax.tree.leaves(params))
         say(f"write {folder.name}: {size / 1e6:.1f} MB")  # Orbax reports nothing
-        _write(new, stored, params, tokenizer)
+        _write(new, stored, params, tokenizer.files() if copied is None and tokenizer else copied)
 
 
 def write_adapter(
@@ -51,25 +57,27 @@ def write_adapter(
     params: llama.Params,
     lora: LoraConfig,
     overlay: Overlay,
+    copied: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes an adapter alone: `overlay`, over the parameters `params` of the model `base`.
 
-    Raises UserError if the folder holds anything.
+    `copied` is that of `write_model`. Raises UserError if the folder holds anything.
     """
     stored = StoredConfig(model=base.config, compute=FACTORS, adapt=lora)
     with _new_folder(folder) as new:
         note_base(new, str(storage.absolute(base.place)), fingerprint(params, "bfloat16"))
-        _write(new, stored, overlay, base.tokenizer)
+        files = base.tokenizer.files() if copied is None and base.tokenizer else copied
+        _write(new, stored, overlay, files)
 
 
 def _write(
-    new: Path, stored: StoredConfig, tree: llama.Params, tokenizer: Tokenizer | None
+    new: Path, stored: StoredConfig, tree: llama.Params, files: Mapping[str, bytes] | None
 ) -> None:
     checkpoints = Checkpoints(new, keep=1, copies=room_for(tree))
     checkpoints.save(0, trainable=tree)
     checkpoints.close()
-    if tokenizer is not None:
-        tokenizer.save(new)
+    for name, data in (files or {}).items():
+        storage.write_bytes(new / name, data)
     storage.write_text(new / RECIPE, to_yaml(stored))
 
 

@@ -37,6 +37,8 @@ class HuggingFaceTokenizer(Tokenizer):
         eos_token: str = "",
         special: Iterable[str] = (),
         stop_ids: Iterable[int] = (),
+        adds_bos: bool = True,
+        adds_eos: bool = False,
     ):
         """Raises UserError, naming `where`, if the file is not such a tokenizer.
 
@@ -46,6 +48,7 @@ class HuggingFaceTokenizer(Tokenizer):
           bos_token, eos_token: their texts; if empty, the usual names are looked for.
           special: texts of tokens that are special, whatever the file says.
           stop_ids: ids that end a text, besides EOS and Llama-3's.
+          adds_bos, adds_eos: the attributes.
         """
         self.json = json
         file = TokenizerJson(json, where)
@@ -99,6 +102,8 @@ class HuggingFaceTokenizer(Tokenizer):
             bos_id=ids[bos],
             eos_id=ids[eos],
             own_stops=[ids[name] for name in STOPS if name in all_special],
+            adds_bos=adds_bos,
+            adds_eos=adds_eos,
             options=options,
             where=where,
         )

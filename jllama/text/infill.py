@@ -6,8 +6,8 @@ tokenizer may put before a text:
     PSM   BOS PRE enc(prefix) SUF enc*(suffix) MID enc*(middle) EOT
     SPM   BOS PRE SUF enc*(suffix) MID enc(prefix + middle) EOT
 
-A prompt has all but the middle and EOT. SPM encodes prefix and middle as one text, so a token may
-span the place where they meet.
+A prompt has all but the middle and EOT, and no BOS where the tokenizer adds none. SPM encodes
+prefix and middle as one text, so a token may span the place where they meet.
 """
 
 import dataclasses
@@ -82,9 +82,10 @@ def prompt_ids(tokenizer: Tokenizer, infill: Infill) -> list[int]:
     pre, suf, mid, _ = infill_tokens(tokenizer)
     prefix = tokenizer.encode(infill.prefix)
     suffix = encode_continued(tokenizer, infill.suffix)
+    bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
     if infill.format == "psm":
-        return [tokenizer.bos_id, pre, *prefix, suf, *suffix, mid]
-    return [tokenizer.bos_id, pre, suf, *suffix, mid, *prefix]
+        return [*bos, pre, *prefix, suf, *suffix, mid]
+    return [*bos, pre, suf, *suffix, mid, *prefix]
 
 
 def middle_stream(tokenizer: Tokenizer, infill: Infill) -> TextStream:

@@ -31,6 +31,8 @@ class Tokenizer(abc.ABC):
     Attributes:
       vocab_size: the ids are 0 to vocab_size - 1; a few of them may have no text.
       bos_id, eos_id: the ids of the tokens that begin and end a text.
+      adds_bos, adds_eos: whether the model was made for texts that begin with BOS, and that end
+        with EOS though they are to be continued. `encode` does as it is told.
       special_tokens: text -> id of every control and special token.
       stop_ids: the ids that end a generated text, including `eos_id`.
       carried: keys of tokenizer_config.json that only other programs use (chat_template, pad_token
@@ -49,6 +51,8 @@ class Tokenizer(abc.ABC):
         bos_id: int,
         eos_id: int,
         own_stops: Iterable[int] = (),
+        adds_bos: bool = True,
+        adds_eos: bool = False,
         options: Mapping[str, Any],
         where: str,
     ):
@@ -58,7 +62,7 @@ class Tokenizer(abc.ABC):
           table: the bytes that each id adds to the text.
           added: tokens that are looked for in every text before the rest is encoded.
           prefix: where encoding adds a space.
-          special_tokens, bos_id, eos_id: the attributes.
+          special_tokens, bos_id, eos_id, adds_bos, adds_eos: the attributes.
           own_stops: ids that end a text by the names of this kind, beside those in `options`.
           options: the keyword arguments that make the subclass again; `stop_ids` is one of them.
           where: the file, for errors.
@@ -67,6 +71,8 @@ class Tokenizer(abc.ABC):
         self.vocab_size = len(table)
         self.bos_id = bos_id
         self.eos_id = eos_id
+        self.adds_bos = adds_bos
+        self.adds_eos = adds_eos
         self.special_tokens = dict(special_tokens)
         own_stops = frozenset(own_stops) | {eos_id}
         self.stop_ids = own_stops | frozenset(options["stop_ids"])
@@ -74,8 +80,8 @@ class Tokenizer(abc.ABC):
         for id in sorted(self.stop_ids):
             if not 0 <= id < len(table):
                 raise UserError(
-                    f"{where}: eos_token_id {id} of generation_config.json is not in the vocabulary"
-                    f" of {len(table)} ids"
+                    f"{where}: eos_token_id {id} of generation_config.json or config.json is not in"
+                    f" the vocabulary of {len(table)} ids"
                 )
         self._bytes = table
         self._prefix = prefix
@@ -84,6 +90,16 @@ class Tokenizer(abc.ABC):
         known = {token.text: token for token in (*special, *added)}
         self._user = Splitter([token for token in added if not token.special])
         self._all = Splitter(known.values())
+
+    @property
+    def text_size(self) -> int:
+        """The ids of every text are below it, and so are BOS and EOS: special tokens may be above.
+
+        A model may have fewer rows than its tokenizer has ids, as Code Llama 34B has.
+        """
+        special = set(self.special_tokens.values()) - {self.bos_id, self.eos_id}
+        ids = (id for id in range(self.vocab_size - 1, -1, -1) if id not in special)
+        return next(ids) + 1
 
     @property
     def adds_space(self) -> bool:
@@ -102,6 +118,8 @@ class Tokenizer(abc.ABC):
     def _settings(self) -> dict[str, Any]:
         """Options by their keys in Hugging Face's files, but for those that are not set."""
         settings = {k: self._options[k] for k in ("bos_token", "eos_token") if self._options[k]}
+        settings |= {} if self.adds_bos else {"add_bos_token": False}
+        settings |= {"add_eos_token": True} if self.adds_eos else {}
         if added := self._options["added"]:
             settings["added_tokens_decoder"] = {str(t.id): t.to_json() for t in added}
         if special := self._options["special"]:

@@ -62,6 +62,8 @@ class TiktokenTokenizer(Tokenizer):
         bos_token: str = "",
         eos_token: str = "",
         stop_ids: Iterable[int] = (),
+        adds_bos: bool = True,
+        adds_eos: bool = False,
     ):
         """Raises UserError, with the number of the line, if the file is damaged.
 
@@ -70,6 +72,7 @@ class TiktokenTokenizer(Tokenizer):
           added: the special tokens in other files; it is an error if they differ from Llama-3's.
           bos_token, eos_token: special tokens to use instead of Llama-3's.
           stop_ids: ids that end a text, besides those of Llama-3.
+          adds_bos, adds_eos: the attributes.
         """
         self.model = model
         self.ranks = _ranks(model, where)
@@ -87,6 +90,8 @@ class TiktokenTokenizer(Tokenizer):
             "bos_token": bos_token or BEGIN,
             "eos_token": eos_token or END,
             "stop_ids": tuple(sorted(stop_ids)),
+            "added": (),
+            "special": (),
         }
         self._bpe = tiktoken.Encoding(
             "llama3", pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens=special
@@ -99,15 +104,17 @@ class TiktokenTokenizer(Tokenizer):
             bos_id=special[options["bos_token"]],
             eos_id=special[options["eos_token"]],
             own_stops=[special[name] for name in STOPS],
+            adds_bos=adds_bos,
+            adds_eos=adds_eos,
             options=options,
             where=where,
         )
 
     def _files(self) -> dict[str, bytes]:
         files = {"tokenizer.model": self.model}
-        ends = {key: self._options[key] for key in ("bos_token", "eos_token")}
-        if ends != {"bos_token": BEGIN, "eos_token": END}:
-            files["tokenizer_config.json"] = to_json(ends)
+        settings = self._settings()
+        if settings != {"bos_token": BEGIN, "eos_token": END}:
+            files["tokenizer_config.json"] = to_json(settings)
         return files
 
     def _encode(self, text: str, prefix: bool) -> list[int]:

@@ -8,10 +8,13 @@ from typing import Any
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.text.added import AddedToken
+from jllama.text.keys import note_tokenizer_keys
 
 _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
 _ADDED, _GENERATION = "added_tokens.json", "generation_config.json"
+_MODEL = "config.json"  # has eos_token_id too, which counts where _GENERATION has none
 _TEMPLATE = "chat_template.jinja"  # before transformers 4.52 in tokenizer_config.json
+SETTINGS_FILES = (_CONFIG, _MAP, _ADDED, _GENERATION, _TEMPLATE)
 _ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 
 
@@ -25,6 +28,7 @@ class TokenizerSettings:
       special: texts of special tokens, in the vocabulary or added.
       legacy: whether a SentencePiece vocabulary adds a space after an added token.
       stop_ids: ids that end a generated text.
+      adds_bos, adds_eos: whether texts begin with BOS, and end with EOS; None where no key says.
       carried: chat_template, pad_token and padding_side, which only other programs use.
     """
 
@@ -34,6 +38,8 @@ class TokenizerSettings:
     special: frozenset[str] = frozenset()
     legacy: bool = True
     stop_ids: tuple[int, ...] = ()
+    adds_bos: bool | None = None
+    adds_eos: bool | None = None
     carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -66,16 +72,21 @@ def load_settings(folder: Path, names: Collection[str]) -> TokenizerSettings:
         for text, id in files[_ADDED].items():
             if text not in known:
                 added.append(AddedToken.from_json({"content": text}, id))
+        adds_bos, adds_eos = _flag(config, "add_bos_token"), _flag(config, "add_eos_token")
         name = _GENERATION
         stops = files[_GENERATION].get("eos_token_id")
+        if stops is None and _MODEL in names:
+            name = _MODEL
+            stops = storage.read_json(folder / _MODEL).get("eos_token_id")
         stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
         if not all(type(id) is int for id in stops):
             raise TypeError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
             f"{folder / name}: not as Hugging Face writes it: a token is a text or an object with"
-            " content, and an id is a whole number"
+            " content, an id is a whole number, add_bos_token and add_eos_token are true or false"
         ) from None
+    note_tokenizer_keys(folder / _CONFIG, config, [f"{role}_token" for role in _ROLES])
     special |= {token.text for token in added if token.special}
     carried = {
         "chat_template": storage.read_text(folder / _TEMPLATE)
@@ -91,6 +102,8 @@ def load_settings(folder: Path, names: Collection[str]) -> TokenizerSettings:
         special=frozenset(special - {""}),
         legacy=config.get("legacy") is not False,
         stop_ids=tuple(sorted(set(stops))),
+        adds_bos=adds_bos,
+        adds_eos=adds_eos,
         carried={key: value for key, value in carried.items() if value and type(value) is str},
     )
 
@@ -101,6 +114,13 @@ def _text(token: Any) -> str:
     if not isinstance(text, str | None):
         raise TypeError
     return text or ""
+
+
+def _flag(file: dict, key: str) -> bool | None:
+    value = file.get(key)
+    if not isinstance(value, bool | None):
+        raise TypeError
+    return value
 
 
 def _additional_tokens(file: dict) -> Iterator[str]:

@@ -43,6 +43,8 @@ class SentencePieceTokenizer(Tokenizer):
         bos_token: str = "",
         eos_token: str = "",
         stop_ids: Iterable[int] = (),
+        adds_bos: bool = True,
+        adds_eos: bool = False,
     ):
         """Raises UserError, naming `where`, unless `model` is a model with BOS and EOS.
 
@@ -53,6 +55,7 @@ class SentencePieceTokenizer(Tokenizer):
           legacy: whether a text after an added token gets a space too; Hugging Face's key.
           bos_token, eos_token: tokens to use instead of the model's.
           stop_ids: ids that end a text, besides EOS.
+          adds_bos, adds_eos: the attributes.
         """
         self.model = model
         self._sp = sp = _processor(model, where)
@@ -81,6 +84,8 @@ class SentencePieceTokenizer(Tokenizer):
             "bos_token": "" if bos == sp.bos_id() else bos_token,
             "eos_token": "" if eos == sp.eos_id() else eos_token,
             "stop_ids": tuple(sorted(stop_ids)),
+            "adds_bos": adds_bos,
+            "adds_eos": adds_eos,
         }
         # These pieces are special though SentencePiece encodes text to them. Where it does, their
         # letters are encoded one by one instead.
@@ -94,6 +99,8 @@ class SentencePieceTokenizer(Tokenizer):
             special_tokens={names[i]: i for i in sorted(control | declared)},
             bos_id=bos,
             eos_id=eos,
+            adds_bos=adds_bos,
+            adds_eos=adds_eos,
             options=options,
             where=where,
         )

@@ -1,5 +1,6 @@
 """Loads a tokenizer of any kind from its file or folder."""
 
+import dataclasses
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -7,15 +8,18 @@ from typing import Any
 
 from jllama.errors import UserError
 from jllama.files import storage
+from jllama.progress import note
 from jllama.text.huggingface import HuggingFaceTokenizer
 from jllama.text.infill import PIECES
 from jllama.text.interface import Tokenizer
 from jllama.text.llama3 import TiktokenTokenizer, is_tiktoken
-from jllama.text.settings import TokenizerSettings, load_settings
+from jllama.text.settings import SETTINGS_FILES, TokenizerSettings, load_settings
 from jllama.text.spm import SentencePieceTokenizer
-from jllama.text.tokenizer_json import spell, token_ids
+from jllama.text.tokenizer_json import affixes, spell, token_ids
 
 _MODEL, _JSON = "tokenizer.model", "tokenizer.json"
+# The files of a folder that make its tokenizer, or that only other programs read.
+FILES = (_MODEL, _JSON, *SETTINGS_FILES)
 _NO_SETTINGS = TokenizerSettings()
 
 
@@ -54,12 +58,14 @@ def find_tokenizer(folder: Path, names: Collection[str] | None = None) -> Tokeni
         return _from_file(folder / _JSON, settings)
     if _JSON in names:
         file = _parse_json(storage.read_bytes(folder / _JSON), folder / _JSON)
+        settings = _as_processed(settings, file, folder / _JSON)
         plain = _from_file(folder / _MODEL, _NO_SETTINGS)
         ids = _ids(plain)
         for token in settings.added:
             ids.setdefault(token.text, token.id)
         if any(ids.get(text) != id for text, id in token_ids(file, str(folder / _JSON)).items()):
             return _from_json(file, folder / _JSON, settings)
+        return _checked(_from_file(folder / _MODEL, settings), file, folder / _JSON)
     return _from_file(folder / _MODEL, settings)
 
 
@@ -84,10 +90,40 @@ def _parse_json(data: bytes, path: Path) -> Any:
 
 
 def _from_json(file: Any, path: Path, settings: TokenizerSettings) -> Tokenizer:
-    tokenizer = HuggingFaceTokenizer(
-        file, str(path), special=_special(settings), **_options(settings)
-    )
-    return _set_carried(tokenizer, settings)
+    token_ids(file, str(path))  # an error for any other JSON
+    options = _options(_as_processed(settings, file, path))
+    tokenizer = HuggingFaceTokenizer(file, str(path), special=_special(settings), **options)
+    return _set_carried(_checked(tokenizer, file, path), settings)
+
+
+def _as_processed(settings: TokenizerSettings, file: Any, path: Path) -> TokenizerSettings:
+    """The settings with the tokens around a text that tokenizer.json's post-processor adds.
+
+    Transformers 5 goes by it; LlamaTokenizerFast of 4 went by the keys of tokenizer_config.json.
+    """
+    adds = dict(zip(("bos", "eos"), map(bool, affixes(file, str(path))), strict=True))
+    for role, does in adds.items():
+        key = getattr(settings, f"adds_{role}")
+        if key not in (None, does):
+            note(
+                f"{path}: its post-processor adds {'' if does else 'no '}{role.upper()} and counts,"
+                f" as in transformers 5; tokenizer_config.json says add_{role}_token={key}"
+            )
+    return dataclasses.replace(settings, adds_bos=adds["bos"], adds_eos=adds["eos"])
+
+
+def _checked(tokenizer: Tokenizer, file: Any, path: Path) -> Tokenizer:
+    """The tokenizer; UserError if the post-processor adds other tokens than BOS and EOS."""
+    texts = {id: text for text, id in tokenizer.special_tokens.items()}
+    usual = (texts[tokenizer.bos_id],), (texts[tokenizer.eos_id],)
+    for tokens, end in zip(affixes(file, str(path)), usual, strict=True):
+        if tokens not in ((), end):
+            raise UserError(
+                f"{path}: not a tokenizer that jllama can read: its post-processor adds"
+                f" {' '.join(tokens)} to a text, and can be followed only where it adds"
+                f" {end[0]} or nothing"
+            )
+    return tokenizer
 
 
 def _special(settings: TokenizerSettings) -> frozenset[str]:
@@ -98,7 +134,10 @@ def _special(settings: TokenizerSettings) -> frozenset[str]:
 def _options(settings: TokenizerSettings) -> dict[str, Any]:
     """Returns the keyword arguments that every kind of tokenizer takes."""
     names = ("added", "bos_token", "eos_token", "stop_ids")
-    return {name: getattr(settings, name) for name in names}
+    return {name: getattr(settings, name) for name in names} | {
+        "adds_bos": settings.adds_bos is not False,
+        "adds_eos": settings.adds_eos is True,
+    }
 
 
 def _set_carried(tokenizer: Tokenizer, settings: TokenizerSettings) -> Tokenizer:

@@ -27,6 +27,9 @@ def _letters() -> dict[str, int]:
 
 
 LETTERS = _letters()
+# From 5.24 on transformers makes up with this normaliser for a Metaspace of `tokenizers`, which
+# mistakes a text's first space for the one that it would add. The encoder here never does.
+_DOUBLE = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": 2 * SPACE}
 _LETTER = {byte: letter for letter, byte in LETTERS.items()}
 
 
@@ -51,6 +54,33 @@ def token_ids(file: Any, where: str) -> dict[str, int]:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{where}: not a tokenizer.json: it has no vocabulary") from None
     return vocab
+
+
+def affixes(file: dict, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tokens that a tokenizer.json's post-processor adds before a text, and after it.
+
+    Raises UserError for a post-processor that does anything else.
+    """
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    try:
+        for step in _flat(file.get("post_processor"), "processors"):
+            match step["type"]:
+                case "ByteLevel":  # changes offsets only
+                    pass
+                case "BertProcessing" | "RobertaProcessing":
+                    before, after = (step["cls"][0], *before), (*after, step["sep"][0])
+                case "TemplateProcessing":
+                    parts = [part.get("SpecialToken", {}).get("id") for part in step["single"]]
+                    text = parts.index(None)
+                    tokens = {id: step["special_tokens"][id]["tokens"] for id in parts if id}
+                    before = (*(t for id in parts[:text] for t in tokens[id]), *before)
+                    after = (*after, *(t for id in parts[text + 1 :] for t in tokens[id]))
+                case kind:
+                    raise UserError(f"{where}: the post-processor {kind} is unknown")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{where}: not a post_processor as `tokenizers` writes it") from None
+    return before, after
 
 
 class TokenizerJson:
@@ -134,6 +164,9 @@ class TokenizerJson:
             self._refuse(
                 "ignore_merges with byte fallback encodes the names of byte tokens to them"
             )
+        doubles = normalizers[-1:] == [_DOUBLE]
+        if doubles:
+            normalizers = normalizers[:-1]
         spaces = [{"type": "Prepend", "prepend": SPACE}] * self.prepends
         replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         for step in normalizers:
@@ -155,6 +188,8 @@ class TokenizerJson:
         if not steps and not self.marks:
             self._refuse("nothing replaces a space by U+2581")
         self.prefix = "always" if self.prepends else next(iter(schemes), "never")
+        if doubles and (self.prepends or not self.marks or self.prefix != "always"):
+            self._refuse("its last normaliser doubles the space before a text")
         self._splits = any(step.get("split", True) for step in steps)
 
     def _scheme(self, metaspace: dict) -> Prefix:

@@ -113,8 +113,10 @@ def _check_sample(config: Config, tokenizer: Tokenizer) -> None:
         return
     prompt = parse_prompt("sample.prompt", config.sample.prompt)
     try:
-        fill = isinstance(prompt, Infill)
-        ids = prompt_ids(tokenizer, prompt) if fill else tokenizer.encode(prompt, bos=True)
+        if isinstance(prompt, Infill):
+            ids = prompt_ids(tokenizer, prompt)
+        else:
+            ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
     except UserError as e:
         raise UserError(f"sample.prompt: {e}") from None
     if len(ids) + new > most:

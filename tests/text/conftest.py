@@ -96,6 +96,23 @@ def llama3_model(ranks) -> bytes:
     return tiktoken_file(ranks)
 
 
+def template(before: dict[str, int], after: dict[str, int] | None = None) -> dict:
+    """A post-processor that puts these tokens, with their ids, before and after a text."""
+    after = after or {}
+    tokens = before | after
+
+    def special(token):
+        return {"SpecialToken": {"id": token, "type_id": 0}}
+
+    single = [*map(special, before), {"Sequence": {"id": "A", "type_id": 0}}, *map(special, after)]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {t: {"id": t, "ids": [id], "tokens": [t]} for t, id in tokens.items()},
+    }
+
+
 @pytest.fixture(scope="session")
 def byte_json(ranks) -> dict:
     """A tokenizer.json like Llama 3's."""
@@ -103,9 +120,6 @@ def byte_json(ranks) -> dict:
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
     byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     byte_level = {"type": "ByteLevel"} | byte_level
-    bos = {"SpecialToken": {"id": SPECIAL_TOKENS[0], "type_id": 0}}
-    template = {"id": SPECIAL_TOKENS[0], "ids": [len(ranks)], "tokens": [SPECIAL_TOKENS[0]]}
-    text = {"Sequence": {"id": "A", "type_id": 0}}
     return {
         "version": "1.0",
         "truncation": None,
@@ -116,12 +130,7 @@ def byte_json(ranks) -> dict:
             "type": "Sequence",
             "pretokenizers": [split | {"invert": False}, byte_level],
         },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [bos, text],
-            "pair": [bos, text, text],
-            "special_tokens": {SPECIAL_TOKENS[0]: template},
-        },
+        "post_processor": template({SPECIAL_TOKENS[0]: len(ranks)}),
         "decoder": byte_level,
         "model": {
             "type": "BPE",
@@ -166,7 +175,7 @@ def spm_json(spm_model) -> dict:
             ],
         },
         "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": template({"<s>": 1}),
         "decoder": {"type": "Sequence", "decoders": steps},
         "model": {
             "type": "BPE",
