@@ -40,8 +40,8 @@ def grow(args: argparse.Namespace) -> None:
         if base > stored.config.vocab_size:
             raise UserError(
                 f"{args.source}: its tokenizer has {base:,} ids, and the embedding"
-                f" {stored.config.vocab_size:,} rows, to which new ones cannot be added; grow a copy"
-                " of the folder without the tokenizer's files"
+                f" {stored.config.vocab_size:,} rows, to which new ones cannot be added; grow a"
+                " copy of the folder without the tokenizer's files"
             )
         try:
             spelt = spell_new_ids(stored.tokenizer, tokenizer)

@@ -69,9 +69,7 @@ class Vocabulary:
             writer.add_precompiled_charsmap(self.charsmap)
 
     def cut(self, rows: int) -> None:
-        """Drops the tokens that have no row; UserError if the tokens of BOS and EOS are of them."""
-        if max(self.ids["bos"], self.ids["eos"]) >= rows:
-            raise UserError(f"gguf: BOS or EOS of the tokenizer is not among the {rows:,} rows")
+        """Drops the tokens that have no row."""
         lost = ", ".join(self.tokens[rows : rows + 5])
         note(
             f"gguf: {len(self.tokens) - rows} tokens that have no row in the model are left out:"
@@ -116,6 +114,8 @@ def vocabulary_of(tokenizer: Tokenizer | None, rows: int) -> Vocabulary:
             vocabulary.put(id, token, TokenType.CONTROL)
     size = len(vocabulary.tokens)
     if size > rows:
+        if tokenizer.text_size > rows:
+            raise UserError(f"gguf: the tokenizer has {size} tokens, and the model {rows} rows")
         vocabulary.cut(rows)
     for row in range(size, rows):
         vocabulary.put(row, f"[PAD{row}]", TokenType.UNUSED)

@@ -64,9 +64,7 @@ def _rebuild_parameter(data, *_):
 
 
 def _rebuild_from_type(rebuild, _, arguments, *__):
-    """A tensor with attributes: they are dropped."""
-    if rebuild not in _GLOBALS.values() or not callable(rebuild):
-        raise ValueError("it rebuilds a tensor with something that is no such function")
+    """A tensor with attributes, which are dropped; whatever can be called is in `_GLOBALS`."""
     return rebuild(*arguments)
 
 
@@ -76,6 +74,7 @@ _GLOBALS = {
     "torch._utils _rebuild_parameter": _rebuild_parameter,
     "torch._utils _rebuild_parameter_with_state": _rebuild_parameter,
     "torch._tensor _rebuild_from_type_v2": _rebuild_from_type,
+    "torch Size": tuple,
     "torch Tensor": _Type("Tensor"),
     "torch.nn.parameter Parameter": _Type("Parameter"),
     **{f"torch {name}": _Type(dtype) for name, dtype in _STORAGES.items()},

@@ -18,6 +18,7 @@ from jllama.interop.parameters import file_specs, match, read_params, widest_dty
 from jllama.interop.tensors import Tensor
 from jllama.model import llama
 from jllama.model.param import EachLeaf, dotted
+from jllama.progress import note
 from jllama.store.adapter import Adapter, base_of, open_adapter
 from jllama.store.find import CHECKPOINTS, Found, find
 from jllama.store.fingerprint import Fingerprint
@@ -87,12 +88,20 @@ def open_model(
     if isinstance(model, str) and found.format != "meta":
         raise UserError(f"--model {model}: {found.path} says itself what it is; leave it out")
     if found.stored is not None:
-        return _ours(found, tokenizer_of(found, tokenizer))
-    if found.format == "hf":
+        stored = _ours(found, tokenizer_of(found, tokenizer))
+    elif found.format == "hf":
         read = hf.read_folder(found.folder, found.files)
+        stored = _foreign(found, *read, tokenizer_of(found, tokenizer))
     else:
         read = meta.read_folder(found.folder, found.files, model)
-    return _foreign(found, *read, tokenizer_of(found, tokenizer))
+        stored = _foreign(found, *read, tokenizer_of(found, tokenizer))
+    rows = stored.config.vocab_size
+    if stored.tokenizer is not None and stored.tokenizer.text_size > rows:
+        note(
+            f"{found.path}: its tokenizer has {stored.tokenizer.vocab_size:,} ids and its embedding"
+            f" {rows:,} rows: a text that needs another is an error; is it this model's tokenizer?"
+        )
+    return stored
 
 
 def architecture(found: Found) -> ModelConfig:

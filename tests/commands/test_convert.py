@@ -23,6 +23,8 @@ from jllama.config import TrainedTokenizer
 from jllama.interop import hf
 from jllama.interop.parameters import cast_params
 from jllama.store.write import write_model
+from jllama.text.added import AddedToken
+from jllama.text.spm import SentencePieceTokenizer
 from jllama.text.vocabulary import train_sentencepiece
 
 MODEL = tiny.config(num_kv_heads=2, vocab_size=448)
@@ -194,6 +196,9 @@ def test_a_name_that_ends_in_gguf_is_one(own, tmp_path):
         (["{own}", "{own}/config.yaml/x"], "config.yaml is a file"),
         (["{own}", "{own}/config.yaml/x", "--to", "jllama"], "config.yaml is a file"),
         (["{own}", "{out}", "--dtype", "Q8_0"], "Q8_0 is a kind of FILE.gguf"),
+        (["{own}", "{out}", "--tokenizer", "{own}/x"], "x: no such file"),
+        (["{own}", "{out}.gguf", "--tokenizer", "copy"], "--tokenizer copy: is for folders"),
+        (["{own}", "{out}", "--max-length", "0"], "max_length=0"),
         (["{own}"], "DST"),
         (["", "{out}"], "SRC is empty"),
     ],
@@ -219,12 +224,65 @@ def test_info_of_a_folder_needs_no_weights(own, params, tmp_path, capsys):
     assert figures[0] == figures[1]
 
 
-def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tmp_path, tokenizer, capsys):
+def test_tokens_beyond_the_rows_stay_in_the_tokenizer(tmp_path, tokenizer, capsys):
+    """Code Llama 34B has 32,004 ids and 32,000 rows."""
+    small = tiny.config(vocab_size=400)
+    hf.write_folder(tmp_path / "hf", small, tiny.params(small), None)
+    more = SentencePieceTokenizer(tokenizer.model, added=[AddedToken("<pad>", 400)])
+    more.save(tmp_path / "hf")
+    assert convert(tmp_path / "hf", tmp_path / "own") == 0
+    assert convert(tmp_path / "own", tmp_path / "back") == 0
+    assert "rows" not in capsys.readouterr().err
+    for name in ("hf", "own", "back"):
+        model = jllama.load(tmp_path / name)
+        assert model.tokenizer.vocab_size == 401
+        model.generate("def", max_new_tokens=4)
+        with pytest.raises(jllama.UserError, match="id 400 is not in the vocabulary of 400"):
+            model.generate([[1, 400]], max_new_tokens=4)
+
+
+def test_a_tokenizer_of_another_model_is_said(tmp_path, tokenizer, capsys):
     small = tiny.config(vocab_size=399)
     hf.write_folder(tmp_path / "hf", small, tiny.params(small), None)
     tokenizer.save(tmp_path / "hf")
-    assert convert(tmp_path / "hf", tmp_path / "out") == 2
-    assert "the tokenizer has 400 ids and the embedding 399 rows" in capsys.readouterr().err
+    assert convert(tmp_path / "hf", tmp_path / "out") == 0
+    assert "400 ids and its embedding 399 rows: a text that needs" in capsys.readouterr().err
+
+
+def test_the_tokenizer_is_left_out_copied_or_anothers(tmp_path, own, tokenizer, capsys):
+    assert convert(own, tmp_path / "none", "--tokenizer", "none") == 0
+    assert jllama.load(tmp_path / "none").tokenizer is None
+    assert convert(own, tmp_path / "none.gguf", "--tokenizer", "none") == 0
+    assert convert(tmp_path / "none", tmp_path / "other", "--tokenizer", own) == 0
+    assert jllama.load(tmp_path / "other").tokenizer.digest == tokenizer.digest
+    # One that cannot be read costs no weights, and goes along as it is.
+    source = tmp_path / "strange"
+    shutil.copytree(tmp_path / "none", source)
+    (source / "tokenizer.json").write_text('{"model": {"type": "WordPiece", "vocab": {"a": 0}}}')
+    (source / "tokenizer_config.json").write_text('{"bos_token": "a"}')
+    capsys.readouterr()
+    assert convert(source, tmp_path / "copy", "--tokenizer", "copy", "--to", "hf") == 0
+    error = capsys.readouterr().err
+    assert "read without its tokenizer" in error and "its model is WordPiece" in error
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
+    same(tmp_path / "copy", jllama.load(own).params)
+
+
+def test_a_length_of_ones_own_and_tables_of_their_own(tmp_path, capsys):
+    tied = tiny.config(tie_embeddings=True)
+    params = tiny.params(tied)
+    write_model(tmp_path / "tied", tied, params, None)
+    assert convert(tmp_path / "tied", tmp_path / "untied", "--untie", "--max-length", 99) == 0
+    model = jllama.load(tmp_path / "untied")
+    assert (model.config.tie_embeddings, model.config.max_length) == (False, 99)
+    np.testing.assert_array_equal(model.params["head"]["weight"], params["embedding"]["weight"])
+    tokens = tiny.tokens(1, 7)
+    np.testing.assert_array_equal(
+        model.logits(tokens), jllama.load(tmp_path / "tied").logits(tokens)
+    )
+    assert convert(tmp_path / "untied", tmp_path / "again", "--untie") == 2
+    assert "has an embedding and a head already" in capsys.readouterr().err
 
 
 def test_a_folder_without_its_last_file_is_no_model(own, tmp_path, monkeypatch, capsys):

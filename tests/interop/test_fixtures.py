@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jllama
 from jllama.errors import UserError
@@ -73,6 +74,14 @@ def test_tensors_that_share_bytes():
     tensors = {name: t.read() for name, t in read_pth(FIXTURES / "pth" / "shared.pth").items()}
     np.testing.assert_array_equal(tensors["row"], tensors["a"][1])
     np.testing.assert_array_equal(tensors["rows"], tensors["a"][1:])
+
+
+def test_attributes_of_tensors_are_left_out():
+    tensors = read_pth(FIXTURES / "pth" / "attributes.pth")
+    wanted = np.arange(12, dtype=np.float32).reshape(3, 4)
+    for name, dtype in (("a", "float32"), ("b", "float64")):
+        assert tensors[name].dtype == dtype
+        np.testing.assert_array_equal(tensors[name].read(), wanted)
 
 
 @pytest.mark.parametrize(
@@ -365,10 +374,44 @@ def test_an_index_that_names_a_missing_shard(sharded):
     _one_line(e, "model.safetensors.index.json")
 
 
-def test_an_index_that_names_the_wrong_shard(sharded):
+def _same_as_before(folder: Path) -> None:
+    _, wanted = read_folder(FIXTURES / "hf-llama3", os.listdir(FIXTURES / "hf-llama3"))
+    _, tensors = read_folder(folder, os.listdir(folder))
+    assert tensors.keys() == wanted.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor.read(), wanted[name].read())
+
+
+def test_an_index_that_names_the_wrong_shard_finds_the_tensor(sharded):
     tensors = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
     other = next(file for file in tensors.values() if file != tensors["lm_head.weight"])
     _redirect(sharded, other)
-    with pytest.raises(UserError, match=r"lm_head\.weight") as e:
-        read_folder(sharded, os.listdir(sharded))
-    _one_line(e, "model.safetensors.index.json")
+    _same_as_before(sharded)
+
+
+def test_an_index_may_list_buffers_and_folders_inside_and_stand_for_pytorch(sharded):
+    index = sharded / "model.safetensors.index.json"
+    file_of = json.loads(index.read_text())["weight_map"]
+    (sharded / "inside").mkdir()
+    moved = file_of["lm_head.weight"]
+    (sharded / moved).rename(sharded / "inside" / moved)
+    file_of = {n: f"inside/{f}" if f == moved else f"./{f}" for n, f in file_of.items()}
+    file_of["model.layers.0.self_attn.rotary_emb.inv_freq"] = f"inside/{moved}"
+    index.unlink()
+    text = json.dumps({"weight_map": file_of})
+    (sharded / "pytorch_model.bin.index.json").write_text(text)
+    _same_as_before(sharded)
+
+
+def test_what_an_index_lists_and_no_file_holds_is_missing(sharded):
+    index = sharded / "model.safetensors.index.json"
+    text = json.loads(index.read_text())
+    place = text["weight_map"].pop("lm_head.weight")
+    text["weight_map"]["lm_head.other"] = place
+    index.write_text(json.dumps(text))
+    _same_as_before(sharded)  # the head is in a file that the index names
+    tensors = load_file(sharded / place)
+    del tensors["lm_head.weight"]
+    save_file(tensors, sharded / place)
+    with pytest.raises(UserError, match=r"missing: lm_head\.weight"):
+        jllama.load(sharded)

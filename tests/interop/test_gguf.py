@@ -478,9 +478,41 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tokenizer, l
     words["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581", "split": True}
     refused(words, "cut before BPE")
     # SentencePiece models with another normaliser, and without bytes: fields put after the model.
-    for field, match in ((b"\x1a\x02\x20\x01", "normalisation"), (b"\x12\x02\x18\x03", "unigram")):
-        with pytest.raises(UserError, match=match):
-            vocabulary_of(SentencePieceTokenizer(tokenizer.model + field), ROWS)
+    with pytest.raises(UserError, match="unigram.*--tokenizer none"):
+        vocabulary_of(SentencePieceTokenizer(tokenizer.model + b"\x12\x02\x18\x03"), ROWS)
+
+
+def test_a_normalisation_that_llama_cpp_leaves_out_is_written_and_said(tokenizer, tmp_path, capsys):
+    squeezing = SentencePieceTokenizer(tokenizer.model + b"\x1a\x02\x20\x01")  # extra spaces
+    model = config()
+    found = fields(write(tmp_path / "model.gguf", model, tiny.params(model), squeezing))
+    assert found["tokenizer.ggml.remove_extra_whitespaces"] is True
+    assert "removes spaces at the ends of a text, and llama.cpp does not" in capsys.readouterr().err
+
+
+def test_tokens_without_a_row_are_left_out(tokenizer, capsys):
+    added = [AddedToken("<pad>", VOCAB)]
+    more = SentencePieceTokenizer(tokenizer.model, added=added)
+    vocabulary = vocabulary_of(more, VOCAB)
+    assert vocabulary.tokens == vocabulary_of(tokenizer, VOCAB).tokens
+    assert "1 tokens that have no row in the model are left out: <pad>" in capsys.readouterr().err
+
+
+def test_a_file_without_a_tokenizer_takes_ids(tmp_path):
+    model = config()
+    found = fields(write(tmp_path / "model.gguf", model, tiny.params(model), None))
+    assert found["tokenizer.ggml.model"] == "no_vocab"
+    assert "tokenizer.ggml.tokens" not in found
+
+
+def test_bos_and_eos_are_added_as_the_tokenizer_says(tokenizer):
+    writer = gguf.GGUFWriter(None, "llama")
+    other = SentencePieceTokenizer(tokenizer.model, adds_bos=False, adds_eos=True)
+    vocabulary_of(other, ROWS).add_to(writer)
+    added = {
+        key: writer.kv_data[0][f"tokenizer.ggml.add_{key}_token"].value for key in ("bos", "eos")
+    }
+    assert added == {"bos": False, "eos": True}
 
 
 @pytest.mark.parametrize(
@@ -498,10 +530,8 @@ def test_other_kinds_are_refused(kind, match, tokenizer, tmp_path):
 
 
 def test_a_model_that_gguf_cannot_express_is_refused(tokenizer, tmp_path):
-    plain = config()
     cases = [
         (config(qk_norm=True), tokenizer, "layers.attention.k_norm.scale: has no name"),
-        (plain, None, "has no tokenizer"),
         (config(vocab_size=VOCAB - 1), tokenizer, f"has {VOCAB} tokens, and the model {VOCAB - 1}"),
     ]
     for model, tok, match in cases:

@@ -100,8 +100,58 @@ def test_a_tied_head_in_the_file_must_equal_the_embedding(tmp_path):
         rewrite(folder, lm_head__weight=codes, model__embed_tokens__weight=codes)
         with pytest.raises(UserError, match=r"not weights: model\.embed_tokens"):
             jllama.load(folder)
+    # The same values, in another dtype and with another zero.
+    table[0] = 0
+    copy = np.where(table == 0, -table, table).astype(np.float64)
+    rewrite(folder, lm_head__weight=copy, model__embed_tokens__weight=table)
+    assert "head" not in jllama.load(folder).params
     rewrite(folder, lm_head__weight=table + 1, model__embed_tokens__weight=table)
     with pytest.raises(UserError, match=r"lm_head\.weight differs from the embedding"):
+        jllama.load(folder)
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("inner", [False, True], ids=["whole", "LlamaModel"])
+def test_a_tied_model_needs_one_table_under_either_name(tmp_path, kept, inner):
+    tied = tiny.config(tie_embeddings=True)
+    params = tiny.params(tied)
+    hf.write_folder(tmp_path / "tied", tied, params, None)
+    file = tmp_path / "tied" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[kept] = tensors.pop("model.embed_tokens.weight")
+    save_file({n.removeprefix("model.") if inner else n: t for n, t in tensors.items()}, file)
+    jax.tree.map(np.testing.assert_array_equal, jllama.load(tmp_path / "tied").params, params)
+
+
+def test_float64_weights_are_rounded_and_that_is_said(folder, params, capsys):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t.astype(np.float64) for n, t in tensors.items()}, folder / "model.safetensors")
+    model = jllama.load(folder)
+    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+    assert f"note: {folder}: its float64 tensors are rounded" in capsys.readouterr().err
+
+
+def test_whole_weights_may_stand_beside_the_quantisation_of_a_training(folder, params, capsys):
+    for settings in ({"quant_method": "bitsandbytes"}, {"load_in_4bit": True}):
+        change(folder, quantization_config=settings)
+        jax.tree.map(np.testing.assert_array_equal, jllama.load(folder).params, params)
+    assert "quantization_config (bitsandbytes) has no effect" in capsys.readouterr().err
+    # Of other methods nobody knows what they do to whole weights; the way out works.
+    change(folder, quantization_config={"quant_method": "bitnet"})
+    with pytest.raises(UserError, match=r"bitnet.*take the key out"):
+        jllama.load(folder)
+    change(folder, quantization_config=None)
+    jllama.load(folder)
+
+
+def test_quantised_weights_are_called_so(folder):
+    change(folder, quantization_config={"quant_method": "gptq"})
+    rewrite(folder, model__layers__0__mlp__up_proj__qweight=np.zeros((4, 4), np.int32))
+    with pytest.raises(UserError, match=r"\(gptq\): the weights are quantised .*before"):
+        jllama.load(folder)
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-128g.safetensors")
+    (folder / "quantize_config.json").write_text("{}")
+    with pytest.raises(UserError, match="quantised with GPTQ"):
         jllama.load(folder)
 
 

@@ -173,10 +173,36 @@ def test_vicunas_files_name_the_length_after_linear_scaling():
     shipped = recipe.load_model("vicuna-7b-16k")
     model = read(**linear, max_sequence_length=16384, rms_norm_eps=1e-5)
     assert model == dataclasses.replace(shipped, init=model.init)
-    # Others have one length, which is after it; and a key that transformers ignores lowers none.
-    assert read(**linear | {"max_position_embeddings": 16384}).max_length == 16384
+    # A key that transformers ignores lowers no length.
     assert read(**linear, max_sequence_length=2048).max_length == 4096
     assert read(max_position_embeddings=4096, max_sequence_length=16384).max_length == 4096
+
+
+def test_linear_scaling_reaches_beyond_the_length_of_the_file_and_that_is_said(capsys):
+    model = read(rope_scaling={"type": "linear", "factor": 4.0}, max_position_embeddings=4096)
+    assert model.max_length == 16384
+    assert "if 4096 is the one after it, give it: --max-length 4096" in capsys.readouterr().err
+    written = write_config(model, "bfloat16", None)
+    assert written["max_position_embeddings"] == 4096
+    assert read_config(written, "written.json") == model
+    assert not capsys.readouterr().err  # the written file says both lengths
+    odd = dataclasses.replace(model, max_length=10_001)
+    assert read_config(write_config(odd, "bfloat16", None), "odd.json") == odd
+
+
+@pytest.mark.parametrize(
+    ("length", "scaling", "wanted"),
+    [
+        (65536, YARN | {"factor": 16.0, ORIGINAL: 4096}, 65536),
+        (4096, YARN | {"factor": 16.0, ORIGINAL: 4096}, 65536),
+        (131072, LLAMA3, 131072),
+        (8192, LLAMA3, 8192),
+    ],
+)
+def test_the_length_of_other_scalings(length, scaling, wanted):
+    model = read(max_position_embeddings=length, rope_scaling=scaling)
+    assert model.max_length == wanted
+    assert read_config(write_config(model, "bfloat16", None), "c.json").max_length == wanted
 
 
 def drop(key):
@@ -191,9 +217,7 @@ def drop(key):
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"auto_map": {"AutoModel": "m.M"}}, "auto_map"),
-        ({"sliding_window": 4096}, "sliding_window"),
+        ({"sliding_window": 1024}, "set use_sliding_window to false"),
         ({"attention_chunk_size": 4096}, "attention_chunk_size"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
         ({"layer_types": 3}, "layer_types"),
@@ -236,10 +260,6 @@ def drop(key):
         ),
         ({"rope_scaling": YARN | {"factor": 0.5}}, "rope_scaling.factor is 0.5"),
         ({"rope_scaling": YARN | {"factor": 2.0}}, "max_position_embeddings=2048"),
-        (
-            {"rope_scaling": YARN | {ORIGINAL: 4096}},
-            f"{ORIGINAL}=4096 is above max_position_embeddings=2048",
-        ),
         ({"rope_scaling": YARN, ORIGINAL: 1024}, "differs"),
         ({"rope_scaling": YARN | {"beta_fast": 1.0}}, "rope_scaling.beta_fast"),
         ({"rope_scaling": YARN | {"attention_factor": -1}}, "attention_factor is -1"),
@@ -279,6 +299,27 @@ def test_keys_that_do_not_change_the_function_are_ignored():
     neutral = {"attention_bias": False, "quantization_config": None, "hidden_act": "silu"}
     layers = {"layer_types": ["full_attention"] * 32, "partial_rotary_factor": 1.0}
     assert read(**keys, **neutral, **layers) == read()
+
+
+def test_a_window_that_never_cuts_and_code_that_is_not_run_change_nothing(capsys):
+    assert read(sliding_window=2048) == read()
+    assert read(sliding_window=100, use_sliding_window=False) == read()
+    assert not capsys.readouterr().err
+    assert read(auto_map={"AutoModelForCausalLM": "m.M"}) == read()
+    assert "the code that auto_map names is not run" in capsys.readouterr().err
+
+
+def test_keys_that_are_unknown_here_are_said_once(capsys):
+    assert read(residual_scale=2.0, attention_sinks=4, spare=None) == read()
+    said = capsys.readouterr().err
+    assert said.endswith(
+        "keys that are unknown here have no effect: attention_sinks, residual_scale\n"
+    )
+    read(residual_scale=2.0, attention_sinks=4, spare=None)
+    assert not capsys.readouterr().err
+    written = write_config(read(), "bfloat16", None)
+    assert read_config(written, "w.json") == read()
+    assert not capsys.readouterr().err  # of ours all are known
 
 
 def test_a_model_that_hugging_face_cannot_express_is_not_written():

@@ -15,8 +15,7 @@ from tokenizers import pre_tokenizers
 
 from jllama.config import StdlibSource, TrainedTokenizer
 from jllama.data.source import documents
-from jllama.errors import UserError
-from jllama.interop.hf_tokenizer import tie_warning, tokenizer_files
+from jllama.interop.hf_tokenizer import export_note, tokenizer_files
 from jllama.text.added import AddedToken
 from jllama.text.llama3 import PATTERN
 from jllama.text.tokenizer import (
@@ -28,6 +27,9 @@ from jllama.text.tokenizer import (
 from jllama.text.vocabulary import train_sentencepiece
 
 SCALARS = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+# Fields of normalizer_spec; in a message later ones win: remove_extra_whitespaces = true, and
+# add_dummy_prefix = false.
+EXTRA_SPACES, NO_PREFIX = b"\x1a\x02\x20\x01", b"\x1a\x02\x18\x00"
 NASTY = [
     "", " ", "  ", " a", "  a b", "a ", "\n", "\n\n\n    x", "\r\n\t x\r", "\0", "a\0b", "\t\t",
     "\u2581", "a\u2581\u2581b", "\u2581 a", "<0x41>", "</s>", "<s> <unk>", "a<s>b", "<0x0A>\n",
@@ -122,7 +124,22 @@ def tiktoken(library):
     return byte_level([*library[::3], *("".join(SCALARS[i::97]) for i in range(3))])
 
 
-@pytest.fixture(scope="module", params=["trained", "crossing", "llama2", "tiktoken"])
+@pytest.fixture(scope="module")
+def squeezing(llama2):
+    """Removes spaces at both ends and repeated ones, as SentencePiece does unless told not to."""
+    return SentencePieceTokenizer(llama2.model + EXTRA_SPACES)
+
+
+@pytest.fixture(scope="module")
+def squeezing_bare(trained):
+    """The same without a space before the text."""
+    return SentencePieceTokenizer(trained.model + NO_PREFIX + EXTRA_SPACES)
+
+
+@pytest.fixture(
+    scope="module",
+    params=["trained", "crossing", "llama2", "tiktoken", "squeezing", "squeezing_bare"],
+)
 def pair(request):
     tokenizer = request.getfixturevalue(request.param)
     return tokenizer, read(tokenizer)
@@ -241,14 +258,14 @@ def test_tokens_that_other_files_add_to_a_tokenizer_json_are_written(llama2):
 
 
 def test_pieces_of_one_score_differ_only_where_they_overlap(llama2):
-    assert tie_warning(llama2) is None
+    assert export_note(llama2) is None
     apart = SentencePieceTokenizer(
         joined(llama2.model, {"世界和平": 0.0, "世界": 0.0, "和平": 0.0})
     )
     assert_same(apart, read(apart), ["世界", "世界和平", "和平世界和平和世界 a"])
     ours = SentencePieceTokenizer(joined(llama2.model, {"平世": 0.0, "和平": 0.0}))
     theirs = read(ours)
-    assert "share their score" in tie_warning(ours)
+    assert "share their score" in export_note(ours)
     assert_same(ours, theirs, ["和平", "平世", "平世和", "和平 平世"])
     ids, others = ours.encode("和平世", bos=True), theirs.encode("和平世").ids
     assert ids != others  # the leftmost there, the first of the list here
@@ -274,11 +291,28 @@ def test_tokenizer_config_has_what_transformers_needs(llama2, tiktoken):
     assert set(tokenizer_files(tiktoken)) == files.keys() - {"tokenizer.model"}
 
 
-def test_a_tokenizer_that_the_files_cannot_express_is_refused(data, llama2):
-    chinese = SentencePieceTokenizer((data / "tokenizers" / "chinese_sp.model").read_bytes())
-    with pytest.raises(UserError, match="not of type BPE"):
-        tokenizer_files(chinese)
-    # Later fields of a message win: normalizer_spec.remove_extra_whitespaces = true.
-    normalising = SentencePieceTokenizer(llama2.model + b"\x1a\x02\x20\x01")
-    with pytest.raises(UserError, match="normalises its text"):
-        tokenizer_files(normalising)
+def test_a_tokenizer_that_no_tokenizer_json_expresses_has_its_model_alone(data, tmp_path):
+    chinese = SentencePieceTokenizer(
+        (data / "tokenizers" / "chinese_sp.model").read_bytes(), adds_bos=False
+    )
+    files = tokenizer_files(chinese)
+    assert "tokenizer.json" not in files and files["tokenizer.model"] == chinese.model
+    assert "the model is not of type BPE" in export_note(chinese)
+    config = json.loads(files["tokenizer_config.json"])
+    assert (config["tokenizer_class"], config["unk_token"]) == ("LlamaTokenizer", "<unk>")
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    again = load_tokenizer(tmp_path)
+    assert again.encode("人工智能 AI") == chinese.encode("人工智能 AI")
+    assert not again.adds_bos
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("eos", [True, False])
+def test_a_text_gets_the_ends_that_the_tokenizer_adds(trained, bos, eos):
+    ours = SentencePieceTokenizer(trained.model, adds_bos=bos, adds_eos=eos)
+    files = tokenizer_files(ours)
+    config = json.loads(files["tokenizer_config.json"])
+    assert (config["add_bos_token"], config["add_eos_token"]) == (bos, eos)
+    theirs = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    assert theirs.encode("a b").ids == ours.encode("a b", bos=bos, eos=eos)

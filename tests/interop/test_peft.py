@@ -338,6 +338,21 @@ def test_a_grown_vocabulary(adapter):
     _refused(change(), "99 tokens", "has 97", "jllama vocabulary grow")
 
 
+def test_keys_with_the_name_of_the_adapter_are_read(adapter):
+    change, tensors = adapter
+    wanted = read_adapter(change(), MODEL)
+    tensors |= {
+        re.sub(r"(lora_[AB])\.", r"\1.default.", name).replace(
+            f"{HEAD}.", f"{HEAD}.modules_to_save.default."
+        ): tensors.pop(name)
+        for name in list(tensors)
+    }
+    assert f"{HEAD}.modules_to_save.default.weight" in tensors
+    lora, overlay = read_adapter(change(), MODEL)
+    assert lora == wanted[0]
+    jax.tree.map(np.testing.assert_array_equal, overlay, wanted[1])
+
+
 def test_an_empty_tensor(adapter):
     change, tensors = adapter
     tensors[f"{Q.format(0)}.lora_A.weight"] = np.zeros((0,), np.float32)
@@ -420,7 +435,7 @@ def test_a_matrix_low_rank_in_some_layers_and_whole_in_others(adapter):
 def test_a_tied_embedding_and_head_must_change_alike(adapter):
     change, tensors = adapter
     tied = dataclasses.replace(MODEL, tie_embeddings=True)
-    said = "the model ties them", "ensure_weight_tying", "tie_word_embeddings false"
+    said = "the model ties them", "jllama convert BASE UNTIED --untie"
     _refused(change(), *said, model=tied)  # two tables
     tensors[f"{HEAD}.weight"] = tensors[f"{EMBEDDING}.weight"]
     lora, overlay = read_adapter(change(), tied)

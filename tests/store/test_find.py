@@ -94,16 +94,32 @@ def test_an_adapter_config_beside_a_model_is_an_adapter_unless_a_format_is_asked
     assert find(folder, "hf").format == "hf"
 
 
+def test_an_adapter_in_a_folder_of_its_name_is_found(tmp_path):
+    shutil.copytree(FIXTURES / "peft-dora", tmp_path / "saved" / "mine")
+    (tmp_path / "saved" / "README.md").write_text("")
+    found = find(tmp_path / "saved")
+    assert (found.path, found.format) == (tmp_path / "saved" / "mine", "peft")
+    shutil.copytree(FIXTURES / "peft-dora", tmp_path / "saved" / "yours")
+    with pytest.raises(UserError, match="several adapters, mine, yours; give one"):
+        find(tmp_path / "saved")
+
+
 def test_a_path_that_holds_nothing_says_what_it_is(run, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
+    for name in ("gguf/m.gguf", "bare/adapter_model.bin"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"GGUF")
     (run / "params.json").write_text("{}")
     for path, text in (
         (
             tmp_path / "nowhere",
             "nowhere: no such folder; expected a run .*config.json.*params.json",
         ),
-        (tmp_path / "empty", "empty: neither a model nor an adapter; expected"),
+        (tmp_path / "empty", "empty: an empty folder; expected"),
+        (tmp_path / "gguf", "gguf: holds m.gguf, a GGUF file, which jllama writes and does not"),
+        (tmp_path / "gguf" / "m.gguf", "m.gguf: a GGUF file, which jllama writes and does not"),
+        (tmp_path / "bare", "bare: has weights and no adapter_config.json; copy it"),
         (tmp_path / "file", "file: a file, give its folder; expected"),
         (run, r"run: may be jllama or meta; .*--from"),
         (tmp_path / "checkpoints" / "7", f"{tmp_path}: no config.yaml"),

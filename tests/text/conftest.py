@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizer_files import KINDS, added, merges, metaspace, tiktoken_file
+from tokenizer_files import KINDS, added, merges, metaspace, template, tiktoken_file
 
 from jllama.config import StdlibSource, TrainedTokenizer
 from jllama.data.source import documents
@@ -94,23 +94,6 @@ def ranks(corpus) -> list[bytes]:
 @pytest.fixture(scope="session")
 def llama3_model(ranks) -> bytes:
     return tiktoken_file(ranks)
-
-
-def template(before: dict[str, int], after: dict[str, int] | None = None) -> dict:
-    """A post-processor that puts these tokens, with their ids, before and after a text."""
-    after = after or {}
-    tokens = before | after
-
-    def special(token):
-        return {"SpecialToken": {"id": token, "type_id": 0}}
-
-    single = [*map(special, before), {"Sequence": {"id": "A", "type_id": 0}}, *map(special, after)]
-    return {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {t: {"id": t, "ids": [id], "tokens": [t]} for t, id in tokens.items()},
-    }
 
 
 @pytest.fixture(scope="session")

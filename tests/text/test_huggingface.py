@@ -9,7 +9,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_samples import LONG, NASTY
-from tokenizer_files import added, ids, marked, metaspace, peer
+from tokenizer_files import added, doubled, ids, marked, metaspace, peer
 
 from jllama.errors import UserError
 from jllama.text.huggingface import HuggingFaceTokenizer
@@ -28,10 +28,11 @@ def files(byte_json, spm_json):
         "json_first": metaspace(spm_json, "first"),
         "json_always": metaspace(spm_json, "always"),
         "json_marked": marked(spm_json),
+        "json_doubled": doubled(spm_json),
     }
 
 
-JSONS = ["json_bytes", "json_prepend", "json_first", "json_always", "json_marked"]
+JSONS = ["json_bytes", "json_prepend", "json_first", "json_always", "json_marked", "json_doubled"]
 
 
 @pytest.fixture(params=JSONS)
@@ -199,6 +200,7 @@ SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "in
         ("spaced", "decoder", {"type": "BPEDecoder"}, "its decoder is BPEDecoder"),
         ("spaced", "normalizer", LOWER, "the normaliser NFKC changes text"),
         ("spaced", "normalizer", None, "a space by U"),
+        ("spaced", "normalizer", doubled({})["normalizer"], "doubles the space before a text"),
         ("spaced", "pre_tokenizer", {"type": "Whitespace"}, "the pre-tokeniser Whitespace"),
         ("spaced", "pre_tokenizer", {"type": "Metaspace", "replacement": "_"}, "something else"),
         ("spaced", "model.byte_fallback", False, "it has no byte fallback"),

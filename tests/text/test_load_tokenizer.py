@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizer_files import added, metaspace
+from tokenizer_files import added, metaspace, template
 
 from jllama.errors import UserError
 from jllama.text.huggingface import HuggingFaceTokenizer
@@ -128,6 +128,97 @@ def test_the_folder_says_what_begins_and_ends(folder, spm_model, llama3_model, b
     again = load_tokenizer(path / "again")
     assert (again.eos_id, again.stop_ids) == (tokenizer.eos_id, tokenizer.stop_ids)
     assert again.digest == tokenizer.digest
+
+
+@pytest.mark.parametrize("kind", ["spm", "llama3"])
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("eos", [True, False])
+def test_the_folder_says_whether_a_text_gets_bos_and_eos(
+    folder, spm_model, llama3_model, kind, bos, eos
+):
+    model = {"spm": spm_model, "llama3": llama3_model}[kind]
+    plain = load_tokenizer(folder(tokenizer__model=model))
+    assert (plain.adds_bos, plain.adds_eos) == (True, False)
+    settings = {"add_bos_token": bos, "add_eos_token": eos}
+    path = folder(tokenizer__model=model, tokenizer_config__json=settings)
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.adds_bos, tokenizer.adds_eos) == (bos, eos)
+    # Prepared texts differ, so they have names of their own.
+    assert (tokenizer.digest == plain.digest) == ((bos, eos) == (True, False))
+    tokenizer.save(path / "again")
+    again = load_tokenizer(path / "again")
+    assert (again.adds_bos, again.adds_eos, again.digest) == (bos, eos, tokenizer.digest)
+
+
+@pytest.mark.parametrize("model", [False, True], ids=["alone", "beside the model"])
+@pytest.mark.parametrize(
+    ("processor", "adds"),
+    [
+        (None, (False, False)),
+        ({"type": "ByteLevel", "add_prefix_space": True}, (False, False)),
+        (template({"<s>": 1}), (True, False)),
+        (template({}, {"</s>": 2}), (False, True)),
+        ({"type": "RobertaProcessing", "cls": ["<s>", 1], "sep": ["</s>", 2]}, (True, True)),
+        (
+            {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template({"<s>": 1})]},
+            (True, False),
+        ),
+    ],
+)
+def test_a_post_processor_decides_what_a_text_gets(
+    folder, spm_model, spm_json, processor, adds, model
+):
+    path = folder(
+        tokenizer__json=spm_json | {"post_processor": processor},
+        **{"tokenizer__model": spm_model} if model else {},
+    )
+    tokenizer = load_tokenizer(path)
+    assert isinstance(tokenizer, SentencePieceTokenizer if model else HuggingFaceTokenizer)
+    assert (tokenizer.adds_bos, tokenizer.adds_eos) == adds
+    tokenizer.save(path / "again")
+    again = load_tokenizer(path / "again")
+    assert (again.adds_bos, again.adds_eos, again.digest) == (*adds, tokenizer.digest)
+
+
+def test_a_key_that_the_post_processor_contradicts_is_said(folder, spm_json, capsys):
+    path = folder(tokenizer__json=spm_json, tokenizer_config__json={"add_bos_token": False})
+    assert load_tokenizer(path).adds_bos
+    assert "adds BOS and counts, as in transformers 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "processor", [template({"<unk>": 0}), template({"<s>": 1, "<unk>": 0}), {"type": "Mine"}, 3]
+)
+def test_a_post_processor_that_adds_other_tokens_is_refused(folder, spm_json, processor):
+    path = folder(tokenizer__json=spm_json | {"post_processor": processor})
+    with pytest.raises(UserError, match=r"tokenizer\.json: .*post.processor") as e:
+        load_tokenizer(path)
+    assert "\n" not in str(e.value)
+
+
+def test_ends_that_stand_in_config_json_alone_end_a_text(folder, spm_model, made):
+    eos = made["spm"].eos_id
+    path = folder(tokenizer__model=spm_model, config__json={"eos_token_id": [7, 8]})
+    assert load_tokenizer(path).stop_ids == {eos, 7, 8}
+    folder(config__json={"eos_token_id": 9}, generation_config__json={"temperature": 1})
+    assert load_tokenizer(path).stop_ids == {eos, 9}
+    folder(generation_config__json={"eos_token_id": 7})
+    assert load_tokenizer(path).stop_ids == {eos, 7}
+
+
+def test_keys_that_are_not_followed_are_said(folder, spm_model, capsys):
+    followed = {
+        "legacy": False,
+        "model_max_length": 9,
+        "add_prefix_space": True,
+        "sp_model_kwargs": {},
+    }
+    load_tokenizer(folder(tokenizer__model=spm_model, tokenizer_config__json=followed))
+    assert not capsys.readouterr().err
+    other = {"add_prefix_space": False, "sp_model_kwargs": {"alpha": 0.1}, "brand_new": 1}
+    load_tokenizer(folder(tokenizer__model=spm_model, tokenizer_config__json=other))
+    said = capsys.readouterr().err
+    assert "keys that are not followed: add_prefix_space, brand_new, sp_model_kwargs" in said
 
 
 def test_what_ends_a_text_is_no_part_of_the_digest(folder, spm_model, made):

@@ -46,6 +46,22 @@ def marked(file: dict) -> dict:
     }
 
 
+def doubled(file: dict) -> dict:
+    """Returns the file as transformers 5.24 writes it for LlamaTokenizer."""
+    space = {"type": "Metaspace", "replacement": "\u2581", "split": False}
+    steps = [
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        {"type": "Replace", "pattern": {"Regex": "\\A\u2581"}, "content": "\u2581\u2581"},
+    ]
+    return file | {
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [space | {"prepend_scheme": "always"}],
+        },
+    }
+
+
 def peer(file: dict, special: bool = False) -> tokenizers.Tokenizer:
     """Returns the tokenizer of `tokenizers`; it encodes special tokens in text if `special`."""
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(file))
@@ -55,3 +71,20 @@ def peer(file: dict, special: bool = False) -> tokenizers.Tokenizer:
 
 def ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def template(before: dict[str, int], after: dict[str, int] | None = None) -> dict:
+    """A post-processor that puts these tokens, with their ids, before and after a text."""
+    after = after or {}
+    tokens = before | after
+
+    def special(token):
+        return {"SpecialToken": {"id": token, "type_id": 0}}
+
+    single = [*map(special, before), {"Sequence": {"id": "A", "type_id": 0}}, *map(special, after)]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {t: {"id": t, "ids": [id], "tokens": [t]} for t, id in tokens.items()},
+    }
