@@ -312,9 +312,7 @@ def test_a_window_that_never_cuts_and_code_that_is_not_run_change_nothing(capsys
 def test_keys_that_are_unknown_here_are_said_once(capsys):
     assert read(residual_scale=2.0, attention_sinks=4, spare=None) == read()
     said = capsys.readouterr().err
-    assert said.endswith(
-        "keys that are unknown here have no effect: attention_sinks, residual_scale\n"
-    )
+    assert said.endswith("unknown here have no effect: attention_sinks, residual_scale\n")
     read(residual_scale=2.0, attention_sinks=4, spare=None)
     assert not capsys.readouterr().err
     written = write_config(read(), "bfloat16", None)

@@ -207,12 +207,7 @@ def test_ends_that_stand_in_config_json_alone_end_a_text(folder, spm_model, made
 
 
 def test_keys_that_are_not_followed_are_said(folder, spm_model, capsys):
-    followed = {
-        "legacy": False,
-        "model_max_length": 9,
-        "add_prefix_space": True,
-        "sp_model_kwargs": {},
-    }
+    followed = {"legacy": False, "add_prefix_space": True, "sp_model_kwargs": {}}
     load_tokenizer(folder(tokenizer__model=spm_model, tokenizer_config__json=followed))
     assert not capsys.readouterr().err
     other = {"add_prefix_space": False, "sp_model_kwargs": {"alpha": 0.1}, "brand_new": 1}
