@@ -513,6 +513,14 @@ def test_bos_and_eos_are_added_as_the_tokenizer_says(tokenizer):
     assert added == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("Q4_K_M", r"llama-quantize MODEL-F16.gguf MODEL-Q4_K_M.gguf Q4_K_M"),
+        ("iq3_xs", r"llama-quantize .* IQ3_XS"),
+        ("float8", r"FLOAT8: .*no such kind .* one of F32, F16"),
+    ],
+)
 def test_other_kinds_are_refused(kind, match, tokenizer, tmp_path):
     with pytest.raises(UserError, match=match):
         write_gguf(tmp_path / "model.gguf", config(), tiny.params(config()), tokenizer, kind)
