@@ -1,7 +1,7 @@
 """The LLaMA family in JAX and Flax.
 
-`jllama.load(path)` opens a trained model; see `jllama.generate.llama`. Importing the package alone
-does not import JAX, so processes that only tokenise text start fast.
+`jllama.load(path)` opens a trained model, a `Llama`: see `jllama.generate`. Importing the package
+alone does not import JAX, so processes that only tokenise text start fast.
 """
 
 import importlib
@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Infill": "jllama.text.infill",
     "Llama": "jllama.generate.llama",
-    "load": "jllama.generate.llama",
+    "load": "jllama.generate.load",
     "load_tokenizer": "jllama.text.tokenizer",
     "UserError": "jllama.errors",
 }

@@ -16,15 +16,16 @@ from jllama.config.training import CheckpointConfig, EvalConfig, TrainingConfig
 
 @configclass
 class SampleConfig:
-    """The sample at the end of a run; `max_new_tokens: 0` means none."""
+    """The sample at the end of a run; `max_new_tokens: 0` means none.
+
+    The other defaults are also those of sample.py and of `jllama.load(...).generate`.
+    """
 
     prompt: str = default("text to continue, or to fill in at <FILL_ME>", "")
     max_new_tokens: Count = default("tokens to generate", 0)
-    temperature: Nonnegative = default("temperature of the distribution; 0 means greedy", 0.8)
+    temperature: Nonnegative = default("temperature of the distribution; 0 means greedy", 1.0)
     top_k: Count = default("sample from this many likeliest tokens; 0 means all", 0)
-    top_p: Fraction = default(
-        "sample from the likeliest tokens that sum to this; 1 means all", 0.95
-    )
+    top_p: Fraction = default("sample from the likeliest tokens that sum to this; 1 means all", 1.0)
 
 
 @configclass

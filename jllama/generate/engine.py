@@ -10,8 +10,8 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Container, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import flax.struct
 import jax
@@ -34,6 +34,9 @@ LARGEST_CHUNK = 512
 # How often each function was traced, which is how often it was compiled.
 traces: collections.Counter[str] = collections.Counter()
 
+# Why a text ended: at a stop id or a stop string, or because it has all of its `max_new_tokens`.
+FinishReason = Literal["stop", "length"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
@@ -50,6 +53,23 @@ class Request:
     stop: frozenset[int] = frozenset()
     seed: int = 0
     number: int = 0
+
+
+class Event(NamedTuple):
+    """A token that was drawn for a request; or, where `token` is None, the end of the request.
+
+    Attributes:
+      index: which of the requests.
+      logprob: the natural logarithm, a float32, of the probability that the model gives the token:
+        by the softmax of its logits [V], before penalty, temperature, top-k and top-p. None at the
+        end.
+      finish_reason: None for a token.
+    """
+
+    index: int
+    token: int | None
+    logprob: float | None = None
+    finish_reason: FinishReason | None = None
 
 
 @flax.struct.dataclass
@@ -76,9 +96,9 @@ def _apply(model, tokens, positions, cache, per_row):
     return apply(model.params, model.config, model.compute, tokens, positions, **where)
 
 
-def _bucket(length: int) -> int:
-    """The least power of two that holds `length`, from `SMALLEST_BUCKET` up."""
-    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+def bucket(length: int, smallest: int = SMALLEST_BUCKET) -> int:
+    """The least power of two that holds `length`, from `smallest` up."""
+    return max(smallest, 1 << (length - 1).bit_length())
 
 
 # One program each for what a generation begins with: an operation by itself is compiled by itself.
@@ -129,12 +149,17 @@ def _prefill(
 
 
 def _next(model, hidden, positions, seen, keys, settings):
-    """Draws the token [B] at `positions` from hidden states [B,D], and adds it to `seen`."""
-    scores = logits(model.params, model.config, hidden[:, None])[:, 0, : seen.shape[1]]
+    """Draws the token [B] at `positions` from hidden states [B,D], and adds it to `seen`.
+
+    Returns the token, its log-probability [B] float32 and `seen`.
+    """
+    scores = logits(model.params, model.config, hidden[:, None])[:, 0]
     # A token's random key depends on its position, and not on the batch or on when it is drawn.
     keys = jax.vmap(jax.random.fold_in)(keys, positions)
-    token = sample(keys, scores, seen, settings)
-    return token, seen.at[jnp.arange(token.shape[0]), token].set(True)
+    token = sample(keys, scores[:, : seen.shape[1]], seen, settings)
+    rows = jnp.arange(token.shape[0])
+    logprob = scores[rows, token] - jax.nn.logsumexp(scores, axis=-1)
+    return token, logprob, seen.at[rows, token].set(True)
 
 
 @functools.partial(jax.jit, donate_argnames=("seen",))
@@ -145,8 +170,8 @@ def _first(
     seen: jax.Array,
     keys: jax.Array,
     settings: SamplingArrays,
-) -> tuple[jax.Array, jax.Array]:
-    """The first new token [B], and `seen` with it added. It donates `seen`."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The first new token [B], its log-probability, and `seen` with it added. It donates `seen`."""
     traces["first"] += 1
     return _next(model, last, positions, seen, keys, settings)
 
@@ -161,17 +186,18 @@ def _decode(
     keys: jax.Array,
     settings: SamplingArrays,
     per_row: _PerRow,
-) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
-    """Reads `token` [B] at `positions` [B]; returns cache, seen, the next token, its position.
+) -> tuple[Cache, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Reads `token` [B] at `positions` [B].
 
-    It donates `cache` and `seen`.
+    Returns cache, seen, and of the next token: its id, its log-probability and its position. It
+    donates `cache` and `seen`.
     """
     traces["decode"] += 1
     hidden, cache = _apply(model, token[:, None], positions[:, None], cache, per_row)
     # A finished row stays on the last slot until the others are done.
     positions = jnp.minimum(positions + 1, cache.k.shape[3] - 1)
-    token, seen = _next(model, hidden[:, 0], positions, seen, keys, settings)
-    return cache, seen, token, positions
+    token, logprob, seen = _next(model, hidden[:, 0], positions, seen, keys, settings)
+    return cache, seen, token, logprob, positions
 
 
 @jax.jit
@@ -186,15 +212,18 @@ def stream(
     requests: Sequence[Request],
     vocab_size: int | None = None,
     overlays: Overlay | None = None,
-) -> Iterator[tuple[int, int | None]]:
-    """Generates for all requests at once; yields (request index, token) as tokens are drawn.
+    cancelled: Container[int] = (),
+) -> Iterator[Event]:
+    """Generates for all requests at once; yields tokens as they are drawn, and each request's end.
 
-    (index, None) ends a request, which drew one of its stop ids (not yielded) or has all of its
+    A request ends when it draws one of its stop ids, which is not yielded, or has all of its
     `max_new_tokens`. Equal prompts with the same RoPE and mixture are prefilled once.
 
     Args:
       vocab_size: only ids below it are drawn or accepted in prompts; default the model's.
       overlays: from `jllama.adapt.mixture.join_overlays`; a request's `mixture` weighs them.
+      cancelled: indices of requests that the caller has ended. It may add one after any event: no
+        other event of that request comes.
 
     Raises:
       UserError: before the first token, if a prompt is empty, holds an id that is not in the
@@ -203,7 +232,8 @@ def stream(
     vocab_size = vocab_size or config.vocab_size
     for i, request in enumerate(requests):
         _check(request, config.max_length, vocab_size, where=f"prompt {i}")
-    return _run(_Model(params, overlays, config, compute), list(requests), vocab_size)
+    model = _Model(params, overlays, config, compute)
+    return _run(model, list(requests), vocab_size, cancelled)
 
 
 def generate(
@@ -216,9 +246,9 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of each request, without its stop id; see `stream`."""
     out: list[list[int]] = [[] for _ in requests]
-    for i, token in stream(params, config, compute, requests, vocab_size, overlays):
-        if token is not None:
-            out[i].append(token)
+    for event in stream(params, config, compute, requests, vocab_size, overlays):
+        if event.token is not None:
+            out[event.index].append(event.token)
     return out
 
 
@@ -239,11 +269,11 @@ def _check(request: Request, max_length: int, vocab_size: int, where: str) -> No
         )
 
 
-def _run(model, requests, vocab_size):
+def _run(model, requests, vocab_size, cancelled):
     config = model.config
     for i, request in enumerate(requests):
         if request.max_new_tokens == 0:
-            yield i, None
+            yield Event(i, None, finish_reason="length")
     alive = [i for i, request in enumerate(requests) if request.max_new_tokens > 0]
     if not alive:
         return
@@ -254,9 +284,9 @@ def _run(model, requests, vocab_size):
     prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(prefill_keys))}
     lengths = np.array([len(p) for p, _, _ in prompts], np.int32)
     slots = max(len(r.prompt) + r.max_new_tokens for r in live)
-    slots = min(_bucket(slots), config.max_length)
+    slots = min(bucket(slots), config.max_length)
     cache, seen, last = _empty(config, model.compute, len(prompts), slots, vocab_size)
-    chunk = min(_bucket(int(lengths.max())), LARGEST_CHUNK)
+    chunk = min(bucket(int(lengths.max())), LARGEST_CHUNK)
     padded = np.zeros((len(prompts), -(-int(lengths.max()) // chunk) * chunk), np.int32)
     for row, (prompt, _, _) in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
@@ -275,30 +305,32 @@ def _run(model, requests, vocab_size):
     keys = _keys(*_seeds(live))
     settings = stack([r.sampling for r in live])
     positions = jnp.asarray(lengths[rows])
-    token, seen = _first(model, last, positions, seen, keys, settings)
+    token, logprob, seen = _first(model, last, positions, seen, keys, settings)
 
     left = {row: r.max_new_tokens for row, r in enumerate(live)}
     for step in itertools.count(1):
         if not left:
             return
-        current = token
+        current = token, logprob
         if max(left.values()) > 1:
             if grows(config):
                 per_row = per_row._replace(turns=turns(config, lengths[rows] + step))
             # Dispatched before the host reads the current token, so that the device never waits.
-            cache, seen, token, positions = _decode(
+            cache, seen, token, logprob, positions = _decode(
                 model, cache, seen, token, positions, keys, settings, per_row
             )
-        for row, drawn in enumerate(np.asarray(current).tolist()):
-            if row not in left:
-                continue
+        ids, logprobs = (np.asarray(x).tolist() for x in current)
+        for row in list(left):
+            i, token_id = alive[row], ids[row]
             left[row] -= 1
-            if drawn not in live[row].stop:
-                yield alive[row], drawn
-                if left[row]:
-                    continue
-            del left[row]
-            yield alive[row], None
+            reason = "stop" if token_id in live[row].stop else None if left[row] else "length"
+            events = [] if reason == "stop" else [Event(i, token_id, logprobs[row])]
+            events += [Event(i, None, finish_reason=reason)] if reason else []
+            for event in events:
+                if i not in cancelled:
+                    yield event
+            if reason or i in cancelled:
+                del left[row]
 
 
 def _rope_length(config, request):

@@ -3,37 +3,34 @@
 B rows, T positions, V vocabulary.
 """
 
+import collections
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jllama.adapt import lora
-from jllama.adapt.mixture import Mixture, join_overlays, mixture_weights, weighted
-from jllama.adapt.quant import quantizer
-from jllama.chips import use_compilation_cache
-from jllama.config import ComputeConfig, MeshConfig, ModelConfig, ShardingConfig
+from jllama.adapt.mixture import Mixture, mixture_weights, weighted
+from jllama.config import ComputeConfig, ModelConfig
 from jllama.errors import UserError
-from jllama.files import storage
-from jllama.generate import engine
-from jllama.generate.sampling import Sampling
+from jllama.generate import engine, scoring
+from jllama.generate.choices import TextOrIds, pairs
+from jllama.generate.completion import (
+    DEFAULT_NEW_TOKENS,
+    Completion,
+    CompletionWriter,
+    GenerationSettings,
+    write,
+)
+from jllama.generate.scoring import ChoiceScore
 from jllama.model import llama
-from jllama.model.rope import Turns, turns
-from jllama.parallel.context import context_placement
-from jllama.parallel.mesh import make_mesh
-from jllama.parallel.sharding import Placement, activated
-from jllama.store.find import find
-from jllama.store.model import open_adapted, read_base
+from jllama.text.continuation import text_ids
 from jllama.text.infill import EOT, Infill, infill_tokens, middle_stream, prompt_ids
 from jllama.text.interface import TextStream, Tokenizer
 
-# New tokens when nobody says how many; fewer where the model has no room for them.
-DEFAULT_NEW_TOKENS = 256
+Prompt = str | Infill | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,94 +67,130 @@ class Llama:
     def _weights(self, adapter: Mixture) -> tuple[float, ...]:
         return mixture_weights(adapter, self.adapters, self.whole)
 
-    def logits(self, tokens: Any, length: int | None = None, adapter: Mixture = None) -> jax.Array:
+    def logits(
+        self, tokens: Any, length: int | None = None, adapter: Mixture = None
+    ) -> jax.Array | list[np.ndarray]:
         """tokens [B,T] of ids, each row one text from position 0 -> logits [B,T,V] float32.
 
+        Rows may have several lengths: a list of rows gives a list of arrays [T,V] with the T of
+        each row. They are computed together, padded to the longest, and then copied to the host.
+
         `length` matters where RoPE depends on it (kinds `dynamic` and `adaptive`): that of the
-        whole text, of which the tokens may be a beginning; default T.
+        whole text, of which the tokens may be a beginning; default the row's own.
 
         Raises `UserError` for another shape, a length below T, or an id outside the vocabulary.
         """
-        try:
-            tokens = np.asarray(tokens)
-        except ValueError:
-            raise UserError("logits: rows of several lengths; give rows of one") from None
-        if tokens.ndim != 2 or tokens.size == 0 or tokens.dtype.kind not in "iu":
-            raise UserError(f"logits: expected ids [B,T], not {tokens.dtype} {tokens.shape}")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise UserError(
-                f"logits: ids from {tokens.min()} to {tokens.max()} are not all in the vocabulary"
-                f" of {self.config.vocab_size}"
-            )
-        if length is not None and length < tokens.shape[1]:
-            raise UserError(f"logits: length={length} is below the {tokens.shape[1]} ids of a row")
-        angles = turns(self.config, tokens.shape[1] if length is None else length)
-        overlay = self.overlay(adapter)
-        tokens = tokens.astype(np.int32)
-        placement = context_placement(self.params)
-        return _logits(self.params, self.config, self.compute, tokens, angles, overlay, placement)
+        rows = scoring.rows_of(tokens, self.config.vocab_size)
+        lengths = [len(row) for row in rows]
+        if length is not None and length < max(lengths):
+            raise UserError(f"logits: length={length} is below the {max(lengths)} ids of a row")
+        padded = scoring.logits(self._reader(adapter), rows, length)
+        if min(lengths) == max(lengths):
+            return padded[:, : lengths[0]]
+        # On the host, where cutting off the padding compiles nothing.
+        return [row[:T] for row, T in zip(np.asarray(padded), lengths, strict=True)]
+
+    def score(
+        self,
+        prompts: str | Sequence[TextOrIds],
+        choices: Sequence[str] | Sequence[Sequence[TextOrIds]],
+        *,
+        special: bool = False,
+        adapter: Mixture = None,
+    ) -> list[list[ChoiceScore]]:
+        """How likely each choice is as the continuation of each prompt.
+
+        Args:
+          prompts: a text or several; texts get a BOS. Or ids, taken as they are. An empty prompt of
+            either kind is BOS alone.
+          choices: texts, the same for all prompts; or a list of its choices for each prompt. Those
+            of a prompt of ids are ids. White space between prompt and choice belongs to the choice,
+            on whichever side it is: see `jllama.text.continuation.choice_ids`.
+          special: whether the text of a special token is that token.
+
+        Returns:
+          For each prompt, the scores of its choices in their order.
+
+        Raises:
+          UserError: for an empty choice, ids that are not in the vocabulary, or a prompt that
+            exceeds the model's `max_length` together with a choice.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        paired = pairs(self.tokenizer, self.config, prompts, choices, special)
+        flat = [pair for of_prompt in paired for pair in of_prompt]
+        rows, counts = [a + b for a, b in flat], [len(b) for _, b in flat]
+        values = iter(scoring.logprobs(self._reader(adapter), rows, counts))
+        return [
+            [ChoiceScore(ids=tuple(b), logprobs=tuple(next(values))) for _, b in of_prompt]
+            for of_prompt in paired
+        ]
 
     def generate(
         self,
-        prompts: str | Infill | Sequence[str | Infill | Sequence[int]],
+        prompts: str | Infill | Sequence[Prompt],
         *,
-        max_new_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
         num_samples: int = 1,
-        seed: int = 0,
         batch_size: int = 32,
         adapter: Mixture | Sequence[Mixture] = None,
+        **settings: Any,
     ) -> list[str]:
         """Continuations, without their prompts: `num_samples` of the first prompt, and so on.
 
         A continuation ends at a stop id of the tokenizer (EOS; of Llama 3 also the ends of a turn
-        and of a message), which is not part of it, or at `max_new_tokens`. It is a function of its
-        prompt, its number among the samples, the seed and the settings, and not of
-        what else is generated with it.
+        and of a message) or before a stop string, neither of which is part of it, or at
+        `max_new_tokens`. It is a function of its prompt, its number among the samples, the seed and
+        the settings, and not of what else is generated with it.
 
         Args:
-          prompts: a text or several; texts get a BOS unless the tokenizer adds none. Or ids, taken
-            as they are. An empty prompt of either kind is BOS alone. Or an `Infill`, of which the
-            middle is written.
-          max_new_tokens: default `DEFAULT_NEW_TOKENS`, or what the model's `max_length` leaves.
-          temperature, top_k, top_p, repetition_penalty: see `jllama.generate.sampling.Sampling`.
+          prompts: a text or several; texts get a BOS. Or ids, taken as they are. An empty prompt
+            of either kind is BOS alone. Or an `Infill`, of which the middle is written.
           batch_size: continuations generated at a time.
           adapter: for all prompts, or a list with one for each.
+          settings: temperature, top_k, top_p, repetition_penalty, max_new_tokens, stop, special and
+            seed; `jllama.generate.completion.GenerationSettings` has their meanings and defaults.
 
         Raises:
           UserError: for impossible settings, ids that are not in the vocabulary, or a prompt that
             exceeds the model's `max_length` together with its new tokens.
         """
+        completions = self.complete(
+            prompts, num_samples=num_samples, batch_size=batch_size, adapter=adapter, **settings
+        )
+        return [completion.text for completion in completions]
+
+    def complete(
+        self,
+        prompts: str | Infill | Sequence[Prompt],
+        *,
+        num_samples: int = 1,
+        batch_size: int = 32,
+        adapter: Mixture | Sequence[Mixture] = None,
+        **settings: Any,
+    ) -> list[Completion]:
+        """What `generate` returns, with ids, log-probabilities and the reason for each end.
+
+        Arguments and errors are those of `generate`.
+        """
         for name, count in (("num_samples", num_samples), ("batch_size", batch_size)):
             if count < 1:
                 raise UserError(f"{name}={count}: must be at least 1")
-        sampling = Sampling(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-        )
+        wanted = GenerationSettings(**settings)
         prompts = [prompts] if isinstance(prompts, str | Infill) else list(prompts)
         several = isinstance(adapter, Sequence) and not isinstance(adapter, str)
         mixtures = list(adapter) if several else [adapter] * len(prompts)
         if len(mixtures) != len(prompts):
             raise UserError(f"adapter: {len(mixtures)} of them for {len(prompts)} prompts")
-        requests = [
-            self._request(prompt, max_new_tokens, sampling, seed, number, mixture)
+        numbered = [
+            (prompt, number, mixture)
             for prompt, mixture in zip(prompts, mixtures, strict=True)
             for number in range(num_samples)
         ]
-        drawn = []
-        for start in range(0, len(requests), batch_size):
-            drawn += self._engine(engine.generate, requests[start : start + batch_size])
-        texts = []
-        for i, (request, ids) in enumerate(zip(requests, drawn, strict=True)):
-            text = self._text(prompts[i // num_samples], request)
-            texts.append("".join([text.feed(i) for i in ids]) + text.end())
-        return texts
+        out = []
+        for start in range(0, len(numbered), batch_size):
+            pieces, writers = self._write(numbered[start : start + batch_size], wanted)
+            collections.deque(pieces, maxlen=0)
+            out += [writer.completion() for writer in writers]
+        return out
 
     def infill(
         self,
@@ -182,32 +215,39 @@ class Llama:
         self,
         prompt: str | Infill | Sequence[int] = "",
         *,
-        max_new_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
         sample: int = 0,
-        seed: int = 0,
         adapter: Mixture = None,
+        **settings: Any,
     ) -> Iterator[str]:
         """The pieces of one continuation as they come; joined, they are what `generate` returns.
 
-        `sample` is the continuation's number among `generate`'s `num_samples`. Raises as
-        `generate` does, before the first piece.
+        `sample` is the continuation's number among `generate`'s `num_samples`; `settings` are
+        those of `generate`. Raises as `generate` does, before the first piece.
         """
-        sampling = Sampling(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-        )
-        request = self._request(prompt, max_new_tokens, sampling, seed, sample, adapter)
-        text = self._text(prompt, request)
-        events = self._engine(engine.stream, [request])
-        return (text.end() if token is None else text.feed(token) for _, token in events)
+        pieces, _ = self._write([(prompt, sample, adapter)], GenerationSettings(**settings))
+        return pieces
 
-    def _request(self, prompt, max_new_tokens, sampling, seed, number, adapter) -> engine.Request:
+    def _reader(self, adapter: Mixture) -> scoring.Reader:
+        return scoring.Reader(self.params, self.config, self.compute, self.overlay(adapter))
+
+    def _write(self, numbered, settings) -> tuple[Iterator[str], list[CompletionWriter]]:
+        """All pieces of text, and the writers that they come from, one for each of `numbered`.
+
+        These are tuples: prompt, number of the sample, mixture.
+        """
+        requests = [self._request(*one, settings) for one in numbered]
+        # A vocabulary may be padded beyond the tokenizer's: such ids are never drawn.
+        vocab_size = min(self.tokenizer.vocab_size, self.config.vocab_size)
+        cancelled: set[int] = set()
+        model = self.params, self.config, self.compute
+        events = engine.stream(*model, requests, vocab_size, self.overlays, cancelled)
+        writers = [
+            CompletionWriter(self._text(prompt, request), settings.stop)
+            for (prompt, _, _), request in zip(numbered, requests, strict=True)
+        ]
+        return write(events, writers, cancelled), writers
+
+    def _request(self, prompt, number, mixture, settings) -> engine.Request:
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise UserError("generate: the model's folder has no tokenizer; put its files there")
@@ -216,21 +256,22 @@ class Llama:
             ids = tuple(prompt_ids(tokenizer, prompt))
             stop |= {infill_tokens(tokenizer).end}
         elif isinstance(prompt, str):
-            ids = tuple(tokenizer.encode(prompt, bos=tokenizer.adds_bos)) or (tokenizer.bos_id,)
+            ids = tuple(text_ids(tokenizer, prompt, settings.special))
             # What a model learnt to infill ends so, if it was cut in three.
             stop |= {i for piece, i in tokenizer.special_tokens.items() if piece == EOT}
         else:
             ids = tuple(int(i) for i in prompt) or (tokenizer.bos_id,)
+        max_new_tokens = settings.max_new_tokens
         if max_new_tokens is None:
             # At least one, so that a prompt which leaves no room is an error and not no text.
             max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, self.config.max_length - len(ids)))
         return engine.Request(
             prompt=ids,
             max_new_tokens=max_new_tokens,
-            mixture=self._weights(adapter),
-            sampling=sampling,
+            mixture=self._weights(mixture),
+            sampling=settings,
             stop=stop,
-            seed=seed,
+            seed=settings.seed,
             number=number,
         )
 
@@ -238,91 +279,3 @@ class Llama:
         if isinstance(prompt, Infill):
             return middle_stream(self.tokenizer, prompt)
         return self.tokenizer.stream(after=request.prompt)
-
-    def _engine(self, function, requests):
-        # A vocabulary may be padded beyond the tokenizer's: such ids are never drawn.
-        vocab_size = min(self.tokenizer.vocab_size, self.config.vocab_size)
-        return function(self.params, self.config, self.compute, requests, vocab_size, self.overlays)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "compute", "placement"))
-def _logits(
-    params: llama.Params,
-    config: ModelConfig,
-    compute: ComputeConfig,
-    tokens: jax.Array,
-    turns: Turns,
-    overlay: lora.Overlay | None,
-    placement: Placement | None,
-) -> jax.Array:
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    with activated(placement):
-        hidden, _ = llama.apply(
-            params, config, compute, tokens, positions, turns=turns, lora=overlay
-        )
-        return llama.logits(params, config, hidden)
-
-
-def load(
-    path: str | Path,
-    dtype: str | None = None,
-    model: str | None = None,
-    adapter: str | Path | Mapping[str, str | Path] | None = None,
-) -> Llama:
-    """A trained model: a run (its newest checkpoint), a step of it, or a model's folder.
-
-    Args:
-      path: a run folder, RUN/checkpoints/STEP, or a folder of this project, Hugging Face or Meta;
-        local, or a URL: gs://, s3://. Or an adapter, which is loaded over its base.
-      dtype: "float32" or "bfloat16" for the computation; default the run's own, or what the folder
-        is stored in (float32 for float16). Matrices are kept in it too, which changes no result:
-        they would be cast at every use. Norms are kept in float32.
-      model: what a folder of Meta's is, where it does not say all: a name in configs/model, or a
-        file like those.
-      adapter: one to load over the model, or several by name: a run with `adapt.kind=lora`, a step
-        of it, or a folder of PEFT's. What was trained over a quantised base gets one.
-
-    Raises:
-      UserError: if the path is none of these, the run has no checkpoint, the folder holds what
-        cannot be expressed here, the dtype is another, an adapter is one of another model, or
-        several cannot be had together.
-    """
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
-    path = storage.path(path)
-    if isinstance(adapter, str | Path):
-        adapter = {storage.path(adapter).name: adapter}
-    if not isinstance(adapter, Mapping | None):
-        raise UserError(f"adapter={adapter!r}: expected a path, or several by name: {{name: path}}")
-    stored = open_adapted(find(path), adapter, model)
-    config, adapters = stored.config, stored.adapters
-    use_compilation_cache(stored.compilation_cache)
-    compute = stored.compute if dtype is None else dataclasses.replace(stored.compute, dtype=dtype)
-    placement, placed = _placed(config, compute.dtype)
-    overlays, whole = None, ()
-    if not adapters:
-        params = stored.read(placed)
-    else:
-        kind = next(a.quantize for a in adapters.values())
-        params, digest = read_base(stored, placed, quantizer(config, kind))
-        read = [a.read(config, placement, params, digest) for a in adapters.values()]
-        whole = tuple(path for _, o in read for path in lora.whole_leaves(o))
-        params, overlays = join_overlays(params, read, tuple(adapters))
-    return Llama(config, params, stored.tokenizer, compute, tuple(adapters), overlays, whole)
-
-
-def _placed(config: ModelConfig, dtype: str) -> tuple[Placement, llama.Params]:
-    """Shapes on this process's devices, or on one of them where the model's sizes do not divide.
-
-    They are not those of the training: the run's mesh and placement say nothing.
-    """
-
-    def on(devices: list[jax.Device]) -> tuple[Placement, llama.Params]:
-        placement = Placement(make_mesh(MeshConfig(), devices), ShardingConfig())
-        return placement, llama.placed_shapes(config, placement, dtype, "float32")
-
-    devices = jax.local_devices()
-    try:
-        return on(devices)
-    except UserError:
-        return on(devices[:1])

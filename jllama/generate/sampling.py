@@ -12,12 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jllama.config import SampleConfig
 from jllama.errors import UserError
+
+_DEFAULT = SampleConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How to draw the tokens of one request; raises `UserError` for an impossible value.
+
+    The defaults, which are those of a recipe's sample, draw from the model's own distribution.
 
     Attributes:
       temperature: logits are divided by it; 0 is greedy.
@@ -28,9 +33,9 @@ class Sampling:
         positive logits are divided by it and negative ones multiplied; 1 is off.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = _DEFAULT.temperature
+    top_k: int = _DEFAULT.top_k
+    top_p: float = _DEFAULT.top_p
     repetition_penalty: float = 1.0
 
     def __post_init__(self):

@@ -11,6 +11,7 @@ prefix and middle as one text, so a token may span the place where they meet.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -61,12 +62,15 @@ def infill_tokens(tokenizer: Tokenizer) -> InfillTokens:
     return InfillTokens(*(known[piece] for piece in PIECES))
 
 
-def encode_continued(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns enc*(text): the ids of a text that continues another, without a space before it."""
+def encode_continued(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
+    """Returns enc*(text): the ids of a text that continues another, without a space before it.
+
+    `special` as in `Tokenizer.encode`.
+    """
     if not tokenizer.adds_space:
-        return tokenizer.encode(text)
+        return tokenizer.encode(text, special=special)
     for anchor in _ANCHORS:
-        before, ids = tokenizer.encode(anchor), tokenizer.encode(anchor + text)
+        before, ids = tokenizer.encode(anchor), tokenizer.encode(anchor + text, special=special)
         if ids[: len(before)] == before:
             break
     return ids[len(before) :]
@@ -114,29 +118,39 @@ def random_cuts(random: np.random.Generator, text: str) -> tuple[int, int]:
     return first, second
 
 
-def prompt_from_options(
-    prompt: str, prefix_file: str | None, suffix_file: str | None, format: InfillFormat | None
-) -> str | Infill:
-    """Returns the prompt of a command line.
+def prompts_from_options(
+    prompts: Sequence[tuple[str, str]],
+    prefix_file: str | None,
+    suffix_file: str | None,
+    format: InfillFormat | None,
+) -> list[str | Infill]:
+    """Returns the prompts of a command line; without any, the empty one.
 
-    It is `prompt`, or asks for the text in place of its `<FILL_ME>`, or for the text between the
-    contents of two files. Raises UserError if `<FILL_ME>` appears twice, if files are given beside
-    a prompt, and if a format is given without anything to fill.
+    One is a text of `prompts`, or asks for the text in place of its `<FILL_ME>`. Or it is the only
+    one and asks for the text between the contents of two files.
+
+    Args:
+      prompts: pairs of the option that gave a text, for errors, and the text.
+
+    Raises:
+      UserError: if `<FILL_ME>` appears twice in a text, if the files are given beside prompts, and
+        if a format is given without anything to fill.
     """
     if prefix_file is not None or suffix_file is not None:
-        if prompt:
+        if prompts:
             raise UserError(
-                "--prompt: excludes --prefix-file and --suffix-file; give the prompt or the files"
+                f"{prompts[0][0]}: excludes --prefix-file and --suffix-file; give prompts or these"
+                " files"
             )
         prefix, suffix = (
             "" if f is None else storage.read_text(storage.path(f))
             for f in (prefix_file, suffix_file)
         )
-        return Infill(prefix, suffix, format or "psm")
-    parsed = parse_prompt("--prompt", prompt, format or "psm")
-    if format is not None and parsed == prompt:
+        return [Infill(prefix, suffix, format or "psm")]
+    parsed = [parse_prompt(option, text, format or "psm") for option, text in prompts]
+    if format is not None and not any(isinstance(prompt, Infill) for prompt in parsed):
         raise UserError(f"--infill-format {format}: there is nothing to fill; write {FILL_ME}")
-    return parsed
+    return parsed or [""]
 
 
 def parse_prompt(key: str, text: str, format: InfillFormat = "psm") -> str | Infill:

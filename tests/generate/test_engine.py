@@ -164,6 +164,35 @@ def test_a_stop_id_ends_its_own_request_only_and_is_not_part_of_it(params):
     at = free.index(stop)
     stopped = dataclasses.replace(plain, stop=frozenset({stop, 96}))
     assert generate(params, stopped, plain) == [free[:at], free]
+    ends = [e for e in engine.stream(params, MODEL, COMPUTE, [stopped, plain]) if e.token is None]
+    assert [(e.index, e.finish_reason) for e in ends] == [(0, "stop"), (1, "length")]
+
+
+def test_logprobs_are_those_of_the_model_whatever_the_sampling(params):
+    wild = Sampling(temperature=3.0, top_k=40, top_p=0.9, repetition_penalty=1.5)
+    settings = (GREEDY, Sampling(), wild)
+    requests = [
+        Request(prompt=tuple(range(n)), max_new_tokens=12, sampling=sampling)
+        for n, sampling in zip((1, 5, 33), settings, strict=True)
+    ]
+    events = list(engine.stream(params, MODEL, COMPUTE, requests, vocab_size=90))
+    for i, request in enumerate(requests):
+        drawn = [event for event in events if event.index == i and event.token is not None]
+        ids = [*request.prompt, *(event.token for event in drawn)]
+        # All 97 logits count, also those of ids that are never drawn.
+        scores = reference.logits(params, MODEL, [ids])[0, len(request.prompt) - 1 : -1]
+        wanted = scores[range(12), ids[-12:]] - np.log(np.exp(scores).sum(-1))
+        np.testing.assert_allclose([event.logprob for event in drawn], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cancelled_request_draws_no_more_and_the_others_go_on(params):
+    requests = [Request(prompt=prompt(5, seed=i), max_new_tokens=9, seed=i) for i in range(3)]
+    whole, cancelled, drawn = generate(params, *requests), set(), [[], [], []]
+    for event in engine.stream(params, MODEL, COMPUTE, requests, cancelled=cancelled):
+        drawn[event.index].append(event.token)
+        if event.index == 2 and len(drawn[2]) == 3:
+            cancelled.update({0, 2})  # in the middle of a step, and at the end of one
+    assert drawn == [whole[0][:3], [*whole[1], None], whole[2][:3]]
 
 
 def test_decoding_ends_with_the_last_request(params, monkeypatch):
@@ -185,8 +214,9 @@ def test_streaming_yields_what_generate_returns_and_ends_each_request(params):
     ]
     events = list(engine.stream(params, MODEL, COMPUTE, requests))
     for i, wanted in enumerate(generate(params, *requests)):
-        mine = [token for row, token in events if row == i]
-        assert mine == [*wanted, None]
+        mine = [event for event in events if event.index == i]
+        assert [event.token for event in mine] == [*wanted, None]
+        assert [event.finish_reason for event in mine] == [None] * len(wanted) + ["length"]
     assert [len(x) for x in generate(params, *requests)] == [3, 0, 9]
 
 

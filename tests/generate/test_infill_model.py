@@ -1,7 +1,6 @@
 """Infilling with a model, and sample.py's part in it: prompts, stopping at EOT, exact middles."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from jllama.generate.llama import Llama
 from jllama.text.infill import PIECES, Infill, infill_tokens, prompt_ids
 from jllama.text.vocabulary import train_sentencepiece
 
-ROOT = Path(__file__).parent.parent.parent
 TEXT = Path(__file__).read_text()
 
 
@@ -62,8 +60,8 @@ def test_a_middle_ends_at_eot_and_so_does_a_text(model, tokenizer, format):
     assert middle == [wanted]
     assert "".join(ending.stream(infill, temperature=0.0)) == wanted
     # After a text too, of a model that was taught to infill; ids stop where their caller says.
-    longer = ending.generate([prompt], temperature=0.0, max_new_tokens=40)[0]
-    assert longer.startswith(wanted) and len(longer) > len(wanted)
+    (longer,) = ending.complete([prompt], temperature=0.0, max_new_tokens=40)
+    assert longer.ids[:last] == tuple(first[:last]) and len(longer.ids) > last
     plain = drawn(model, text := [tokenizer.bos_id, *tokenizer.encode("def f")], 20)
     last = next(i for i in range(1, 20) if plain[i] not in plain[:i])
     ending = saying(model, plain[last], infill_tokens(tokenizer).end)
@@ -89,15 +87,6 @@ def test_bad_prompts_are_one_line(model):
     without = train_sentencepiece([TEXT], TrainedTokenizer(kind="train", vocab_size=400))
     with pytest.raises(UserError, match=f"no {PIECES[0]}"):
         dataclasses.replace(model, tokenizer=without).infill("a", "b")
-
-
-@pytest.fixture
-def sample(monkeypatch, model):
-    spec = importlib.util.spec_from_file_location("sample", ROOT / "sample.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(jllama, "load", lambda path, **options: model, raising=False)
-    return lambda *args: module.main(["--model", "x", "--max-new-tokens=6", *args])
 
 
 def test_sample_fills_in_the_prompt_or_between_files(sample, model, capsys, tmp_path):

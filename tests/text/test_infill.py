@@ -17,8 +17,8 @@ from jllama.text.infill import (
     encode_continued,
     infill_tokens,
     middle_stream,
-    prompt_from_options,
     prompt_ids,
+    prompts_from_options,
     random_cuts,
 )
 from jllama.text.spm import SentencePieceTokenizer
@@ -201,34 +201,33 @@ def test_added_tokens_of_other_files_serve_too(byte_json):
 
 
 def test_a_command_line_says_what_to_fill(tmp_path):
-    assert prompt_from_options("plain", None, None, None) == "plain"
-    assert prompt_from_options("a <FILL_ME> b", None, None, None) == Infill("a ", " b", "psm")
-    assert prompt_from_options("<FILL_ME>", None, None, "spm") == Infill("", "", "spm")
+    def parsed(*texts, format=None):
+        return prompts_from_options([("--prompt", text) for text in texts], None, None, format)
+
+    assert parsed() == [""]
+    assert parsed("a <FILL_ME> b") == [Infill("a ", " b", "psm")]
+    assert parsed("plain", "<FILL_ME>", format="spm") == ["plain", Infill("", "", "spm")]
     before, after = tmp_path / "before", tmp_path / "after"
     before.write_bytes(b"x = \r\n")
     after.write_bytes("é\n".encode())
     files = str(before), str(after)
-    assert prompt_from_options("", *files, None) == Infill("x = \r\n", "é\n")
-    assert prompt_from_options("", None, files[1], "spm") == Infill("", "é\n", "spm")
+    assert prompts_from_options([], *files, None) == [Infill("x = \r\n", "é\n")]
+    assert prompts_from_options([], None, files[1], "spm") == [Infill("", "é\n", "spm")]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "prefix", "format", "expected"),
+    ("prompts", "prefix", "format", "expected"),
     [
-        ("<FILL_ME> and <FILL_ME>", None, None, "--prompt: <FILL_ME> appears 2 times.*one"),
-        (
-            "text",
-            "file",
-            None,
-            "--prompt: .*--prefix-file.*--suffix-file",
-        ),
-        ("text", None, "spm", "--infill-format spm: there is nothing to fill; write <FILL_ME>"),
-        ("", "nowhere/file", None, "nowhere/file: no such file"),
+        (["x", "<FILL_ME> <FILL_ME>"], None, None, "--prompt: <FILL_ME> appears 2 times.*one"),
+        (["text"], "file", None, "--prompt: .*--prefix-file.*--suffix-file"),
+        ([""], "file", None, "--prompt: .*--prefix-file.*--suffix-file"),
+        (["text"], None, "spm", "--infill-format spm: there is nothing to fill; write <FILL_ME>"),
+        ([], "nowhere/file", None, "nowhere/file: no such file"),
     ],
 )
-def test_what_cannot_be_filled_is_one_line(prompt, prefix, format, expected):
+def test_what_cannot_be_filled_is_one_line(prompts, prefix, format, expected):
     with pytest.raises(UserError, match=expected):
-        prompt_from_options(prompt, prefix, None, format)
+        prompts_from_options([("--prompt", text) for text in prompts], prefix, None, format)
 
 
 def test_an_unknown_format_is_one_line(trained_infill):
