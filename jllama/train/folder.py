@@ -1,9 +1,11 @@
-"""The folder of a run: how it is begun, what a resumed run may change, what processes agree on.
+"""The folder of a run: how it is begun and resumed, and what processes agree on.
 
 RUN/config.yaml        the resolved recipe
 RUN/tokenizer.model    the tokenizer; or tokenizer.json
 RUN/data.json          digests of the prepared text
 RUN/base.json          where an overlay is trained: its base, and the fingerprint of its parameters
+RUN/initial.json       where a model's parameters are trained on: its path, and their fingerprint
+RUN/changes.jsonl      what later starts changed of the recipe, and at which step
 RUN/checkpoints/STEP   what is trained, and the optimizer's state
 RUN/metrics.jsonl      the metrics of every step; RUN/tensorboard holds the same
 """
@@ -12,9 +14,8 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from jllama.config import Config, LoraConfig
+from jllama.config import Config
 from jllama.config import recipe as recipes
 from jllama.data.opening import Data, open_data, open_tokenizer
 from jllama.errors import UserError
@@ -25,17 +26,9 @@ from jllama.progress import say
 from jllama.store.find import CHECKPOINTS, RECIPE, latest_step
 from jllama.text.infill import Infill, parse_prompt, prompt_ids
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
+from jllama.train.changes import check_changes, flatten, note_changes
 
 _DATA = "data.json"
-
-# A resumed run may change these keys: what a step computes does not depend on them, except that
-# another mesh adds in another order.
-_FREE = (
-    "run.folder", "run.name", "run.log_every", "run.profile", "run.stop_after",
-    "run.compilation_cache", "checkpoint.", "data.prefetch", "data.prepare.folder",
-    "data.prepare.cache", "data.prepare.workers", "distributed.", "mesh.", "sharding.", "eval.",
-    "sample.",
-)  # fmt: skip
 
 
 def run_folder(config: Config) -> Path:
@@ -81,12 +74,15 @@ def _begin(
     """Process 0's part of `open_run`; `stack` releases the lock."""
     busy = "another process trains here; choose another run.name"
     stack.enter_context(locked(folder, busy=busy))
-    if latest_step(folder):
-        _check_same_config(folder, config)
+    step, changes = latest_step(folder) or 0, {}
+    if step:
+        changes = check_changes(folder, config, step)
         tokenizer = load_tokenizer(folder)  # the recipe's path may hold another one by now
+        if any(key.startswith("tokenizer.") for key in changes):
+            _check_same_tokenizer(folder, config, tokenizer)
         _check_sample(config, tokenizer)
         data = open_data(config, tokenizer)
-        _check_same_data(folder, data)
+        digests = _check_same_data(folder, data)
     else:
         tokenizer = open_tokenizer(config)
         _check_sample(config, tokenizer)
@@ -98,11 +94,13 @@ def _begin(
             )
         data = open_data(config, tokenizer)
         tokenizer.save(folder)
-        storage.write_text(folder / _DATA, json.dumps(_digests(data), indent=1))
+        digests = _digests(data)
+    storage.write_text(folder / _DATA, json.dumps(digests, indent=1))
     _note_unused_rows(config.model.vocab_size, tokenizer.vocab_size)
     # Where a file is in the way this is a UserError; Orbax would raise its own.
     storage.make_folder(folder / CHECKPOINTS)
     storage.write_text(folder / RECIPE, recipes.to_yaml(config))
+    note_changes(folder, step, changes)
     return data
 
 
@@ -171,49 +169,27 @@ def _digests(data: Data) -> dict[str, dict[str, str]]:
     }
 
 
-def _check_same_data(folder: Path, data: Data) -> None:
+def _check_same_tokenizer(folder: Path, config: Config, tokenizer: Tokenizer) -> None:
+    if open_tokenizer(config).digest != tokenizer.digest:
+        raise UserError(
+            f"tokenizer.path={config.tokenizer.path}: is not the tokenizer that the run in {folder}"
+            " began with, which that folder holds; leave tokenizer as it was"
+        )
+
+
+def _check_same_data(folder: Path, data: Data) -> dict[str, dict[str, str]]:
+    """Returns the digests of the run's sources, those of new held-out ones with them."""
     try:
         before = json.loads(storage.read_text(folder / _DATA))
     except (storage.NoSuchFile, ValueError) as e:
         raise UserError(f"{folder / _DATA}: not readable, the run's data is unknown: {e}") from None
-    for part, digests in _digests(data).items():
-        for name, digest in digests.items():
+    digests = _digests(data)
+    for part, names in digests.items():
+        for name, digest in names.items():
             if before[part].get(name, digest) != digest:
                 raise UserError(
                     f"{folder}: the {part} source {name} is not the text that this run began with"
                     " (a changed file, or another Python's standard library); choose another"
                     " run.name or bring the text back"
                 )
-
-
-def _check_same_config(folder: Path, config: Config) -> None:
-    old = recipes.load(folder / RECIPE)
-    before, after = flatten(recipes.to_dict(old)), flatten(recipes.to_dict(config))
-    # An overlay's base may have moved: `note_base` compares its parameters, not its path.
-    adapts = isinstance(config.adapt, LoraConfig)
-    free = (*_FREE, "training.init_from", "adapt.base") if adapts else _FREE
-    changed = [
-        f"{key}: {before.get(key, 'absent')} before, {after.get(key, 'absent')} now"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key, ...) != after.get(key, ...) and not key.startswith(free)
-    ]
-    if changed:
-        more = f" (and {len(changed) - 5} more)" if len(changed) > 5 else ""
-        raise UserError(
-            f"{folder} holds a run of another config: {'; '.join(changed[:5])}{more};"
-            " choose another run.name or delete the folder"
-        )
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns nested values as {dotted key: value}."""
-    if isinstance(tree, dict):
-        items = tree.items()
-    elif isinstance(tree, list) and any(isinstance(x, dict) for x in tree):
-        items = enumerate(tree)
-    else:
-        return {prefix: tree}
-    return {
-        k: v for key, value in items
-        for k, v in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()
-    }  # fmt: skip
+    return {part: before[part] | names for part, names in digests.items()}

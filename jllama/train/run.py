@@ -25,6 +25,7 @@ from jllama.train.folder import check_same_recipe, open_run, run_folder
 from jllama.train.initial import open_initial
 from jllama.train.loss import Batch, causal_lm_loss
 from jllama.train.metrics import MetricsWriter, NoMetricsWriter
+from jllama.train.origin import is_elsewhere
 from jllama.train.placement import make_placement
 from jllama.train.profile import Profile
 from jllama.train.report import opening_line
@@ -118,6 +119,17 @@ def end_step(config: Config) -> int:
     return min(config.training.steps, config.run.stop_after or config.training.steps)
 
 
+def _reads_initial(config: Config, folder: Path) -> bool:
+    """Whether the run needs the parameters that `training.init_from` names.
+
+    A resumed run needs those of an overlay's base, which is in no checkpoint, and those of a model
+    at another path than before, to compare them.
+    """
+    if isinstance(config.adapt, LoraConfig) or not latest_step(folder):
+        return True
+    return is_elsewhere(folder, config.training.init_from)
+
+
 def prepare(
     config: Config, stack: contextlib.ExitStack, received: Received
 ) -> tuple[Setup, RunState]:
@@ -129,9 +141,7 @@ def prepare(
     check_same_recipe(config)
     placement = together(lambda: make_placement(config))
     definition = together(lambda: define_state(config, placement))
-    # The base of an overlay is in no checkpoint: a resumed run reads it again.
-    adapts = isinstance(config.adapt, LoraConfig)
-    reads_initial = together(lambda: adapts or not latest_step(folder))
+    reads_initial = together(lambda: _reads_initial(config, folder))
     initial = together(lambda: open_initial(config) if reads_initial else None)
     tokenizer = initial.tokenizer if initial else None
     _, data = stack.enter_context(open_run(config, tokenizer))

@@ -10,6 +10,7 @@ from jllama.parallel import distributed
 from jllama.parallel.sharding import Placement
 from jllama.store.adapter import note_base
 from jllama.store.model import StoredModel, read_base
+from jllama.train.origin import check_origin, note_origin
 from jllama.train.state import (
     StateDef,
     TrainState,
@@ -38,17 +39,14 @@ def start_state(
     Args:
       folder: the run's. Where an overlay is trained, its base is noted there in base.json.
       initial: what `open_initial(config)` returns. It is not needed to resume, except for an
-        overlay, whose base no checkpoint holds.
+        overlay, whose base no checkpoint holds. Parameters to resume from are not read from it, but
+        compared with those that the run began with.
 
     Raises `UserError` when a checkpoint or a model cannot be read, or when the base is not the one
     that the run began with.
     """
     if not isinstance(config.adapt, LoraConfig):
-        if step:
-            return load_state(folder, step, definition), ()
-        if initial is not None:
-            return start_from(definition, initial.read(definition.placed.trainable)), ()
-        return init_state(definition, config.run.seed), ()
+        return _start_all(config, definition, folder, step, initial), ()
     base, digest = read_base(initial, base_shapes(config, placement), base_quantizer(config))
     model = str(storage.absolute(initial.place))
     distributed.together(lambda: note_base(folder, model, digest) if distributed.leader() else None)
@@ -62,3 +60,17 @@ def start_state(
         state = init_state(definition, config.run.seed, base)
     # A base parameter that is trained whole is in the state; the step does not need it twice.
     return state, without_whole(base, definition.shapes.trainable)
+
+
+def _start_all(
+    config: Config, definition: StateDef, folder: Path, step: int, initial: StoredModel | None
+) -> TrainState:
+    """`start_state` where every parameter is trained."""
+    if initial is not None:
+        where, params = config.training.init_from, initial.read(definition.placed.trainable)
+        if step:
+            check_origin(folder, where, params)
+        note_origin(folder, where, params)
+        if not step:
+            return start_from(definition, params)
+    return load_state(folder, step, definition) if step else init_state(definition, config.run.seed)

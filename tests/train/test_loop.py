@@ -138,7 +138,7 @@ def test_a_stopped_run_resumes_bit_for_bit(recipe, whole, capfd):
     result = loop.train(recipe("eval.stride=9", *free))
     assert "resumed at step 6 of 10" in capfd.readouterr().err
     assert (result.steps, result.done, result.eval) == (10, True, whole.eval)
-    assert read(result.folder / "metrics.jsonl") == read(whole.folder / "metrics.jsonl")
+    assert losses(result.folder) == losses(whole.folder)
     assert digest(result.folder) == digest(whole.folder)
     assert [p.name for p in (result.folder / "checkpoints").iterdir()] == ["10"]
 
