@@ -17,6 +17,7 @@ import pydantic
 from jllama.config import Config, ModelConfig, StoredConfig, schema
 from jllama.config.overrides import override
 from jllama.config.plain_yaml import format_yaml, parse_yaml
+from jllama.config.shorten import shorten_schedule
 from jllama.errors import UserError
 from jllama.files import storage
 
@@ -104,7 +105,8 @@ def load(
 
     The key `from` names a model's folder: its architecture, its parameters to begin from and its
     tokenizer. In a file the recipe's own keys win over it, and `from=PATH` among the overrides wins
-    over the file, but not over other overrides.
+    over the file, but not over other overrides. An override of `training.steps` shortens a
+    schedule that is longer.
 
     Args:
       architecture: reads folders of other formats, which without it are errors.
@@ -139,7 +141,11 @@ def load(
             data["model"] = _model_dict(name, architecture)
         case {"base": str(name), **changes}:
             data["model"] = _model_dict(name, architecture) | changes
-    return validate(Config, override(data, rest, Config), where=str(path), given=rest)
+    training = data.get("training")
+    steps = training.get("steps") if isinstance(training, dict) else None
+    data = override(data, rest, Config)
+    shorten_schedule(data, steps, rest)
+    return validate(Config, data, where=str(path), given=rest)
 
 
 def _implied(folder: Any) -> dict[str, Any]:

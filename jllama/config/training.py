@@ -26,7 +26,7 @@ class AdamWConfig:
     beta2: Beta = doc("decay of the second moment")
     eps: PositiveFloat = doc("term added to the root of the second moment")
     weight_decay: Nonnegative = doc("decoupled decay of matrices, times the learning rate")
-    clip_norm: PositiveFloat = doc("largest global norm of the gradient")
+    clip_norm: PositiveFloat | None = doc("largest global norm of the gradient; null means any")
 
 
 @configclass
@@ -45,7 +45,7 @@ class MuonConfig:
     beta2: Beta = doc("AdamW: decay of the second moment")
     eps: PositiveFloat = doc("AdamW: term added to the root of the second moment")
     weight_decay: Nonnegative = doc("decoupled decay of matrices, times the learning rate")
-    clip_norm: PositiveFloat = doc("largest global norm of the gradient")
+    clip_norm: PositiveFloat | None = doc("largest global norm of the gradient; null means any")
 
 
 Optimizer = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
@@ -96,6 +96,12 @@ class TrainingConfig:
         " adapt.kind=lora also an adapter; empty means random ones",
         "",
     )
+    resume_from: Annotated[str, Field(pattern=r"^(.+@\d+)?$")] = default(
+        "RUN@STEP, the step of another run from whose parameters and optimizer state this run goes"
+        " on as step STEP; init_from is then read for the base of an overlay alone; empty means"
+        " none",
+        "",
+    )
     z_loss: Nonnegative = default("weight of log(Z)^2 in the loss", 0.0)
     optimizer: Optimizer = doc("optimizer")
     schedule: Schedule = doc("learning rate")
@@ -132,4 +138,4 @@ class CheckpointConfig:
     """When checkpoints are saved, and how many are kept."""
 
     every: Count = default("steps between checkpoints; 0 means only at the end", 1000)
-    keep: PositiveInt = default("number of newest checkpoints to keep", 2)
+    keep: PositiveInt | None = default("number of newest checkpoints to keep; null means all", 2)

@@ -39,11 +39,11 @@ class Checkpoints:
     Every process calls every method: each writes and reads the shards of its own devices.
     """
 
-    def __init__(self, run: Path, keep: int, copies: float | None = None):
+    def __init__(self, run: Path, keep: int | None, copies: float | None = None):
         """Opens RUN/checkpoints, and removes what a killed run left half written.
 
         Args:
-          keep: how many of the newest steps stay.
+          keep: how many of the newest steps stay; None: all.
           copies: the most bytes that wait in host memory to be written, at least `room_for`; then
             `save` returns only when nearly everything is written. None: a copy of all trees.
         """

@@ -50,7 +50,7 @@ def fetched(folder: Path, step: int, trees: Collection[str]) -> Iterator[Path]:
 class Staging:
     """A local folder that Orbax saves to, and the thread that copies its steps to the URL."""
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, keep: int | None):
         """Raises UserError for a run of several processes."""
         if jax.process_count() > 1:
             raise UserError(
@@ -98,7 +98,7 @@ class Staging:
             pairs = [(f, remote / f.relative_to(local).as_posix()) for f in files]
             storage.transfer(pairs)
             storage.write_text(remote / COMMITTED, f"{len(files)} files\n")
-            for old in complete_steps(self._folder)[: -self._keep]:
+            for old in complete_steps(self._folder)[: -self._keep] if self._keep else []:
                 storage.remove(self._folder / str(old) / COMMITTED)  # first, and so it is gone
                 storage.remove_folder(self._folder / str(old))
         except UserError as e:

@@ -25,6 +25,7 @@ _HOME = {
     "make_eval_step": ("jllama.train.step", "make_eval_step"),
     "make_placement": ("jllama.train.placement", "make_placement"),
     "make_train_step": ("jllama.train.step", "make_train_step"),
+    "open_branch": ("jllama.train.branch", "open_branch"),
     "open_initial": ("jllama.train.initial", "open_initial"),
     "open_run": ("jllama.train.folder", "open_run"),
     "start_processes": ("jllama.parallel.distributed", "start"),

@@ -20,7 +20,7 @@ from jllama.files import storage
 from jllama.progress import say
 from jllama.store.find import RECIPE
 from jllama.train.optimizer import learning_rate
-from jllama.train.origin import has_note
+from jllama.train.origin import has_note, origin
 
 CHANGES = "changes.jsonl"
 Changes = dict[str, tuple[Any, Any]]  # by dotted key: the value before, and now
@@ -41,6 +41,8 @@ _ORDER = (
 _SOURCE = re.compile(r"data\.train\.\d+\.source\.")
 # What the learning rates of the steps are made from.
 _RATES = ("training.steps", "training.schedule.")
+# What the state is, or may be: no other state can be gone on from.
+_STATE = ("model.", "compute.param_dtype", "adapt.", "tokenizer.", "training.optimizer.kind")
 
 
 def check_changes(folder: Path, config: Config, step: int) -> Changes:
@@ -67,9 +69,12 @@ def check_changes(folder: Path, config: Config, step: int) -> Changes:
             f"{key}: {changed[key][0]} before, {changed[key][1]} now" for key in refused[:5]
         )
         more = f" (and {len(refused) - 5} more)" if len(refused) > 5 else ""
+        branch = ""
+        if step < config.training.steps and not any(key.startswith(_STATE) for key in refused):
+            branch = f" (--training.resume_from={folder}@{step} goes on from this one's state)"
         raise UserError(
             f"{folder} holds a run of another config: {listed}{more}{reason};"
-            " choose another run.name or delete the folder"
+            f" choose another run.name{branch} or delete the folder"
         )
     if config.training.steps < step:
         raise UserError(
@@ -85,11 +90,14 @@ def _is_free(key: str, folder: Path, old: Config, new: Config) -> bool:
         return True
     if key.startswith("tokenizer.") and isinstance(new.tokenizer, TokenizerFile):
         return True  # is compared with the one in the folder
-    # An overlay's base is compared by `note_base`, and other parameters by `check_origin`.
+    # An overlay's base is compared by `note_base`, and is not read for anything else.
     if isinstance(new.adapt, LoraConfig) and key in ("training.init_from", "adapt.base"):
         return True
-    both = old.training.init_from and new.training.init_from
-    return bool(key == "training.init_from" and both and has_note(folder))
+    (old_key, old_place), (new_key, new_place) = origin(old), origin(new)
+    if key == "training.init_from" and old_key == new_key != key:
+        return True  # is not read
+    # The parameters at another place are compared by `check_origin`.
+    return key == old_key == new_key and bool(old_place and new_place) and has_note(folder)
 
 
 def _rates(config: Config, steps: int) -> np.ndarray:

@@ -4,7 +4,7 @@ RUN/config.yaml        the resolved recipe
 RUN/tokenizer.model    the tokenizer; or tokenizer.json
 RUN/data.json          digests of the prepared text
 RUN/base.json          where an overlay is trained: its base, and the fingerprint of its parameters
-RUN/initial.json       where a model's parameters are trained on: its path, and their fingerprint
+RUN/initial.json       what the run began with, unless with fresh parameters: path and fingerprint
 RUN/changes.jsonl      what later starts changed of the recipe, and at which step
 RUN/checkpoints/STEP   what is trained, and the optimizer's state
 RUN/metrics.jsonl      the metrics of every step; RUN/tensorboard holds the same
@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from jllama.config import Config
+from jllama.config import Config, TokenizerFile
 from jllama.config import recipe as recipes
 from jllama.data.opening import Data, open_data, open_tokenizer
 from jllama.errors import UserError
@@ -26,6 +26,7 @@ from jllama.progress import say
 from jllama.store.find import CHECKPOINTS, RECIPE, latest_step
 from jllama.text.infill import Infill, parse_prompt, prompt_ids
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
+from jllama.train.branch import Branch
 from jllama.train.changes import check_changes, flatten, note_changes
 
 _DATA = "data.json"
@@ -38,7 +39,7 @@ def run_folder(config: Config) -> Path:
 
 @contextlib.contextmanager
 def open_run(
-    config: Config, initial_tokenizer: Tokenizer | None = None
+    config: Config, initial_tokenizer: Tokenizer | None = None, branch: Branch | None = None
 ) -> Iterator[tuple[Path, Data]]:
     """Opens the run's folder and its data to train: the context is (folder, data).
 
@@ -52,6 +53,7 @@ def open_run(
     Args:
       initial_tokenizer: that of the model the run begins from; a note says where the recipe's is
         another.
+      branch: the run's step that the run begins from; its tokenizer is the new run's.
     """
     folder, together = run_folder(config), distributed.together
     with contextlib.ExitStack() as stack:
@@ -59,7 +61,7 @@ def open_run(
         # Process 0 makes what is missing while the others wait. They find it, or make their own
         # where prepared data is not on shared storage.
         data = together(
-            lambda: _begin(config, folder, stack, initial_tokenizer) if leader else None
+            lambda: _begin(config, folder, stack, initial_tokenizer, branch) if leader else None
         )
         data = together(lambda: data or _join(config, folder))
         distributed.check_same(
@@ -69,7 +71,11 @@ def open_run(
 
 
 def _begin(
-    config: Config, folder: Path, stack: contextlib.ExitStack, initial_tokenizer: Tokenizer | None
+    config: Config,
+    folder: Path,
+    stack: contextlib.ExitStack,
+    initial_tokenizer: Tokenizer | None,
+    branch: Branch | None,
 ) -> Data:
     """Process 0's part of `open_run`; `stack` releases the lock."""
     busy = "another process trains here; choose another run.name"
@@ -84,7 +90,9 @@ def _begin(
         data = open_data(config, tokenizer)
         digests = _check_same_data(folder, data)
     else:
-        tokenizer = open_tokenizer(config)
+        tokenizer = load_tokenizer(branch.run) if branch else open_tokenizer(config)
+        if branch and isinstance(config.tokenizer, TokenizerFile):
+            _check_same_tokenizer(branch.run, config, tokenizer)
         _check_sample(config, tokenizer)
         if initial_tokenizer is not None and initial_tokenizer.digest != tokenizer.digest:
             where = config.training.init_from
@@ -173,7 +181,7 @@ def _check_same_tokenizer(folder: Path, config: Config, tokenizer: Tokenizer) ->
     if open_tokenizer(config).digest != tokenizer.digest:
         raise UserError(
             f"tokenizer.path={config.tokenizer.path}: is not the tokenizer that the run in {folder}"
-            " began with, which that folder holds; leave tokenizer as it was"
+            f" began with: --tokenizer.path={folder} is"
         )
 
 

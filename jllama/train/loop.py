@@ -103,8 +103,11 @@ def record(setup: Setup, run: RunState) -> None:
     values = {name: float(x) for name, x in jax.device_get(metrics).items()}
     now = time.perf_counter()
     seconds = now - run.timed_from
-    rate = values["weight"] / seconds
+    # What the devices computed: prompts and padding too, which are not predicted.
+    tokens = setup.config.training.batch_size * setup.config.data.length
+    rate = tokens / seconds
     values |= {
+        "computed_tokens": tokens,
         "perplexity": math.exp(min(values["loss"], 700.0)),
         "seconds": seconds,
         "tokens_per_second": rate,

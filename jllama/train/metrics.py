@@ -41,8 +41,8 @@ class MetricsWriter:
         self._boarder = self._board.file_writer.event_writer._worker
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=None, smoothing=0.05)
         self._first, self._steps, self._every = start + 1, steps, log_every
-        # (tokens, seconds) of each step since the last line on stderr
-        self._since: list[tuple[float, float]] = []
+        # (computed tokens, predicted ones, seconds) of each step since the last line on stderr
+        self._since: list[tuple[float, float, float]] = []
         self._speed = ""
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -51,7 +51,7 @@ class MetricsWriter:
         if step == self._first:  # most of it is compilation: it is left out of the mean speed
             self._speed = f"first step {values['seconds']:.1f} s"
         else:
-            self._since.append((values["weight"], values["seconds"]))
+            self._since.append((values["computed_tokens"], values["weight"], values["seconds"]))
         due = step % self._every == 0 or step == self._steps
         if due and self._since:
             self._speed, self._since = self._mean_speed(step), []
@@ -66,8 +66,10 @@ class MetricsWriter:
 
     def _mean_speed(self, step: int) -> str:
         """The speed since the last line, and the time that is left, which a bar shows itself."""
-        tokens, seconds = map(sum, zip(*self._since, strict=True))
+        tokens, predicted, seconds = map(sum, zip(*self._since, strict=True))
         speed = f"{tokens / seconds:,.0f} tok/s"
+        if predicted < 0.9 * tokens:  # of prompts, or of padding
+            speed += f", {predicted / seconds:,.0f} predicted"
         if not self._bar.disable or step == self._steps:
             return speed
         left = (self._steps - step) * seconds / len(self._since)

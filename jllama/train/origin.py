@@ -1,12 +1,14 @@
-"""RUN/initial.json: the model whose parameters a run began with, and their fingerprint.
+"""RUN/initial.json: the parameters that a run began with, where they were and their fingerprint.
 
-Where an overlay is trained, base.json says it of the base.
+They are those of `training.resume_from`, or of `training.init_from`. Where an overlay is trained,
+base.json says it of the base.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+from jllama.config import Config, LoraConfig
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.parallel import distributed
@@ -15,12 +17,22 @@ from jllama.store.fingerprint import fingerprint
 INITIAL = "initial.json"
 
 
-def note_origin(folder: Path, where: str, params: Any) -> None:
-    """Writes down that the run in `folder` began with `params`, read from `where`.
+def origin(config: Config) -> tuple[str, str]:
+    """The key that names the parameters a run begins with, and its value; empty for fresh ones."""
+    training = config.training
+    if training.resume_from:
+        return "training.resume_from", training.resume_from
+    if isinstance(config.adapt, LoraConfig):
+        return "training.init_from", ""
+    return "training.init_from", training.init_from
+
+
+def note_origin(folder: Path, config: Config, params: Any) -> None:
+    """Writes down that the run in `folder` began with `params`, those of `origin(config)`.
 
     Every process calls it, and process 0 writes.
     """
-    note = {"model": _absolute(where), "fingerprint": _digest(params)}
+    note = {"model": _absolute(config), "fingerprint": _digest(params)}
     text = json.dumps(note, indent=1) + "\n"
     leader = distributed.leader()
     distributed.together(lambda: storage.write_text(folder / INITIAL, text) if leader else None)
@@ -31,30 +43,28 @@ def has_note(folder: Path) -> bool:
     return storage.exists(folder / INITIAL)
 
 
-def is_elsewhere(folder: Path, where: str) -> bool:
-    """Whether the run in `folder` began with a model at another path than `where`."""
-    if not where or not has_note(folder):
+def is_elsewhere(folder: Path, config: Config) -> bool:
+    """Whether the run in `folder` began with parameters at another path than `origin(config)`."""
+    if not origin(config)[1] or not has_note(folder):
         return False
-    return _read(folder)["model"] != _absolute(where)
+    return _read(folder)["model"] != _absolute(config)
 
 
-def check_origin(folder: Path, where: str, params: Any) -> None:
-    """Raises UserError unless `params`, read from `where`, are what the run began with.
+def check_origin(folder: Path, config: Config, params: Any) -> None:
+    """Raises UserError unless `params`, those of `origin(config)`, are what the run began with.
 
-    Every process calls it. A run that a note does not describe is not compared.
+    Every process calls it.
     """
-    if not has_note(folder):
-        return
-    note = _read(folder)
+    (key, where), note = origin(config), _read(folder)
     if note["fingerprint"] != _digest(params):
         raise distributed.SharedError(
-            f"training.init_from={where}: its parameters are not those that the run in {folder}"
+            f"{key}={where}: its parameters are not those that the run in {folder}"
             f" began with ({note['model']}); name that again, or choose another run.name"
         )
 
 
-def _absolute(where: str) -> str:
-    return str(storage.absolute(storage.path(where)))
+def _absolute(config: Config) -> str:
+    return str(storage.absolute(storage.path(origin(config)[1])))
 
 
 def _digest(params: Any) -> str:

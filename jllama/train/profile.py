@@ -18,9 +18,21 @@ class Profile:
         after FROM traces nothing.
         """
         first, last = map(int, (steps or "-1:-1").split(":"))
+        self._named, self._steps = steps, end
         self._first, self._end = first, min(last, end)
         self._folder = run / "profile"
         self._files: Mirror | None = None  # while a trace is being taken
+
+    def note(self, step: int) -> str:
+        """What to say before `step` of steps that are not traced, though they were asked for."""
+        if not self._named:
+            return ""
+        where = f"the run goes from step {step} to step {self._steps}"
+        if not step <= self._first < self._steps:
+            return f"note: run.profile={self._named} traces nothing: {where}"
+        if int(self._named.partition(":")[2]) > self._steps:
+            return f"note: run.profile={self._named} traces up to step {self._steps}: {where}"
+        return ""
 
     def begins_at(self, step: int) -> bool:
         """Whether the trace begins before this step."""

@@ -25,7 +25,7 @@ class Result:
         before its evaluation was done.
       tokens: predicted tokens of all steps.
       seconds: training time of all steps, the compilation of the first one included.
-      tokens_per_second: the median over steps.
+      tokens_per_second: the median over steps, of computed tokens: prompts and padding too.
       eval: what `evaluate` returns of the trained model; None if the run is not done, or nothing
         is held out.
     """

@@ -21,6 +21,7 @@ from jllama.progress import say
 from jllama.store.checkpoint import Checkpoints
 from jllama.store.find import latest_step
 from jllama.train.batches import Batches
+from jllama.train.branch import open_branch
 from jllama.train.folder import check_same_recipe, open_run, run_folder
 from jllama.train.initial import open_initial
 from jllama.train.loss import Batch, causal_lm_loss
@@ -119,17 +120,6 @@ def end_step(config: Config) -> int:
     return min(config.training.steps, config.run.stop_after or config.training.steps)
 
 
-def _reads_initial(config: Config, folder: Path) -> bool:
-    """Whether the run needs the parameters that `training.init_from` names.
-
-    A resumed run needs those of an overlay's base, which is in no checkpoint, and those of a model
-    at another path than before, to compare them.
-    """
-    if isinstance(config.adapt, LoraConfig) or not latest_step(folder):
-        return True
-    return is_elsewhere(folder, config.training.init_from)
-
-
 def prepare(
     config: Config, stack: contextlib.ExitStack, received: Received
 ) -> tuple[Setup, RunState]:
@@ -141,22 +131,31 @@ def prepare(
     check_same_recipe(config)
     placement = together(lambda: make_placement(config))
     definition = together(lambda: define_state(config, placement))
-    reads_initial = together(lambda: _reads_initial(config, folder))
+    # A resumed run does not read again what it began with, except to compare what has moved, and
+    # the base of an overlay, which is in no checkpoint.
+    reads = together(lambda: not latest_step(folder) or is_elsewhere(folder, config))
+    branch = together(lambda: open_branch(config) if reads else None)
+    reads_initial = isinstance(config.adapt, LoraConfig) or (reads and branch is None)
     initial = together(lambda: open_initial(config) if reads_initial else None)
-    tokenizer = initial.tokenizer if initial else None
-    _, data = stack.enter_context(open_run(config, tokenizer))
+    tokenizer = initial.tokenizer if initial and not branch else None
+    _, data = stack.enter_context(open_run(config, tokenizer, branch))
     checkpoints = together(lambda: Checkpoints(folder, config.checkpoint.keep))
     stack.callback(checkpoints.close)
-    step = checkpoints.latest() or 0
-    distributed.check_same("the newest checkpoint", str(step), "run.folder must be shared storage")
+    saved = checkpoints.latest() or 0
+    distributed.check_same("the newest checkpoint", str(saved), "run.folder must be shared storage")
+    step = branch.step if branch and not saved else saved
     if leader:
         say(opening_line(config, placement, definition, folder, step))
-    state, frozen = start_state(config, placement, definition, folder, step, initial)
+    profile = Profile(config.run.profile, end_step(config), folder)
+    if leader and (note := profile.note(step)):
+        say(note)
+    state, frozen = start_state(config, placement, definition, folder, saved, initial, branch)
     steps, every = config.training.steps, config.run.log_every
     metrics = MetricsWriter(folder, step, steps, every) if leader else NoMetricsWriter()
     stack.callback(metrics.close)
     if step:
-        metrics.say(f"resumed at step {step} of {steps}")
+        source = "" if saved else f" from {branch}"
+        metrics.say(f"resumed{source} at step {step} of {steps}")
     loss = functools.partial(causal_lm_loss, config)
     # Only process 0 reports, and measures the peak where none is published.
     peak = peak_flops(config.compute.dtype)[0] if leader else math.inf
@@ -176,9 +175,9 @@ def prepare(
     )
     return setup, RunState(
         batches=Batches(config, data, placement).iterate(step),
-        profile=Profile(config.run.profile, end_step(config), folder),
+        profile=profile,
         train_state=state,
         step=step,
-        saved=step,
+        saved=saved,
         received=received,
     )

@@ -92,8 +92,9 @@ def make_train_step(
             with jax.named_scope("optimizer"):
                 lr = rate(state.step)
                 # One factor both takes the mean and clips: no second copy of the gradient is made.
-                clip = config.training.optimizer.clip_norm
-                factor = scale * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-30))
+                clip, factor = config.training.optimizer.clip_norm, scale
+                if clip is not None:
+                    factor *= jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-30))
                 grads = jax.tree.map(lambda g: g * factor, grads)
                 params = as_float32(state.trainable)
                 direction, opt_state = optimizer.update(grads, state.opt_state, params)

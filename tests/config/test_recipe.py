@@ -434,7 +434,10 @@ def test_a_model_may_be_another_with_changes(recipe, tmp_path):
             r"mesh: fsdp and tensor are -1 \(fsdp is unless it is set\)",
         ),
         (["training.accumulate=3"], r"training: accumulate=3 must divide batch_size=8"),
-        (["training.steps=5"], r"training: schedule: .* 10 steps.*steps=5"),
+        (
+            ["training.steps=5", "training.schedule.warmup_steps=10"],
+            r"training: schedule: .* 10 steps.*steps=5",
+        ),
         (["data.length=129"], r"data\.length=129 is above model\.max_length=128"),
         (["tokenizer.vocab_size=513"], r"tokenizer\.vocab_size=513 does not fit"),
         (["model=llama-8b"], r"model: no 'llama-8b'; shipped models: .*llama-7b"),

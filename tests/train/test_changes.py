@@ -3,37 +3,24 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
-import recipes
 
 from jllama.config import recipe as configs
 from jllama.errors import UserError
-from jllama.train import loop, run
+from jllama.train import loop
 from jllama.train.changes import check_changes, note_changes
 from jllama.train.metrics import read
-from jllama.train.placement import make_placement
 
 CONSTANT = "training.schedule={kind: constant, peak: 0.01, warmup_steps: 2}"
 WSD = "training.schedule={kind: wsd, peak: 0.01, warmup_steps: 2, decay_steps: 4, floor: 0.1}"
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """The path of a recipe and its text; the first run prepares the text beside it."""
-    return recipes.on_disk(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "make_placement", lambda c: make_placement(c, jax.devices()[:1]))
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
-def begun(text, tmp_path_factory):
+def begun(text, one_device, tmp_path_factory):
     """The folder of a run that was stopped at step 2 of 4."""
     folder = tmp_path_factory.mktemp("begun")
     loop.train(load(text, f"run.folder={folder}", "run.stop_after=2"))

@@ -26,19 +26,15 @@ from jllama.train import loop, run
 from jllama.train.initial import open_initial
 from jllama.train.metrics import read
 from jllama.train.placement import make_placement
+from jllama.train.profile import Profile
 from jllama.train.state import define_state, load_state
 
 PEAK = 1e12
 STEP_METRICS = {
-    "step", "loss", "perplexity", "grad_norm", "learning_rate", "weight", "seconds",
-    "tokens_per_second", "model_flop_utilisation", "data_wait_seconds", "checkpoint_seconds",
+    "step", "loss", "perplexity", "grad_norm", "learning_rate", "weight", "computed_tokens",
+    "seconds", "tokens_per_second", "model_flop_utilisation", "data_wait_seconds",
+    "checkpoint_seconds",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """The path of a recipe and its text; the first run prepares the text beside it."""
-    return recipes.on_disk(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,7 +95,8 @@ def test_every_metric_of_every_step_is_written(whole):
         assert set(line) == STEP_METRICS
         assert all(math.isfinite(value) for value in line.values())
         assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
-        assert line["tokens_per_second"] == pytest.approx(line["weight"] / line["seconds"])
+        assert line["weight"] < line["computed_tokens"] == 8 * 24
+        assert line["tokens_per_second"] == pytest.approx(8 * 24 / line["seconds"])
         used = line["tokens_per_second"] * flops / PEAK
         assert line["model_flop_utilisation"] == pytest.approx(used)
     assert any(line["checkpoint_seconds"] > 0 for line in lines)
@@ -187,7 +184,7 @@ def test_a_finished_run_is_only_evaluated_again(recipe, whole, tmp_path):
     shutil.copytree(whole.folder, tmp_path / "run")
     result = loop.train(recipe("eval.stride=9"))
     assert (result.steps, result.done, result.eval) == (10, True, whole.eval)
-    assert losses(result.folder) == losses(whole.folder)
+    assert read(result.folder / "metrics.jsonl") == read(whole.folder / "metrics.jsonl")
 
 
 def test_a_run_resumes_on_another_mesh(recipe, whole):
@@ -285,8 +282,9 @@ def test_what_is_said_of_a_step_that_is_not_finite_can_be_followed(recipe, tmp_p
 
 
 def test_a_broken_checkpoint_names_the_step_before_it(recipe, tmp_path):
-    loop.train(recipe("checkpoint.every=2", "checkpoint.keep=3", "run.stop_after=6"))
+    loop.train(recipe("checkpoint.every=2", "checkpoint.keep=null", "run.stop_after=6"))
     steps = tmp_path / "run" / "checkpoints"
+    assert {x.name for x in steps.iterdir()} == {"2", "4", "6"}
     shutil.rmtree(steps / "6" / "trainable")
     said = message(recipe())
     assert said.startswith(f"{steps / '6'}: not readable")
@@ -325,6 +323,22 @@ def test_a_profile_holds_the_named_scopes_of_a_block(recipe, tmp_path, profile):
     content = trace.read_bytes()
     for scope in (b"/attention/", b"/mlp/", b"(loss)/", b"/optimizer/"):
         assert scope in content, scope
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        ("7:8", "note: run.profile=7:8 traces nothing: the run goes from step 0 to step 3"),
+        ("1:8", "note: run.profile=1:8 traces up to step 3: the run goes from step 0 to step 3"),
+        ("1:3", ""),
+    ],
+)
+def test_steps_that_a_profile_does_not_reach_are_said(tmp_path, profile, said):
+    assert Profile(profile, 3, tmp_path).note(0) == said
+    resumed = Profile(profile, 3, tmp_path).note(2)
+    assert resumed.startswith(
+        f"note: run.profile={profile} traces nothing: the run goes from step 2"
+    )
 
 
 def nats(model, stream, starts, row_starts, length):

@@ -9,7 +9,10 @@ from tensorboardX.proto.event_pb2 import Event
 from jllama.errors import UserError
 from jllama.train.metrics import MetricsWriter, read
 
-VALUES = {"loss": 2.5, "grad_norm": 1.0, "learning_rate": 1e-3, "weight": 100.0, "seconds": 1.0}
+VALUES = {
+    "loss": 2.5, "grad_norm": 1.0, "learning_rate": 1e-3, "weight": 95.0, "computed_tokens": 100,
+    "seconds": 1.0,
+}  # fmt: skip
 
 
 def scalars(folder):
@@ -88,6 +91,14 @@ def test_a_line_has_the_mean_speed_since_the_last_and_the_time_left(tmp_path, ca
     ends = [line.rpartition("e-03  ")[2] for line in capfd.readouterr().err.splitlines()]
     # Step 5, the first one, compiled: no mean counts it.
     assert ends == ["100 tok/s  00:12 left", "33 tok/s  00:27 left", "100 tok/s  00:06 left"]
+
+
+def test_a_line_also_has_the_speed_of_predicted_tokens_where_they_are_few(tmp_path, capfd):
+    metrics = MetricsWriter(tmp_path, 0, 10, log_every=2)
+    for step in (1, 2):
+        metrics.write(step, VALUES | {"weight": 30.0})
+    metrics.close()
+    assert "  100 tok/s, 30 predicted  00:08 left" in capfd.readouterr().err
 
 
 def test_the_first_line_says_how_long_the_first_step_took(tmp_path, capfd):

@@ -42,3 +42,11 @@ def test_held_out_loss_is_of_replies_and_has_no_bits_per_byte(run):
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").open()]
     evals = [{key for key in line if key.startswith("eval")} for line in lines]
     assert [keys for keys in evals if keys] == [{"eval_loss"}] * 2
+
+
+def test_speed_counts_prompts_and_padding_which_are_computed_too(run):
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").open()]
+    for line in lines:
+        if "weight" in line:
+            assert line["weight"] < 0.9 * line["computed_tokens"] == 0.9 * 8 * 48
+            assert line["tokens_per_second"] == pytest.approx(8 * 48 / line["seconds"])
