@@ -134,7 +134,7 @@ def _train(args: argparse.Namespace) -> None:
             else:
                 yield from _texts(path)
 
-    trained = train_sentencepiece(texts(), config)
+    trained = train_sentencepiece(texts(), config, "--size")
     _save(trained, storage.path(args.out))
     print(f"{args.out}: {trained.vocab_size:,} pieces")
 

@@ -54,7 +54,7 @@ from jllama.config.rope import (
     YarnRopeScaling,
 )
 from jllama.config.run import Config, RunConfig, SampleConfig, StoredConfig
-from jllama.config.tokenizer import TokenizerConfig, TokenizerFile, TrainedTokenizer
+from jllama.config.tokenizer import LEAST_PIECES, TokenizerConfig, TokenizerFile, TrainedTokenizer
 from jllama.config.training import (
     AdamWConfig,
     CheckpointConfig,

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from jllama.config.base import PositiveInt, configclass, default, doc
 
+LEAST_PIECES = 300  # of a trained vocabulary; 259 of them are control and byte pieces
+
 
 @configclass
 class TokenizerFile:
@@ -20,7 +22,7 @@ class TrainedTokenizer:
     """A lossless SentencePiece BPE model with byte fallback, trained on the training sources."""
 
     kind: Literal["train"] = doc("train SentencePiece BPE on the training sources")
-    vocab_size: Annotated[int, Field(ge=300)] = doc(
+    vocab_size: Annotated[int, Field(ge=LEAST_PIECES)] = doc(
         "number of pieces, including 3 control and 256 byte pieces"
     )
     max_bytes: PositiveInt = default("bytes of text to train on", 50_000_000)

@@ -6,8 +6,10 @@ Every problem is a UserError.
 import bz2
 import codecs
 import errno
+import glob
 import gzip
 import hashlib
+import itertools
 import lzma
 import os
 import stat
@@ -22,6 +24,7 @@ from jllama.errors import UserError
 from jllama.files import storage
 
 _CHUNK = 1 << 18
+_SEARCHED = 1000  # folders, for a pattern that matches files
 _COMPRESSED = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd", "bz2": b"BZh", "xz": b"\xfd7zXZ\0"}
 _BROKEN = (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, lzma.LZMAError)
 
@@ -34,20 +37,44 @@ def find_files(patterns: tuple[str, ...], suffix: str = "") -> list[str]:
     """Returns the paths that the patterns match, sorted and spelt as in the patterns.
 
     A file that they match under several names, by links, is returned once, under the shortest.
-    Raises `NoFiles` for a pattern that matches no file: for a folder the error proposes a pattern
-    of the files in it that end with `suffix`. Raises UserError for what is no file of data, such
-    as a pipe.
+    Raises `NoFiles` for a pattern that matches no file; where files that end with `suffix`, or as
+    the pattern does, lie further down, the error proposes a pattern that matches them. Raises
+    UserError for what is no file of data, such as a pipe.
     """
     paths: set[str] = set()
     for pattern in patterns:
         names = storage.matches(pattern)
         if not names:
-            if storage.is_folder(storage.path(pattern)):
-                glob = f"{pattern.rstrip('/')}/**/*{suffix}"
-                raise NoFiles(f"{pattern}: is a folder; write {glob!r} for the files in it")
-            raise NoFiles(f"{pattern}: no file matches; check the path")
+            raise _no_files(pattern, suffix)
         paths.update(names)
     return sorted(_each_once(paths))
+
+
+def _no_files(pattern: str, suffix: str) -> NoFiles:
+    if storage.is_folder(storage.path(pattern)):
+        if proposal := _beneath(pattern.rstrip("/"), f"*{suffix}"):
+            return NoFiles(f"{pattern}: is a folder; write {proposal!r} for the files in it")
+        return NoFiles(f"{pattern}: is a folder without *{suffix} files; name the files in it")
+    folder, name = os.path.split(pattern)
+    while glob.has_magic(folder):
+        folder = os.path.dirname(folder)
+    names = [name, f"*{suffix}"] if glob.has_magic(name) else [name]
+    # Neither a whole bucket nor a whole disk is searched.
+    for name in names if not storage.is_remote(pattern) and folder != "/" else ():
+        if proposal := _beneath(folder or ".", name):
+            return NoFiles(f"{pattern}: no file matches; {proposal!r} matches files further down")
+    return NoFiles(f"{pattern}: no file matches; check the path")
+
+
+def _beneath(folder: str, name: str) -> str | None:
+    """Returns a pattern of the files called `name` in a folder and below, if there is any."""
+    if storage.is_remote(folder):
+        return f"{folder}/**/{name}"
+    folder = glob.escape(folder)
+    below = itertools.islice(glob.iglob(f"{folder}/**/", recursive=True), _SEARCHED)
+    if any(os.path.isfile(path) for f in below for path in glob.iglob(glob.escape(f) + name)):
+        return f"{folder}/**/{name}"
+    return None
 
 
 def _each_once(paths: Iterable[str]) -> list[str]:

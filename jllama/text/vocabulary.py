@@ -13,7 +13,7 @@ from io import BytesIO
 
 import sentencepiece
 
-from jllama.config import TrainedTokenizer
+from jllama.config import LEAST_PIECES, TrainedTokenizer
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.text.infill import PIECES
@@ -28,15 +28,18 @@ _BREAK_SHARE = 1 / 500  # of all breaks; one that is as common as this is a piec
 _MAX_BREAKS = 32
 
 
-def train_sentencepiece(texts: Iterable[str], config: TrainedTokenizer) -> SentencePieceTokenizer:
+def train_sentencepiece(
+    texts: Iterable[str], config: TrainedTokenizer, size_key: str = "tokenizer.vocab_size"
+) -> SentencePieceTokenizer:
     """Trains on the first `config.max_bytes` of `texts`; equal texts give equal vocabularies.
 
     It has byte fallback and single digits, and neither normalises nor adds a space before a text.
-    Raises UserError if there is no text, or too little for `config.vocab_size` pieces.
+    Raises UserError if there is no text, or too little for `config.vocab_size` pieces, which the
+    error calls `size_key`.
     """
     lines, breaks = _count(texts, config.max_bytes)
     if not lines and not breaks:
-        raise UserError("tokenizer: no text to train on; give data.train a source with text")
+        raise UserError("tokenizer: no text to train on; give files with text")
     control = [*PIECES] if config.infill else []
     free = config.vocab_size - _RESERVED - len(control)
     most = min(_MAX_BREAKS, free // 8)
@@ -75,9 +78,11 @@ def train_sentencepiece(texts: Iterable[str], config: TrainedTokenizer) -> Sente
             raise UserError(
                 f"tokenizer: SentencePiece cannot train on this text: {storage.one_line(e)}"
             ) from None
+        fix = "give more text"
+        if int(limit[1]) >= LEAST_PIECES:
+            fix = f"lower it to that number, or {fix}"
         raise UserError(
-            f"tokenizer.vocab_size={config.vocab_size} (--size): the training text gives only"
-            f" {limit[1]} pieces; lower it, or give more text"
+            f"{size_key}={config.vocab_size}: the text gives only {limit[1]} pieces; {fix}"
         ) from None
     return SentencePieceTokenizer(model.getvalue())
 

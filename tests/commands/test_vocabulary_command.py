@@ -172,7 +172,7 @@ def test_bad_input_is_one_line_and_makes_nothing(here, tmp_path, capsys):
         ("--size 20: must be at least 300", "train", text, "--size", 20, "--out", out),
         ("--max-bytes 0: ", "train", text, "--size", 300, "--max-bytes", 0, "--out", out),
         ("as int", "train", text, "--size", 10**10, "--out", out),
-        ("gives only", "train", text, "--size", 3000, "--out", out),
+        ("--size=3000: the text gives only", "train", text, "--size", 3000, "--out", out),
         ("no file matches", "train", tmp_path / "no.txt", "--size", 300, "--out", out),
         ("latin.txt: not UTF-8", "train", tmp_path / "latin.txt", "--size", 300, "--out", out),
         ("no text", "train", tmp_path / "empty.txt", "--size", 300, "--out", out),

@@ -1,5 +1,7 @@
 """Training a vocabulary."""
 
+import re
+
 import pytest
 
 from jllama.config import TrainedTokenizer
@@ -62,6 +64,10 @@ def test_too_little_text_is_one_line(capfd):
     with pytest.raises(UserError, match=r"vocab_size=5000.*only \d+ pieces") as e:
         train_sentencepiece(TEXTS, config(vocab_size=5000))
     assert "\n" not in str(e.value)
+    number = int(re.search(r"only (\d+) pieces; lower it to that number", str(e.value))[1])
+    assert train_sentencepiece(TEXTS, config(vocab_size=number)).vocab_size == number
+    with pytest.raises(UserError, match=r"--size=320: .*only 26\d pieces; give more text"):
+        train_sentencepiece(["a"], config(), "--size")
     assert capfd.readouterr().err == ""
     with pytest.raises(UserError, match="no text"):
         train_sentencepiece([], config())
