@@ -196,18 +196,27 @@ def open_builder(source: TfdsSource, fetch: bool = True) -> tfds.core.DatasetBui
         raise UserError(f"{tfds_summary(source)}: array_record reads only local files and gs://")
     try:
         if storage.exists(folder / "dataset_info.json"):
-            return tfds.builder_from_directory(folder)
-        builder = tfds.builder(
-            source.name, data_dir=source.data_dir, file_format="array_record", try_gcs=False
-        )
-        if fetch:
-            builder.download_and_prepare()  # does nothing if that was done before
-        elif not builder.is_prepared():
-            raise UserError("the dataset is not on this machine")
-        return builder
+            builder = tfds.builder_from_directory(folder)
+        else:
+            place = {"data_dir": source.data_dir, "try_gcs": False}
+            builder = tfds.builder(source.name, **place)
+            if not builder.is_prepared():
+                if not fetch:
+                    raise UserError("the dataset is not on this machine")
+                builder = tfds.builder(source.name, **place, file_format="array_record")
+                builder.download_and_prepare()
     # TFDS and the dataset's own script may raise anything, always because of this dataset.
     except Exception as e:
         raise UserError(f"{tfds_summary(source)}: {storage.one_line(e)}") from None
+    stored = builder.info.file_format
+    if stored not in tfds.core.FileFormat.with_random_access():
+        raise UserError(
+            f"{tfds_summary(source)}: {builder.data_dir} holds it as {stored.value}, and only"
+            " array_record can be read in any order: give the dataset's name in TFDS's catalogue"
+            " and another data_dir, where it is built as array_record, or write its texts to JSON"
+            " lines"
+        )
+    return builder
 
 
 def find_split(builder: tfds.core.DatasetBuilder, source: TfdsSource) -> tfds.core.SplitInfo:
