@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jllama.errors import Stopped, UserError
+from jllama.platforms import explain
 
 COMMANDS = {
     # name: (module, what it does)
@@ -75,8 +76,11 @@ def exit_status(run: Callable[..., Any], *args: Any) -> int:
         status = run(*args)
         sys.stdout.flush()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.status
+        return _say(e)
+    except (AssertionError, RuntimeError) as e:
+        if (line := explain(e)) is None:
+            raise
+        return _say(UserError(line))
     except Stopped as e:
         print(e, file=sys.stderr)
         return e.status
@@ -88,3 +92,8 @@ def exit_status(run: Callable[..., Any], *args: Any) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return status or 0
+
+
+def _say(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return error.status

@@ -31,3 +31,8 @@ class StorageError(UserError):
     """Storage failed, such as an unreachable store or a full disk: trying again may succeed."""
 
     status = os.EX_IOERR  # 74
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of this package, in its checkout, as messages name it."""
+    return f"pip install -c requirements.txt -e '.[{extra}]'"

@@ -9,7 +9,7 @@ from jllama.config import recipe as recipes
 from jllama.data.opening import open_data, open_tokenizer
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
-from jllama.errors import UserError
+from jllama.errors import UserError, install
 from jllama.store.model import architecture_at
 
 _OPTION = "--pipeline."
@@ -55,7 +55,7 @@ def _beam(runner: str | None, options: list[str]) -> Callable[..., None] | None:
             raise UserError(f"{word}: write {_OPTION}KEY=VALUE, and KEY=true for a flag")
         pipeline[key] = True if value == "true" else value
     if importlib.util.find_spec("apache_beam") is None:
-        raise UserError(f"--runner {runner}: needs Apache Beam; pip install 'jllama[beam]'")
+        raise UserError(f"--runner {runner}: needs Apache Beam; {install('beam')}")
     from jllama.data import beam  # noqa: PLC0415
 
     return functools.partial(beam.make, runner, pipeline)

@@ -27,7 +27,7 @@ from typing import BinaryIO, NamedTuple
 import fsspec
 from etils import epath
 
-from jllama.errors import StorageError, UserError
+from jllama.errors import StorageError, UserError, install
 
 _EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: module, this package's extra
 _CHUNK = 1 << 23
@@ -76,7 +76,7 @@ def path(where: str | os.PathLike) -> Path:
         raise UserError(f"{text}: give a local path or a URL of gs:// or s3://")
     module, extra = _EXTRAS[scheme]
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"{text}: {scheme}:// needs {module}; pip install 'jllama[{extra}]'")
+        raise UserError(f"{text}: {scheme}:// needs {module}; {install(extra)}")
     return epath.Path(text)
 
 

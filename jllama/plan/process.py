@@ -13,8 +13,9 @@ from typing import Any
 import jllama
 from jllama.config import Config
 from jllama.config import recipe as recipes
-from jllama.errors import UserError
+from jllama.errors import UserError, install
 from jllama.plan.topology import Topology
+from jllama.platforms import has_cuda
 
 _PROGRAM = "jllama.plan.step"
 
@@ -59,18 +60,17 @@ def find_libtpu() -> str:
     if spec is None or not spec.origin:
         raise UserError(
             "planning needs the TPU compiler libtpu, but no TPU: `make plan`, or"
-            " pip install -c requirements.txt -e '.[plan]'"
+            f" {install('plan')}"
         )
     return str(Path(spec.origin).parent / "libtpu.so")
 
 
 def check_cuda() -> None:
     """Raises `UserError` when JAX's CUDA compiler is not installed."""
-    folders = [Path(p, "jax_plugins") for p in sys.path]
-    if not any((folder / f"xla_cuda{n}").is_dir() for folder in folders for n in (12, 13)):
+    if not has_cuda():
         raise UserError(
             "planning for a GPU needs JAX's CUDA compiler, but no GPU:"
-            " pip install -c requirements.txt -e '.[cuda]'"
+            f" {install('cuda')}"
         )
 
 

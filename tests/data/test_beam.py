@@ -11,7 +11,7 @@ from jllama.config import JsonlSource, PrepareConfig, SourceConfig
 from jllama.data.prepare import prepare
 from jllama.errors import UserError
 
-pytest.importorskip("apache_beam", reason="needs apache-beam: pip install 'jllama[beam]'")
+pytest.importorskip("apache_beam", reason="needs apache-beam, the extra beam")
 
 from jllama.data import beam
 

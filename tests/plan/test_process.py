@@ -104,7 +104,7 @@ def test_without_the_compiler_the_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install"):
         process.find_libtpu()
-    monkeypatch.setattr(process.sys, "path", [])
+    monkeypatch.setattr(process, "has_cuda", lambda: False)
     with pytest.raises(UserError, match="cuda"):
         process.environment(parse("gpu:h100:8"))
 
