@@ -20,7 +20,9 @@ def has_cuda() -> bool:
 
 def has_tpu() -> bool:
     """Whether libtpu, JAX's plugin for TPUs, is installed or named by TPU_LIBRARY_PATH."""
-    return bool(os.environ.get("TPU_LIBRARY_PATH")) or importlib.util.find_spec("libtpu") is not None
+    return (
+        bool(os.environ.get("TPU_LIBRARY_PATH")) or importlib.util.find_spec("libtpu") is not None
+    )
 
 
 def explain(error: Exception) -> str | None:

@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="merge it into SRC: a LoRA run, or a folder of PEFT's",
     )
     add("--base", metavar="PATH", help="if SRC is an adapter: its model [the one that it names]")
+    add(
+        "--base-name",
+        metavar="NAME",
+        help="to peft: the model's name or path where the adapter will be used, which PEFT stores"
+        " as base_model_name_or_path [the model's path]",
+    )
     add("--from", dest="source_format", choices=("jllama", "hf", "meta"), help="[found by looking]")
     add(
         "--to",
@@ -89,8 +95,10 @@ def run(args: argparse.Namespace) -> None:
     source = find(storage.path(args.source), args.source_format)
     if source.is_adapter:
         return _convert_adapter(args, source, target)
-    if to == "peft" or args.base:
-        raise UserError(f"--to peft and --base are for an adapter; {source.path} is a model")
+    if to == "peft" or args.base or args.base_name is not None:
+        raise UserError(
+            f"--to peft, --base and --base-name are for an adapter; {source.path} is a model"
+        )
     given = None if args.adapter is None else {"adapter": _one_adapter(args.adapter)}
     tokenizer = None if args.tokenizer == _COPY else args.tokenizer
     stored = open_adapted(source, given, args.model, tokenizer, args.max_length)
@@ -196,6 +204,10 @@ def _convert_adapter(args: argparse.Namespace, source: Found, target: Path) -> N
         raise UserError(f"--untie is for a model, and {adapter.path} is an adapter")
     if target.suffix == ".gguf":
         raise UserError(f"{target}: adapters are not written as GGUF; merge it into its base")
+    if args.base_name is not None and to != "peft":
+        raise UserError(f"--base-name {args.base_name}: only PEFT has it; leave it out")
+    if args.base_name == "":
+        raise UserError("--base-name is empty; give the name of a model, or leave it out")
     outputs.check_absent(target)
     copied = _copied(args.tokenizer, adapter.found, to)
     base = open_model(base_of(adapter, args.base), args.model, given)
@@ -208,8 +220,8 @@ def _convert_adapter(args: argparse.Namespace, source: Found, target: Path) -> N
     adapt, overlay = adapter.read(config, _host(), params)
     with outputs.stoppable(target):
         if to == "peft":
-            place = str(base.place)
-            peft_write.write_adapter(target, config, adapt, overlay, place, tokenizer, copied)
+            name = args.base_name or str(base.place)
+            peft_write.write_adapter(target, config, adapt, overlay, name, tokenizer, copied)
         else:
             write_adapter(target, base, params, adapt, overlay, copied)
     count = sum(x.size for x in jax.tree.leaves(overlay))

@@ -18,6 +18,7 @@ from jllama.config import Config, ModelConfig, StoredConfig, schema
 from jllama.config.overrides import override
 from jllama.config.plain_yaml import format_yaml, parse_yaml
 from jllama.config.shorten import shorten_schedule
+from jllama.config.suggestions import meant_names
 from jllama.errors import UserError
 from jllama.files import storage
 
@@ -65,9 +66,7 @@ def _model_dict(name: str, architecture: Architecture | None) -> dict:
     if path.suffix not in (".yaml", ".yml"):
         path = configs_folder() / "model" / f"{name}.yaml"
         if not path.is_file():
-            if "/" in name:
-                raise UserError(f"model: {name}: no such folder; name a run or a model's folder")
-            raise UserError(f"model: no {name!r}; shipped models: {', '.join(model_names())}")
+            raise UserError(f"model: {_no_model(name)}")
     data = _read_yaml(path)
     if _is_a(Config, data):
         raise UserError(
@@ -75,6 +74,16 @@ def _model_dict(name: str, architecture: Architecture | None) -> dict:
             " lists, or a file such as configs/model/tiny.yaml"
         )
     return data
+
+
+def _no_model(name: str) -> str:
+    near = meant_names(name.rpartition("/")[2], model_names())
+    like = f"{' or '.join(near)}? `jllama info` lists the shipped models"
+    if "/" in name:
+        hint = f"; or did you mean {like}" if len(near) == 1 else ""
+        return f"{name}: no such folder; name a run or a model's folder{hint}"
+    hint = f"did you mean {like}" if near else f"shipped models: {', '.join(model_names())}"
+    return f"no {name!r}; {hint}"
 
 
 def _is_a(cls: type, data: dict) -> bool:

@@ -4,7 +4,6 @@ Both walk the type hints: dataclasses, tuples of them, and sum types whose membe
 """
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
@@ -12,6 +11,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
+
+from jllama.config.suggestions import meant_key
 
 _MISSING = ("missing", "missing_argument")
 _MAX_KEYS = 8  # in one line
@@ -29,8 +30,8 @@ def explain(cls: type, error: pydantic.ValidationError) -> tuple[list[str], str]
     keys = [".".join(path) or "config"]
     kind = first["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = difflib.get_close_matches(path[-1], allowed, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        known = {key: meaning for key, _, meaning in describe_keys(cls)}
+        hint = meant_key(path, allowed, known)
         text = f"unknown key; {hint}allowed: {', '.join(allowed)}"
     elif kind in _MISSING:
         absent = [e["loc"] for e in errors if e["type"] in _MISSING][:_MAX_KEYS]

@@ -59,8 +59,7 @@ def find_libtpu() -> str:
     spec = importlib.util.find_spec("libtpu")
     if spec is None or not spec.origin:
         raise UserError(
-            "planning needs the TPU compiler libtpu, but no TPU: `make plan`, or"
-            f" {install('plan')}"
+            f"planning needs the TPU compiler libtpu, but no TPU: `make plan`, or {install('plan')}"
         )
     return str(Path(spec.origin).parent / "libtpu.so")
 
@@ -69,8 +68,7 @@ def check_cuda() -> None:
     """Raises `UserError` when JAX's CUDA compiler is not installed."""
     if not has_cuda():
         raise UserError(
-            "planning for a GPU needs JAX's CUDA compiler, but no GPU:"
-            f" {install('cuda')}"
+            f"planning for a GPU needs JAX's CUDA compiler, but no GPU: {install('cuda')}"
         )
 
 

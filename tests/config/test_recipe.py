@@ -440,7 +440,10 @@ def test_a_model_may_be_another_with_changes(recipe, tmp_path):
         ),
         (["data.length=129"], r"data\.length=129 is above model\.max_length=128"),
         (["tokenizer.vocab_size=513"], r"tokenizer\.vocab_size=513 does not fit"),
-        (["model=llama-8b"], r"model: no 'llama-8b'; shipped models: .*llama-7b"),
+        (
+            ["model=llama-8b"],
+            r"model: no 'llama-8b'; did you mean llama3-8b or .*`jllama info`",
+        ),
         (["model=./gron"], r"model: ./gron: no such folder"),
         (["training.steps"], r"'training\.steps': an override is written key=value"),
         (["training.steps.x=1"], r"training\.steps\.x: training\.steps is a single value"),

@@ -433,6 +433,13 @@ def test_an_adapter_is_no_gguf_and_an_empty_name_no_adapter(base, one, tmp_path,
     for more in ([f"{one}=0.5"], [str(one), "--adapter", str(base)]):
         assert cli.main(["convert", str(base), str(tmp_path / "x"), "--adapter", *more]) == 2
         assert "--adapter: give one, with weight 1" in capsys.readouterr().err
+    for words, said in (
+        ((base, "x"), "is a model"),
+        ((one, "x", "--to", "jllama"), "leave it out"),
+    ):
+        convert = ["convert", str(words[0]), str(tmp_path / "x"), *words[2:], "--base-name", "n"]
+        assert cli.main(convert) == 2
+        assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -467,10 +474,9 @@ def test_every_kind_of_adapter_is_trained_on(adapted):
 
 def test_pefts_adapters_are_trained_on(base, adapted, other, tmp_path):
     peft = tmp_path / "peft"
-    assert cli.main(["convert", str(other), str(peft)]) == 0
+    assert cli.main(["convert", str(other), str(peft), "--base-name", "somebody/else"]) == 0
     said = json.loads((peft / "adapter_config.json").read_text())
-    text = json.dumps(said | {"base_model_name_or_path": "somebody/else"})
-    (peft / "adapter_config.json").write_text(text)
+    assert said["base_model_name_or_path"] == "somebody/else"
     alike = (
         "adapt.dora=true", "adapt.targets=[q,v,down]", "adapt.rank=2", STILL, "training.steps=2",
     )  # fmt: skip
