@@ -1,6 +1,7 @@
 """`jllama plan`: whether a recipe's run fits absent devices, and what bounds its speed."""
 
 import argparse
+import functools
 import json
 import math
 from typing import Any
@@ -14,7 +15,7 @@ from jllama.parallel.mesh import abstract_mesh
 from jllama.parallel.sharding import Placement
 from jllama.plan.process import CompileFailed, compile_step, environment
 from jllama.plan.search import Change, Tried, search
-from jllama.plan.step import state_bytes
+from jllama.plan.step import Foreseen, foresee, state_bytes
 from jllama.plan.topology import parse
 from jllama.progress import say
 from jllama.store.model import architecture_at
@@ -27,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", required=True, metavar="FILE", help="the recipe; keys follow as for train.py"
     )
     parser.add_argument(
-        "--topology", required=True, help="chips of one slice: v5p:8x8x8, v5e:4x4, ..., gpu:h100:8"
+        "--topology",
+        required=True,
+        help="chips of one slice: v5p:8x8x8, v5e:4x4, ..., or the cloud's name: v5p-1024,"
+        " v5litepod-16, ...; or gpu:h100:8",
     )
     parser.add_argument(
         "--slices", type=int, default=1, help="slices joined by the data-centre network [1]"
@@ -38,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=12,
         help="compilations at most to find changes that fit, if it does not fit [12]",
     )
+    parser.add_argument(
+        "--enough",
+        type=int,
+        default=2,
+        help="kinds of change with one that fits, after which no other kind is tried [2]",
+    )
     parser.add_argument("--json", action="store_true", help="print exact figures as JSON")
     parser.set_defaults(overrides=[])  # further arguments are keys of the recipe
 
@@ -46,32 +56,36 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0 if the run fits, 1 if it does not, 3 if the compiler failed."""
     if args.tries < 0:
         raise UserError(f"--tries={args.tries}: must be at least 0")
+    if args.enough < 1:
+        raise UserError(f"--enough={args.enough}: must be at least 1")
     topology = parse(args.topology, args.slices)
     words = ["--config", args.config, *args.overrides]
 
     def changed(change: Change) -> Config:
         return recipes.from_arguments([*words, *(f"--{c}" for c in change)], architecture_at)
 
-    def state(change: Change = ()) -> int:
-        """Bytes of parameters and optimizer on a device."""
+    @functools.cache
+    def foreseen(change: Change = ()) -> Foreseen:
         config = changed(change)
         mesh = abstract_mesh(config.mesh, topology.devices, topology.slices)
-        return state_bytes(config, Placement(mesh, config.sharding))
+        return foresee(config, Placement(mesh, config.sharding), topology)
 
     def attempt(change: Change = ()) -> dict[str, Any]:
-        say(f"compiling for {args.topology}: {' '.join(change) or 'as given'}")
+        say(f"compiling for {topology.name}: {' '.join(change) or 'as given'}")
         return compile_step(changed(change), topology, args.config)
 
     config = changed(())
     # Errors of the placement, and a missing compiler, come before anything is compiled.
-    alone = state()
+    alone = foreseen().state_bytes
     environment(topology)
     try:
         report = attempt()
     except CompileFailed as error:
         say(f"error: the compiler failed: {error}")
         return FAILED
-    tried = [] if report["fits"] else search(config, report, attempt, state, args.tries)
+    tried = []
+    if not report["fits"]:
+        tried = search(config, report, attempt, foreseen, args.tries, args.enough)
     figures = {"recipe": args.config, "overrides": args.overrides} | report
     if not report["fits"]:
         figures["tried"] = [vars(t) | {"change": list(t.change)} for t in tried]
@@ -109,6 +123,7 @@ def _page(figures: dict[str, Any], tried: list[Tried], fewer_rows: int | None) -
         ("compile seconds", f"{figures['compile_seconds']:g}"),
         *((f"step at least, by {name}", f"{s:.4g} s") for name, s in times.items()),
         ("bound by", figures["bound_by"]),
+        ("all steps at least", _duration(figures["run_seconds_at_least"])),
     ]
     lines = [figures["recipe"], table([r for r in rows if r[1]], left=range(2), indent="  ")]
     if figures["fits"]:
@@ -153,11 +168,17 @@ def _advice(tried: list[Tried]) -> list[str]:
     if not tried:
         return ["nothing else was tried"]
     rows = [
-        (t.kind, " ".join(f"--{c}" for c in t.change), "fits" if t.fits else "no", _outcome(t))
+        (
+            t.kind,
+            " ".join(f"--{c}" for c in t.change),
+            "fits" if t.fits else "no",
+            f"at least {t.step_seconds_at_least:.4g} s" if t.step_seconds_at_least else "",
+            _outcome(t),
+        )
         for t in tried
     ]
     head = "tried:" if any(t.fits for t in tried) else "tried, and none of it fits:"
-    return [head, table(rows, left=range(4), indent="  ")]
+    return [head, table(rows, left=range(5), indent="  ")]
 
 
 def _outcome(t: Tried) -> str:
@@ -166,6 +187,10 @@ def _outcome(t: Tried) -> str:
     if evaluation > step or (evaluation and any(c.startswith("eval.") for c in t.change)):
         sizes.append(f"evaluation {_gib(evaluation)}")
     return ": ".join(x for x in (", ".join(sizes), t.failure) if x)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 86400:,.1f} days" if seconds >= 2 * 86400 else f"{seconds / 3600:.2g} hours"
 
 
 def _gib(n: float) -> str:

@@ -1,16 +1,19 @@
 """Searches changes that make a step fit: of remat, batch per device, mesh, and offload.
 
 A change is the options that a user would add to the command line. The changes of one kind are
-ordered from mild to strong; if the strongest fits, bisection finds the mildest that fits.
+ordered from mild to strong; if the strongest fits, bisection finds the mildest that fits. The kinds
+and the meshes come in the order of promise: those with the lowest bound of the step's time first.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jllama.config import Config
 from jllama.errors import UserError
 from jllama.plan.process import CompileFailed
+from jllama.plan.step import Foreseen
 
 _REMAT = ("none", "dots", "attention", "full")  # from the fastest to the smallest
 
@@ -25,6 +28,7 @@ class Tried:
     """One change and its result: the bytes of a device, or a line that says why it failed.
 
     If parameters and optimizer alone are too large, it has their bytes, and a line that says so.
+    `step_seconds_at_least` is the largest lower bound of the step's time; None if it cannot be.
     """
 
     kind: str
@@ -33,18 +37,24 @@ class Tried:
     hbm_bytes_per_device: int | None
     failure: str | None = None
     eval_hbm_bytes_per_device: int | None = None
+    step_seconds_at_least: float | None = None
 
 
 def search(
-    config: Config, report: dict[str, Any], attempt: Try, state: Callable[[Change], int], limit: int
+    config: Config,
+    report: dict[str, Any],
+    attempt: Try,
+    foresee: Callable[[Change], Foreseen],
+    limit: int,
+    enough: int,
 ) -> list[Tried]:
-    """Tries changes until each kind has its answer or `limit` compilations are done.
+    """Tries changes until `enough` kinds have one that fits, or `limit` compilations are done.
 
     Args:
       report: the report of the recipe as it is.
       attempt: compiles the recipe with a change, and returns its report.
-      state: the bytes of parameters and optimizer alone with a change; a change is not compiled if
-        they alone do not fit.
+      foresee: what is known of a change without compiling it, which it is not if parameters and
+        optimizer alone do not fit.
     """
     tried: dict[Change, Tried] = {}
     capacity = report["hbm_capacity_bytes"]
@@ -63,18 +73,25 @@ def search(
         nonlocal compiled
         if compiled >= limit:
             return None
+        seconds = None
         try:
-            alone = state(change)
+            alone, seconds = foresee(change)
             if alone >= capacity:
-                tried[change] = Tried(kind, change, False, alone, _ALONE)
+                tried[change] = Tried(kind, change, False, alone, _ALONE, None, seconds)
             else:
                 compiled += 1
                 made = attempt(change)
                 need, eval_need = made["hbm_bytes_per_device"], made["eval_hbm_bytes_per_device"]
-                tried[change] = Tried(kind, change, made["fits"], need, None, eval_need)
+                tried[change] = Tried(kind, change, made["fits"], need, None, eval_need, seconds)
         except (UserError, CompileFailed) as error:
-            tried[change] = Tried(kind, change, False, None, str(error))
+            tried[change] = Tried(kind, change, False, None, str(error), None, seconds)
         return tried[change].fits
+
+    def seconds_of(change: Change) -> float:
+        try:
+            return foresee(change).step_seconds
+        except UserError:
+            return math.inf
 
     known = report["hbm_bytes_by_kind"]
     alone = known["parameters"] + known["optimizer"]
@@ -86,7 +103,13 @@ def search(
     if alone < capacity and not step_fits:
         kinds = {"remat": _remats(config), "batch": _batches(config, report)} | kinds
         kinds["offload"] = [("compute.remat=offload",)] if config.compute.remat != "offload" else []
-    for kind, changes in kinds.items():
+    kinds["mesh"].sort(key=seconds_of)
+    # The strongest change of a kind is its slowest, and the first mesh is the fastest.
+    promise = {k: seconds_of(c[0 if k == "mesh" else -1]) for k, c in kinds.items() if c}
+    for kind in sorted(promise, key=lambda kind: promise[kind]):
+        if len({t.kind for t in tried.values() if t.fits}) >= enough:
+            break
+        changes = kinds[kind]
         if kind != "mesh":
             _mildest(kind, changes, try_change)
             continue

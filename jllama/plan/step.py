@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,14 +61,12 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
     if definition.frozen:
         known["frozen"] = bytes_per_device(definition.frozen)
     mesh = dict(placement.mesh.shape)
-    state_size, parameters = known["parameters"] + known["optimizer"], parameters_of(definition)
-    counted = bounds.traffic(config, mesh, topology.slices, parameters, state_size)
+    times = _bounds(config, placement, topology, definition)
     loss = functools.partial(causal_lm_loss, config)
     step = make_train_step(config, loss, definition, placement)
     start = time.perf_counter()
     memory = _memory(step, (state, definition.frozen, batch), known)
     compile_seconds = round(time.perf_counter() - start, 2)
-    times = bounds.seconds(config, len(devices), topology.chip, counted)
     capacity = memory.pop("hbm_capacity_bytes", capacity)
     step_fits = memory["hbm_bytes_per_device"] <= capacity and "compiler_message" not in memory
     evaluation = _evaluation(config, placement, definition, known, capacity)
@@ -91,6 +89,7 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
         "model_flops_per_step": round(bounds.model_flops(config)),
         "compile_seconds": compile_seconds,
         "step_seconds_at_least": times,
+        "run_seconds_at_least": config.training.steps * max(times.values()),
         "bound_by": max(times, key=lambda name: times[name]),
         "jax": jax.__version__,
         "compiler": _compiler(topology),
@@ -106,6 +105,35 @@ def define(config: Config, placement: Placement) -> StateDef:
 def state_bytes(config: Config, placement: Placement) -> int:
     """Bytes of parameters and optimizer on a device, without compiling; raises as `define`."""
     return bytes_per_device(define(config, placement).placed)
+
+
+class Foreseen(NamedTuple):
+    """What is known of a step without compiling it.
+
+    Attributes:
+      state_bytes: bytes of parameters and optimizer on a device.
+      step_seconds: the largest of the lower bounds of its time.
+    """
+
+    state_bytes: int
+    step_seconds: float
+
+
+def foresee(config: Config, placement: Placement, topology: Topology) -> Foreseen:
+    """What is known of a step before it is compiled; raises as `define`."""
+    definition = define(config, placement)
+    times = _bounds(config, placement, topology, definition)
+    return Foreseen(bytes_per_device(definition.placed), max(times.values()))
+
+
+def _bounds(
+    config: Config, placement: Placement, topology: Topology, definition: StateDef
+) -> dict[str, float]:
+    """Lower bounds of the step's time in seconds, by resource."""
+    state, parameters = bytes_per_device(definition.placed), parameters_of(definition)
+    mesh = dict(placement.mesh.shape)
+    counted = bounds.traffic(config, mesh, topology.slices, parameters, state)
+    return bounds.seconds(config, topology.devices, topology.chip, counted)
 
 
 def abstract_batch(

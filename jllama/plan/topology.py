@@ -34,8 +34,15 @@ _PODS = {
 }
 _ALLOWED = (
     "v4:AxBxC, v5p:AxBxC, v5e:AxB or v6e:AxB, such as v5p:4x4x8, the first two sides even;"
-    " or gpu:h100:N"
+    " a cloud's name, such as v5p-256 or v5litepod-16; or gpu:h100:N"
 )
+# The topologies that Google Cloud gives when only the size is named, by the dimensions of the pod.
+# Names of v4 and v5p count TensorCores, two to a chip; those of v5e and v6e count chips. Sources:
+# docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} and .../kubernetes-engine/docs/concepts/plan-tpus.
+_DEFAULTS = {
+    2: "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+    3: "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16 8x16x16 16x16x16 16x16x24",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +78,9 @@ def parse(name: str, slices: int = 1) -> Topology:
     gpu = re.fullmatch(r"gpu:([a-z0-9]+):(\d+)", name)
     if gpu:
         return _gpu(name, gpu[1], int(gpu[2]), slices)
+    cloud = re.fullmatch(r"(v\w+)-(\d+)", name)
+    if cloud:
+        return parse(_of_cloud(name, cloud[1].replace("5litepod", "5e"), int(cloud[2])), slices)
     slice_name = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name)
     pod = _PODS.get(slice_name[1]) if slice_name else None
     if slice_name is None or pod is None:
@@ -87,6 +97,26 @@ def parse(name: str, slices: int = 1) -> Topology:
             " take smaller slices and --slices"
         )
     return Topology(name, chip, shape, slices)
+
+
+def _of_cloud(name: str, chip: str, size: int) -> str:
+    """Our name of the slice that Google Cloud calls `name`."""
+    pod = _PODS.get(chip)
+    if pod is None:
+        raise UserError(f"--topology {name}: not a known slice; allowed: {_ALLOWED}")
+    cores = pod.dimensions - 1  # that the name counts per chip
+    shapes = {
+        math.prod(map(int, shape.split("x"))) * cores: shape
+        for shape in _DEFAULTS[pod.dimensions].split()
+    }
+    if size not in shapes or size > pod.chips * cores:
+        counted = "TensorCores, two to a chip" if cores == 2 else "chips"
+        sizes = ", ".join(str(n) for n in shapes if n <= pod.chips * cores)
+        raise UserError(
+            f"--topology {name}: no default slice has that many {counted}; sizes: {sizes}; or give"
+            f" the sides, {chip}:{'x'.join('ABC'[: pod.dimensions])}"
+        )
+    return f"{chip}:{shapes[size]}"
 
 
 def _gpu(name: str, chip: str, count: int, slices: int) -> Topology:

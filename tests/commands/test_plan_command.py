@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -50,6 +51,8 @@ def test_a_step_that_fits(recipe, compiler, capsys):
     figures, config = json.loads(out), recipe_loader.load(recipe)
     assert status == 0 and figures["fits"] is True
     assert (figures["devices"], figures["mesh"]["fsdp"], figures["mesh"]["tensor"]) == (4, 2, 2)
+    slowest = max(figures["step_seconds_at_least"].values())
+    assert figures["run_seconds_at_least"] == config.training.steps * slowest
     assert figures["model_flops_per_step"] == round(
         ROWS * LENGTH * train_flops_per_token(config.model, LENGTH)
     )
@@ -166,6 +169,7 @@ def report(fits):
         "eval_hbm_bytes_per_device": size // 4, "eval_fits": True,
         "host_bytes_per_device": 0, "model_flops_per_step": 10**12, "compile_seconds": 1.0,
         "step_seconds_at_least": {"compute": 2.0, "hbm": 1.0}, "bound_by": "compute",
+        "run_seconds_at_least": 4 * 86400,
     }  # fmt: skip
 
 
@@ -180,6 +184,7 @@ def test_json_of_a_search_has_what_was_tried(recipe, monkeypatch, capsys):
     (full,) = [t for t in figures["tried"] if t["fits"]]
     assert full["kind"] == "remat" and full["change"] == ["compute.remat=full"]
     assert full["hbm_bytes_per_device"] == 2**29
+    assert all(t["step_seconds_at_least"] > 0 for t in figures["tried"])
 
 
 def test_an_evaluation_that_does_not_fit_is_named_and_gets_fewer_rows(recipe, monkeypatch, capsys):
@@ -195,8 +200,10 @@ def test_an_evaluation_that_does_not_fit_is_named_and_gets_fewer_rows(recipe, mo
     at = lines.index("  the step fits: 0.50 GiB of 1.00 GiB")
     hint = "; lower eval.batch_size, down to 4"
     assert lines[at + 1] == f"  the evaluation does not fit: 2.00 GiB of 1.00 GiB{hint}"
-    outcome = "fits 0.50 GiB, evaluation 0.40 GiB"
-    assert " ".join(lines[-1].split()) == f"eval --eval.batch_size=4 {outcome}"
+    words = " ".join(lines[-1].split())
+    assert re.fullmatch(
+        r"eval --eval\.batch_size=4 fits at least \S+ s 0\.50 GiB, evaluation 0\.40 GiB", words
+    )
 
 
 def test_what_the_compiler_leaves_out_of_an_evaluation_is_said(recipe, monkeypatch, capsys):
@@ -240,6 +247,7 @@ def test_the_page_is_aligned(recipe, monkeypatch, capsys):
     status, out, _ = run(capsys, "--config", recipe)
     lines = out.splitlines()[1:]
     assert status == 0
+    assert lines[-1].endswith("  4.0 days")
     column = {len(x) - len(x[2:].split("  ", 1)[1].lstrip()) for x in lines}
     assert len(column) == 1
 
@@ -247,7 +255,8 @@ def test_the_page_is_aligned(recipe, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--topology", "v5e-16"], "allowed: v4:AxBxC"),
+        (["--topology", "v5e-15"], "or give the sides, v5e:AxB"),
+        (["--enough=0"], "--enough=0"),
         (["--tries=-1"], "--tries=-1"),
         (["--slices=0"], "--slices=0"),
         (["--nonsense.key=1"], "nonsense"),

@@ -6,6 +6,7 @@ from jllama.config import Config
 from jllama.config import recipe as recipe_loader
 from jllama.plan.process import CompileFailed
 from jllama.plan.search import search
+from jllama.plan.step import Foreseen
 
 CAPACITY = 100
 MESH = {"replica": 1, "fsdp": 4, "context": 1, "tensor": 1}
@@ -26,10 +27,11 @@ def report(size, parameters=10, evaluation=None):
     }
 
 
-def run(sizes, *overrides, limit=20, parameters=10, states=()):
+def run(sizes, *overrides, limit=20, enough=9, parameters=10, states=(), seconds=()):
     """Searches from 500 bytes; `sizes` gives a change's bytes, 300 where it says nothing.
 
-    `states` gives those of parameters and optimizer, where a change has others.
+    `states` gives those of parameters and optimizer, where a change has others, and `seconds` the
+    bounds of the step's time that are not 1.
     """
     asked = []
 
@@ -40,11 +42,11 @@ def run(sizes, *overrides, limit=20, parameters=10, states=()):
             raise size
         return report(size)
 
-    def state(change):
-        return dict(states).get(change, 3 * parameters)
+    def foresee(change):
+        return Foreseen(dict(states).get(change, 3 * parameters), dict(seconds).get(change, 1.0))
 
     config = recipes.in_memory("training.batch_size=64", *overrides)
-    return search(config, report(500, parameters), attempt, state, limit), asked
+    return search(config, report(500, parameters), attempt, foresee, limit, enough), asked
 
 
 def test_the_mildest_change_of_a_kind_that_fits_is_found():
@@ -61,6 +63,26 @@ def test_every_kind_is_tried_and_the_strongest_first():
     assert ("training.accumulate=16",) in asked  # a row per device: 64 rows over fsdp 4
     assert ("mesh.fsdp=2", "mesh.tensor=2") in asked
     assert ("compute.remat=offload",) in asked
+
+
+def test_the_fastest_kind_and_the_fastest_mesh_are_tried_first():
+    slow, fast = ("mesh.fsdp=2", "mesh.tensor=2"), ("mesh.fsdp=2", "mesh.context=2")
+    seconds = {
+        ("compute.remat=full",): 3.0, ("training.accumulate=16",): 2.0, fast: 0.5, slow: 4.0,
+        ("compute.remat=offload",): 2.5,
+    }  # fmt: skip
+    tried, asked = run({}, seconds=seconds)
+    in_order = [fast, slow, ("training.accumulate=16",), ("compute.remat=offload",)]
+    assert [c for c in asked if c in seconds] == [*in_order, ("compute.remat=full",)]
+    assert {t.change: t.step_seconds_at_least for t in tried}[slow] == 4.0
+
+
+def test_the_search_ends_when_enough_kinds_fit():
+    sizes = {("compute.remat=full",): 40, ("training.accumulate=16",): 40}
+    for enough, kinds in ((1, {"remat"}), (2, {"remat", "batch"})):
+        tried, _ = run(sizes, enough=enough)
+        assert {t.kind for t in tried} == kinds
+    assert len({t.kind for t in run(sizes, enough=3)[0]}) == 4
 
 
 def test_when_nothing_alone_fits_the_strongest_are_tried_together():
@@ -105,7 +127,8 @@ def search_evaluation(size, evaluations, sizes=()):
         return report(dict(sizes).get(change, size), evaluation=evaluations.get(change, 300))
 
     config = recipes.in_memory("training.batch_size=64", "eval.batch_size=64")
-    return search(config, report(size, evaluation=500), attempt, lambda _: 30, 20), asked
+    first = report(size, evaluation=500)
+    return search(config, first, attempt, lambda _: Foreseen(30, 1.0), 20, 9), asked
 
 
 def test_an_evaluation_that_does_not_fit_gets_fewer_rows_and_nothing_else():

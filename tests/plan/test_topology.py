@@ -16,9 +16,31 @@ def test_names_of_slices():
 
 
 @pytest.mark.parametrize(
+    ("name", "ours", "chips"),
+    [
+        ("v5e-16", "v5e:4x4", 16),
+        ("v5litepod-16", "v5e:4x4", 16),
+        ("v5litepod-8", "v5e:2x4", 8),
+        ("v6e-64", "v6e:8x8", 64),
+        ("v6e-1", "v6e:1x1", 1),
+        ("v4-32", "v4:2x2x4", 16),
+        ("v5p-8", "v5p:2x2x1", 4),
+        ("v5p-128", "v5p:4x4x4", 64),
+        ("v5p-12288", "v5p:16x16x24", 6144),
+    ],
+)
+def test_the_clouds_name_is_its_default_topology(name, ours, chips):
+    topology = parse(name, slices=2)
+    assert (topology, topology.devices) == (parse(ours, slices=2), 2 * chips)
+
+
+@pytest.mark.parametrize(
     ("name", "slices", "said"),
     [
-        ("v5e-16", 1, "allowed: v4:AxBxC"),
+        ("v5e-15", 1, "sizes: 1, 4, 8, 16, 32, 64, 128, 256; or give the sides, v5e:AxB$"),
+        ("v5p-100", 1, "TensorCores, two to a chip; sizes: 8, 16, .*, 12288; .* v5p:AxBxC$"),
+        ("v4-12288", 1, "sizes: 8, .* 8192; or"),
+        ("v9-16", 1, "allowed: v4:AxBxC"),
         ("v9:2x2", 1, "allowed: v4:AxBxC"),
         ("v5e:4x4x4", 1, "2 sides"),
         ("v5p:4x4", 1, "3 sides"),
