@@ -87,6 +87,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--num-samples", type=int, default=1, help="how many continuations [1]")
     add("--seed", type=int, default=default.seed, help="equal seeds give equal text [%(default)s]")
+    add("--tokenizer", metavar="PATH", help="another than the model's")
+    add("--max-length", type=int, metavar="COUNT", help="positions of the model [as it says]")
     add("--dtype", choices=("float32", "bfloat16"), help="of the computation [the model's]")
     return parser.parse_args(argv)
 
@@ -103,6 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         args.pop("model"),
         dtype=args.pop("dtype"),
         adapter={path: path for path in adapters} or None,
+        tokenizer=args.pop("tokenizer"),
+        max_length=args.pop("max_length"),
     )
     args["special"] = args.pop("special_tokens")
     args["adapter"] = adapters or None

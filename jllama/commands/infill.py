@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, help="tokens of prompt and answer [the model's max_length]")
     add("--max-new-tokens", type=int, default=48, help="tokens of an answer [%(default)s]")
     add("--batch-size", type=int, default=16, help="answers generated at a time [%(default)s]")
+    add("--tokenizer", metavar="PATH", help="another than the model's")
     add("--dtype", choices=("float32", "bfloat16"), help="dtype of the computation [the model's]")
     add("--out", metavar="FILE", help="write each problem and its answers there, as JSON lines")
     add("--json", action="store_true", help="print exact figures as JSON")
@@ -57,9 +58,9 @@ def run(args: argparse.Namespace) -> None:
     adapters = adapter_weights(args.adapter)
     problems = open_problems(args.data, args.count, args.spans)
     given = {path: path for path in adapters} or None
-    model = jllama.load(args.model, dtype=args.dtype, adapter=given)
+    model = jllama.load(args.model, dtype=args.dtype, adapter=given, tokenizer=args.tokenizer)
     if model.tokenizer is None:
-        raise UserError(f"{args.model}: has no tokenizer; put its files there")
+        raise UserError(f"{args.model}: has no tokenizer; give one: --tokenizer PATH")
     length = model.config.max_length if args.length is None else args.length
     scores = {}
     for way in ways:

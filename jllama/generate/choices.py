@@ -55,7 +55,7 @@ def _pair(tokenizer, prompt, choice, special, where):
         raise UserError(f"{where}: one is a text and one is ids; give texts, or give ids")
     if tokenizer is None and (isinstance(prompt, str) or not len(prompt)):
         raise UserError(
-            "score: the model's folder has no tokenizer; put its files there, or give ids"
+            "score: the model has no tokenizer; load it with one (tokenizer=PATH), or give ids"
         )
     if isinstance(prompt, str):
         # Without the choice, white space that moves to it would be scored alone.

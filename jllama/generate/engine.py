@@ -265,7 +265,8 @@ def _check(request: Request, max_length: int, vocab_size: int, where: str) -> No
     if len(prompt) + new > max_length:
         raise UserError(
             f"{where}: {len(prompt)} tokens and {new} new ones exceed the model's"
-            f" max_length={max_length}: shorten the prompt or lower max_new_tokens"
+            f" max_length={max_length}: shorten the prompt or lower max_new_tokens; a model that"
+            " reads further is loaded with another max_length (--max-length)"
         )
 
 

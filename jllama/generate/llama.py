@@ -101,8 +101,8 @@ class Llama:
         """How likely each choice is as the continuation of each prompt.
 
         Args:
-          prompts: a text or several; texts get a BOS. Or ids, taken as they are. An empty prompt of
-            either kind is BOS alone.
+          prompts: a text or several; texts get a BOS unless the tokenizer adds none. Or ids, taken
+            as they are. An empty prompt of either kind is BOS alone.
           choices: texts, the same for all prompts; or a list of its choices for each prompt. Those
             of a prompt of ids are ids. White space between prompt and choice belongs to the choice,
             on whichever side it is: see `jllama.text.continuation.choice_ids`.
@@ -142,8 +142,9 @@ class Llama:
         the settings, and not of what else is generated with it.
 
         Args:
-          prompts: a text or several; texts get a BOS. Or ids, taken as they are. An empty prompt
-            of either kind is BOS alone. Or an `Infill`, of which the middle is written.
+          prompts: a text or several; texts get a BOS unless the tokenizer adds none. Or ids, taken
+            as they are. An empty prompt of either kind is BOS alone. Or an `Infill`, of which the
+            middle is written.
           batch_size: continuations generated at a time.
           adapter: for all prompts, or a list with one for each.
           settings: temperature, top_k, top_p, repetition_penalty, max_new_tokens, stop, special and
@@ -250,7 +251,10 @@ class Llama:
     def _request(self, prompt, number, mixture, settings) -> engine.Request:
         tokenizer = self.tokenizer
         if tokenizer is None:
-            raise UserError("generate: the model's folder has no tokenizer; put its files there")
+            raise UserError(
+                "generate: the model has no tokenizer; load it with one (tokenizer=PATH,"
+                " --tokenizer PATH)"
+            )
         stop = tokenizer.stop_ids
         if isinstance(prompt, Infill):
             ids = tuple(prompt_ids(tokenizer, prompt))

@@ -17,8 +17,11 @@ from jllama.generate.llama import Llama
 from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
-from jllama.store.find import find
+from jllama.progress import note
+from jllama.store.find import Found, find
 from jllama.store.model import open_adapted, read_base
+from jllama.text.interface import Tokenizer
+from jllama.text.keys import GENERATION, note_sampling
 
 
 def load(
@@ -26,6 +29,8 @@ def load(
     dtype: str | None = None,
     model: str | None = None,
     adapter: str | Path | Mapping[str, str | Path] | None = None,
+    tokenizer: str | Path | None = None,
+    max_length: int | None = None,
 ) -> Llama:
     """A trained model: a run (its newest checkpoint), a step of it, or a model's folder.
 
@@ -39,6 +44,8 @@ def load(
         file like those.
       adapter: one to load over the model, or several by name: a run with `adapt.kind=lora`, a step
         of it, or a folder of PEFT's. What was trained over a quantised base gets one.
+      tokenizer: the path of another than the folder's, or "none".
+      max_length: the positions that the model reads, where the folder's are not right.
 
     Raises:
       UserError: if the path is none of these, the run has no checkpoint, the folder holds what
@@ -52,7 +59,8 @@ def load(
         adapter = {storage.path(adapter).name: adapter}
     if not isinstance(adapter, Mapping | None):
         raise UserError(f"adapter={adapter!r}: expected a path, or several by name: {{name: path}}")
-    stored = open_adapted(find(path), adapter, model)
+    stored = open_adapted(find(path), adapter, model, tokenizer, max_length)
+    _note_generation(stored.found, stored.tokenizer)
     config, adapters = stored.config, stored.adapters
     use_compilation_cache(stored.compilation_cache)
     compute = stored.compute if dtype is None else dataclasses.replace(stored.compute, dtype=dtype)
@@ -67,6 +75,17 @@ def load(
         whole = tuple(path for _, o in read for path in lora.whole_leaves(o))
         params, overlays = join_overlays(params, read, tuple(adapters))
     return Llama(config, params, stored.tokenizer, compute, tuple(adapters), overlays, whole)
+
+
+def _note_generation(found: Found, tokenizer: Tokenizer | None) -> None:
+    """Says what the folder asks of generation, and what is done otherwise here."""
+    if found.format == "hf" and GENERATION in found.files:
+        note_sampling(found.folder / GENERATION, storage.read_json(found.folder / GENERATION))
+    if tokenizer is not None and tokenizer.adds_eos:
+        note(
+            f"{found.path}: its tokenizer ends every text with EOS; a prompt gets none here,"
+            " because it is to be continued"
+        )
 
 
 def _placed(config: ModelConfig, dtype: str) -> tuple[Placement, llama.Params]:

@@ -5,14 +5,14 @@ from jllama.text.interface import Tokenizer
 
 
 def text_ids(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
-    """Returns the ids of a text to continue, which begin with BOS.
+    """Returns the ids of a text to continue, which begin with BOS if the tokenizer adds it.
 
     With `special` the text of a special token is that token, and a text that begins with BOS's gets
-    no second one.
+    no second one. An empty text is BOS alone.
     """
-    ids = tokenizer.encode(text, bos=True, special=special)
-    twice = special and ids[:2] == [tokenizer.bos_id] * 2
-    return ids[1:] if twice else ids
+    ids = tokenizer.encode(text, bos=tokenizer.adds_bos, special=special)
+    twice = special and tokenizer.adds_bos and ids[:2] == [tokenizer.bos_id] * 2
+    return ids[1:] if twice else ids or [tokenizer.bos_id]
 
 
 def choice_ids(

@@ -15,6 +15,7 @@ _READ = {
     "add_bos_token", "add_eos_token", "added_tokens_decoder", "additional_special_tokens",
     "chat_template", "extra_special_tokens", "legacy", "padding_side",
 }  # fmt: skip
+GENERATION = "generation_config.json"
 _SPACE = "add_prefix_space"
 # Names, and settings of padding, of cutting and of decoding: ids are never padded or cut here, and
 # decoding gives the text back as it was.

@@ -8,10 +8,10 @@ from typing import Any
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.text.added import AddedToken
-from jllama.text.keys import note_tokenizer_keys
+from jllama.text.keys import GENERATION, note_tokenizer_keys
 
 _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
-_ADDED, _GENERATION = "added_tokens.json", "generation_config.json"
+_ADDED, _GENERATION = "added_tokens.json", GENERATION
 _MODEL = "config.json"  # has eos_token_id too, which counts where _GENERATION has none
 _TEMPLATE = "chat_template.jinja"  # before transformers 4.52 in tokenizer_config.json
 SETTINGS_FILES = (_CONFIG, _MAP, _ADDED, _GENERATION, _TEMPLATE)
