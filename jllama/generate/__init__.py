@@ -1,1 +1,1 @@
-"""From logits to tokens: sampling rules and the engine that decodes with a cache."""
+"""A trained model in use: opening one, generating texts with a cache, and scoring given ones."""

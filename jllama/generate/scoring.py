@@ -64,9 +64,9 @@ def rows_of(tokens: Any, vocab_size: int) -> list[np.ndarray]:
     Raises `UserError` for anything else, an empty row, or an id outside the vocabulary.
     """
     try:
-        rows = list(np.atleast_1d(np.asarray(tokens)))
+        rows = [np.asarray(row) for row in np.atleast_1d(np.asarray(tokens))]
     except ValueError:  # rows of several lengths
-        rows = [np.asarray(row) for row in tokens]
+        rows = [_array(row) for row in tokens]
     if not rows:
         raise UserError("logits: no rows; give ids [B,T], or a list of rows of ids")
     for i, row in enumerate(rows):
@@ -80,6 +80,13 @@ def rows_of(tokens: Any, vocab_size: int) -> list[np.ndarray]:
                 f" vocabulary of {vocab_size}"
             )
     return rows
+
+
+def _array(row):
+    try:
+        return np.asarray(row)
+    except ValueError:  # a list of lists of several lengths
+        return np.asarray(row, object)
 
 
 def logits(reader: Reader, rows: Sequence[Sequence[int]], length: int | None = None) -> jax.Array:

@@ -77,8 +77,24 @@ def test_logits_are_those_of_the_model(model, recipe):
     assert tiny.relative_error(got, tiny.logits(params, recipe.model, tokens)) < 1e-6
 
 
-@pytest.mark.parametrize("tokens", [[1, 2], [[0.5]], [[448]], [[-1]], [[]], [[1, 2], [3]]], ids=str)
-def test_logits_of_what_is_no_batch_of_ids_is_an_error(model, tokens):
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [],
+        3,
+        [1, 2],
+        ["a"],
+        [[0.5]],
+        [[448]],
+        [[1], [2, -1]],
+        [[]],
+        [[1, 2], []],
+        [[[1]]],
+        [[1], [2, [3]]],
+    ],
+    ids=str,
+)
+def test_logits_of_what_are_no_rows_of_ids_is_an_error(model, tokens):
     with pytest.raises(jllama.UserError, match=r"^logits: "):
         model.logits(tokens)
 
@@ -124,6 +140,37 @@ def test_stream_is_generate_piece_by_piece(model):
         pieces = list(model.stream("x = 'é", sample=number, max_new_tokens=40, seed=1))
         assert len(pieces) > 20
         assert "".join(pieces) == text
+
+
+def test_complete_says_what_generate_wrote_and_why_it_ended(model):
+    settings = {"max_new_tokens": 12, "seed": 1}
+    texts = model.generate(["def a", "b"], num_samples=2, **settings)
+    completions = model.complete(["def a", "b"], num_samples=2, **settings)
+    assert [completion.text for completion in completions] == texts
+    for completion in completions:
+        assert completion.finish_reason == "length"
+        assert len(completion.ids) == len(completion.logprobs) == 12
+        assert all(logprob <= 0 for logprob in completion.logprobs)
+    stop = texts[0][3:5]
+    (cut,) = model.complete("def a", stop=["never", stop], **settings)
+    pieces = list(model.stream("def a", stop=stop, **settings))
+    assert cut.text == "".join(pieces) == texts[0].partition(stop)[0]
+    assert cut.finish_reason == "stop"
+    assert cut.ids == completions[0].ids[: len(cut.ids)]
+    assert cut.logprobs == pytest.approx(completions[0].logprobs[: len(cut.ids)], abs=1e-4)
+    assert len(pieces) < 12  # it is no longer written
+
+
+def test_an_end_token_is_a_stop_and_no_part_of_the_completion(model):
+    (free,) = model.complete("def a", max_new_tokens=12, temperature=0.0)
+    at = next(i for i in range(1, 12) if free.ids[i] not in free.ids[:i])
+    head = model.params["head"]["weight"]
+    rows = np.array([free.ids[at], model.tokenizer.eos_id])
+    params = {**model.params, "head": {"weight": head.at[rows[::-1]].set(head[rows])}}
+    ending = dataclasses.replace(model, params=params)
+    (got,) = ending.complete("def a", max_new_tokens=12, temperature=0.0)
+    assert (got.ids, got.finish_reason) == (free.ids[:at], "stop")
+    assert len(got.logprobs) == at
 
 
 def test_the_default_number_of_new_tokens_fits_the_model(model):
