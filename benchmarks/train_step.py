@@ -40,12 +40,7 @@ def recipe(args: argparse.Namespace) -> Config:
     source = {"name": "random", "source": {"kind": "text", "files": ["unused"]}}
     data = {
         "model": model,
-        # Blocks that fit into a CPU's cache; --set changes them.
-        "compute": {
-            "dtype": args.dtype,
-            "loss_block": 512,
-            "attention": {"kind": "auto", "block": 64},
-        },
+        "compute": {"dtype": args.dtype},
         "tokenizer": {"kind": "file", "path": "unused"},
         "data": {"length": args.length, "packing": {"kind": "cut"}, "train": [source]},
         "training": {
@@ -57,9 +52,7 @@ def recipe(args: argparse.Namespace) -> Config:
         },
         "run": {"name": "benchmark"},
     }
-    for item in args.set:
-        data = recipes.override(data, [item])
-    return recipes.validate(Config, data, "benchmark")
+    return recipes.validate(Config, recipes.override(data, args.set, Config), "benchmark")
 
 
 def ready(config: Config) -> tuple[Any, TrainState, Any, dict[str, jax.Array]]:

@@ -6,13 +6,15 @@ from pydantic import Field
 
 from jllama.config.base import PositiveInt, configclass, default, doc
 
+_BLOCK = "queries and keys per block; null means 64 on CPUs and 512 elsewhere"
+
 
 @configclass
 class AutoAttention:
     """Splash on TPU, cuDNN on GPU if each row is one segment, blockwise otherwise."""
 
     kind: Literal["auto"] = doc("the best kernel for the platform")
-    block: PositiveInt = default("queries and keys per block", 512)
+    block: PositiveInt | None = default(_BLOCK, None)
 
 
 @configclass
@@ -27,7 +29,7 @@ class BlockwiseAttention:
     """XLA, with an online softmax over blocks (arXiv:2205.14135): memory grows with the length."""
 
     kind: Literal["blockwise"] = doc("XLA, block by block: any platform, any segments")
-    block: PositiveInt = default("queries and keys per block", 512)
+    block: PositiveInt | None = default(_BLOCK, None)
 
 
 @configclass
@@ -74,8 +76,10 @@ class ComputeConfig:
     attention: AttentionConfig = default(
         "kernel of attention without a cache", AutoAttention(kind="auto")
     )
-    loss_block: PositiveInt = default(
-        "tokens per device whose logits the loss computes at a time", 1024
+    loss_block: PositiveInt | None = default(
+        "tokens per device whose logits the loss computes at a time; null means 512 on CPUs and"
+        " 1024 elsewhere",
+        None,
     )
     scan_unroll: PositiveInt = default(
         "layers per iteration of the loop over layers; more compile longer and may run faster", 1

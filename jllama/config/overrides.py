@@ -16,9 +16,11 @@ def override(data: dict, overrides: Sequence[str], cls: type | None = None) -> d
     The value of a key that is text in the config `cls` is taken as it stands, except that null is
     no text where there may be none. Any other value is YAML, except that plain text is taken as it
     stands. A number in the key is the index of a list's item. A new `kind` removes the keys beside
-    it that no earlier override has set. Raises UserError, naming the key.
+    it that no earlier override has set. A member of a sum type that no key has named before is of
+    the kind that is the default. Raises UserError, naming the key.
     """
     assigned: set[str] = set()
+    made: dict[str, dict] = {}
     for item in overrides:
         key, eq, text = item.partition("=")
         if not eq or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
@@ -31,8 +33,11 @@ def override(data: dict, overrides: Sequence[str], cls: type | None = None) -> d
                 value = _parse_value(text)
         except ValueError as e:
             raise UserError(f"{key}: {text!r} is not a YAML value: {e}") from None
-        _assign(data, key, value, assigned)
+        _assign(data, key, value, assigned, made)
         assigned.add(key)
+    for path, node in made.items():
+        if cls and "kind" not in node and (kind := schema.default_kind(cls, path, node)):
+            node["kind"] = kind
     return data
 
 
@@ -45,7 +50,8 @@ def _parse_value(text: str) -> Any:
     return text if isinstance(value, str) and not quoted else value
 
 
-def _assign(data: dict, key: str, value: Any, assigned: set[str]) -> None:
+def _assign(data: dict, key: str, value: Any, assigned: set[str], made: dict[str, dict]) -> None:
+    """Sets the value, and makes the keys above it that are missing: `made` has them by path."""
     node: Any = data
     *parents, last = key.split(".")
     for i, name in enumerate(parents):
@@ -54,7 +60,7 @@ def _assign(data: dict, key: str, value: Any, assigned: set[str]) -> None:
             node = node[_index(node, name, path)]
         else:
             if node.get(name) is None:
-                node[name] = {}
+                node[name] = made[path] = {}
             node = node[name]
         if not isinstance(node, (dict, list)):
             raise UserError(f"{key}: {path} is a single value, without keys")

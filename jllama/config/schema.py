@@ -7,7 +7,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -95,6 +95,20 @@ def value_types(cls: type, key: str) -> set[Any]:
                 inner.append(typing.get_args(option)[0])
         hints = [hint for hint in inner if hint is not None]
     return set(_options(hints))
+
+
+def default_kind(cls: type, key: str, keys: Collection[str]) -> str | None:
+    """The kind of the member that a dotted key has by default, if that member has all of `keys`."""
+    parent, _, last = key.rpartition(".")
+    for owner in value_types(cls, parent) if parent else {cls}:
+        fields = dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else ()
+        for field in fields:
+            member = getattr(field.default, "default", None)  # pydantic keeps its FieldInfo here
+            if field.name != last or not dataclasses.is_dataclass(member):
+                continue
+            if set(keys) <= {f.name for f in dataclasses.fields(member)}:
+                return getattr(member, "kind", None)
+    return None
 
 
 def _options(hints: Sequence[Any]) -> list[Any]:

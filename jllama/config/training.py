@@ -1,5 +1,6 @@
 """Config of the training: optimizer, learning rate, evaluation, checkpoints."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -96,7 +97,7 @@ class TrainingConfig:
         " adapt.kind=lora also an adapter; empty means random ones",
         "",
     )
-    resume_from: Annotated[str, Field(pattern=r"^(.+@\d+)?$")] = default(
+    resume_from: str = default(
         "RUN@STEP, the step of another run from whose parameters and optimizer state this run goes"
         " on as step STEP; init_from is then read for the base of an overlay alone; empty means"
         " none",
@@ -111,6 +112,8 @@ class TrainingConfig:
             raise ValueError(
                 f"accumulate={self.accumulate} must divide batch_size={self.batch_size}"
             )
+        if self.resume_from and not re.fullmatch(r".+@\d+", self.resume_from):
+            raise ValueError(f"resume_from={self.resume_from}: expected RUN@STEP")
         warmup = self.schedule.warmup_steps + getattr(self.schedule, "decay_steps", 0)
         if warmup > self.steps:
             raise ValueError(

@@ -26,15 +26,15 @@ def cross_entropy(
     targets: jax.Array,
     weights: jax.Array,
     z_loss: float,
-    block: int,
+    block: int | None,
     vocab_size: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of weights * (-log p(target) + z_loss * log(Z)^2), and the sum without the z term.
 
-    A device holds the logits of `block` tokens at a time. The same pass over the blocks computes
-    the gradients: three matrix products in all, or two if `weight` needs no gradient, and nothing
-    is recomputed. Only the first result is differentiable. z_loss is from PaLM (arXiv:2204.02311,
-    section 5).
+    A device holds the logits of `block` tokens at a time; None is 512 on CPUs and 1024 elsewhere.
+    The same pass over the blocks computes the gradients: three matrix products in all, or two if
+    `weight` needs no gradient, and nothing is recomputed. Only the first result is differentiable.
+    z_loss is from PaLM (arXiv:2204.02311, section 5).
 
     Args:
       hidden: [B,T,D]; its dtype is the dtype of the products.
@@ -56,6 +56,7 @@ def _forward(
     The gradient of weight is float32, or None without `of_weight`.
     """
     placement = active_placement()
+    block = block or (512 if platform() == "cpu" else 1024)
     one_device = functools.partial(
         _one_device,
         z_loss=z_loss,

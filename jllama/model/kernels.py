@@ -89,19 +89,21 @@ def choose_kernel(
     ways: int,
     segments: bool,
 ) -> AttentionConfig:
-    """The kernel for rows of `length` positions over `ways` devices; never `auto`.
+    """The kernel for rows of `length` positions over `ways` devices; never `auto`, never a block of
+    None.
 
     `segments` says whether rows have segments. Raises `UserError` if the kernel of the config
     cannot compute such rows on this platform.
     """
+    block = getattr(config, "block", None) or (64 if platform == "cpu" else 512)
     no_splash = _why_no_splash(platform, length, ways)
     no_cudnn = _why_no_cudnn(platform, dtype, head_dim, ways, segments)
     match config:
-        case AutoAttention(block=block) if platform == "tpu" and no_splash is None:
+        case AutoAttention() if platform == "tpu" and no_splash is None:
             return SplashAttention(kind="splash", block=max(block, LANES))
         case AutoAttention() if platform == "gpu" and no_cudnn is None:
             return CudnnAttention(kind="cudnn")
-        case AutoAttention(block=block):
+        case AutoAttention() | BlockwiseAttention():
             return BlockwiseAttention(kind="blockwise", block=block)
         case SplashAttention() if no_splash is not None:
             raise UserError(f"compute.attention.kind=splash: {no_splash}")

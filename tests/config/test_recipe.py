@@ -143,6 +143,7 @@ CHOSEN = {
     "model.head_dim": 32,
     "training.batch_size": 16,
     "training.accumulate": 2,
+    "training.resume_from": "runs/a@5",
     "run.profile": "3:5",
 }
 
@@ -209,7 +210,7 @@ def another(hint: Any, old: Any) -> Any:
         return (old or "") + "x"
     if inner is int:
         top = [m.le for m in marks if isinstance(m, annotated_types.Le)]
-        return 2 if old == -1 else old - 1 if old in top else old + 1
+        return 2 if old == -1 else old - 1 if old in top else (old or 0) + 1
     assert inner is float, hint
     return old / 2 if old else 0.125
 
@@ -337,6 +338,26 @@ def test_another_kind_drops_the_keys_of_the_old_one(recipe):
     assert loaded.tokenizer == TokenizerFile(kind="file", path="m.model")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "attention"),
+    [
+        (["attention.block=64"], AutoAttention(kind="auto", block=64)),
+        (["attention.block=64", "attention.kind=blockwise"],
+         BlockwiseAttention(kind="blockwise", block=64)),
+        (["attention={kind: reference}"], ReferenceAttention(kind="reference")),
+    ],
+)  # fmt: skip
+def test_a_member_that_the_recipe_leaves_out_is_of_the_default_kind(recipe, overrides, attention):
+    loaded = recipes.load(recipe, [f"compute.{item}" for item in overrides])
+    assert loaded.compute.attention == attention
+
+
+def test_a_key_that_the_default_kind_lacks_still_needs_a_kind(recipe):
+    for key in ("adapt.rank=4", "data.objective.rate=0.5"):
+        with pytest.raises(UserError, match=r"needs a kind; allowed: '(none|causal)', "):
+            recipes.load(recipe, [key])
+
+
 def test_a_model_is_overridden_by_name_then_by_key(recipe):
     loaded = recipes.load(recipe, ["model.num_layers=3", "model=stories-15m"])
     assert loaded.model == recipes.load_model("stories-15m", ["num_layers=3"])
@@ -433,6 +454,7 @@ def test_a_model_may_be_another_with_changes(recipe, tmp_path):
             ["mesh.tensor=-1"],
             r"mesh: fsdp and tensor are -1 \(fsdp is unless it is set\)",
         ),
+        (["training.resume_from=runs/a"], r"training: resume_from=runs/a: expected RUN@STEP"),
         (["training.accumulate=3"], r"training: accumulate=3 must divide batch_size=8"),
         (
             ["training.steps=5", "training.schedule.warmup_steps=10"],

@@ -205,6 +205,17 @@ def test_auto_takes_the_best_kernel_that_can(where, kind):
     assert kernels.choose_kernel(chosen, *where) == chosen
 
 
+def test_a_block_that_is_not_named_fits_the_cache_of_a_cpu():
+    for config in (AUTO, BlockwiseAttention(kind="blockwise")):
+        sizes = [
+            kernels.choose_kernel(config, platform, F32, 4000, 64, 1, True).block
+            for platform in ("cpu", "gpu", "tpu")
+        ]
+        assert sizes == [64, 512, 512]
+    named = AutoAttention(kind="auto", block=256)
+    assert kernels.choose_kernel(named, "cpu", F32, 4000, 64, 1, True).block == 256
+
+
 SPLASH, CUDNN = SplashAttention(kind="splash"), CudnnAttention(kind="cudnn")
 
 
