@@ -41,6 +41,7 @@ from jllama.commands.table import table
 from jllama.config import JsonlSource, ParquetSource, Source, TextSource
 from jllama.config import recipe as recipes
 from jllama.data import source as sources
+from jllama.data.split import sources_of, texts_of
 from jllama.errors import UserError
 from jllama.evaluate.perplexity import Rope, perplexity, rope_label, windows, with_rope
 from jllama.files import storage
@@ -218,10 +219,8 @@ def _read(data: str) -> Iterator[str]:
         return
     if not recipe.data.held_out:
         raise UserError(f"--data {data}: the recipe has no data.held_out")
-    for source in recipe.data.held_out:
-        skipped = recipe.data.prepare.max_skipped
-        for document in sources.documents(source.source, max_skipped=skipped):
-            yield document.text
+    for source in sources_of(recipe.data, "held_out"):
+        yield from texts_of(recipe.data, "held_out", source)
 
 
 def _source(data: str) -> Source:

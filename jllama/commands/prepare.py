@@ -8,7 +8,7 @@ from collections.abc import Callable
 from jllama.config import recipe as recipes
 from jllama.data.opening import open_data, open_tokenizer
 from jllama.data.prepare import prepare
-from jllama.data.prepared import Prepared
+from jllama.data.split import TokenStream, sources_of
 from jllama.errors import UserError, install
 from jllama.store.model import architecture_at
 
@@ -34,12 +34,13 @@ def run(args: argparse.Namespace) -> None:
     make = _beam(args.runner, options)
     tokenizer = open_tokenizer(recipe)
     if make is not None:
-        for source in (*recipe.data.train, *recipe.data.held_out):
-            prepare(source, tokenizer, recipe.data.prepare, make)
+        for side in ("train", "held_out"):
+            for source in sources_of(recipe.data, side):
+                prepare(source, tokenizer, recipe.data.prepare, make)
     data = open_data(recipe, tokenizer)
-    for part, sources in (("train", data.sources), ("held_out", data.held_out)):
-        for name, prepared in sources.items():
-            print(f"{part:9} {name}: {_line(prepared)}")
+    for side, streams in (("train", data.sources), ("held_out", data.held_out)):
+        for name, stream in streams.items():
+            print(f"{side:9} {name}: {_line(stream)}")
 
 
 def _beam(runner: str | None, options: list[str]) -> Callable[..., None] | None:
@@ -61,9 +62,9 @@ def _beam(runner: str | None, options: list[str]) -> Callable[..., None] | None:
     return functools.partial(beam.make, runner, pipeline)
 
 
-def _line(prepared: Prepared) -> str:
+def _line(stream: TokenStream) -> str:
     return (
-        f"{prepared.documents:,} documents, {prepared.tokens:,} tokens,"
-        f" {prepared.bytes:,} bytes ({prepared.bytes / max(prepared.tokens, 1):.2f} per token),"
-        f" {prepared.folder}"
+        f"{stream.documents:,} documents, {stream.tokens:,} tokens,"
+        f" {stream.bytes:,} bytes ({stream.bytes / max(stream.tokens, 1):.2f} per token),"
+        f" {stream.folder}"
     )

@@ -19,6 +19,8 @@ from jllama.config.data import (
     CausalObjective,
     CutPacking,
     DataConfig,
+    HeldOut,
+    HeldOutShare,
     InfillObjective,
     JsonlSource,
     Objective,

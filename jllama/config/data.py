@@ -1,8 +1,8 @@
 """Config of the data: sources of text, packing of documents into rows, objective of training."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from jllama.config.base import (
     Count,
@@ -88,6 +88,37 @@ class SourceConfig:
 
 
 @configclass
+class HeldOutShare:
+    """Holds out a share of each training source's documents, by a hash of their text.
+
+    The text alone decides, so that equal documents are never on both sides, whatever their order,
+    their source or the tokenizer. Neither the model nor a trained tokenizer sees what is held out.
+    """
+
+    source: Literal["train"] = doc("the sources whose documents are held out", alias="from")
+    one_in: Annotated[int, Field(ge=2)] = doc("one document in this many is held out")
+
+
+def _held_out_form(value: Any) -> str | None:
+    match value:
+        case list() | tuple():
+            return "sources"
+        case dict() | HeldOutShare():
+            return "share"
+    return None
+
+
+HeldOut = Annotated[
+    Annotated[tuple[SourceConfig, ...], Tag("sources")] | Annotated[HeldOutShare, Tag("share")],
+    Discriminator(
+        _held_out_form,
+        custom_error_type="held_out",
+        custom_error_message="Expected a list of sources or {from: train, one_in: 25}",
+    ),
+]
+
+
+@configclass
 class CutPacking:
     """Cuts rows from the stream of all documents: a document continues in the next row."""
 
@@ -99,8 +130,8 @@ class WholePacking:
     """Puts whole documents into rows, several to a row by best fit; padding fills the rest."""
 
     kind: Literal["whole"] = doc("whole documents, several to a row by best fit")
-    too_long: Literal["error", "skip"] = default(
-        "what to do with documents longer than a row", "error"
+    too_long: Literal["error", "skip", "cut"] = default(
+        "what to do with documents longer than a row; cut drops their end", "error"
     )
 
 
@@ -131,13 +162,18 @@ class InfillObjective:
 class ReplyObjective:
     """Instruction tuning: predicts the reply in a document, and not the prompt before it.
 
-    Prompt and reply are encoded separately, as when a model replies. A document that a row does not
-    hold whole, or that lacks the marker, is predicted as it is.
+    Prompt and reply are encoded separately, as when a model replies. A document that lacks the
+    marker is predicted as it is; if its end was cut off, it has no weight.
     """
 
     kind: Literal["reply"] = doc("predicts only the replies to prompts")
     after: str = default(
         "the prompt ends with the first occurrence of this text", "### Response:", min_length=1
+    )
+    second_marker: Literal["error", "predict"] = default(
+        "what to do if `after` occurs again in a document; predict takes all after the first as the"
+        " reply, later prompts too",
+        "error",
     )
 
 
@@ -176,6 +212,6 @@ class DataConfig:
         True,
     )
     train: tuple[SourceConfig, ...] = doc("training sources", min_length=1)
-    held_out: tuple[SourceConfig, ...] = default("evaluation sources", ())
+    held_out: HeldOut = default("evaluation sources, or a share of the training sources", ())
     prepare: PrepareConfig = default("tokenised text on disk", PrepareConfig())
     prefetch: Count = default("batches that threads read ahead", 4)

@@ -203,7 +203,7 @@ def _is_given(key: str, options: Sequence[str]) -> bool:
 
 def to_dict(config: Any) -> Any:
     """Returns a config as plain nested values, for YAML and JSON."""
-    return json.loads(pydantic.TypeAdapter(type(config)).dump_json(config))
+    return json.loads(pydantic.TypeAdapter(type(config)).dump_json(config, by_alias=True))
 
 
 def to_yaml(config: Any) -> str:

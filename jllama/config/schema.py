@@ -67,20 +67,32 @@ def _walk(cls: Any, loc: Sequence[str | int]) -> tuple[list[str], list[str], lis
     """
     path: list[str] = []
     allowed: list[str] = []
-    members = _members(cls)
+    hint = cls
     for part in loc:
-        tag = next((m for m in members if _tag(m) == part), None)
-        if tag is not None and len(members) > 1:
-            members = (tag,)
+        member = _tagged(hint, part)
+        if member is not None:
+            hint = member
             continue
         path.append(str(part))
-        hints: dict[str, Any] = {}
-        for member in members:
-            hints |= typing.get_type_hints(member, include_extras=True)
+        hints = {k: h for m in _members(hint) for k, h in _keys(m).items()}
         allowed = list(hints) or allowed
-        if part in hints:
-            members = _members(hints[part])
-    return path, allowed, [t for m in members if (t := _tag(m))]
+        hint = hints.get(part, hint)
+    return path, allowed, [t for m in _members(hint) if (t := _tag(m))]
+
+
+def _tagged(hint: Any, part: str | int) -> Any:
+    """Returns the member of a sum type that pydantic calls `part`, or None."""
+    for option in typing.get_args(_strip(hint)):
+        if part in [mark.tag for mark in typing.get_args(option) if isinstance(mark, pydantic.Tag)]:
+            return option
+    members = _members(hint)
+    return next((m for m in members if _tag(m) == part), None) if len(members) > 1 else None
+
+
+def _keys(cls: type) -> dict[str, Any]:
+    """Returns the type hint of every key; the key is a field's alias where Python needs another."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {f.default.alias or f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
 def value_types(cls: type, key: str) -> set[Any]:
@@ -90,7 +102,7 @@ def value_types(cls: type, key: str) -> set[Any]:
         inner = []
         for option in _options(hints):
             if dataclasses.is_dataclass(option):
-                inner.append(typing.get_type_hints(option, include_extras=True).get(part))
+                inner.append(_keys(option).get(part))
             elif typing.get_origin(option) is tuple and part.isdecimal():
                 inner.append(typing.get_args(option)[0])
         hints = [hint for hint in inner if hint is not None]
@@ -146,26 +158,33 @@ def _tag(cls: type) -> str | None:
 def describe_keys(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
     """Returns (dotted key, type, meaning with its default) of every key of a config."""
     rows = []
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for field in dataclasses.fields(cls):
-        hint, key = hints[field.name], prefix + field.name
-        members = _members(hint)
-        is_list = typing.get_origin(_strip(hint)) is tuple
+    for field, (name, hint) in zip(dataclasses.fields(cls), _keys(cls).items(), strict=True):
+        key = prefix + name
         info = field.default  # pydantic keeps its FieldInfo here
         meaning = info.description
+        members = _beneath(hint, key)
         if not members:
             if not info.is_required():
                 meaning += f" [{pydantic.TypeAdapter(hint).dump_json(info.default).decode()}]"
             rows.append((key, _type_name(hint), meaning))
             continue
-        kinds = [k for m in members if (k := _tag(m))]
-        rows.append((key, "list" if is_list else " | ".join(kinds) or "keys", meaning))
-        for member in members:
-            inner = f"{key}.0." if is_list else f"{key}."
+        rows.append((key, " | ".join(dict.fromkeys(form for _, _, form in members)), meaning))
+        for member, inner, _ in members:
             tag = _tag(member)
             for k, t, m in describe_keys(member, inner):
-                rows.append((k, t, f"({tag}) {m}" if len(kinds) > 1 and tag else m))
+                rows.append((k, t, f"({tag}) {m}" if len(members) > 1 and tag else m))
     return rows
+
+
+def _beneath(hint: Any, key: str) -> list[tuple[type, str, str]]:
+    """Returns (dataclass, prefix of its keys, name of the form) of all that a key may hold."""
+    result = []
+    for option in _options([hint]):
+        is_list = typing.get_origin(option) is tuple
+        for member in _members(option):
+            prefix = f"{key}.0." if is_list else f"{key}."
+            result.append((member, prefix, "list" if is_list else _tag(member) or "keys"))
+    return result
 
 
 def _type_name(hint: Any) -> str:

@@ -20,7 +20,6 @@ import itertools
 import json
 import shutil
 import tempfile
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from jllama.config import PrepareConfig, Source, SourceConfig
 from jllama.data import source as sources
 from jllama.data import worker
 from jllama.data.prepare import CHUNK_CHARACTERS, finish, grouped, wipe
-from jllama.data.records import ShardCounts, ShardWriter, ends_file, records_file
+from jllama.data.records import ShardCounts, ShardWriter, documents_file, records_file
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.progress import say
@@ -148,8 +147,8 @@ class _Tokenise(beam.DoFn):
         runs = storage.path(self._folder) / _RUNS
         shards, max_skipped = self._config.shards, self._config.max_skipped
         bad: list[tuple[str, str]] = []
-        documents = text_bytes = 0
-        lengths = [array("I") for _ in range(shards)]
+        count = text_bytes = 0
+        tables: list[list[np.ndarray]] = [[] for _ in range(shards)]
         error = ""
 
         def texts() -> Iterator[str]:
@@ -166,23 +165,25 @@ class _Tokenise(beam.DoFn):
             pieces = [open(Path(work, str(r)), "wb") for r in range(shards)]  # noqa: SIM115
             try:
                 for chunk in grouped(texts(), len, CHUNK_CHARACTERS):
-                    tokens, counts, size = worker.encode_texts(self._tokenizer, chunk)
+                    tokens, documents = worker.encode_texts(self._tokenizer, chunk)
                     tokens = tokens.astype(tokens.dtype.newbyteorder("<"))
-                    at = 0
-                    for n in counts:
-                        pieces[documents % shards].write(tokens[at : at + n].tobytes())
-                        lengths[documents % shards].append(n)
-                        documents, at = documents + 1, at + n
-                    text_bytes += size
+                    for i, ids in enumerate(worker.by_document(tokens, documents)):
+                        pieces[(count + i) % shards].write(ids.tobytes())
+                    for i in range(shards):
+                        tables[(count + i) % shards].append(documents[i::shards])
+                    count += len(documents)
+                    text_bytes += int(documents["bytes"].sum())
             except UserError as e:
                 error = str(e)
             finally:
                 for piece in pieces:
                     piece.close()
             file = Path(work, "run")
-            _write_run(file, [Path(piece.name) for piece in pieces], lengths)
+            empty = np.empty(0, worker.DOCUMENT)
+            joined = [np.concatenate([empty, *table]) for table in tables]
+            _write_run(file, [Path(piece.name) for piece in pieces], joined)
             storage.copy_file(file, runs / f"run-{number:05d}")
-        result = Run(number, documents, text_bytes, tuple(bad), error)
+        result = Run(number, count, text_bytes, tuple(bad), error)
         storage.write_text(runs / f"run-{number:05d}.json", json.dumps(dataclasses.asdict(result)))
         yield result
 
@@ -204,32 +205,31 @@ class _Pack(beam.DoFn):
             before = 0
             for run in runs:
                 file = folder / _RUNS / f"run-{run.number:05d}"
-                lengths, tokens = _read_piece(
+                documents, tokens = _read_piece(
                     file, run.documents, self._config.shards, shard - before, dtype
                 )
-                at = 0
-                for n in lengths.tolist():
-                    writer.add(tokens[at : at + n])
-                    at += n
+                parts = worker.by_document(tokens, documents)
+                for ids, document in zip(parts, documents, strict=True):
+                    writer.add(ids, document)
                 before += run.documents
             counts = writer.close()
-            for name in (records_file(shard, self._config.shards), ends_file(shard)):
+            for name in (records_file(shard, self._config.shards), documents_file(shard)):
                 storage.copy_file(Path(work, name), folder / name)
         text = json.dumps(dataclasses.asdict(counts))
         storage.write_text(folder / _RUNS / f"shard-{shard:05d}.json", text)
 
 
-def _write_run(run: Path, pieces: list[Path], lengths: list[array]) -> None:
+def _write_run(run: Path, pieces: list[Path], tables: list[np.ndarray]) -> None:
     """Writes a run from its pieces.
 
     A run holds, little-endian: int64 [S+1], where each piece begins and ends among the tokens;
-    uint32 [documents], the documents' lengths; and all tokens.
+    the `DOCUMENT` of each document; and all tokens.
     """
-    bounds = [0, *itertools.accumulate(map(sum, lengths))]
+    bounds = [0, *itertools.accumulate(int(table["tokens"].sum()) for table in tables)]
     with open(run, "wb") as file:
         file.write(np.array(bounds, "<i8").tobytes())
-        for piece_lengths in lengths:
-            file.write(np.array(piece_lengths, "<u4").tobytes())
+        for table in tables:
+            file.write(table.tobytes())
         for piece in pieces:
             with open(piece, "rb") as opened:
                 shutil.copyfileobj(opened, file)
@@ -238,16 +238,16 @@ def _write_run(run: Path, pieces: list[Path], lengths: list[array]) -> None:
 def _read_piece(
     file: Path, documents: int, shards: int, shard: int, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (lengths, tokens) of piece `shard` modulo S of a run, with S = `shards`."""
+    """Returns (documents, tokens) of piece `shard` modulo S of a run, with S = `shards`."""
     r = shard % shards
-    head = 8 * (shards + 1)
+    head, entry = 8 * (shards + 1), worker.DOCUMENT.itemsize
     start, stop = np.frombuffer(storage.read_range(file, 8 * r, 8 * r + 16), "<i8").tolist()
     first = sum(len(range(q, documents, shards)) for q in range(r))
     last = first + len(range(r, documents, shards))
-    lengths = storage.read_range(file, head + 4 * first, head + 4 * last)
-    base, size = head + 4 * documents, dtype.itemsize
+    table = storage.read_range(file, head + entry * first, head + entry * last)
+    base, size = head + entry * documents, dtype.itemsize
     tokens = storage.read_range(file, base + size * start, base + size * stop)
-    return np.frombuffer(lengths, "<u4"), np.frombuffer(tokens, dtype.newbyteorder("<"))
+    return np.frombuffer(table, worker.DOCUMENT), np.frombuffer(tokens, dtype.newbyteorder("<"))
 
 
 def _report(source: Source, runs: list[Run], max_skipped: int) -> int:

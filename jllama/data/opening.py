@@ -12,6 +12,7 @@ import grain
 from jllama.config import (
     Config,
     DataConfig,
+    HeldOutShare,
     InfillObjective,
     SourceConfig,
     TfdsSource,
@@ -24,8 +25,8 @@ from jllama.data import source as sources
 from jllama.data.dataset import Dataset
 from jllama.data.pack import CutRows, Rows, WholeRows
 from jllama.data.prepare import prepare
-from jllama.data.prepared import Prepared
 from jllama.data.rewrite import Replies, rewriting
+from jllama.data.split import Side, TokenStream, sources_of, split, texts_of
 from jllama.data.text_files import NoFiles
 from jllama.errors import UserError
 from jllama.files import storage
@@ -48,16 +49,16 @@ class Data:
     """
 
     train: Dataset
-    sources: dict[str, Prepared]
-    held_out: dict[str, Prepared]
+    sources: dict[str, TokenStream]
+    held_out: dict[str, TokenStream]
     held_out_rows: dict[str, Rows]
 
 
 def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     """Prepares the sources that are not prepared yet, and packs them into rows.
 
-    Raises UserError for sources that cannot be read and for a tokenizer with more ids than the
-    model has.
+    Raises UserError for sources that cannot be read or of which no document is on one side, for
+    documents that the recipe refuses, and for a tokenizer with more ids than the model has.
     """
     data = config.data
     if tokenizer.text_size > config.model.vocab_size:
@@ -65,11 +66,11 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
             f"model.vocab_size={config.model.vocab_size}: the tokenizer has"
             f" {tokenizer.vocab_size} pieces; raise model.vocab_size to that number"
         )
-    for group, group_sources in (("train", data.train), ("held_out", data.held_out)):
-        names = [s.name for s in group_sources]
+    for side in ("train", "held_out"):
+        names = [s.name for s in sources_of(data, side)]
         twice = {n for n in names if names.count(n) > 1}
         if twice:
-            raise UserError(f"data.{group}: two sources are named {min(twice)}; rename one")
+            raise UserError(f"data.{side}: two sources are named {min(twice)}; rename one")
     objective = rewriting(data.objective, tokenizer, config.run.seed)
     if (
         isinstance(data.objective, InfillObjective)
@@ -84,15 +85,18 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
             f"data.objective.kind={data.objective.kind}: needs data.packing.kind=whole, because the"
             " tokenizer adds no BOS, which would show where a document begins"
         )
-    train = _each_source(data, "train", lambda s: prepare(s, tokenizer, data.prepare))
-    held_out = _each_source(data, "held_out", lambda s: prepare(s, tokenizer, data.prepare))
+    train, held_out = _streams(data, tokenizer)
     gain = objective.gain if objective else 0
-    rows = {name: _pack(prepared, data, gain) for name, prepared in train.items()}
+    rows = {name: _pack("train", stream, data, gain) for name, stream in train.items()}
     held_out_gain = gain if isinstance(objective, Replies) else 0
-    held_out_rows = {name: _pack(p, data, held_out_gain) for name, p in held_out.items()}
+    held_out_rows = {
+        name: _pack("held_out", stream, data, held_out_gain) for name, stream in held_out.items()
+    }
     if isinstance(objective, Replies):
         for name, source_rows in rows.items():
             objective.check(name, source_rows)
+        for name, source_rows in held_out_rows.items():
+            objective.check(name, source_rows, held_out=True)
         # A second objective, whose counts stay out of the report on training.
         other = functools.partial(rewriting(data.objective, tokenizer, config.run.seed), epoch=0)
         held_out_rows = {
@@ -112,31 +116,47 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     )
 
 
-def _pack(prepared: Prepared, data: DataConfig, spare: int) -> Rows:
+def _streams(
+    data: DataConfig, tokenizer: Tokenizer
+) -> tuple[dict[str, TokenStream], dict[str, TokenStream]]:
+    """Returns the training and the held-out documents of each source, by its name."""
+    prepared = _each_source(data, "train", lambda s: prepare(s, tokenizer, data.prepare))
+    if not isinstance(data.held_out, HeldOutShare):
+        held_out = _each_source(data, "held_out", lambda s: prepare(s, tokenizer, data.prepare))
+        return prepared, held_out
+    sides = {s.name: split(prepared[s.name], s, data.held_out) for s in data.train}
+    train, held_out = (
+        {name: side[key] for name, side in sides.items()} for key in ("train", "held_out")
+    )
+    return train, held_out
+
+
+def _pack(side: Side, stream: TokenStream, data: DataConfig, spare: int) -> Rows:
     if not isinstance(data.packing, WholePacking):
-        return CutRows(prepared, data.length)
-    rows = WholeRows(prepared, data.length, data.packing.too_long, spare)
+        return CutRows(stream, data.length)
+    rows = WholeRows(stream, data.length, data.packing.too_long, spare)
     if rows.too_long:
+        done = "are left out" if data.packing.too_long == "skip" else "lose their end"
         say(
-            f"source {prepared.name}: {rows.too_long} of {prepared.documents} documents are longer"
-            f" than a row of {data.length + 1} tokens and are left out"
+            f"data.{side}, source {stream.name}: {rows.too_long:,} of {stream.documents:,}"
+            f" documents are longer than a row of {data.length + 1} tokens and {done}"
         )
     return rows
 
 
 def _each_source(
-    data: DataConfig, group: str, action: Callable[[SourceConfig], _Result]
+    data: DataConfig, side: Side, action: Callable[[SourceConfig], _Result]
 ) -> dict[str, _Result]:
-    """Calls `action` with each source of `train` or `held_out`; returns the results by name.
+    """Calls `action` with each source of a side; returns the results by name.
 
     If a source has no files, the UserError names its key in the recipe.
     """
     results = {}
-    for i, source in enumerate(getattr(data, group)):
+    for i, source in enumerate(sources_of(data, side)):
         try:
             results[source.name] = action(source)
         except NoFiles as e:
-            raise UserError(f"data.{group}.{i}.source.files: {e}") from None
+            raise UserError(f"data.{side}.{i}.source.files: {e}") from None
     return results
 
 
@@ -166,13 +186,15 @@ def _trained(wanted: TrainedTokenizer, data: DataConfig) -> Tokenizer:
         to_dict(wanted),
         [(to_dict(s), sources.version(s.source)) for s in data.train],
     ]
+    if isinstance(data.held_out, HeldOutShare):
+        key.append(to_dict(data.held_out))
     identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = storage.path(data.prepare.folder)
     path = folder / f"tokenizer-{identity[:16]}.model"
     with locked(folder, ".tokenizer.lock"):
         if not storage.exists(path):
-            for group in ("train", "held_out"):  # a wrong path is known before minutes of work
-                _each_source(data, group, _check_files)
+            for side in ("train", "held_out"):  # a wrong path is known before minutes of work
+                _each_source(data, side, _check_files)
             say(f"tokenizer: training {wanted.vocab_size} pieces")
             trained = train_sentencepiece(_training_texts(data, wanted.max_bytes), wanted)
             storage.write_bytes(path, trained.model)
@@ -190,10 +212,8 @@ def _training_texts(data: DataConfig, max_bytes: int) -> Iterator[str]:
     for source in data.train:
         left = int(max_bytes * source.weight / total)
         # Skipped documents are reported when the source is prepared.
-        for document in sources.documents(
-            source.source, max_skipped=data.prepare.max_skipped, report=lambda line: None
-        ):
-            yield document.text
-            left -= len(document.text.encode())
+        for text in texts_of(data, "train", source, report=lambda line: None):
+            yield text
+            left -= len(text.encode())
             if left <= 0:
                 break

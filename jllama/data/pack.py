@@ -9,12 +9,12 @@ A row of length T has T + 1 positions:
 The first token of a segment has weight 0, and position 0 always is one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 
-from jllama.data.prepared import Prepared
+from jllama.data.split import TokenStream
 from jllama.errors import UserError
 
 Row = dict[str, np.ndarray]
@@ -38,23 +38,23 @@ class CutRows:
     evaluation) at least `length - stride` tokens come before each target, if the stream has them.
     """
 
-    def __init__(self, prepared: Prepared, length: int, stride: int | None = None):
+    def __init__(self, stream: TokenStream, length: int, stride: int | None = None):
         """Raises UserError unless 1 <= stride <= length. A stride of None means `length`."""
         self.length = length
         self._stride = length if stride is None else stride
-        self._prepared = prepared
+        self._stream = stream
         if not 1 <= self._stride <= length:
             raise UserError(f"stride={stride}: must be from 1 to the row's length, {length}")
 
     def __len__(self) -> int:
-        return max(0, -(-(self._prepared.tokens - 1) // self._stride))
+        return max(0, -(-(self._stream.tokens - 1) // self._stride))
 
     def __getitem__(self, row: int) -> Row:
         row = range(len(self))[row]
         last = (row + 1) * self._stride  # stream position of the last target
         start = max(0, last - self.length)
-        stop = min(start + self.length + 1, self._prepared.tokens)
-        tokens, starts = self._prepared.read(start, stop)
+        stop = min(start + self.length + 1, self._stream.tokens)
+        tokens, starts = self._stream.read(start, stop)
         n = stop - start
         result = empty_row(self.length)
         result["tokens"][:n] = tokens
@@ -72,42 +72,47 @@ class WholeRows:
 
     A document of n tokens, counting BOS and EOS, takes n of the T + 1 positions and has n - 1
     targets, so a document of up to T + 1 tokens fits. The rows follow from the lengths alone:
-    best-fit decreasing, with ties in the order of the stream. Takes 24 bytes of host memory per
+    best-fit decreasing, with ties in the order of the stream. Takes 32 bytes of host memory per
     document.
 
     Attributes:
-      too_long: number of documents left out because they are longer than a row.
+      too_long: number of documents longer than a row, which are left out or lose their end.
     """
 
     def __init__(
         self,
-        prepared: Prepared,
+        stream: TokenStream,
         length: int,
-        too_long: Literal["error", "skip"],
+        too_long: Literal["error", "skip", "cut"],
         spare: int = 0,
     ):
-        """Raises UserError for a document longer than a row, unless `too_long` is "skip".
+        """Raises UserError for a document longer than a row if `too_long` is "error".
+
+        With "skip" it is left out, and with "cut" the row holds its first T + 1 tokens.
 
         The row leaves `spare` positions free for each document, if it has that many.
         """
         self.length = length
-        self._prepared = prepared
-        ends = prepared.document_ends()
+        self._stream = stream
+        ends = stream.document_ends()
         starts = np.concatenate([[0], ends[:-1]])
         lengths = ends - starts
-        fits = np.flatnonzero(lengths <= length + 1)
-        self.too_long = len(lengths) - len(fits)
+        self.too_long = int(np.count_nonzero(lengths > length + 1))
         if self.too_long and too_long == "error":
             first = int(np.argmax(lengths > length + 1))
             raise UserError(
-                f"{prepared.folder}: document {first} has {lengths[first]} tokens and a row holds "
-                f"{length + 1} ({self.too_long} documents are too long); raise data.length, or set "
-                "data.packing.too_long=skip"
+                f"source {stream.name}: document {stream.number(first)} has {lengths[first]} tokens"
+                f" and a row holds {length + 1} ({self.too_long} documents are too long); raise"
+                " data.length, or set data.packing.too_long to skip or cut"
             )
+        if too_long == "cut":
+            lengths = np.minimum(lengths, length + 1)
+        fits = np.flatnonzero(lengths <= length + 1)
         row_of = best_fit(np.minimum(lengths[fits] + spare, length + 1), length + 1)
         order = np.argsort(row_of, kind="stable")
         self._first = np.searchsorted(row_of[order], np.arange(row_of.max(initial=-1) + 2))
-        self._starts, self._ends = starts[fits][order], ends[fits][order]
+        self._documents = fits[order]
+        self._starts, self._lengths = starts[fits][order], lengths[fits][order]
 
     def __len__(self) -> int:
         return len(self._first) - 1
@@ -116,13 +121,22 @@ class WholeRows:
         row = range(len(self))[row]
         result, at = empty_row(self.length), 0
         for segment, i in enumerate(range(self._first[row], self._first[row + 1]), start=1):
-            tokens, _ = self._prepared.read(int(self._starts[i]), int(self._ends[i]))
+            tokens = self._read(i)
             end = at + len(tokens)
             result["tokens"][at:end] = tokens
             result["segments"][at:end] = segment
             result["weights"][at + 1 : end] = 1
             at = end
         return result
+
+    def _read(self, i: int) -> np.ndarray:
+        start = int(self._starts[i])
+        return self._stream.read(start, start + int(self._lengths[i]))[0]
+
+    def documents(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (number in the source, tokens) of each document in the rows."""
+        for i in np.argsort(self._documents):
+            yield self._stream.number(int(self._documents[i])), self._read(i)
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

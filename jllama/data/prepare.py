@@ -33,7 +33,7 @@ from jllama.data.prepared import FORMAT, MARKER, Prepared
 from jllama.data.records import (
     ShardCounts,
     ShardWriter,
-    ends_file,
+    documents_file,
     records_file,
     write_tfds_metadata,
 )
@@ -131,17 +131,18 @@ def _make(
         d.text
         for d in sources.documents(source.source, max_skipped=config.max_skipped, report=report)
     )
-    documents = text_bytes = 0
+    count = text_bytes = 0
     with _workplace(folder) as work, contextlib.ExitStack() as opened:
         shards = [ShardWriter(work, i, tokenizer.vocab_size, config) for i in range(config.shards)]
         for shard in shards:
             opened.callback(shard.abandon)
         with progress:
-            for tokens, lengths, size in _tokenise(texts, tokenizer, workers):
-                at = 0
-                for n in lengths:
-                    shards[documents % len(shards)].add(tokens[at : at + n])
-                    documents, at = documents + 1, at + n
+            for tokens, documents in _tokenise(texts, tokenizer, workers):
+                parts = worker.by_document(tokens, documents)
+                for ids, document in zip(parts, documents, strict=True):
+                    shards[count % len(shards)].add(ids, document)
+                    count += 1
+                size = int(documents["bytes"].sum())
                 text_bytes += size
                 progress.advance(size)
         counts = [shard.close() for shard in shards]
@@ -171,7 +172,7 @@ def finish(
         n: size for n, size in sorted(storage.listing(work).files.items()) if n not in _NOT_DATA
     }
     numbers = range(len(shards))
-    wanted = {records_file(i, len(shards)) for i in numbers} | {ends_file(i) for i in numbers}
+    wanted = {records_file(i, len(shards)) for i in numbers} | {documents_file(i) for i in numbers}
     if missing := sorted(wanted - files.keys()):
         raise UserError(
             f"{work / missing[0]}: was removed while the dataset was made ({len(missing)} such"
@@ -186,6 +187,7 @@ def finish(
         "skipped": skipped,
         "shard_tokens": [s.tokens for s in shards],
         "shard_documents": [s.documents for s in shards],
+        "shard_document_digests": [s.document_digest for s in shards],
         "content": hashlib.sha256("".join(s.digest for s in shards).encode()).hexdigest(),
         "source_files": manifest(source, inputs),
         "files": files,
@@ -217,7 +219,7 @@ def _workplace(folder: Path) -> Iterator[Path]:
 
 def _tokenise(
     texts: Iterable[str], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[np.ndarray, list[int], int]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields `worker.encode_texts` of the texts, chunk by chunk in order, with few in flight."""
     chunks = grouped(texts, len, CHUNK_CHARACTERS)
     if workers == 1:

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from jllama.data.records import decode_record, ends_file, records_file
+from jllama.data.records import decode_record, documents_file, records_file
+from jllama.data.worker import DOCUMENT
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.files.locks import locked
 
-FORMAT = 1
+FORMAT = 2
 MARKER = "identity.json"
 
 
@@ -105,19 +106,25 @@ class Prepared:
             at += n
         return tokens, starts
 
+    def document_table(self) -> np.ndarray:
+        """Returns the `DOCUMENT` of each document, in the order of the stream: [documents]."""
+        tables = []
+        for shard, digest in enumerate(self.identity["shard_document_digests"]):
+            data = storage.read_bytes(self._files / documents_file(shard))
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise self._broken(documents_file(shard), "its bytes are not those written")
+            tables.append(np.frombuffer(data, DOCUMENT))
+        return np.concatenate(tables)
+
     def document_ends(self) -> np.ndarray:
         """Returns the stream position after each document: int64 [documents]."""
-        ends = []
-        for shard, count in enumerate(self.identity["shard_documents"]):
-            if not count:
-                continue
-            start, stop = self._token_starts[shard : shard + 2]
-            data = storage.read_bytes(self._files / ends_file(shard))
-            own = np.frombuffer(data, "<u8").astype(np.int64) + start
-            if len(own) != count or own[-1] != stop or np.any(np.diff(own, prepend=start) <= 0):
-                raise self._broken(ends_file(shard), "its numbers are no ends of documents")
-            ends.append(own)
-        return np.concatenate(ends)
+        return np.cumsum(self.document_table()["tokens"].astype(np.int64))
+
+    def number(self, document: int) -> int:
+        """Returns the number in the source, from 1, of a document of the stream, from 0."""
+        firsts = np.concatenate([[0], np.cumsum(self.identity["shard_documents"])])
+        shard = int(np.searchsorted(firsts, document, side="right")) - 1
+        return (document - int(firsts[shard])) * self._shards + shard + 1
 
     def _broken(self, name: str, why: object) -> UserError:
         again = f"delete {self._files} to " + (

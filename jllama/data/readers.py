@@ -83,15 +83,10 @@ def _read_text(source: TextSource, file: SourceFile) -> Iterator[tuple[str, str 
         return
     if not source.separator:
         raise UserError("separator: is empty; write null to make each file one document")
-    pending = None
-    for line, data in text_files.split(
-        text_files.read_chunks(file.path), source.separator.encode()
-    ):
-        if pending is not None:
-            yield pending
-        pending = f"{file.name}:{line}", _text(data)
-    if data:  # the last part is empty if a separator ends the file
-        yield pending
+    chunks = text_files.read_chunks(file.path)
+    for line, data in text_files.split(chunks, source.separator.encode()):
+        if data:  # nothing is between two separators in a row, as between paragraphs far apart
+            yield f"{file.name}:{line}", _text(data)
 
 
 def _read_jsonl(source: JsonlSource, file: SourceFile) -> Iterator[tuple[str, str | Skipped]]:

@@ -2,7 +2,7 @@
 
 A record is a tf.train.Example with `tokens` (uint16 or uint32) and `starts` (int32, the places in
 the record where documents start), both as little-endian bytes. Beside each shard lies a plain file
-with the places in the shard where documents end.
+with a `DOCUMENT` of each of its documents.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ def records_file(shard: int, shards: int) -> str:
     return f"tokens-train.array_record-{shard:05d}-of-{shards:05d}"
 
 
-def ends_file(shard: int) -> str:
-    """Returns the name of the file with the end of each document in a shard, as uint64."""
-    return f"document-ends.{shard:05d}.u64"
+def documents_file(shard: int) -> str:
+    """Returns the name of the file with the `DOCUMENT` of each document in a shard."""
+    return f"documents.{shard:05d}.u64"
 
 
 @functools.cache
@@ -65,34 +65,36 @@ def decode_record(data: bytes, vocab_size: int) -> tuple[np.ndarray, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ShardCounts:
-    """The size of a shard, and the SHA-256 of its records in hex."""
+    """The size of a shard, and the SHA-256 of its records and of its documents' file, in hex."""
 
     tokens: int
     documents: int
     records: int
     record_bytes: int
     digest: str
+    document_digest: str
 
 
 class ShardWriter:
-    """Writes one shard: its array_record file and the file with the ends of its documents."""
+    """Writes one shard: its array_record file and the file with what is known of its documents."""
 
     def __init__(self, folder: Path, shard: int, vocab_size: int, config: PrepareConfig):
-        self._tokens = self._documents = self._written = self._bytes = 0
+        self._tokens = self._count = self._written = self._bytes = 0
         self._block = np.empty(config.block_tokens, token_dtype(vocab_size))
         self._filled, self._starts = 0, []
-        self._hash = hashlib.sha256()
+        self._hash, self._document_hash = hashlib.sha256(), hashlib.sha256()
         # One record a group, uncompressed: a row reads no more than the records it covers.
         path = folder / records_file(shard, config.shards)
         self._records = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-        self._ends = (folder / ends_file(shard)).open("wb")
+        self._documents = (folder / documents_file(shard)).open("wb")
 
-    def add(self, tokens: np.ndarray) -> None:
-        """Appends a document."""
+    def add(self, tokens: np.ndarray, document: np.void) -> None:
+        """Appends a document and its `DOCUMENT`."""
         self._starts.append(self._filled)
         self._tokens += len(tokens)
-        self._documents += 1
-        self._ends.write(np.uint64(self._tokens).astype("<u8").tobytes())
+        self._count += 1
+        self._documents.write(document.tobytes())
+        self._document_hash.update(document.tobytes())
         while len(tokens):
             part = tokens[: len(self._block) - self._filled]
             self._block[self._filled : self._filled + len(part)] = part
@@ -114,16 +116,21 @@ class ShardWriter:
         if self._filled:
             self._flush()
         self._records.close()
-        self._ends.close()
+        self._documents.close()
         return ShardCounts(
-            self._tokens, self._documents, self._written, self._bytes, self._hash.hexdigest()
+            tokens=self._tokens,
+            documents=self._count,
+            records=self._written,
+            record_bytes=self._bytes,
+            digest=self._hash.hexdigest(),
+            document_digest=self._document_hash.hexdigest(),
         )
 
     def abandon(self) -> None:
         """Closes the files without writing what remains. Does nothing after `close`."""
         if self._records.is_open():
             self._records.close()
-        self._ends.close()
+        self._documents.close()
 
 
 def write_tfds_metadata(folder: Path, shards: list[ShardCounts], vocab_size: int) -> list[str]:

@@ -18,6 +18,8 @@ from jllama.errors import UserError
 from jllama.text.infill import document_ids, encode_continued, infill_tokens, random_cuts
 from jllama.text.tokenizer import Tokenizer
 
+_SHOWN = 40  # characters of a document, in an error
+
 
 class Rewriting(abc.ABC):
     """Maps rows to rows, and counts what it does over all threads.
@@ -37,7 +39,8 @@ class Rewriting(abc.ABC):
 
     @abc.abstractmethod
     def document(self, tokens: np.ndarray, epoch: int) -> tuple[list[int], int] | None:
-        """Rewrites a whole document, `tokens`, with the BOS and EOS around them.
+        """Rewrites a document, `tokens`, from its beginning on; they end with EOS if the row holds
+        its end.
 
         Returns its new ids and how many of the first ones are not predicted, or None to leave it as
         it is.
@@ -46,8 +49,8 @@ class Rewriting(abc.ABC):
     def __call__(self, row: Row, epoch: int) -> Row:
         """Returns the row as it is in this epoch.
 
-        A document that the row holds only in part stays as it is. What no longer fits into the row
-        is cut off at its end.
+        A document whose beginning is in another row stays as it is. What no longer fits into the
+        row is cut off at its end.
         """
         length = len(row["tokens"]) - 1
         parts, documents, rewritten = [], 0, 0
@@ -59,7 +62,7 @@ class Rewriting(abc.ABC):
         for start, stop in itertools.pairwise(bounds):
             tokens, weights = row["tokens"][start:stop], row["weights"][start:stop]
             documents += 1
-            if self._is_whole(tokens) and (new := self.document(tokens, epoch)) is not None:
+            if self._begins(tokens) and (new := self.document(tokens, epoch)) is not None:
                 rewritten += 1
                 tokens = np.array(new[0], np.int32)
                 weights = (np.arange(len(tokens)) >= new[1]).astype(np.float32)
@@ -75,12 +78,14 @@ class Rewriting(abc.ABC):
             self._counts += (1, documents, rewritten, np.count_nonzero(weights), lost)
         return result
 
-    def _is_whole(self, tokens: np.ndarray) -> bool:
+    def _begins(self, tokens: np.ndarray) -> bool:
         # Text is never encoded to BOS or EOS, so they mark where a document begins and ends. Where
         # the tokenizer adds no BOS, the packing leaves no document without its beginning.
-        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
-        begins = tokens[0] == bos or not self._tokenizer.adds_bos
-        return len(tokens) > 1 and begins and tokens[-1] == eos
+        begins = tokens[0] == self._tokenizer.bos_id or not self._tokenizer.adds_bos
+        return len(tokens) > 1 and begins
+
+    def _ends(self, tokens: np.ndarray) -> bool:
+        return tokens[-1] == self._tokenizer.eos_id
 
     def report(self) -> str:
         """Returns one line on what was done until now."""
@@ -93,7 +98,10 @@ class Rewriting(abc.ABC):
 
 
 class Infilling(Rewriting):
-    """Cuts documents in three and puts the middle last; all tokens but the first are predicted."""
+    """Cuts documents in three and puts the middle last; all tokens but the first are predicted.
+
+    A document that the row does not hold whole stays as it is.
+    """
 
     gain = 6  # three control tokens besides the last, and pieces that a cut splits
     done = "infilling, cut in three"
@@ -105,6 +113,8 @@ class Infilling(Rewriting):
         self._objective = objective
 
     def document(self, tokens: np.ndarray, epoch: int) -> tuple[list[int], int] | None:
+        if not self._ends(tokens):
+            return None
         digest = hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=16).digest()
         random = np.random.default_rng([self._seed, epoch, *np.frombuffer(digest, "<u4")])
         chosen, spm = random.random(2) < (self._objective.rate, self._objective.spm)
@@ -123,32 +133,55 @@ class Replies(Rewriting):
 
     def __init__(self, objective: ReplyObjective, tokenizer: Tokenizer, seed: int):
         super().__init__(tokenizer, seed)
-        self._after = objective.after
+        self._after, self._second_marker = objective.after, objective.second_marker
 
-    def check(self, name: str, rows: Rows) -> None:
-        """Raises UserError if no reply is found in the rows of source `name`."""
+    def check(self, name: str, rows: Rows, held_out: bool = False) -> None:
+        """Raises UserError if the rows of source `name` would teach prompts by mistake.
+
+        They would if no document of a training source has the marker, and if one of any source has
+        it twice, unless the objective says to predict all after the first.
+        """
         if isinstance(rows, CutRows):
             raise UserError(
                 "data.objective.kind=reply: needs data.packing.kind=whole, because a part of a"
                 " document does not show where its reply begins"
             )
-        first = range(min(len(rows), 64))
-        if not any(
-            self._after in self._tokenizer.decode(rows[i]["tokens"].tolist()) for i in first
-        ):
+        appears, repeated = held_out or not len(rows), []
+        for number, tokens in rows.documents():
+            if appears and self._second_marker == "predict":
+                return
+            text = self._tokenizer.decode(tokens.tolist())
+            count = text.count(self._after)
+            appears = appears or count > 0
+            if count > 1:
+                repeated.append((number, text))
+        if not appears:
             raise UserError(
-                f"data.objective.after={self._after!r}: does not appear in the first {len(first)}"
-                f" rows of source {name}, so that prompts would be predicted too; correct it"
+                f"data.objective.after={self._after!r}: does not appear in the documents of source"
+                f" {name}, so that prompts would be predicted too; correct it"
+            )
+        if repeated:
+            number, text = min(repeated)
+            raise UserError(
+                f"source {name}: document {number}, {text[:_SHOWN]!r}..., has"
+                f" {self._after!r} {text.count(self._after)} times ({len(repeated):,} such"
+                " documents), and a document holds one prompt and one reply, not a conversation:"
+                " make a document of each pair, or set data.objective.second_marker=predict, which"
+                " trains on all after the first, later prompts too"
             )
 
     def document(self, tokens: np.ndarray, epoch: int) -> tuple[list[int], int] | None:
         text = self._tokenizer.decode(tokens.tolist())
         before, marker, reply = text.partition(self._after)
         if not marker:
-            return None
+            # Without its end it may be a prompt, whose reply was cut off.
+            return None if self._ends(tokens) else (tokens.tolist(), len(tokens))
         prompt = self._tokenizer.encode(before + marker, bos=self._tokenizer.adds_bos)
-        reply = encode_continued(self._tokenizer, reply)
-        return [*prompt, *reply, self._tokenizer.eos_id], len(prompt)
+        if self._ends(tokens):
+            end = [self._tokenizer.eos_id]
+        else:
+            end, reply = [], reply.rstrip("\ufffd")  # of a letter that was cut in its bytes
+        return [*prompt, *encode_continued(self._tokenizer, reply), *end], len(prompt)
 
 
 def rewriting(objective: Objective, tokenizer: Tokenizer, seed: int) -> Rewriting | None:

@@ -6,7 +6,6 @@ is always an error.
 """
 
 import dataclasses
-import hashlib
 import os
 import platform
 import sysconfig
@@ -16,6 +15,7 @@ from pathlib import Path
 from jllama.config import Source, StdlibSource, TextSource, TfdsSource
 from jllama.data import text_files
 from jllama.data.readers import READERS, Skipped, SourceFile, find_split, open_builder, tfds_summary
+from jllama.data.worker import is_held_out, text_hash
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.progress import say
@@ -152,11 +152,5 @@ def _library(root: Path, source: StdlibSource) -> list[str]:
         paths = [Path(folder, name) for name in files if name.endswith(".py")]
         # An empty file holds no document.
         names += [p.relative_to(root).as_posix() for p in paths if p.stat().st_size]
-    held_out = source.split == "held_out"
-    return sorted(n for n in names if is_held_out(n, source.held_out_one_in) == held_out)
-
-
-def is_held_out(name: str, one_in: int) -> bool:
-    """Whether the library file with this relative POSIX path is held out, by a hash of the path."""
-    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-    return number % one_in == 0
+    wanted, one_in = source.split == "held_out", source.held_out_one_in
+    return sorted(n for n in names if is_held_out(text_hash(n), one_in) == wanted)

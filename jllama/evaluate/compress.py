@@ -3,8 +3,8 @@
 import lzma
 from concurrent.futures import ThreadPoolExecutor
 
-from jllama.config import DataConfig, SourceConfig
-from jllama.data import source as sources
+from jllama.config import DataConfig
+from jllama.data.split import Side, sources_of, texts_of
 
 
 def xz_bits_per_byte(data: DataConfig) -> dict[str, float]:
@@ -15,8 +15,7 @@ def xz_bits_per_byte(data: DataConfig) -> dict[str, float]:
       xz_conditional_bits_per_byte: for the bits that it adds to the compressed training text, of
         which xz's dictionary holds the last 64 MiB.
     """
-    train = b"".join(_text(s, data) for s in data.train)
-    held_out = b"".join(_text(s, data) for s in data.held_out)
+    train, held_out = _text(data, "train"), _text(data, "held_out")
     with ThreadPoolExecutor() as pool:  # lzma releases the GIL
         alone, before, both = pool.map(_xz_size, (held_out, train, train + held_out))
     bits = 8 / len(held_out)
@@ -26,11 +25,12 @@ def xz_bits_per_byte(data: DataConfig) -> dict[str, float]:
     }
 
 
-def _text(source: SourceConfig, data: DataConfig) -> bytes:
-    documents = sources.documents(
-        source.source, max_skipped=data.prepare.max_skipped, report=lambda line: None
+def _text(data: DataConfig, side: Side) -> bytes:
+    return b"".join(
+        text.encode()
+        for source in sources_of(data, side)
+        for text in texts_of(data, side, source, report=lambda line: None)
     )
-    return b"".join(d.text.encode() for d in documents)
 
 
 def _xz_size(text: bytes) -> int:

@@ -1,5 +1,7 @@
 """`jllama prepare`: tokens on disk ahead of training, once."""
 
+import re
+
 import recipes
 
 from jllama import cli
@@ -26,6 +28,16 @@ def test_a_second_time_does_nothing_and_says_the_same(tmp_path, capsys):
     # Another length of rows is not another preparation.
     assert cli.main([*command, "--data.length=32"]) == 0
     assert files(tmp_path / "prepared") == made
+
+
+def test_a_held_out_share_has_a_line_of_its_own(tmp_path, capsys):
+    recipe = str(recipes.on_disk(tmp_path))
+    share = "--data.held_out={from: train, one_in: 5}"
+    assert cli.main(["prepare", "--config", recipe, share]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    counts = [re.fullmatch(r"(\w+) +train: (\d+) documents, .*", line).groups() for line in lines]
+    assert [side for side, _ in counts] == ["train", "held_out"]
+    assert sum(int(count) for _, count in counts) == 200
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):

@@ -25,6 +25,7 @@ from jllama.config import (
     CutPacking,
     DynamicRopeScaling,
     FanInInit,
+    HeldOutShare,
     InfillObjective,
     JsonlSource,
     LinearRopeScaling,
@@ -120,6 +121,7 @@ MEMBERS = {
     TextSource: {"files": ["a.txt", "b/*.txt"]},
     JsonlSource: {"files": ["a.jsonl"]},
     ParquetSource: {"files": ["a.parquet"]},
+    HeldOutShare: {"from": "train", "one_in": 25},
     CutPacking: {},
     WholePacking: {},
     CausalObjective: {},
@@ -135,6 +137,9 @@ MEMBERS = {
     ConstantSchedule: {"peak": 1e-3, "warmup_steps": 10},
     WsdSchedule: {"peak": 1e-3, "warmup_steps": 10, "decay_steps": 20, "floor": 0.1},
 }
+
+# Keys with a single value.
+FIXED = {"data.held_out.source"}
 
 # Values of keys for which `another` would break a pattern or a rule between two keys.
 CHOSEN = {
@@ -165,7 +170,13 @@ def unwrap(hint: Any) -> tuple[Any, list]:
 def alternatives(hint: Any) -> tuple[Any, ...]:
     hint, _ = unwrap(hint)
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if union else (hint,)
+    return tuple(unwrap(a)[0] for a in typing.get_args(hint)) if union else (hint,)
+
+
+def item_of(hint: Any) -> type | None:
+    """Returns the dataclass of which the type is a list."""
+    item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return item if dataclasses.is_dataclass(item) else None
 
 
 def leaves(cls: type = Config, prefix: str = "", setup: tuple[str, ...] = ()):
@@ -175,22 +186,19 @@ def leaves(cls: type = Config, prefix: str = "", setup: tuple[str, ...] = ()):
     """
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         key = prefix + name
-        inner, _ = unwrap(hint)
-        if typing.get_origin(inner) is tuple and typing.get_args(inner)[-1] is Ellipsis:
-            item = typing.get_args(inner)[0]
-            if dataclasses.is_dataclass(item):
-                yield from leaves(item, f"{key}.0.", setup)
-                continue
-        members = [m for m in alternatives(hint) if dataclasses.is_dataclass(m)]
+        members = [m for m in alternatives(hint) if dataclasses.is_dataclass(m) or item_of(m)]
         if not members:
-            if name != "kind":
+            if name != "kind" and key not in FIXED:
                 yield setup, key, hint
             continue
         for member in members:
+            if item := item_of(member):
+                yield from leaves(item, f"{key}.0.", setup)
+                continue
             chosen = setup
-            if tag(member):
-                value = {"kind": tag(member), **MEMBERS[member]}
-                chosen = (*setup, f"{key}={json.dumps(value)}")
+            if member in MEMBERS:
+                value = {"kind": tag(member)} if tag(member) else {}
+                chosen = (*setup, f"{key}={json.dumps(value | MEMBERS[member])}")
             yield from leaves(member, f"{key}.", chosen)
 
 
@@ -235,7 +243,7 @@ LEAVES = list(leaves())
 
 def test_every_member_and_every_chosen_key_exists():
     members = {m for m in vars(config).values() if dataclasses.is_dataclass(m) and tag(m)}
-    assert members == set(MEMBERS)
+    assert members == {m for m in MEMBERS if tag(m)}
     assert {key for _, key, _ in LEAVES} >= set(CHOSEN)
     described = {key for key, _, _ in schema.describe_keys(Config) if not key.endswith("kind")}
     assert described >= {key for _, key, _ in LEAVES}
@@ -445,6 +453,20 @@ def test_a_model_may_be_another_with_changes(recipe, tmp_path):
             r" write '\[\"/x/\*\.md\"\]'",
         ),
         (["data.train=[]"], r"data\.train: .*at least 1"),
+        (
+            ["data.held_out=a.txt"],
+            r"^--data\.held_out: expected a list of sources or \{from: train, ",
+        ),
+        (["data.held_out={from: train}"], r"^--data\.held_out\.one_in: is required and missing$"),
+        (
+            ["data.held_out={from: held_out, one_in: 9}"],
+            r"\.held_out\.from: input should be 'train'",
+        ),
+        (
+            ["data.held_out={from: train, one: 9}"],
+            r"^--data\.held_out\.one: unknown key; did you mean one_in\? allowed: from, one_in",
+        ),
+        (["data.held_out.0.nam=b"], r"^--data\.held_out\.0\.nam: unknown key; did you mean name\?"),
         (["data.train.4.name=x"], r"data\.train\.4: a list of 1 takes an index below 1"),
         (["sharding.batch=[[pod]]"], r"sharding\.batch\.0\.0: .*'replica'.*not \"pod\""),
         (["model.num_kv_heads=3"], r"model: num_kv_heads=3 must divide num_heads=4"),

@@ -21,10 +21,11 @@ def memory(lengths):
     starts = np.zeros(ends[-1], bool)
     starts[ends - lengths] = True
     return SimpleNamespace(
-        folder="memory",
+        name="memory",
         tokens=int(ends[-1]),
         read=lambda start, stop: (tokens[start:stop].copy(), starts[start:stop].copy()),
         document_ends=lambda: ends,
+        number=lambda document: document + 1,
         lengths=lengths,
         starts=starts,
     )
@@ -131,12 +132,20 @@ def test_a_million_documents_pack_in_seconds_and_well():
 
 def test_too_long_documents_are_an_error_or_left_out_and_counted():
     prepared = memory([5, 12, 3])
-    with pytest.raises(UserError, match="document 1 has 12 tokens and a row holds 11"):
+    with pytest.raises(UserError, match="memory: document 2 has 12 tokens and a row holds 11"):
         WholeRows(prepared, 10, "error")
     rows = WholeRows(prepared, 10, "skip")
     assert (len(rows), rows.too_long) == (1, 1)
     assert len(WholeRows(prepared, 11, "error")) == 2
     assert len(WholeRows(memory([12]), 10, "skip")) == 0
+
+
+def test_too_long_documents_are_cut_at_their_end():
+    rows = WholeRows(memory([5, 12, 3]), 10, "cut")
+    assert rows.too_long == 1
+    held = {number: tokens.tolist() for number, tokens in rows.documents()}
+    assert held == {1: [1, 2, 3, 4, 5], 2: list(range(6, 17)), 3: [18, 19, 20]}
+    assert predicted(rows_of(rows)) == [*range(2, 6), *range(7, 17), 19, 20]
 
 
 def test_strides_outside_the_row_and_rows_outside_are_errors():

@@ -59,7 +59,7 @@ def test_a_dataset_whose_file_went_away_while_it_was_made_gets_no_marker(
 ):
     # As another process does that prepares at the same URL: it removes the folder when it starts.
     listing = storage.listing
-    gone = "document-ends.00001.u64"
+    gone = "documents.00001.u64"
     rest = lambda f: {n: size for n, size in listing(f).files.items() if n != gone}  # noqa: E731
     monkeypatch.setattr(storage, "listing", lambda f: storage.Listing(rest(f), set()))
     with pytest.raises(UserError, match=rf"{gone}: was removed while .*\(1 such files\)"):
@@ -125,7 +125,7 @@ def test_the_same_files_under_another_name_are_not_tokenised_again(
 
 
 @pytest.mark.parametrize(
-    "name", ["tokens-train.array_record-00001-of-00003", "document-ends.00001.u64"]
+    "name", ["tokens-train.array_record-00001-of-00003", "documents.00001.u64"]
 )
 def test_broken_bytes_are_an_error_that_names_the_file(prepare_texts, name):
     prepared = prepare_texts()

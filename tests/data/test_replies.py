@@ -56,20 +56,65 @@ def test_what_a_model_is_given_is_not_predicted_and_what_it_replies_is(prepared,
     )
 
 
-def test_a_part_of_a_document_is_predicted_as_it_is(prepared, tokenizer):
+def test_a_cut_document_is_predicted_after_its_marker_and_without_one_not_at_all(
+    prepared, tokenizer
+):
     replies = Replies(ReplyObjective(kind="reply"), tokenizer, seed=0)
-    rows = CutRows(prepared, 20)
-    for i in range(10):
-        row, new = rows[i], replies(rows[i], epoch=0)
-        if tokenizer.eos_id not in row["tokens"]:
-            assert all((row[key] == new[key]).all() for key in row)
+    whole = [tokenizer.encode(a + b, bos=True, eos=True) for a, b in PAIRS]
+    for length in range(5, max(map(len, whole)) - 2):
+        rows = WholeRows(prepared, length, "cut", replies.gain)
+        made = [replies(rows[i], epoch=0) for i in range(len(rows))]
+        for row in made:
+            for n in range(1, row["segments"].max() + 1):
+                tokens, weights = (row[key][row["segments"] == n] for key in ("tokens", "weights"))
+                given = tokenizer.decode(tokens[weights == 0].tolist())
+                text = tokenizer.decode(tokens.tolist())
+                if MARKER in text:
+                    prompt, _, reply = text.partition(MARKER)
+                    assert given == prompt + MARKER
+                    (pair,) = [b for a, b in PAIRS if a == given]
+                    assert pair.startswith(reply)
+                    assert (tokens[-1] == tokenizer.eos_id) <= (pair == reply)
+                elif text != PLAIN:
+                    assert not weights.any()
+
+
+def test_a_letter_that_is_cut_in_its_bytes_is_not_predicted(tokenizer, tmp_path, write_jsonl):
+    text = f"a{MARKER} été"
+    prepared = prepare(
+        write_jsonl([text]), tokenizer, PrepareConfig(folder=str(tmp_path / "p"), workers=1)
+    )
+    replies = Replies(ReplyObjective(kind="reply"), tokenizer, seed=0)
+    ids = tokenizer.encode(text, bos=True, eos=True)
+    for length in range(len(ids) - 6, len(ids) - 1):
+        row = replies(WholeRows(prepared, length, "cut")[0], epoch=0)
+        assert text.startswith(tokenizer.decode(row["tokens"].tolist()))
+
+
+def test_a_document_with_a_second_marker_is_refused_and_named_unless_it_is_meant(
+    tokenizer, tmp_path, write_jsonl
+):
+    texts = [a + b for a, b in PAIRS]
+    texts[8] += f"\n\n### Instruction:\nAgain.\n\n{MARKER}8"
+    texts[30] += MARKER
+    config = PrepareConfig(folder=str(tmp_path / "p"), workers=1, shards=3)
+    rows = WholeRows(prepare(write_jsonl(texts, "chat"), tokenizer, config), 200, "error", 2)
+    strict = Replies(ReplyObjective(kind="reply"), tokenizer, seed=0)
+    said = (
+        r"source chat: document 9, '### Instruction:.*'\.\.\., has '### Response:' 2 times \(2 such"
+    )
+    for held_out in (False, True):
+        with pytest.raises(UserError, match=said) as e:
+            strict.check("chat", rows, held_out)
+    assert str(e.value).count("\n") == 0 and "data.objective.second_marker=predict" in str(e.value)
+    Replies(ReplyObjective(kind="reply", second_marker="predict"), tokenizer, 0).check("chat", rows)
 
 
 def test_rows_without_replies_are_refused(prepared, tokenizer):
     rows = WholeRows(prepared, 150, "error", 2)
     Replies(ReplyObjective(kind="reply"), tokenizer, seed=0).check("a", rows)
     with pytest.raises(
-        UserError, match=r"data\.objective\.after='NOPE': does not appear in the first"
+        UserError, match=r"data\.objective\.after='NOPE': does not appear in the documents"
     ):
         Replies(ReplyObjective(kind="reply", after="NOPE"), tokenizer, seed=0).check("a", rows)
     with pytest.raises(UserError, match=r"needs data\.packing\.kind=whole"):

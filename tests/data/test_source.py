@@ -17,7 +17,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from jllama.config import JsonlSource, ParquetSource, StdlibSource, TextSource, TfdsSource
 from jllama.data import json_array, text_files
-from jllama.data.source import Document, documents, is_held_out, source_files
+from jllama.data.source import Document, documents, source_files
+from jllama.data.worker import is_held_out, text_hash
 from jllama.errors import UserError
 
 
@@ -74,7 +75,8 @@ def test_library_files_are_cut_between_lines_and_nothing_is_lost():
 
 
 def test_which_file_is_held_out_is_fixed():
-    assert [n for n in ("pdb.py", "ast.py", "abc.py") if is_held_out(n, 25)] == ["pdb.py"]
+    names = ("pdb.py", "ast.py", "abc.py")
+    assert [n for n in names if is_held_out(text_hash(n), 25)] == ["pdb.py"]
 
 
 def test_a_text_file_is_one_document_with_its_newlines_untouched(tmp_path):
@@ -286,21 +288,25 @@ def test_one_more_than_max_skipped_is_an_error(tmp_path):
 
 def test_broken_text_documents_are_named_by_line(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_bytes(b"one\n--two\n\xe9\n----three")
+    path.write_bytes(b"one\n--two\n\xe9\n--three--\xff")
     reports = []
     source = text_source(path, separator="--")
     assert read(source, max_skipped=2, report=reports.append) == ["one\n", "three"]
     assert f"{path}:2: invalid UTF-8, byte 0xe9 1 lines into it" in reports[0]
-    assert f"{path}:4: empty document" in reports[1]
+    assert f"{path}:4: invalid UTF-8, byte 0xff" in reports[1]
+
+
+def test_nothing_between_two_separators_is_no_document(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\n\n\n\none\n\n\n\n\n\ntwo\n\n\nthree\n\n")
+    assert read(text_source(path, separator="\n\n")) == ["one", "two", "\nthree"]
 
 
 def test_no_file_and_no_document_are_errors(tmp_path):
     with pytest.raises(UserError, match=r"none\*\.txt: no file matches"):
         read(text_source(tmp_path / "none*.txt"))
-    with pytest.raises(UserError, match="is a folder; write '.*/" + r"\*\*/\*\.txt'"):
+    with pytest.raises(UserError, match=r"is a folder without \*\.txt files; name the files in it"):
         read(text_source(f"{tmp_path}/"))
-    with pytest.raises(UserError, match=r"/\*\*/\*\.jsonl'"):
-        read(jsonl_source(tmp_path))
     (tmp_path / "a.jsonl").write_bytes(b"\n")
     with pytest.raises(UserError, match="no documents"):
         read(jsonl_source(tmp_path / "a.jsonl"))
@@ -327,6 +333,19 @@ def test_parquet_columns_are_read_and_checked(tmp_path):
     path.write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match="not readable as Parquet"):
         read(source())
+
+
+def test_a_pattern_of_files_further_down_is_proposed_and_matches(tmp_path):
+    (tmp_path / "a[1]" / "b").mkdir(parents=True)
+    (tmp_path / "a[1]" / "b" / "x.txt").write_text("one")
+    for pattern in ("", "/", "/*.txt", "/*/*.txt", "/*.text", "/x.txt", "/a[[]1]/*.txt"):
+        with pytest.raises(UserError, match=r"is a folder; write|no file matches; ") as e:
+            read(text_source(f"{tmp_path}{pattern}"))
+        proposal = str(e.value).split("'")[1]
+        assert proposal.startswith(f"{tmp_path}/**/") and read(text_source(proposal)) == ["one"]
+    for pattern in ("/y.txt", "/z/*.txt", "/a[[]1]/x.md"):
+        with pytest.raises(UserError, match="no file matches; check the path"):
+            read(text_source(f"{tmp_path}{pattern}"))
 
 
 @pytest.fixture
@@ -369,3 +388,18 @@ def test_tfds_datasets_are_read_by_folder_name_and_slice(tfds_folder):
         read(source(split="valid"))
     with pytest.raises(UserError, match="TFDS no_such_dataset"):
         read(source("no_such_dataset", data_dir=str(tfds_folder.parents[1])))
+
+
+def test_a_dataset_in_tfrecord_is_an_error_that_says_what_to_do(tfds_folder):
+    info = tfds_folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    for path in tfds_folder.glob("tiny-*"):
+        path.rename(str(path).replace("array_record", "tfrecord"))
+    for given in (
+        {"name": str(tfds_folder)},
+        {"name": "tiny", "data_dir": str(tfds_folder.parents[1])},
+    ):
+        with pytest.raises(
+            UserError, match=rf"{tfds_folder} holds it as tfrecord, .*another data_dir"
+        ):
+            read(TfdsSource(kind="tfds", split="train", **given))

@@ -1,5 +1,6 @@
 """The yardstick is what xz makes of the same bytes."""
 
+import hashlib
 import lzma
 import shutil
 import subprocess
@@ -28,3 +29,15 @@ def test_it_is_xz_of_the_concatenated_documents(tmp_path):
     conditional = (xz(train + held_out) - xz(train)) * bits
     assert got["xz_conditional_bits_per_byte"] == pytest.approx(conditional)
     assert conditional < got["xz_bits_per_byte"]
+
+
+def test_of_a_held_out_share_it_takes_the_documents_of_each_side(tmp_path):
+    data = recipe.load(recipes.on_disk(tmp_path), ["data.held_out={from: train, one_in: 4}"]).data
+    sides = {True: b"", False: b""}
+    for text in recipes.texts(200, seed=1):
+        sides[int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) % 4 == 0] += text.encode()
+    got = xz_bits_per_byte(data)
+    bits = 8 / len(sides[True])
+    assert got["xz_bits_per_byte"] == pytest.approx(xz(sides[True]) * bits)
+    conditional = (xz(sides[False] + sides[True]) - xz(sides[False])) * bits
+    assert got["xz_conditional_bits_per_byte"] == pytest.approx(conditional)

@@ -279,9 +279,9 @@ def test_a_dataset_at_a_url_has_the_bytes_of_a_local_one(scheme, request, tokeni
     fs.rm(f"{remote.folder}/identity.json")
     assert Prepared.open(remote.folder, str(tmp_path / "cache")) is None
     assert make(root / "prepared").digest == local.digest
-    fs.rm(f"{remote.folder}/document-ends.00001.u64")
+    fs.rm(f"{remote.folder}/documents.00001.u64")
     storage.write_bytes(remote.folder / "identity.json", marker)
-    with pytest.raises(UserError, match=r"document-ends.00001.u64: missing or cut short"):
+    with pytest.raises(UserError, match=r"documents.00001.u64: missing or cut short"):
         make(root / "prepared")
     # The text behind it changed: the store's own checksum says so.
     storage.write_bytes(root / "texts.jsonl", lines().replace(b"number", b"Number"))
