@@ -554,13 +554,6 @@ def test_a_saved_recipe_loads_to_an_equal_one(path, tmp_path):
     assert hash(again) == hash(loaded)
 
 
-def test_the_recipe_for_own_text_in_the_docs_is_one(tmp_path):
-    page = recipes.configs_folder().parent / "docs" / "data.md"
-    (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", page.read_text(), re.S)[1])
-    loaded = recipes.load(tmp_path / "mine.yaml")
-    assert loaded.data.train[0].source == TextSource(kind="text", files=("text/**/*.txt",))
-
-
 def test_the_docs_extend_a_large_model_with_the_papers_training(tmp_path):
     page = (recipes.configs_folder().parent / "docs" / "long-context.md").read_text()
     command = re.search(r"```\npython train\.py (.*?--run\.name=longer.*?)```", page, re.S)[1]

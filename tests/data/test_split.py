@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -111,6 +112,19 @@ def test_one_file_is_one_document_and_a_separator_is_proposed(tmp_path, prepare_
     config = changed(tmp_path, dataclasses.replace(source, separator="\n\n"))
     data = open_data(config, open_tokenizer(config))
     assert data.sources["a"].documents + data.held_out["a"].documents == len(texts)
+
+
+def test_the_recipe_for_own_text_in_the_docs_holds_out_a_share_of_one_file(
+    tmp_path, texts, monkeypatch
+):
+    page = configs.configs_folder().parent / "docs" / "data.md"
+    (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", page.read_text(), re.S)[1])
+    (tmp_path / "mine.txt").write_text("\n\n".join(texts))
+    monkeypatch.chdir(tmp_path)
+    config = configs.load("mine.yaml", ["tokenizer.vocab_size=300"])
+    data = open_data(config, open_tokenizer(config))
+    assert data.sources["mine"].documents > data.held_out["mine"].documents > 0
+    assert len(data.held_out_rows["mine"])
 
 
 def changed(folder, *sources, one_in=4, **data):
