@@ -30,6 +30,7 @@ COMMANDS = {
         "train, merge and compare tokenizers; grow a model to one",
     ),
     "fingerprint": ("jllama.commands.fingerprint", "a digest of a checkpoint's bits"),
+    "compare": ("jllama.commands.compare", "what differs between runs, and their losses"),
     "plot": ("jllama.commands.plot", "draw loss, learning rate and throughput of runs as a PNG"),
 }
 

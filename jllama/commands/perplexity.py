@@ -26,18 +26,15 @@ replace the model's scaling.
 """
 
 import argparse
-import csv
-import io
+import json
+import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 import jllama
 from jllama.adapt.mixture import adapter_weights
-from jllama.commands.table import table
+from jllama.commands.perplexity_report import Point, print_tables, write_files
 from jllama.config import JsonlSource, ParquetSource, Source, TextSource
 from jllama.config import recipe as recipes
 from jllama.data import source as sources
@@ -46,7 +43,7 @@ from jllama.errors import UserError
 from jllama.evaluate.perplexity import Rope, perplexity, rope_label, windows, with_rope
 from jllama.files import storage
 from jllama.generate.llama import Llama
-from jllama.progress import Progress
+from jllama.progress import Progress, say
 from jllama.store.find import find
 from jllama.store.model import architecture_at, open_adapted
 from jllama.text.tokenizer import Tokenizer
@@ -92,17 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--join", action="store_true", help="cut windows from the concatenation of all documents")
     add("--dtype", choices=("float32", "bfloat16"), help="dtype of the computation [the model's]")
     add("--out", default="perplexity", metavar="FOLDER", help="for the CSV and PNG [%(default)s]")
-
-
-class Point(NamedTuple):
-    """One row of the CSV: the perplexity of one model and scaling at one length."""
-
-    model: str
-    rope: str
-    length: int
-    stride: int
-    windows: int
-    perplexity: float
+    add("--json", action="store_true", help="print exact figures as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -121,25 +108,32 @@ def run(args: argparse.Namespace) -> None:
         trained[name] = config.max_length
         for rope in ropes:
             with_rope(config, rope, lengths[-1])
-    points, first = [], None
+    points, first, alike = [], None, True
     for name, path, ropes, adapters in models:
-        more, first = _evaluate(args, name, path, ropes, adapters, lengths, stride, first)
+        more, ids = _evaluate(args, name, path, ropes, adapters, lengths, stride)
         points += more
-    _print(points, lengths)
-    _write(out, points, trained)
+        first = ids if first is None else first
+        alike &= len(first) == len(ids) and all(map(np.array_equal, first, ids))
+    if not alike:
+        say("note: the tokenizers differ; bits per byte compare, and perplexities per token do not")
+    if args.json:
+        print(json.dumps([point._asdict() for point in points], indent=2))
+    else:
+        print_tables(points, lengths, alike)
+    for file in write_files(out, points, trained, alike):
+        if not args.json:
+            print(file)
 
 
-def _evaluate(args, name, path, ropes, adapters, lengths, stride, first):
-    """A model's points and windows, which must equal `first`; the model is freed on return."""
+def _evaluate(args, name, path, ropes, adapters, lengths, stride):
+    """A model's points and windows; the model is freed on return."""
     given = {adapter: adapter for adapter in adapters} or None
     model = jllama.load(path, dtype=args.dtype, adapter=given)
     texts = _encoded(model, path, _read(args.data))
     ids = windows(texts, lengths[-1], stride, args.windows, args.join)
-    if first and not (len(first) == len(ids) and all(map(np.array_equal, first, ids))):
-        raise UserError(
-            f"{path}: its tokenizer is not that of the models before it, and perplexities per"
-            " token of different tokenizers cannot be compared; evaluate it on its own"
-        )
+    size = sum(model.tokenizer.byte_count(row[-stride:]) for row in ids)
+    if not size:
+        raise UserError(f"--data {args.data}: the scored tokens have no text; choose other data")
     points = []
     total = len(ids) * sum(lengths) * len(ropes)
     with Progress(f"perplexity of {name}", total, unit=" tokens") as progress:
@@ -148,7 +142,8 @@ def _evaluate(args, name, path, ropes, adapters, lengths, stride, first):
                 value = perplexity(
                     model, ids, length, stride, rope, progress.advance, adapters or None
                 )
-                points.append(Point(name, rope_label(rope), length, stride, len(ids), value))
+                bits = math.log2(value) * len(ids) * stride / size
+                points.append(Point(name, rope_label(rope), length, stride, len(ids), value, bits))
     return points, ids
 
 
@@ -241,57 +236,3 @@ def _encoded(model: Llama, path: str, documents: Iterable[str]) -> Iterator[np.n
         if max(ids) >= model.config.vocab_size:
             raise UserError(f"{path}: the tokenizer has ids beyond the model's vocabulary")
         yield np.array(ids, np.int32)
-
-
-def _labels(points: list[Point]) -> dict[tuple[str, str], str]:
-    """The label of each curve: the model's name, its scaling, or both if both differ."""
-    curves = list(dict.fromkeys((p.model, p.rope) for p in points))
-    if len({model for model, _ in curves}) == 1 and len(curves) > 1:
-        return {(model, rope): rope for model, rope in curves}
-    return {(m, r): m if r == "model" else f"{m}, {r}" for m, r in curves}
-
-
-def _print(points: list[Point], lengths: list[int]) -> None:
-    scored = f"perplexity of {points[0].windows} x {points[0].stride} tokens"
-    rows = [[scored, *(f"{length:,}" for length in lengths)]]
-    for curve, label in _labels(points).items():
-        values = [p.perplexity for p in points if (p.model, p.rope) == curve]
-        rows.append([label, *(f"{value:.4g}" for value in values)])
-    print(table(rows))
-
-
-def _write(out: Path, points: list[Point], trained: dict[str, int]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Point._fields)
-    writer.writerows(points)
-    storage.write_text(out / "perplexity.csv", text.getvalue())
-    print(out / "perplexity.csv")
-    picture = io.BytesIO()
-    _draw(points, trained).savefig(picture, dpi=120, format="png")
-    storage.write_bytes(out / "perplexity.png", picture.getvalue())
-    print(out / "perplexity.png")
-
-
-def _draw(points: list[Point], trained: dict[str, int]) -> Figure:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    lines, labels = [], _labels(points)
-    for curve in labels:
-        of_curve = [p for p in points if (p.model, p.rope) == curve]
-        lines += axis.plot([p.length for p in of_curve], [p.perplexity for p in of_curve], "o-")
-    lengths = sorted({p.length for p in points})
-    for length in sorted(set(trained.values())):
-        if lengths[0] <= length <= lengths[-1]:
-            axis.axvline(length, color="grey", linestyle=":", linewidth=1)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axis.set_xlabel("context length (dotted: a model's max_length)")
-    axis.set_ylabel(f"perplexity of a window's last {points[0].stride} tokens")
-    axis.grid(alpha=0.3, which="both")
-    legend = axis.legend(lines, ["" for _ in lines], fontsize="small")
-    for text, label in zip(legend.get_texts(), labels.values(), strict=True):
-        text.set_parse_math(False)  # a name may hold $, which would begin a formula
-        text.set_text(label)
-    return figure

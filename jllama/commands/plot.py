@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from jllama.commands.legend import draw_legend
+from jllama.commands.runs import Metrics, labelled, metrics_of, points, recipe_of, text_of
 from jllama.errors import UserError
-from jllama.files import storage
-from jllama.train.metrics import read
 
 _PANELS = (
     ("loss", "loss (nats per token)"),
@@ -28,35 +28,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.9,
         help="weight of the past in the loss curve, 0 to 1 [0.9]",
     )
+    parser.add_argument(
+        "--group",
+        metavar="KEY",
+        help="one colour for all runs with an equal value of this key of their recipes",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     if not 0 <= args.smooth < 1:
         raise UserError(f"--smooth={args.smooth}: must be from 0 to below 1")
-    # A run is labelled by its name, or by its path if another run has the same name.
-    names = [storage.path(run).name for run in args.runs]
-    lines = {
-        (name if names.count(name) == 1 else run): _read(storage.path(run))
-        for name, run in zip(names, args.runs, strict=True)
-    }
+    folders = labelled(args.runs)
+    runs = {name: metrics_of(folder) for name, folder in folders.items()}
+    groups = _groups(args.group, folders) if args.group else {name: name for name in runs}
+    colors = {group: f"C{i % 10}" for i, group in enumerate(dict.fromkeys(groups.values()))}
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     axes = figure.subplots(1, 3)
+    lines = {}
     for (key, title), axis in zip(_PANELS, axes, strict=True):
-        for i, (name, metrics) in enumerate(lines.items()):
-            color = f"C{i % 10}"
+        for name, group in groups.items():
+            color, metrics = colors[group], runs[name]
             step, value = _series(metrics, key)
             if key == "loss":
                 axis.plot(step, value, color=color, alpha=0.25, linewidth=0.8)
                 value = _smooth(value, args.smooth)
-            axis.plot(step, value, color=color, label=name, linewidth=1.4)
+            (line,) = axis.plot(step, value, color=color, linewidth=1.4)
             if key == "loss":
+                label = f"{name} ({args.group} {group})" if args.group else name
+                if len(value):
+                    lines[f"{label}: {value[-1]:.3f}"] = line
                 step, value = _series(metrics, "eval_loss")
-                label = f"{name}, held out" if len(step) else None
-                axis.plot(step, value, "o--", color=color, markersize=4, label=label)
+                (line,) = axis.plot(step, value, "o--", color=color, markersize=4)
+                if len(value):
+                    lines[f"{label}, held out: {value[-1]:.3f}"] = line
         axis.set(xlabel="step", title=title)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
     axes[2].set_ylim(bottom=0)
+    draw_legend(figure, lines)
     try:
         figure.savefig(args.out, dpi=120, format="png")
     except OSError as e:
@@ -64,16 +72,21 @@ def run(args: argparse.Namespace) -> None:
     print(args.out)
 
 
-def _read(run: Path) -> list[dict[str, float]]:
-    metrics = read(run / "metrics.jsonl")
-    if not metrics:
-        raise UserError(f"{run / 'metrics.jsonl'}: missing or empty; give folders of runs")
-    return metrics
+def _groups(key: str, folders: dict[str, Path]) -> dict[str, str]:
+    """The text of a recipe's value by run, in the order of the values."""
+    values = {name: recipe_of(folder).get(key) for name, folder in folders.items()}
+    if all(value is None for value in values.values()):
+        raise UserError(
+            f"--group {key}: no run's recipe has this key; give one such as training.schedule.peak"
+        )
+    numbers = all(isinstance(value, int | float) for value in values.values())
+    order = sorted(values, key=lambda name: values[name] if numbers else text_of(values[name]))
+    return {name: text_of(values[name]) for name in order}
 
 
-def _series(metrics: list[dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(line["step"], line[key]) for line in metrics if key in line]
-    return np.array([p[0] for p in points]), np.array([p[1] for p in points], float)
+def _series(metrics: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:
+    pairs = points(metrics, key)
+    return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], float)
 
 
 def _smooth(values: np.ndarray, past: float) -> np.ndarray:

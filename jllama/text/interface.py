@@ -176,6 +176,10 @@ class Tokenizer(abc.ABC):
             first = False
         return [*ids, self.eos_id] if eos else ids
 
+    def byte_count(self, ids: Iterable[int]) -> int:
+        """The bytes that `ids` add to a text, a space that encoding added before it included."""
+        return sum(len(self._bytes[id]) for id in ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`.
 

@@ -1,6 +1,8 @@
 """`jllama evaluate perplexity`: several models and scalings in one table, CSV and PNG."""
 
 import csv
+import json
+import math
 import re
 import weakref
 
@@ -9,7 +11,7 @@ import pytest
 
 import jllama
 from jllama import cli
-from jllama.commands import perplexity
+from jllama.commands import perplexity_report
 from jllama.config import recipe as recipes
 from jllama.train.loop import train
 from tests.recipes import on_disk
@@ -48,20 +50,23 @@ def test_models_and_scalings_in_one_table_csv_and_png(evaluate, tmp_path):
     lines = out.splitlines()
     assert lines[0].split() == ["perplexity", "of", "5", "x", "4", "tokens", "8", "32", "64"]
     assert [line.split("  ")[0] for line in lines[1:4]] == ["a, none", "a, ntk alpha=4", "long"]
-    assert lines[4:] == [str(tmp_path / "out" / f"perplexity.{kind}") for kind in ("csv", "png")]
+    assert lines[4].startswith("bits per byte of 5 x 4 tokens  ")
+    assert lines[8:] == [str(tmp_path / "out" / f"perplexity.{kind}") for kind in ("csv", "png")]
     rows = list(csv.DictReader((tmp_path / "out" / "perplexity.csv").open()))
     assert len(rows) == 9
     assert {(r["stride"], r["windows"]) for r in rows} == {("4", "5")}
     found = [f"{float(r['perplexity']):.4g}" for r in rows if r["rope"] == "ntk alpha=4"]
     assert lines[2].split()[3:] == found
+    bits = [f"{float(r['bits_per_byte']):.4g}" for r in rows if r["rope"] == "ntk alpha=4"]
+    assert lines[6].split()[3:] == bits
     assert 5 < float(rows[0]["perplexity"]) < 400
     assert matplotlib.image.imread(tmp_path / "out" / "perplexity.png").std() > 0.01
     assert "perplexity of a" in err and "tokens" in err
 
 
 def test_names_are_drawn_as_they_are_and_scalings_once(evaluate, tmp_path, monkeypatch):
-    drawn, draw = [], perplexity._draw
-    monkeypatch.setattr(perplexity, "_draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    drawn, draw = [], perplexity_report._draw
+    monkeypatch.setattr(perplexity_report, "_draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
     given = (
         "--model",
         "$a_{$=runs/a",
@@ -73,14 +78,14 @@ def test_names_are_drawn_as_they_are_and_scalings_once(evaluate, tmp_path, monke
     status, out, err = evaluate(*given, "--lengths", "8", "--windows", "2", "--join")
     assert status == 0, err
     (figure,) = drawn
-    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["$a_{$, none", "$a_{$, linear", "_b"]
     assert [line.split("  ")[0] for line in out.splitlines()[1:4]] == legend
     assert len((tmp_path / "out" / "perplexity.csv").read_text().splitlines()) == 4
 
 
 def test_what_was_computed_is_kept_when_it_cannot_be_drawn(evaluate, tmp_path, monkeypatch):
-    monkeypatch.setattr(perplexity, "_draw", lambda *a: 1 / 0)
+    monkeypatch.setattr(perplexity_report, "_draw", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate("--model", "runs/a", "--lengths", "8", "--windows", "2", "--join")
     assert (tmp_path / "out" / "perplexity.csv").exists()
@@ -143,9 +148,38 @@ def test_bad_input_is_one_line_and_writes_nothing(args, said, evaluate, tmp_path
     assert not list(tmp_path.rglob("perplexity.*"))
 
 
-def test_models_with_several_tokenizers_are_not_compared(evaluate, folder):
+def test_models_with_several_tokenizers_compare_by_bits_per_byte(evaluate, folder):
     changes = ["run.name=c", "training.steps=2", "tokenizer.vocab_size=300"]
     train(recipes.load(folder / "recipe.yaml", changes))
-    args = ("--model", "runs/a", "--model", "runs/c", "--lengths", "16", "--join")
-    status, _, err = evaluate(*args)
-    assert status == 2 and "runs/c: its tokenizer is not that of" in err
+    args = ("--model", "runs/a", "--model", "runs/c", "--lengths", "16", "--join", "--windows", "0")
+    status, out, err = evaluate(*args)
+    assert status == 0 and "tokenizers differ" in err
+    head, *rows = out.splitlines()[:3]
+    assert head.startswith("bits per byte ") and "perplexity of" not in out
+    assert [row.split()[0] for row in rows] == ["a", "c"]
+
+
+def test_json_has_the_figures_and_nothing_else(evaluate, folder):
+    text = "def f(x):\n    return x\n" * 40
+    (folder / "plain.txt").write_text(text)
+    options = ("--lengths", "8,16", "--stride", "1", "--windows", "0", "--json")
+    status, out, _ = evaluate("--model", "runs/a", *options, data="plain.txt")
+    assert status == 0
+    short, long = json.loads(out)
+    assert (short["model"], short["length"], long["length"]) == ("a", 8, 16)
+    tokens = long["windows"] * long["stride"]
+    scored_bytes = tokens * math.log2(long["perplexity"]) / long["bits_per_byte"]
+    tokenizer = jllama.load(folder / "runs" / "a").tokenizer
+    # Every token after the first 16 is scored.
+    wanted = len(text.encode()) - tokenizer.byte_count(tokenizer.encode(text)[:15])
+    assert scored_bytes == pytest.approx(wanted, abs=1.01)
+
+
+@pytest.mark.parametrize(
+    "values", [(5.4, 5.9), (5.46, 138.0), (1.01, 1.02), (2.0, 30000.0)], ids=str
+)
+def test_ticks_are_few_round_numbers_in_the_range(values):
+    ticks = perplexity_report._ticks(list(values))
+    assert 4 <= len(ticks) <= 12
+    assert all(len(f"{tick:g}") <= 6 for tick in ticks)
+    assert min(ticks) >= 0.9 * values[0] and max(ticks) <= 1.1 * values[1]

@@ -4,9 +4,11 @@ import json
 
 import matplotlib.image
 import pytest
+import recipes
 
 from jllama import cli
 from jllama.commands import plot
+from jllama.config import recipe
 
 
 @pytest.fixture
@@ -42,7 +44,11 @@ def drawn(monkeypatch):
 
 
 def labels(axis):
-    return [text.get_text() for text in axis.get_legend().get_texts()]
+    return [text.get_text() for text in axis.figure.legends[0].get_texts()]
+
+
+def colors(axis):
+    return [line.get_color() for line in axis.get_lines()]
 
 
 def test_several_runs_in_one_png(run, drawn, tmp_path, capsys):
@@ -53,7 +59,10 @@ def test_several_runs_in_one_png(run, drawn, tmp_path, capsys):
     assert picture.shape[0] > 300
     assert picture.std() > 0.01
     loss, rate, speed = drawn
-    assert labels(loss) == ["a", "a, held out", "b"]
+    assert [label.split(":")[0] for label in labels(loss)] == ["a", "a, held out", "b"]
+    assert labels(loss)[1] == "a, held out: 2.000", "the final value"
+    bottom = min(axis.get_tightbbox().y0 for axis in drawn)
+    assert loss.figure.legends[0].get_window_extent().y1 <= bottom, "it covers no curve"
     for axis, last in ((rate, 0.01), (speed, 910)):
         assert [line.get_ydata()[-1] for line in axis.get_lines()] == pytest.approx([last] * 2)
 
@@ -68,7 +77,22 @@ def test_the_loss_is_drawn_as_it_is_without_smoothing(run, drawn, tmp_path):
 def test_runs_of_one_name_are_told_apart(run, drawn, tmp_path):
     runs = [run("x/tiny", evals=False), run("y/tiny", evals=False)]
     assert cli.main(["plot", *runs, "--out", str(tmp_path / "out.png")]) == 0
-    assert labels(drawn[0]) == runs
+    assert [label.rpartition(":")[0] for label in labels(drawn[0])] == runs
+
+
+def test_runs_are_coloured_by_a_key_of_their_recipes(run, drawn, tmp_path, capsys):
+    runs = [run(name, evals=False) for name in ("a", "b", "_$c")]
+    for folder, peak in zip(runs, (1e-2, 1e-3, 1e-2), strict=True):
+        config = recipes.in_memory(f"training.schedule.peak={peak}")
+        (tmp_path / folder / "config.yaml").write_text(recipe.to_yaml(config))
+    args = [*runs, "--out", str(tmp_path / "out.png"), "--group"]
+    assert cli.main(["plot", *args, "training.schedule.peak"]) == 0
+    names = [label.rpartition(":")[0] for label in labels(drawn[0])]
+    key = "training.schedule.peak"
+    assert names == [f"b ({key} 0.001)", f"a ({key} 0.01)", f"_$c ({key} 0.01)"]
+    assert colors(drawn[1]) == ["C0", "C1", "C1"]
+    assert cli.main(["plot", *args, "training.lr"]) == 2
+    assert "--group training.lr: no run's recipe has this key" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
