@@ -74,15 +74,15 @@ def _open(config: Config, run: Path, step: int) -> Branch:
     if shapes_differ:
         raise UserError(f"its parameters are not the recipe's model: {'; '.join(lines)}")
     for key in ("compute.param_dtype", "adapt.kind", "training.optimizer.kind"):
-        here, there = (operator.attrgetter(key)(x) for x in (config, theirs))
-        if here != there:
-            raise UserError(f"its state is not the recipe's: {key} is {here}, there {there}")
+        ours, before = (operator.attrgetter(key)(x) for x in (config, theirs))
+        if ours != before:
+            raise UserError(f"its state is not the recipe's: {key} is {ours}, there {before}")
     if isinstance(config.adapt, LoraConfig):
-        here, there = layout(config.model, config.adapt), layout(theirs.model, theirs.adapt)
-        for path in sorted(here.keys() | there.keys()):
-            a, b = here.get(path, "is frozen"), there.get(path, "is frozen")
-            if a != b:
-                raise UserError(f"its overlay is not the recipe's: {path} {a}, there {b}")
+        overlays = [layout(x.model, x.adapt) for x in (config, theirs)]
+        for path in sorted({path for overlay in overlays for path in overlay}):
+            ours, before = (overlay.get(path, "is frozen") for overlay in overlays)
+            if ours != before:
+                raise UserError(f"its overlay is not the recipe's: {path} {ours}, there {before}")
     if distributed.leader():
         for line in lines:
             say(f"note: training.resume_from={run}@{step}: {line}")

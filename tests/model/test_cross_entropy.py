@@ -97,6 +97,15 @@ def test_logits_are_held_for_one_block_at_a_time(block, held):
     assert max(map(math.prod, logits)) == B * held * V
 
 
+def test_a_block_that_is_not_named_fits_the_cache_of_a_cpu():
+    def loss(hidden, targets):
+        weight, weights = jnp.zeros((V, D)), jnp.ones((1, 2000))
+        return cross_entropy(hidden, weight, targets, weights, 0.0, None, V)[0]
+
+    program = jax.make_jaxpr(loss)(jnp.zeros((1, 2000, D)), jnp.zeros((1, 2000), jnp.int32))
+    assert (1, 512, V) in shapes(program.jaxpr) and (1, 1024, V) not in shapes(program.jaxpr)
+
+
 MESHES = [
     {"fsdp": 8},
     {"fsdp": 2, "tensor": 4},

@@ -1,6 +1,7 @@
 """A run that goes on from another run's whole state: `training.resume_from`."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -96,6 +97,15 @@ def test_a_branch_of_an_overlay_has_its_base(load, whole):
     other = f"training.init_from={whole / 'checkpoints' / '3'}"
     with pytest.raises(UserError, match="its overlay is over other parameters"):
         loop.train(load(*branch, LORA, other, "run.name=other-base"))
+
+
+def test_the_way_that_a_refusal_names_can_be_gone(load, whole):
+    other = ("training.schedule.peak=0.02", "training.steps=8")
+    with pytest.raises(UserError, match=r"the learning rates of the first 6 steps") as error:
+        loop.train(load("run.name=whole", *other))
+    way = re.search(r"--(training\.resume_from=\S+) goes on", str(error.value))[1]
+    folder = loop.train(load("run.name=way", way, *other)).folder
+    assert [line["step"] for line in lines(folder)] == [7, 8]
 
 
 MUON = (
