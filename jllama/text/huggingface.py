@@ -107,6 +107,8 @@ class HuggingFaceTokenizer(Tokenizer):
             options=options,
             where=where,
         )
+        if not file.prepends:  # else the space after such a token is the text's own
+            self._visible |= {token.id for token in late}
 
     def _files(self) -> dict[str, bytes]:
         settings = self._settings() | {"tokenizer_class": "PreTrainedTokenizerFast"}
