@@ -21,6 +21,7 @@ from jllama.config import ComputeConfig, ModelConfig
 from jllama.errors import UserError
 from jllama.generate.engine import bucket, traces
 from jllama.model import llama
+from jllama.model.cross_entropy import default_block
 from jllama.model.rope import Turns, depends_on_length, turns
 from jllama.parallel.context import context_placement
 from jllama.parallel.sharding import Placement, activated
@@ -206,6 +207,7 @@ def _logprobs(
         return chosen - jax.nn.logsumexp(scores, axis=-1)
 
     # As in the loss, only so many tokens have their logits at a time.
-    together = min(max(1, compute.loss_block // len(tokens)), count)
+    block = compute.loss_block or default_block()
+    together = min(max(1, block // len(tokens)), count)
     positions = hidden.swapaxes(0, 1), targets.T
     return jax.lax.map(of_position, positions, batch_size=together).T

@@ -235,6 +235,8 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         raise _InexpressibleError("has unused pieces")
     if prefix and PieceType.USER_DEFINED in types:
         raise _InexpressibleError("has user-defined pieces, and puts a space before texts")
+    if model.remove_extra_whitespaces and PieceType.USER_DEFINED in types:
+        raise _InexpressibleError("has user-defined pieces, and removes extra spaces around them")
     vocab, cost = _model(pieces)
     added = _specials(tokenizer)
     for id, piece in enumerate(pieces):
@@ -247,7 +249,8 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     unk = next(piece.text for piece in pieces if piece.type == PieceType.UNKNOWN)
     normalizers = []
     if model.remove_extra_whitespaces:  # spaces alone, not line breaks
-        normalizers.append(_replace(r"\A +| +\z", ""))
+        # At the end SentencePiece takes its own mark for one.
+        normalizers.append(_replace(rf"\A +|[ {SPACE}]+\z", ""))
         normalizers.append(_replace(" {2,}", " "))
     mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     first = None

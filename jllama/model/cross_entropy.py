@@ -48,6 +48,11 @@ def cross_entropy(
     return _forward(hidden, weight, targets, weights, z_loss, block, vocab_size, gradients=False)[0]
 
 
+def default_block() -> int:
+    """The tokens whose logits a device holds at a time where nobody says how many."""
+    return 512 if platform() == "cpu" else 1024
+
+
 def _forward(
     hidden, weight, targets, weights, z_loss, block, vocab_size, gradients, of_weight=False
 ):
@@ -56,7 +61,7 @@ def _forward(
     The gradient of weight is float32, or None without `of_weight`.
     """
     placement = active_placement()
-    block = block or (512 if platform() == "cpu" else 1024)
+    block = block or default_block()
     one_device = functools.partial(
         _one_device,
         z_loss=z_loss,

@@ -90,6 +90,7 @@ class SentencePieceTokenizer(Tokenizer):
         # These pieces are special though SentencePiece encodes text to them. Where it does, their
         # letters are encoded one by one instead.
         self._spelt = {i: names[i] for i in declared - control if i < len(self.pieces)}
+        self._squeezes = sp.encode("a  b") == sp.encode("a b")
         first = sp.encode("a")
         adds_space = bool(first) and self.pieces[first[0]].startswith(SPACE)
         super().__init__(
@@ -118,7 +119,9 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, text: str, prefix: bool) -> list[int]:
         sp = self._sp if prefix or self._prefix == "never" else self._without_prefix
         ids = []
-        for part in _parts(text, prefix):
+        # A part without a space before it cannot begin with the text's own where that is removed.
+        whole = self._squeezes and not prefix
+        for part in [text] if whole else _parts(text, prefix):
             ids += sp.encode(part.encode("utf-8"))
         if self._spelt.keys() & ids:
             ids = [i for id in ids for i in (self._letters(id) if id in self._spelt else [id])]

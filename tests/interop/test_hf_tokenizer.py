@@ -131,9 +131,9 @@ def squeezing(llama2):
 
 
 @pytest.fixture(scope="module")
-def squeezing_bare(trained):
+def squeezing_bare(llama2):
     """The same without a space before the text."""
-    return SentencePieceTokenizer(trained.model + NO_PREFIX + EXTRA_SPACES)
+    return SentencePieceTokenizer(llama2.model + NO_PREFIX + EXTRA_SPACES)
 
 
 @pytest.fixture(
@@ -172,6 +172,8 @@ def test_any_text(pair, text):
 
 def test_our_reader_of_tokenizer_json_gives_the_same_ids(pair, texts, tmp_path):
     ours, _ = pair
+    if ours.decode(ours.encode("a  b")) == "a b":
+        pytest.skip("our reader refuses a tokenizer.json that does not give the text back")
     for name, data in tokenizer_files(ours).items():
         if name != "tokenizer.model":
             (tmp_path / name).write_bytes(data)

@@ -124,7 +124,7 @@ def test_a_recipe_takes_the_architecture_of_a_models_folder(text, source, tmp_pa
     with pytest.raises(UserError, match=r"^model: .*absent"):
         recipe(text, runs, source, f"model={tmp_path / 'absent'}")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"^model: .*empty: neither a model nor an adapter"):
+    with pytest.raises(UserError, match=r"^model: .*empty: an empty folder"):
         recipe(text, runs, source, f"model={tmp_path / 'empty'}")
 
 
