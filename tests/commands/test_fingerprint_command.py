@@ -23,6 +23,7 @@ def run(tmp_path_factory):
     checkpoints, digests = Checkpoints(folder, keep=2), {}
     for step in (1, 2):
         state = init_state(definition, step)
+        state = state._replace(step=state.step + step)
         checkpoints.save(step, **to_trees(state))
         digests[step] = fingerprint(state)
     checkpoints.close()
