@@ -2,7 +2,8 @@
 
 A change is the options that a user would add to the command line. The changes of one kind are
 ordered from mild to strong; if the strongest fits, bisection finds the mildest that fits. The kinds
-and the meshes come in the order of promise: those with the lowest bound of the step's time first.
+and the meshes come in the order of promise: those first whose best change has the lowest bound of
+the step's time.
 """
 
 import dataclasses
@@ -104,8 +105,7 @@ def search(
         kinds = {"remat": _remats(config), "batch": _batches(config, report)} | kinds
         kinds["offload"] = [("compute.remat=offload",)] if config.compute.remat != "offload" else []
     kinds["mesh"].sort(key=seconds_of)
-    # The strongest change of a kind is its slowest, and the first mesh is the fastest.
-    promise = {k: seconds_of(c[0 if k == "mesh" else -1]) for k, c in kinds.items() if c}
+    promise = {kind: seconds_of(changes[0]) for kind, changes in kinds.items() if changes}
     for kind in sorted(promise, key=lambda kind: promise[kind]):
         if len({t.kind for t in tried.values() if t.fits}) >= enough:
             break
