@@ -26,8 +26,10 @@ replace the model's scaling.
 """
 
 import argparse
+import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
 
     def in_order(option: str, metavar: str, text: str) -> None:
-        """--adapter and --rope apply to models before them, so that all are kept in their order."""
+        """Options that apply to the models before them are kept in their order."""
         kept = {"action": "append", "dest": "given", "default": [], "metavar": metavar}
         add(option, type=lambda value: (option, value), help=text, **kept)
 
@@ -72,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "LIST",
         "scalings for the --model before it, and for earlier ones that have none yet [model]",
     )
+    in_order("--tokenizer", "PATH", "for the --model before it: another than its own")
     add(
         "--data",
         required=True,
@@ -102,15 +105,15 @@ def run(args: argparse.Namespace) -> None:
     models, out = _models(args.given), storage.path(args.out)
     storage.make_folder(out)
     trained = {}
-    for name, path, ropes, adapters in models:  # errors first, before minutes of work
-        given = {adapter: adapter for adapter in adapters} or None
-        config = open_adapted(find(storage.path(path)), given).config
-        trained[name] = config.max_length
-        for rope in ropes:
+    for model in models:  # errors first, before minutes of work
+        found = find(storage.path(model.path))
+        config = open_adapted(found, model.overlays, tokenizer=model.tokenizer).config
+        trained[model.name] = config.max_length
+        for rope in model.ropes:
             with_rope(config, rope, lengths[-1])
     points, first, alike = [], None, True
-    for name, path, ropes, adapters in models:
-        more, ids = _evaluate(args, name, path, ropes, adapters, lengths, stride)
+    for model in models:
+        more, ids = _evaluate(args, model, lengths, stride)
         points += more
         first = ids if first is None else first
         alike &= len(first) == len(ids) and all(map(np.array_equal, first, ids))
@@ -125,25 +128,27 @@ def run(args: argparse.Namespace) -> None:
             print(file)
 
 
-def _evaluate(args, name, path, ropes, adapters, lengths, stride):
+def _evaluate(args, given: "_Given", lengths, stride):
     """A model's points and windows; the model is freed on return."""
-    given = {adapter: adapter for adapter in adapters} or None
-    model = jllama.load(path, dtype=args.dtype, adapter=given)
-    texts = _encoded(model, path, _read(args.data))
+    model = jllama.load(
+        given.path, dtype=args.dtype, adapter=given.overlays, tokenizer=given.tokenizer
+    )
+    texts = _encoded(model, given.path, _read(args.data))
     ids = windows(texts, lengths[-1], stride, args.windows, args.join)
     size = sum(model.tokenizer.byte_count(row[-stride:]) for row in ids)
     if not size:
         raise UserError(f"--data {args.data}: the scored tokens have no text; choose other data")
     points = []
-    total = len(ids) * sum(lengths) * len(ropes)
-    with Progress(f"perplexity of {name}", total, unit=" tokens") as progress:
-        for rope in ropes:
+    total = len(ids) * sum(lengths) * len(given.ropes)
+    with Progress(f"perplexity of {given.name}", total, unit=" tokens") as progress:
+        for rope in given.ropes:
             for length in lengths:
                 value = perplexity(
-                    model, ids, length, stride, rope, progress.advance, adapters or None
+                    model, ids, length, stride, rope, progress.advance, given.weights or None
                 )
                 bits = math.log2(value) * len(ids) * stride / size
-                points.append(Point(name, rope_label(rope), length, stride, len(ids), value, bits))
+                label = rope_label(rope)
+                points.append(Point(given.name, label, length, stride, len(ids), value, bits))
     return points, ids
 
 
@@ -157,41 +162,61 @@ def _lengths(text: str) -> list[int]:
     return lengths
 
 
-def _models(
-    given: list[tuple[str, str]],
-) -> list[tuple[str, str, list[Rope], dict[str, float]]]:
-    """(name, path, scalings, weights of adapters) of each --model."""
-    models: list[list] = []
+@dataclasses.dataclass
+class _Given:
+    """A --model, and what the options after it say of it; `weights` are those of its adapters."""
+
+    name: str
+    path: str
+    ropes: list[Rope] | None = None
+    adapters: list[str] = dataclasses.field(default_factory=list)
+    tokenizer: str | None = None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return adapter_weights(self.adapters)
+
+    @property
+    def overlays(self) -> dict[str, str] | None:
+        """The argument `adapter` of `jllama.load`."""
+        return {path: path for path in self.weights} or None
+
+
+def _models(given: list[tuple[str, str]]) -> list[_Given]:
+    models: list[_Given] = []
     for option, value in given:
         if option == "--model":
             name, equals, path = value.partition("=")
             if not equals or not name or "/" in name:
                 name, path = storage.absolute(storage.path(value)).name, value
-            models.append([name, path, None, []])
+            models.append(_Given(name, path))
             continue
-        if option == "--adapter":
+        if option in ("--adapter", "--tokenizer"):
             if not models:
-                raise UserError(f"--adapter {value}: must come after the --model that it is for")
-            models[-1][3].append(value)
+                raise UserError(f"{option} {value}: must come after the --model that it is for")
+            if option == "--adapter":
+                models[-1].adapters.append(value)
+            else:
+                models[-1].tokenizer = value
             continue
-        without = [model for model in models if model[2] is None]
+        without = [model for model in models if model.ropes is None]
         if not without:
             raise UserError(
                 f"--rope {value}: must come after the --model that it is for, and once: several"
                 " scalings are one list, separated by commas"
             )
         for model in without:
-            model[2] = _ropes(value)
+            model.ropes = _ropes(value)
     if not models:
         raise UserError("--model PATH: name a run, a step of it, or a model's folder")
-    names = [name for name, *_ in models]
+    names = [model.name for model in models]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--model: two are called {name!r}; name them: --model NAME=PATH")
-    return [
-        (name, path, ropes or ["model"], adapter_weights(adapters))
-        for name, path, ropes, adapters in models
-    ]
+    for model in models:
+        model.ropes = model.ropes or ["model"]
+        adapter_weights(model.adapters)  # an error is known before minutes of work
+    return models
 
 
 def _ropes(text: str) -> list[Rope]:
@@ -219,7 +244,7 @@ def _read(data: str) -> Iterator[str]:
 
 
 def _source(data: str) -> Source:
-    name = data.removesuffix(".gz").removesuffix(".zst")
+    name = re.sub(r"\.(gz|zst|bz2|xz)$", "", data, flags=re.IGNORECASE)
     if name.endswith((".jsonl", ".json")):
         return JsonlSource(kind="jsonl", files=(data,))
     if name.endswith(".parquet"):
@@ -230,7 +255,7 @@ def _source(data: str) -> Source:
 def _encoded(model: Llama, path: str, documents: Iterable[str]) -> Iterator[np.ndarray]:
     tokenizer: Tokenizer | None = model.tokenizer
     if tokenizer is None:
-        raise UserError(f"{path}: has no tokenizer; put its files there")
+        raise UserError(f"{path}: has no tokenizer; give one after its --model: --tokenizer PATH")
     for text in documents:
         ids = [*tokenizer.encode(text, bos=tokenizer.adds_bos), tokenizer.eos_id]
         if max(ids) >= model.config.vocab_size:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import weakref
 
 import matplotlib.image
@@ -128,6 +129,7 @@ def test_data_may_be_a_run_or_text(evaluate, folder):
             ["--model", "runs/a", "--rope", "none", "--rope", "linear"],
             "--rope linear: .* once: .* commas",
         ),
+        (["--tokenizer", "x", "--model", "runs/a"], "--tokenizer x: must come after the --model"),
         (["--model", "=runs/a"], "=runs/a: no such folder"),
         (["--model", "runs/a", "--model", "runs/a"], "two are called 'a'"),
         (["--model", "runs/none"], "runs/none"),
@@ -157,6 +159,18 @@ def test_models_with_several_tokenizers_compare_by_bits_per_byte(evaluate, folde
     head, *rows = out.splitlines()[:3]
     assert head.startswith("bits per byte ") and "perplexity of" not in out
     assert [row.split()[0] for row in rows] == ["a", "c"]
+
+
+def test_a_model_may_be_read_with_another_tokenizer_or_none(evaluate, folder):
+    options = ("--lengths", "16", "--join", "--windows", "2")
+    shutil.copytree(folder / "runs" / "a", folder / "bare")
+    tokenizer = folder / "bare" / "tokenizer.model"
+    tokenizer.rename(folder / "other.model")
+    status, _, err = evaluate("--model", "bare", *options)
+    assert status == 2 and "has no tokenizer; give one after its --model" in err
+    _, wanted, _ = evaluate("--model", "bare=runs/a", *options)
+    status, out, _ = evaluate("--model", "bare", "--tokenizer", "other.model", *options)
+    assert (status, out) == (0, wanted)
 
 
 def test_json_has_the_figures_and_nothing_else(evaluate, folder):

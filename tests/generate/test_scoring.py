@@ -163,5 +163,5 @@ def test_without_a_tokenizer_ids_can_be_scored_and_texts_cannot(model):
     bare = dataclasses.replace(model, tokenizer=None)
     assert bare.score([[1]], [[[3]]]) == model.score([[1]], [[[3]]])
     for prompts, choices in (("a", ["b"]), ([[]], [[[3]]])):
-        with pytest.raises(UserError, match="no tokenizer; put its files there, or give ids"):
+        with pytest.raises(UserError, match="no tokenizer; load it with one"):
             bare.score(prompts, choices)
