@@ -100,8 +100,7 @@ def run(args: argparse.Namespace) -> None:
             f"--to peft, --base and --base-name are for an adapter; {source.path} is a model"
         )
     given = None if args.adapter is None else {"adapter": _one_adapter(args.adapter)}
-    tokenizer = None if args.tokenizer == _COPY else args.tokenizer
-    stored = open_adapted(source, given, args.model, tokenizer, args.max_length)
+    stored = open_adapted(source, given, args.model, _opened(args.tokenizer), args.max_length)
     if to is None:
         default = "hf" if source.format == "jllama" else "jllama"
         to = "gguf" if target.suffix == ".gguf" else default
@@ -178,6 +177,11 @@ def _merged(stored: StoredModel, to: str, written: str, asked: str | None) -> ll
     return cast_params(params, dtype, scale_dtype)
 
 
+def _opened(tokenizer: str | None) -> str | None:
+    """The tokenizer to open: SRC's own one too where its files are copied."""
+    return None if tokenizer == _COPY else tokenizer
+
+
 def _copied(tokenizer: str | None, source: Found, to: str) -> dict[str, bytes] | None:
     """The tokenizer's files of SRC as they are, if they are to be copied."""
     if tokenizer != _COPY:
@@ -190,8 +194,7 @@ def _copied(tokenizer: str | None, source: Found, to: str) -> dict[str, bytes] |
 
 
 def _convert_adapter(args: argparse.Namespace, source: Found, target: Path) -> None:
-    given = None if args.tokenizer == _COPY else args.tokenizer
-    adapter = open_adapter(source, given)
+    adapter = open_adapter(source, _opened(args.tokenizer))
     to = args.target_format or ("peft" if adapter.found.format == "jllama" else "jllama")
     if to not in ("jllama", "peft") or args.adapter is not None:
         raise UserError(
@@ -210,7 +213,7 @@ def _convert_adapter(args: argparse.Namespace, source: Found, target: Path) -> N
         raise UserError("--base-name is empty; give the name of a model, or leave it out")
     outputs.check_absent(target)
     copied = _copied(args.tokenizer, adapter.found, to)
-    base = open_model(base_of(adapter, args.base), args.model, given)
+    base = open_model(base_of(adapter, args.base), args.model, _opened(args.tokenizer))
     config = adapter.trained_config(base.config)
     if to == "peft" and config.rope != base.config.rope:
         say("note: it was trained with another model.rope than its base's, which PEFT cannot store")

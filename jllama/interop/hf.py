@@ -70,9 +70,10 @@ def _check_quantisation(values: Mapping[str, Any], tensors: Mapping[str, Tensor]
     if not key:
         return
     settings, where = values[key], folder / HF_CONFIG
-    said = settings if isinstance(settings, dict) else {}
-    is_4_or_8_bit = said.get("load_in_4bit") or said.get("load_in_8bit")  # before quant_method
-    method = said.get("quant_method") or ("bitsandbytes" if is_4_or_8_bit else "no quant_method")
+    options = settings if isinstance(settings, dict) else {}
+    # Files from before quant_method have these keys.
+    is_4_or_8_bit = options.get("load_in_4bit") or options.get("load_in_8bit")
+    method = options.get("quant_method") or ("bitsandbytes" if is_4_or_8_bit else "no quant_method")
     packed = next((n for n, tensor in tensors.items() if tensor.dtype not in DTYPES), None)
     if packed:
         raise UserError(
