@@ -13,7 +13,9 @@ from jllama.data.pack import CutRows, WholeRows
 from jllama.data.prepare import prepare
 from jllama.data.rewrite import Infilling
 from jllama.errors import UserError
-from jllama.text.infill import infill_tokens
+from jllama.text.added import AddedToken
+from jllama.text.infill import PIECES, infill_tokens
+from jllama.text.spm import SentencePieceTokenizer
 from jllama.text.vocabulary import train_sentencepiece
 
 
@@ -228,3 +230,29 @@ def test_a_tokenizer_without_infill_tokens_is_an_error_before_text_is_prepared(r
     monkeypatch.setattr("jllama.data.prepare._make", None)
     with pytest.raises(UserError, match=r"no ▁<PRE>.*tokenizer\.infill=true"):
         open_data(without, tokenizer)
+
+
+def test_special_tokens_may_lack_rows_and_those_of_infilling_may_not(recipe):
+    """Code Llama 34B has infill tokens in its tokenizer and no rows for them."""
+    model = open_tokenizer(recipe("tokenizer.infill=false")).model
+    added = [AddedToken(piece, 309 + i) for i, piece in enumerate(PIECES)]
+    tokenizer = SentencePieceTokenizer(model, added=added)
+    assert (tokenizer.vocab_size, tokenizer.text_size) == (313, 309)
+    file = "tokenizer={kind: file, path: x}"
+    causal = recipe("model.vocab_size=309", "data.objective.kind=causal", file)
+    assert open_data(causal, tokenizer).train.batch(0)["tokens"].max() < 309
+    with pytest.raises(UserError, match="no rows for the tokenizer's infill tokens"):
+        open_data(recipe("model.vocab_size=309", file), tokenizer)
+    with pytest.raises(UserError, match=r"313 pieces; raise model\.vocab_size"):
+        open_data(recipe("model.vocab_size=308", "data.objective.kind=causal", file), tokenizer)
+
+
+def test_without_bos_documents_are_infilled_where_rows_hold_them_whole(recipe):
+    tokenizer = open_tokenizer(recipe())
+    bare = SentencePieceTokenizer(tokenizer.model, adds_bos=False)
+    data = open_data(recipe("data.objective={kind: infill, rate: 1.0, spm: 0.0}"), bare)
+    tokens = data.train.batch(0)["tokens"]
+    assert np.isin(tokens, infill_tokens(bare).middle).any()
+    assert not np.isin(tokens, bare.bos_id).any()
+    with pytest.raises(UserError, match=r"needs data\.packing\.kind=whole, because the tokenizer"):
+        open_data(recipe("data.packing.kind=cut"), bare)

@@ -9,6 +9,7 @@ from jllama.data.pack import CutRows, WholeRows
 from jllama.data.prepare import prepare
 from jllama.data.rewrite import Replies
 from jllama.errors import UserError
+from jllama.text.spm import SentencePieceTokenizer
 from jllama.text.vocabulary import train_sentencepiece
 
 MARKER = "### Response:"
@@ -54,6 +55,23 @@ def test_what_a_model_is_given_is_not_predicted_and_what_it_replies_is(prepared,
     assert replies.report().startswith(
         f"replies, predicted after their prompt: {len(PAIRS)} of {len(PAIRS) + 1} documents"
     )
+
+
+def test_a_tokenizer_that_adds_no_bos_begins_documents_and_prompts_without(
+    tokenizer, tmp_path, write_jsonl
+):
+    bare = SentencePieceTokenizer(tokenizer.model, adds_bos=False)
+    config = PrepareConfig(folder=str(tmp_path / "prepared"), workers=1)
+    source = write_jsonl([a + b for a, b in PAIRS])
+    prepared = prepare(source, bare, config)
+    assert prepared.folder != prepare(source, tokenizer, config).folder
+    tokens, _ = prepared.read(0, prepared.tokens)
+    assert tokenizer.bos_id not in tokens and np.count_nonzero(tokens == bare.eos_id) == len(PAIRS)
+    replies = Replies(ReplyObjective(kind="reply"), bare, seed=0)
+    row = replies(WholeRows(prepared, 150, "error", replies.gain)[0], epoch=0)
+    first = row["segments"] == 1
+    given = row["tokens"][first & (row["weights"] == 0)].tolist()
+    assert given in [bare.encode(prompt) for prompt, _ in PAIRS]
 
 
 def test_a_cut_document_is_predicted_after_its_marker_and_without_one_not_at_all(

@@ -155,6 +155,14 @@ def test_quantised_weights_are_called_so(folder):
         jllama.load(folder)
 
 
+def test_what_generation_does_otherwise_is_said(folder, capsys):
+    told = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50, "min_p": None}
+    (folder / "generation_config.json").write_text(json.dumps(told | {"eos_token_id": 2}))
+    jllama.load(folder)
+    said = capsys.readouterr().err
+    assert "generation_config.json: temperature=0.6, top_p=0.9: not followed" in said
+
+
 def test_rotary_buffers_of_old_folders_are_no_parameters(folder, params):
     rewrite(folder, model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(8, np.float32))
     jax.tree.map(np.testing.assert_array_equal, jllama.load(folder).params, params)
