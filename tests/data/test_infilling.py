@@ -242,7 +242,7 @@ def test_special_tokens_may_lack_rows_and_those_of_infilling_may_not(recipe):
     causal = recipe("model.vocab_size=309", "data.objective.kind=causal", file)
     assert open_data(causal, tokenizer).train.batch(0)["tokens"].max() < 309
     with pytest.raises(UserError, match="no rows for the tokenizer's infill tokens"):
-        open_data(recipe("model.vocab_size=309", file), tokenizer)
+        open_data(recipe("model.vocab_size=309", "data.objective.kind=infill", file), tokenizer)
     with pytest.raises(UserError, match=r"313 pieces; raise model\.vocab_size"):
         open_data(recipe("model.vocab_size=308", "data.objective.kind=causal", file), tokenizer)
 
