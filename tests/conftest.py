@@ -1,6 +1,7 @@
 """Tests run on CPU: eight virtual devices for meshes, of which a test without a mesh uses one."""
 
 import os
+import signal
 from pathlib import Path
 
 # The environment, and not jax.config, for what programs started by a test should share.
@@ -25,6 +26,13 @@ collect_ignore = [] if "JLLAMA_PEER_TRANSFORMERS" in os.environ else ["peers"]
 # Derandomised: a failure is seen again by whoever runs the tests next.
 hypothesis.settings.register_profile("jllama", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("jllama")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def heard_signals():
+    """Hears what nohup, or a shell's &, has told the tests and their programs to ignore."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -63,7 +63,7 @@ def test_info_of_a_run_folder_uses_the_length_of_its_rows(tmp_path, capsys):
     [
         (["info", "llama-8b"], "llama-7b"),
         (["info", "missing.yaml"], "missing.yaml: no such file"),
-        (["info", "."], "neither a model nor an adapter; expected a run"),
+        (["info", "."], "an empty folder; expected a run"),
         (["info", "llama-7b", "--length", "0"], "--length=0"),
         (["info", "llama-7b", "--all"], "leave out 'llama-7b'"),
     ],

@@ -39,9 +39,10 @@ def grow(args: argparse.Namespace) -> None:
         base = stored.tokenizer.vocab_size
         if base > stored.config.vocab_size:
             raise UserError(
-                f"{args.source}: its tokenizer has {base:,} ids, and the embedding"
-                f" {stored.config.vocab_size:,} rows, to which new ones cannot be added; grow a"
-                " copy of the folder without the tokenizer's files"
+                f"{args.source}: the tokenizer has {base:,} ids and the embedding"
+                f" {stored.config.vocab_size:,} rows: it is another model's, or adds tokens that"
+                " the model was not made for; grow a copy of the folder without the tokenizer's"
+                " files"
             )
         try:
             spelt = spell_new_ids(stored.tokenizer, tokenizer)

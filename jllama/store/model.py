@@ -88,20 +88,12 @@ def open_model(
     if isinstance(model, str) and found.format != "meta":
         raise UserError(f"--model {model}: {found.path} says itself what it is; leave it out")
     if found.stored is not None:
-        stored = _ours(found, tokenizer_of(found, tokenizer))
-    elif found.format == "hf":
+        return _ours(found, tokenizer_of(found, tokenizer))
+    if found.format == "hf":
         read = hf.read_folder(found.folder, found.files)
-        stored = _foreign(found, *read, tokenizer_of(found, tokenizer))
     else:
         read = meta.read_folder(found.folder, found.files, model)
-        stored = _foreign(found, *read, tokenizer_of(found, tokenizer))
-    rows = stored.config.vocab_size
-    if stored.tokenizer is not None and stored.tokenizer.text_size > rows:
-        note(
-            f"{found.path}: its tokenizer has {stored.tokenizer.vocab_size:,} ids and its embedding"
-            f" {rows:,} rows: a text that needs another is an error; is it this model's tokenizer?"
-        )
-    return stored
+    return _foreign(found, *read, tokenizer_of(found, tokenizer))
 
 
 def architecture(found: Found) -> ModelConfig:
@@ -147,6 +139,12 @@ def open_adapted(
         given = (adapters or {}).items()
         opened = {name: open_adapter(find(storage.path(path)), tokenizer) for name, path in given}
     stored = with_adapters(open_model(found, model, tokenizer), opened)
+    rows = stored.config.vocab_size
+    if stored.tokenizer is not None and stored.tokenizer.text_size > rows:
+        note(
+            f"{found.path}: its tokenizer has {stored.tokenizer.vocab_size:,} ids and its embedding"
+            f" {rows:,} rows: a text that needs another is an error; is it this model's tokenizer?"
+        )
     if max_length is None:
         return stored
     try:

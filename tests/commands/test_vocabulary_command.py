@@ -154,6 +154,10 @@ def test_a_tokenizer_with_more_ids_than_rows_is_not_the_models_own(here, tmp_pat
     jllama.load_tokenizer(here / "merged").save(tmp_path / "mixed")
     said = refused(capsys, "grow", tmp_path / "mixed", here / "merged", tmp_path / "out")
     assert "the embedding 320 rows: it is another model's" in said
+    (tmp_path / "mixed" / "tokenizer.model").unlink()  # the way out
+    rows = ("--rows", "random")
+    assert vocabulary("grow", tmp_path / "mixed", here / "merged", tmp_path / "out", *rows) == 0
+    shutil.rmtree(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

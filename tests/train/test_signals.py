@@ -65,14 +65,19 @@ def test_another_thread_may_train_and_leaves_signals_alone():
 
 # Hashing is one call of C, in which Python runs no handler, as when XLA compiles.
 BUSY = """
-import hashlib
+import hashlib, sys
+from jllama.cli import exit_status
 from jllama.train import signals
 signals._GRACE = 0.2
-with signals.noting_signals() as received:
-    received.nothing_to_save = {nothing_to_save}
-    print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"a", b"b", {rounds})
-print(received.signals[0].name)
+
+def work():
+    with signals.noting_signals() as received:
+        received.nothing_to_save = {nothing_to_save}
+        print("ready", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"a", b"b", {rounds})
+    print(received.signals[0].name)
+
+sys.exit(exit_status(work))  # the signal may come before the call of C
 """
 
 
