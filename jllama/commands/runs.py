@@ -9,6 +9,7 @@ from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.store.find import RECIPE
+from jllama.train.changes import flatten
 from jllama.train.metrics import METRICS, read
 
 Metrics = list[dict[str, float]]
@@ -33,7 +34,7 @@ def metrics_of(folder: Path) -> Metrics:
 
 def recipe_of(folder: Path) -> dict[str, Any]:
     """The values of a run's recipe by dotted key."""
-    return dict(_leaves("", recipes.to_dict(recipes.load(folder / RECIPE))))
+    return flatten(recipes.to_dict(recipes.load(folder / RECIPE)))
 
 
 def points(metrics: Metrics, key: str) -> list[tuple[int, float]]:
@@ -42,21 +43,8 @@ def points(metrics: Metrics, key: str) -> list[tuple[int, float]]:
 
 
 def text_of(value: Any) -> str:
-    """A recipe's value in a table; a key that a recipe has not is a dash."""
+    """A recipe's value in a table, on one line; a key that a recipe has not is a dash."""
     if value is None:
         return "-"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        items = list(value.items())
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        items = list(enumerate(value))
-    else:
-        return [(prefix, value)]
-    return [
-        leaf
-        for key, inner in items
-        for leaf in _leaves(f"{prefix}.{key}" if prefix else str(key), inner)
-    ]
+    plain = isinstance(value, str) and value and value.isprintable()
+    return value if plain else json.dumps(value, ensure_ascii=False)

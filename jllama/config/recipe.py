@@ -122,8 +122,9 @@ def load(
     """
     path = storage.path(path)
     data = _read_yaml(path)
-    if "from" in data:
-        implied = _implied(data.pop("from"))
+    folder = data.pop("from", None)
+    if folder is not None:
+        implied = _implied(folder)
         training = implied["training"] | (data.get("training") or {})
         data = implied | data | {"training": training}
     if _is_a(ModelConfig, data):
@@ -137,7 +138,7 @@ def load(
     for item in sorted(overrides, key=lambda item: not item.startswith("from=")):
         key, _, value = item.partition("=")
         if key == "from":
-            implied = _implied(value)
+            folder, implied = value, _implied(value)
             data |= implied | {"training": (data.get("training") or {}) | implied["training"]}
         elif key == "model" and not value.lstrip().startswith("{"):
             data["model"] = value
@@ -147,6 +148,9 @@ def load(
             rest.append(item)
     match data.get("model"):
         case str(name):
+            # A shipped architecture has no parameters to begin from.
+            if name == folder and not storage.is_folder(storage.path(name)):
+                raise UserError(f"from: {name}: no such folder; name a run or a model's folder")
             data["model"] = _model_dict(name, architecture)
         case {"base": str(name), **changes}:
             data["model"] = _model_dict(name, architecture) | changes

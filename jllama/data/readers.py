@@ -126,7 +126,8 @@ def _record_text(record: object, field: str) -> str | Skipped:
     if not isinstance(record, dict):
         return Skipped("not a JSON object")
     if field not in record:
-        return Skipped(f"no field {field!r}")
+        fields = ", ".join(map(repr, itertools.islice(record, 5))) or "none"
+        return Skipped(f"no field {field!r}; it has {fields}: name the one in source.field")
     return _string(record[field], field)
 
 

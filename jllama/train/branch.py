@@ -5,7 +5,7 @@ import operator
 from pathlib import Path
 
 from jllama.adapt.lora import layout
-from jllama.config import Config, LoraConfig
+from jllama.config import Config, HeldOutShare, LoraConfig
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.files import storage
@@ -83,6 +83,9 @@ def _open(config: Config, run: Path, step: int) -> Branch:
             ours, before = (overlay.get(path, "is frozen") for overlay in overlays)
             if ours != before:
                 raise UserError(f"its overlay is not the recipe's: {path} {ours}, there {before}")
+    held_out = theirs.data.held_out, config.data.held_out
+    if held_out[0] != held_out[1] and any(isinstance(x, HeldOutShare) for x in held_out):
+        lines.append("data.held_out is another: that run may have trained on what is held out here")
     if distributed.leader():
         for line in lines:
             say(f"note: training.resume_from={run}@{step}: {line}")

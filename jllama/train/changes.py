@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jllama.config import Config, LoraConfig, TokenizerFile
+from jllama.config import Config, HeldOutShare, LoraConfig, TokenizerFile
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.files import storage
@@ -35,14 +35,18 @@ _REPORTS = (
 # The order of sums, memory, and what is measured.
 _ORDER = (
     "mesh.", "sharding.", "training.accumulate", "compute.remat", "compute.loss_block",
-    "compute.scan_unroll", "compute.attention", "eval.", "data.held_out",
+    "compute.scan_unroll", "compute.attention", "eval.",
 )  # fmt: skip
+_HELD_OUT = "data.held_out"
 # What the text is read from: its digest is compared with that of data.json.
 _SOURCE = re.compile(r"data\.train\.\d+\.source\.")
 # What the learning rates of the steps are made from.
 _RATES = ("training.steps", "training.schedule.")
 # What the state is, or may be: no other state can be gone on from.
-_STATE = ("model.", "compute.param_dtype", "adapt.", "tokenizer.", "training.optimizer.kind")
+_STATE = (
+    "model.", "compute.param_dtype", "adapt.", "tokenizer.", "training.optimizer.kind",
+    _HELD_OUT,  # whose text the run may have trained on
+)  # fmt: skip
 
 
 def check_changes(folder: Path, config: Config, step: int) -> Changes:
@@ -86,7 +90,10 @@ def check_changes(folder: Path, config: Config, step: int) -> Changes:
 
 def _is_free(key: str, folder: Path, old: Config, new: Config) -> bool:
     """Whether the key alone says that its change changes no step that was taken."""
-    if key.startswith(_ORDER) or key.startswith(_RATES) or _SOURCE.match(key):
+    shares = (isinstance(x.data.held_out, HeldOutShare) for x in (old, new))
+    if key.startswith(_HELD_OUT) and any(shares):
+        return False  # what one share holds out, another trains on
+    if key.startswith((*_ORDER, _HELD_OUT)) or key.startswith(_RATES) or _SOURCE.match(key):
         return True
     if key.startswith("tokenizer.") and isinstance(new.tokenizer, TokenizerFile):
         return True  # is compared with the one in the folder

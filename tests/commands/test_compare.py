@@ -54,6 +54,13 @@ def test_what_differs_and_the_losses(run, capsys):
     assert table["tokens per second"] == ["906", "906"]
 
 
+def test_a_text_of_several_lines_takes_one(run, capsys):
+    texts = ("two\nlines", "")
+    a, b = (run(n, f"sample.prompt={json.dumps(x)}") for n, x in zip("ab", texts, strict=True))
+    assert cli.main(["compare", a, b]) == 0
+    assert rows(capsys.readouterr().out)["sample.prompt"] == [json.dumps(x) for x in texts]
+
+
 def test_json_has_exact_figures_and_items_of_lists(run, capsys):
     a, b = run("a"), run("b", "data.train.0.weight=3")
     assert cli.main(["compare", a, b, "--json"]) == 0

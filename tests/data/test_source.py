@@ -224,6 +224,7 @@ def test_a_bad_item_of_an_array_is_skipped_and_reported(tmp_path):
     path.write_text('[{"text": "one"}, 3, {"texts": 0}, {"text": ""}, {"text": "two"}]')
     reports = []
     assert read(jsonl_source(path), max_skipped=3, report=reports.append) == ["one", "two"]
+    assert "it has 'texts': name the one in source.field" in reports[1]
     assert [r.partition("; ")[0] for r in reports] == [
         f"{path}: item 2: not a JSON object",
         f"{path}: item 3: no field 'text'",

@@ -169,6 +169,8 @@ def test_what_from_stands_for_can_each_still_be_set(text, published, tmp_path):
     config = recipe(file, runs, None)
     assert config.model.ffn_dim == MODEL.ffn_dim and config.tokenizer.path == str(published)
     assert config.training.init_from == str(published)
+    with pytest.raises(UserError, match=r"^from: tiny: no such folder; name a run or a model's"):
+        recipe(file, runs, None, "from=tiny")  # which is an architecture alone
     with pytest.raises(UserError, match=r"^from: \[\]: expected the path"):
         file.write_text(yaml.safe_dump(keys | {"from": []}))
         recipe(file, runs, None)

@@ -11,6 +11,7 @@ from jllama.config import recipe as configs
 from jllama.errors import UserError
 from jllama.store.find import complete_steps
 from jllama.train import loop
+from jllama.train.branch import open_branch
 from jllama.train.metrics import read
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -60,6 +61,14 @@ def test_a_branch_with_another_schedule_takes_its_rates_from_the_step_on(load, w
     rates = [line["learning_rate"] for line in lines(folder)]
     np.testing.assert_allclose(rates, [0.01 * 2 / 3, 0.01 / 3, 0], rtol=1e-6, atol=1e-9)
     assert lines(folder)[0]["loss"] == pytest.approx(lines(whole)[3]["loss"], rel=1e-6)
+
+
+def test_a_branch_that_holds_out_what_the_run_may_have_seen_says_so(load, whole, capfd):
+    open_branch(load(f"training.resume_from={whole}@3"))
+    assert "held out" not in capfd.readouterr().err
+    share = "data.held_out={from: train, one_in: 3}"
+    open_branch(load(f"training.resume_from={whole}@3", share))
+    assert "that run may have trained on what is held out here" in capfd.readouterr().err
 
 
 def test_a_branch_over_other_text_keeps_the_tokenizer(load, whole, text, tmp_path):

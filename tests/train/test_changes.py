@@ -163,6 +163,20 @@ def test_a_schedule_that_gives_the_steps_taken_other_rates_is_refused(check, ste
         check(step, before, now)
 
 
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (["data.held_out={from: train, one_in: 25}"], ["data.held_out={from: train, one_in: 10}"]),
+        ([], ["data.held_out={from: train, one_in: 10}"]),
+        (["data.held_out={from: train, one_in: 10}"], ["data.held_out=[]"]),
+    ],
+)
+def test_another_share_is_refused_because_the_run_trained_on_it(check, before, now):
+    with pytest.raises(UserError, match=r"another config: data\.held_out") as error:
+        check(2, before, now)
+    assert "resume_from" not in str(error.value)
+
+
 def test_fewer_steps_than_were_taken_are_refused(check):
     with pytest.raises(UserError, match=r"^training\.steps=3: .* is at step 4"):
         check(4, ["training.steps=9"], ["training.steps=3"])
