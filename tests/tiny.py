@@ -1,7 +1,14 @@
-"""A model that is small, has every size different, and no parameter at a special value."""
+"""A model that is small, has every size different, and no parameter at a special value.
+
+And a small tokenizer of a kind that is common.
+"""
+
+import io
+from collections.abc import Iterable
 
 import jax
 import numpy as np
+import sentencepiece
 
 from jllama.config import (
     AdaptiveRopeScaling,
@@ -109,3 +116,25 @@ def relative_error(got, wanted) -> float:
     """The largest difference over the largest value."""
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
+
+
+def llama2_c_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> bytes:
+    """A SentencePiece model trained with the settings of llama2.c, as stories260K's was.
+
+    They leave the normaliser at SentencePiece's default, which removes extra spaces.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=1.0,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        byte_fallback=True,
+        unk_surface=" \u2047 ",
+        normalization_rule_name="identity",
+        minloglevel=3,
+    )
+    return model.getvalue()

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import tokenizers
 from safetensors.numpy import load_file
 
 import jllama
@@ -25,6 +26,7 @@ from jllama.interop.parameters import cast_params
 from jllama.store.write import write_model
 from jllama.text.added import AddedToken
 from jllama.text.spm import SentencePieceTokenizer
+from jllama.text.tokenizer import load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
 
 MODEL = tiny.config(num_kv_heads=2, vocab_size=448)
@@ -267,6 +269,24 @@ def test_the_tokenizer_is_left_out_copied_or_anothers(tmp_path, own, tokenizer, 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
     same(tmp_path / "copy", jllama.load(own).params)
+
+
+def test_small_models_tokenizers_leave_in_every_format(tmp_path, capsys):
+    """stories260K's removes extra spaces, as SentencePiece does unless told not to."""
+    small = tiny.config(vocab_size=512)
+    tokenizer = SentencePieceTokenizer(tiny.llama2_c_tokenizer([Path(__file__).read_text()]))
+    write_model(tmp_path / "own", small, tiny.params(small), tokenizer)
+    for name in ("hf", "model.gguf", "there and back"):
+        source = tmp_path / ("hf" if name == "there and back" else "own")
+        assert convert(source, tmp_path / name) == 0
+    for name in ("hf", "there and back"):
+        assert jllama.load(tmp_path / name).tokenizer.digest == tokenizer.digest
+    text = "  one   two "
+    assert tokenizer.decode(tokenizer.encode(text)) == "one two"
+    assert load_tokenizer(tmp_path / "hf").encode(text) == tokenizer.encode(text)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    assert theirs.encode(text).ids == tokenizer.encode(text, bos=True)
+    assert "gguf: the tokenizer removes spaces at the ends" in capsys.readouterr().err
 
 
 def test_a_length_of_ones_own_and_tables_of_their_own(tmp_path, capsys):

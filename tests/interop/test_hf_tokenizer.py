@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import tiny
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -136,9 +137,15 @@ def squeezing_bare(llama2):
     return SentencePieceTokenizer(llama2.model + NO_PREFIX + EXTRA_SPACES)
 
 
+@pytest.fixture(scope="module")
+def small(library):
+    """Of stories260K's kind, which removes extra spaces too."""
+    return SentencePieceTokenizer(tiny.llama2_c_tokenizer(library))
+
+
 @pytest.fixture(
     scope="module",
-    params=["trained", "crossing", "llama2", "tiktoken", "squeezing", "squeezing_bare"],
+    params=["trained", "crossing", "llama2", "tiktoken", "squeezing", "squeezing_bare", "small"],
 )
 def pair(request):
     tokenizer = request.getfixturevalue(request.param)

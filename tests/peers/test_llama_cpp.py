@@ -17,6 +17,7 @@ from jllama.generate.sampling import Sampling
 from jllama.interop.gguf import write_gguf
 from jllama.interop.gguf_vocabulary import vocabulary_of
 from jllama.text.llama3 import PATTERN
+from jllama.text.spm import SentencePieceTokenizer
 from jllama.text.tokenizer import TiktokenTokenizer, load_tokenizer
 from jllama.text.tokenizer_json import spell
 from jllama.text.vocabulary import train_sentencepiece
@@ -161,13 +162,14 @@ def texts():
 
 @pytest.fixture(scope="module")
 def vocabularies(own, texts):
-    """Llama-2's, the Chinese one, our own, and Llama-3's kind with 8,000 ranks."""
+    """Llama-2's, the Chinese one, our own, Llama-3's kind with 8,000 ranks, and stories260K's."""
     folder = Path(DATA) / "tokenizers"
     return {
         "Llama-2": load_tokenizer(folder / "llama2_tokenizer.model"),
         "Chinese": load_tokenizer(folder / "chinese_sp.model"),
         "own": own,
         "Llama-3": _tiktoken(texts, 8000),
+        "llama2.c": SentencePieceTokenizer(tiny.llama2_c_tokenizer(texts)),
     }
 
 
@@ -209,7 +211,7 @@ def tokenized(llama, vocabularies, texts, tmp_path_factory):
     return asked, {name: answers[2 * i : 2 * i + 2] for i, name in enumerate(vocabularies)}
 
 
-@pytest.mark.parametrize("name", ["Llama-2", "Llama-3", "own", "Chinese"])
+@pytest.mark.parametrize("name", ["Llama-2", "Llama-3", "own", "Chinese", "llama2.c"])
 def test_token_ids(name, vocabularies, tokenized, texts, measured):
     asked, answers = tokenized
     tokenizer = vocabularies[name]
@@ -226,6 +228,9 @@ def test_token_ids(name, vocabularies, tokenized, texts, measured):
                 assert theirs == _longest_first(tokenizer, vocabulary, text)
             case "Chinese":
                 _assert_no_worse(vocabulary, ours, theirs, whole=text in texts)
+            case "llama2.c":  # only what the note of the conversion says
+                spaces = text.replace("\u2581", " ")
+                assert spaces != re.sub(" +", " ", spaces).strip(" ")
             case _:
                 pytest.fail(f"{text[:80]!r}: {ours[:40]} and {theirs[:40]}")
 
