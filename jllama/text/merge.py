@@ -6,6 +6,7 @@ score of the base, so BPE prefers a merge of two pieces that makes an appended o
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Sequence
 
 from jllama.errors import UserError
@@ -67,10 +68,13 @@ def merge_vocabularies(
     other = _sentencepiece(new, names[1]) if new is not None else old
     _check_types(old, other, names)
     if base.added_tokens:
-        token, id = next(iter(base.added_tokens.items()))
+        added = sorted(base.added_tokens, key=base.added_tokens.__getitem__)
+        options = " ".join(f"--special {shlex.quote(text)}" for text in added)
         raise UserError(
-            f"{names[0]}: its folder adds tokens to the model ({token!r} has the id {id}), at the"
-            " ids of the new pieces; give the tokenizer.model alone and those tokens by --special"
+            f"{names[0]}: its folder adds tokens to the model ({added[0]!r} has the id"
+            f" {base.added_tokens[added[0]]}), at the ids of the new pieces; put them into the"
+            " model first, where they keep their ids (jllama vocabulary merge"
+            f" {names[0]}/tokenizer.model {options} --out FILE.model), and give that as the base"
         )
     known = {piece.text for piece in old.pieces}
     excluded = known | (new or base).special_tokens.keys()

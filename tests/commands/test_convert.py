@@ -1,5 +1,6 @@
 """`jllama convert` between all formats, and what it refuses."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -19,10 +20,13 @@ import tokenizers
 from safetensors.numpy import load_file
 
 import jllama
+from jllama.adapt.lora import overlay_specs
 from jllama.cli import main
-from jllama.config import TrainedTokenizer
+from jllama.config import LoraConfig, TrainedTokenizer
+from jllama.config import recipe as recipes
 from jllama.interop import hf
 from jllama.interop.parameters import cast_params
+from jllama.interop.peft_write import write_adapter
 from jllama.store.write import write_model
 from jllama.text.added import AddedToken
 from jllama.text.spm import SentencePieceTokenizer
@@ -110,6 +114,7 @@ def test_a_value_that_does_not_fit_is_an_error_by_name(params, tmp_path, to, dty
     said = f"error: head.weight: 3.4e+38 does not fit {dtype}; use float32"
     assert capsys.readouterr().err.splitlines()[-1] == said
     assert [path.name for path in tmp_path.iterdir()] == ["loud"]
+    assert convert(tmp_path / "loud", tmp_path / "out", "--to", to, "--dtype", "float32") == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -254,7 +259,13 @@ def test_a_tokenizer_of_another_model_is_said(tmp_path, tokenizer, capsys):
 def test_the_tokenizer_is_left_out_copied_or_anothers(tmp_path, own, tokenizer, capsys):
     assert convert(own, tmp_path / "none", "--tokenizer", "none") == 0
     assert jllama.load(tmp_path / "none").tokenizer is None
-    assert convert(own, tmp_path / "none.gguf", "--tokenizer", "none") == 0
+    assert convert(tmp_path / "none", tmp_path / "x.gguf") == 2
+    assert "give one (--tokenizer PATH), or --tokenizer none for a" in capsys.readouterr().err
+    assert convert(tmp_path / "none", tmp_path / "x.gguf", "--tokenizer", own) == 0
+    assert convert(tmp_path / "none", tmp_path / "none.gguf", "--tokenizer", "none") == 0
+    assert convert(own, tmp_path / "own.gguf", "--tokenizer", "copy") == 2
+    assert "is for folders; take none or a PATH" in capsys.readouterr().err
+    assert convert(own, tmp_path / "own.gguf", "--tokenizer", "none") == 0
     assert convert(tmp_path / "none", tmp_path / "other", "--tokenizer", own) == 0
     assert jllama.load(tmp_path / "other").tokenizer.digest == tokenizer.digest
     # One that cannot be read costs no weights, and goes along as it is.
@@ -287,6 +298,71 @@ def test_small_models_tokenizers_leave_in_every_format(tmp_path, capsys):
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
     assert theirs.encode(text).ids == tokenizer.encode(text, bos=True)
     assert "gguf: the tokenizer removes spaces at the ends" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_gguf_lacks_is_left_out_or_replaced(
+    tmp_path, own, params, tokenizer, capsys
+):
+    unigram = SentencePieceTokenizer(tokenizer.model + b"\x12\x02\x18\x03")  # another normaliser
+    write_model(tmp_path / "model", MODEL, params, unigram)
+    assert convert(tmp_path / "model", tmp_path / "x.gguf") == 2
+    assert "--tokenizer none for a file that takes ids, or with --tok" in capsys.readouterr().err
+    assert convert(tmp_path / "model", tmp_path / "ids.gguf", "--tokenizer", "none") == 0
+    assert convert(tmp_path / "model", tmp_path / "x.gguf", "--tokenizer", own) == 0
+
+
+def test_of_a_folder_in_two_formats_the_one_that_is_meant_is_converted(
+    tmp_path, own, params, capsys
+):
+    hf.write_folder(tmp_path / "both", MODEL, params, None)
+    (tmp_path / "both" / "config.yaml").write_text((own / "config.yaml").read_text())
+    with pytest.raises(
+        jllama.UserError, match=r"may be jllama or hf; .* \(jllama convert --from\)"
+    ):
+        jllama.load(tmp_path / "both")
+    assert convert(tmp_path / "both", tmp_path / "out", "--from", "hf") == 0
+    same(tmp_path / "out", params)
+
+
+def test_a_folder_of_meta_is_converted_with_the_file_that_says_the_rest(tmp_path, capsys):
+    source = Path(__file__).parents[1] / "fixtures" / "meta-llama3"
+    twin = jllama.load(source.with_name("hf-llama3"))
+    assert convert(source, tmp_path / "out") == 2
+    assert "write a file like those, with the rope and max_length" in capsys.readouterr().err
+    (tmp_path / "model.yaml").write_text(recipes.to_yaml(twin.config))
+    assert convert(source, tmp_path / "out", "--model", tmp_path / "model.yaml") == 0
+    same(tmp_path / "out", twin.params)
+    # Two tables that differ, under a model that ties them.
+    tied = dataclasses.replace(twin.config, tie_embeddings=True)
+    (tmp_path / "tied.yaml").write_text(recipes.to_yaml(tied))
+    capsys.readouterr()
+    assert convert(source, tmp_path / "two", "--model", tmp_path / "tied.yaml") == 2
+    assert "a copy of it with tie_embeddings: false" in capsys.readouterr().err
+    copy = (tmp_path / "tied.yaml").read_text().replace("dings: true", "dings: false")
+    (tmp_path / "copy.yaml").write_text(copy)
+    assert convert(source, tmp_path / "two", "--model", tmp_path / "copy.yaml") == 0
+    same(tmp_path / "two", twin.params)
+
+
+def test_a_tied_model_is_untied_for_an_adapter_of_two_tables(tmp_path):
+    tied, adapt = (
+        tiny.config(tie_embeddings=True),
+        LoraConfig(kind="lora", rank=2, alpha=4.0, targets=("q",), full=("embedding", "head")),
+    )
+    params = tiny.params(tied)
+    write_model(tmp_path / "BASE", tied, params, None)
+    two = dataclasses.replace(tied, tie_embeddings=False)
+    specs = overlay_specs(two, tiny.compute(), adapt)
+    rng = np.random.default_rng(0)
+    overlay = jax.tree.map(lambda spec: rng.normal(size=spec.shape).astype(np.float32), specs)
+    write_adapter(tmp_path / "peft", two, adapt, overlay, "BASE")
+    with pytest.raises(jllama.UserError, match="jllama convert BASE UNTIED --untie") as e:
+        jllama.load(tmp_path / "BASE", adapter=tmp_path / "peft")
+    command = str(e.value).rpartition("jllama convert ")[2].split()
+    assert convert(*(tmp_path / word if word.isupper() else word for word in command)) == 0
+    model = jllama.load(tmp_path / "UNTIED", adapter=tmp_path / "peft")
+    for name in ("embedding", "head"):
+        np.testing.assert_array_equal(model.params[name]["weight"], overlay[name]["weight"])
 
 
 def test_a_length_of_ones_own_and_tables_of_their_own(tmp_path, capsys):

@@ -1,20 +1,29 @@
 """`jllama vocabulary`: train, merge, compare, grow; and what they refuse."""
 
+import dataclasses
 import json
+import re
+import shlex
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import sentencepiece
 import tiny
 
 import jllama
+from jllama.adapt.lora import overlay_specs
 from jllama.cli import main
+from jllama.config import LoraConfig
 from jllama.interop import hf
+from jllama.interop.peft_write import write_adapter
 from jllama.store.find import find
 from jllama.store.model import open_model
 from jllama.store.write import write_model
+from jllama.text.added import AddedToken
 from jllama.text.infill import infill_tokens
+from jllama.text.spm import SentencePieceTokenizer
 
 ENGLISH = "The quick brown fox jumps over the lazy dog.\nPack my box with jugs.\n" * 20
 FRENCH = "Voilà l'été où naïfs élèves rêvèrent déjà.\nÇa gêne où l'âme s'élève.\n" * 20
@@ -146,6 +155,67 @@ def test_a_model_without_a_tokenizer_grows_by_what_needs_none(here, tmp_path, ca
     )
     assert vocabulary(*grow, "--rows", "random", "--seed", 3) == 0
     assert "cannot be checked" in capsys.readouterr().err
+    # The ways out that the message names.
+    assert vocabulary(*grow[:3], tmp_path / "mean", "--rows", "mean") == 0
+    shutil.copy(here / "base" / "tokenizer.model", tmp_path / "bare")
+    assert vocabulary(*grow[:3], tmp_path / "spelt") == 0
+
+
+@pytest.mark.parametrize("source", ["model", "hf"])
+def test_a_model_grows_to_what_is_merged_with_its_own_tokenizer(here, source, tmp_path, capsys):
+    grow = ("grow", here / source)
+    for other in (here / "new.model", _small(tmp_path)):
+        assert "merge" in refused(capsys, *grow, other, tmp_path / "out")
+    own = tmp_path / "own"
+    assert vocabulary("merge", here / source, here / "new.model", "--out", own) == 0
+    assert vocabulary(*grow, own, tmp_path / "out") == 0
+    grown = jllama.load(tmp_path / "out")
+    assert grown.tokenizer.digest == jllama.load_tokenizer(own).digest
+
+
+def test_a_base_with_added_tokens_has_them_put_into_its_model_first(here, tmp_path, capsys):
+    stored = open_model(find(here / "model")).config
+    wider = dataclasses.replace(stored, vocab_size=322)
+    tokens = [AddedToken("<a b>", 320), AddedToken("<pad>", 321)]
+    tokenizer = SentencePieceTokenizer(jllama.load_tokenizer(here / "base").model, added=tokens)
+    write_model(tmp_path / "padded", wider, tiny.params(wider), tokenizer)
+    out = tmp_path / "merged"
+    merge = ("merge", tmp_path / "padded", here / "new.model", "--out", out)
+    said = refused(capsys, *merge)
+    assert "its folder adds tokens to the model ('<a b>' has the id 320)" in said
+    command = shlex.split(re.search(r"\(jllama vocabulary (.*)\), and give that", said)[1])
+    first = tmp_path / "first.model"
+    assert vocabulary(*(first if word == "FILE.model" else word for word in command)) == 0
+    assert vocabulary("merge", first, here / "new.model", "--out", out) == 0
+    assert vocabulary("grow", tmp_path / "padded", out, tmp_path / "grown") == 0
+    grown = jllama.load(tmp_path / "grown").tokenizer
+    assert [grown.special_tokens[token.text] for token in tokens] == [320, 321]
+
+
+def test_an_adapter_of_a_grown_vocabulary_goes_with_the_grown_model(here, tmp_path):
+    merged = jllama.load_tokenizer(here / "merged")
+    base = open_model(find(here / "model")).config
+    grown = dataclasses.replace(base, vocab_size=merged.vocab_size)
+    adapt = LoraConfig(kind="lora", rank=2, alpha=4.0, targets=("q",), full=("embedding", "head"))
+    overlay = jax.tree.map(
+        lambda spec: np.ones(spec.shape, np.float32), overlay_specs(grown, tiny.compute(), adapt)
+    )
+    write_adapter(tmp_path / "peft", grown, adapt, overlay, "base")
+    said = rf"has {merged.vocab_size:,} tokens, and the model has 320: .*jllama vocabulary grow"
+    with pytest.raises(jllama.UserError, match=said):
+        jllama.load(here / "model", adapter=tmp_path / "peft")
+    assert vocabulary("grow", here / "model", here / "merged", tmp_path / "grown") == 0
+    model = jllama.load(tmp_path / "grown", adapter=tmp_path / "peft")
+    assert model.logits([[1, merged.vocab_size - 1]]).shape[-1] == merged.vocab_size
+
+
+def test_a_model_learns_to_infill_once_it_has_grown_by_the_tokens(here, tmp_path):
+    with pytest.raises(jllama.UserError, match=r"jllama vocabulary merge --infill, then grow"):
+        jllama.load(here / "model").infill("a", "b")
+    out = tmp_path / "infill"
+    assert vocabulary("merge", here / "model", "--infill", "--out", out) == 0
+    assert vocabulary("grow", here / "model", out, tmp_path / "grown") == 0
+    jllama.load(tmp_path / "grown").infill("a", "b", max_new_tokens=2)
 
 
 def test_a_tokenizer_with_more_ids_than_rows_is_not_the_models_own(here, tmp_path, capsys):

@@ -544,6 +544,7 @@ def test_a_model_that_gguf_cannot_express_is_refused(tokenizer, tmp_path):
         (65536, "F16", r"blk.1.ffn_up.weight: 65536 does not fit F16; use BF16 or F32"),
         (-65536, "Q8_0", r"blk.1.ffn_up.weight: 65536 does not fit Q8_0"),
         (65536, "BF16", None),
+        (65536, "F32", None),
         (np.float32(3.4e38), "BF16", r"3.4e\+38 does not fit BF16"),
         (np.nan, "F32", r"blk.1.ffn_up.weight: .*NaN"),
         (-np.inf, "Q4_0", r"blk.1.ffn_up.weight: .*infinit"),

@@ -127,16 +127,22 @@ def test_the_base_is_checked_by_shape_and_by_value(base, one, tmp_path):
     wider = train(configs.load(wider, ["training.steps=2"])).folder
     with pytest.raises(UserError, match=r"another model.*model\.ffn_dim is 96, there 80"):
         jllama.load(wider, adapter=one)
-    with pytest.raises(UserError, match="was trained over other parameters than these"):
+    with pytest.raises(UserError, match="was trained over other parameters than these") as e:
         jllama.load(base / "checkpoints" / "8", adapter=one)
+    jllama.load(re.search(r"over (\S+) as it was then; give that", str(e.value))[1], adapter=one)
     # What lies under the path is not what it was.
     runs = tmp_path / "runs"
     shutil.copytree(base, runs / "base")
     options = (f"training.init_from={runs / 'base'}", f"run.folder={runs}", "run.name=x")
     train(recipe(base, *options, "run.stop_after=4"))
-    shutil.rmtree(runs / "base" / "checkpoints" / "10")
-    with pytest.raises(UserError, match=r"are not those that the run in .* began with"):
+    (runs / "base" / "checkpoints" / "10").rename(tmp_path / "10")
+    with pytest.raises(UserError, match=r"are not those that the run in .* began with") as e:
         train(recipe(base, *options))
+    assert "; bring them back, or choose another run.name" in str(e.value)
+    short = ("run.stop_after=1", "run.name=y")
+    assert train(recipe(base, *options, *short)).steps == 1
+    (tmp_path / "10").rename(runs / "base" / "checkpoints" / "10")
+    assert train(recipe(base, *options)).done
 
 
 def test_an_overlay_without_a_base_is_one_line(base):
@@ -295,11 +301,16 @@ def test_the_model_is_as_the_adapter_was_trained_over_it(base, adapted, one, tmp
     assert (tmp_path / "peft" / "tokenizer.model").exists()
 
 
-def test_what_is_whole_cannot_be_weighed(base, adapted):
+def test_what_is_whole_cannot_be_weighed(base, adapted, one):
     model = jllama.load(adapted("whole", "adapt.full=[head]"))
     for mixture in ({}, {"whole": 0.5}):
         with pytest.raises(UserError, match=r"adapter whole: holds head\.weight whole, and so has"):
             model.logits(TOKENS, adapter=mixture)
+    with pytest.raises(UserError, match=r"whole: holds head\.weight whole, .*; load this .* alone"):
+        jllama.load(base, adapter={"whole": base.parent / "whole", "one": one})
+    np.testing.assert_array_equal(
+        jllama.load(base, adapter=base.parent / "whole").logits(TOKENS), model.logits(TOKENS)
+    )
     for mixture in ({"whole": "x"}, 0.5, ["whole"]):
         with pytest.raises(UserError, match=r"expected the name of .* or weights by name"):
             model.logits(TOKENS, adapter=mixture)
@@ -443,6 +454,20 @@ def test_an_adapter_is_no_gguf_and_an_empty_name_no_adapter(base, one, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_two_adapters_are_merged_one_after_the_other(base, adapted, one, tmp_path, capsys):
+    two = adapted("two", "run.seed=7", "adapt.rank=2")
+    merged, peft, both = (str(tmp_path / name) for name in ("merged", "peft", "both"))
+    command = ["convert", str(base), merged, "--to", "jllama", "--adapter", str(one)]
+    assert cli.main([*command, "--adapter", str(two)]) == 2
+    assert "as PEFT's (jllama convert NEXT DST --to peft)" in capsys.readouterr().err
+    assert cli.main(command) == 0
+    assert cli.main(["convert", str(two), peft, "--to", "peft"]) == 0
+    assert cli.main(["convert", merged, both, "--to", "jllama", "--adapter", peft]) == 0
+    model = jllama.load(base, adapter={"one": one, "two": two})
+    wanted = model.logits(TOKENS, adapter={"one": 1.0, "two": 1.0})
+    assert tiny.relative_error(logits(both), wanted) < 1e-5
+
+
 def test_an_adapter_is_trained_on_and_the_run_resumes_without_it(base, adapted, one, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(one, moved)
@@ -485,6 +510,14 @@ def test_pefts_adapters_are_trained_on(base, adapted, other, tmp_path):
         adapted("of-peft", *alike, on)
     run = adapted("of-peft", *alike, on, f"adapt.base={base}")
     np.testing.assert_array_equal(logits(run), logits(other))
+    # The other ways that the message names.
+    with pytest.raises(UserError, match=r"say where that is \(load\(BASE, adapter="):
+        jllama.load(peft)
+    np.testing.assert_array_equal(logits(base, adapter=peft), logits(other))
+    convert = ["convert", str(peft), str(tmp_path / "ours")]
+    assert cli.main(convert) == 2
+    assert cli.main([*convert, "--base", str(base)]) == 0
+    np.testing.assert_array_equal(logits(tmp_path / "ours"), logits(other))
 
 
 @pytest.mark.parametrize(
@@ -511,6 +544,32 @@ def test_an_adapter_that_is_another_than_the_recipe_says_is_one_line(base, one, 
     with pytest.raises(UserError, match=said):
         train(wanted)
     assert not (base.parent / "refused" / "checkpoints").exists()
+
+
+def test_what_info_says_of_an_adapter_trains_it_on(base, other, capsys):
+    on = (f"training.init_from={other}", "run.name=by-info", "training.steps=2", STILL)
+    with pytest.raises(UserError, match=r"; say the same \(jllama info \S+\)") as e:
+        train(recipe(base, *on))
+    capsys.readouterr()
+    command = re.search(r"say the same \(jllama (.*)\)", str(e.value))[1]
+    assert cli.main([*command.split(), "--json"]) == 0
+    adapt = json.loads(capsys.readouterr().out)["adapt"]
+    run = train(recipe(base, *on, f"adapt={json.dumps(adapt)}")).folder
+    np.testing.assert_array_equal(logits(run), logits(other))
+
+
+def test_all_parameters_are_trained_from_what_an_adapter_is_merged_into(base, one, tmp_path):
+    def wanted(model):
+        more = (f"training.init_from={model}", "run.name=all", STILL, "training.steps=2")
+        return configs.load(base.parent.parent / "recipe.yaml", more)
+
+    with pytest.raises(UserError, match=r"begin from what `jllama .*` makes") as e:
+        train(wanted(one))
+    command = re.search(r"`jllama (.*)`", str(e.value))[1].split()
+    merged = tmp_path / "merged"
+    assert cli.main([{"BASE": str(base), "DST": str(merged)}.get(w, w) for w in command]) == 0
+    run = train(wanted(merged)).folder
+    assert tiny.relative_error(logits(run), logits(one)) < 1e-5
 
 
 def test_an_adapter_is_trained_on_over_its_own_base_alone(base, one):

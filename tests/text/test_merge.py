@@ -175,7 +175,7 @@ def test_types_that_do_not_mix_are_one_line(base, llama3_model, merged):
 def test_added_tokens_of_the_base_are_in_the_way(base, tmp_path):
     base.save(tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<pad>": 400}')
-    with pytest.raises(UserError, match=r"^BASE: .*'<pad>' has the id 400.*--special"):
+    with pytest.raises(UserError, match=r"^BASE: .*'<pad>' has the id 400.*--special '<pad>'"):
         merge_vocabularies(load_tokenizer(tmp_path), sentencepiece_model("bpe"))
 
 
