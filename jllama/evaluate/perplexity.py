@@ -73,7 +73,7 @@ def windows(
             break
     if not total:
         short = f"all documents together have {tokens:,}"
-        if not join:
+        if not join and fit(tokens):
             short = f"the longest document has {longest:,}: --join cuts windows across documents"
         raise UserError(f"length {length:,} needs a text of {length + 1:,} tokens, and {short}")
     if join:

@@ -61,8 +61,9 @@ def find_tokenizer(folder: Path, names: Collection[str] | None = None) -> Tokeni
         settings = _as_processed(settings, file, folder / _JSON)
         plain = _from_file(folder / _MODEL, _NO_SETTINGS)
         ids = _ids(plain)
-        for token in settings.added:
-            ids.setdefault(token.text, token.id)
+        if isinstance(plain, SentencePieceTokenizer):  # Llama 3's file takes no more tokens
+            for token in settings.added:
+                ids.setdefault(token.text, token.id)
         if any(ids.get(text) != id for text, id in token_ids(file, str(folder / _JSON)).items()):
             return _from_json(file, folder / _JSON, settings)
         return _checked(_from_file(folder / _MODEL, settings), file, folder / _JSON)

@@ -215,6 +215,40 @@ def test_what_does_not_fit_the_model_is_one_line(changes, said):
     assert "\n" not in str(e.value)
 
 
+def test_what_is_in_targets_and_in_full_is_taken_out_of_one():
+    others = tuple(name for name in config().targets if name != "down")
+    for changes in ({"targets": others, "full": ("down",)}, {"full": ()}):
+        lora.overlay_specs(MODEL, tiny.compute(), config(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank": 32},
+        {"overrides": [LoraOverride(match=name, rank=32) for name in "kv"]},
+        {"targets": ("q", "o", "gate", "up", "down"), "full": ("k", "v")},
+    ],
+    ids=["adapt.rank", "adapt.overrides", "adapt.full"],
+)
+def test_the_ways_out_of_a_rank_that_a_matrix_cannot_have(changes):
+    with pytest.raises(
+        UserError, match=r"lower adapt\.rank, or .* in adapt\.overrides, or train it"
+    ):
+        lora.overlay_specs(MODEL, tiny.compute(), config(rank=40))
+    changes = {key: tuple(v) if isinstance(v, list) else v for key, v in changes.items()}
+    lora.overlay_specs(MODEL, tiny.compute(), config(**{"rank": 40} | changes))
+
+
+@pytest.mark.parametrize("changes", [{}, {"layers": (1,)}], ids=["all layers", "one of dora's"])
+def test_a_matrix_of_rank_0_is_taken_out_of_the_targets(changes):
+    wanted = {"overrides": (LoraOverride(match="q", rank=0, **changes),), "dora": bool(changes)}
+    with pytest.raises(UserError, match=r"rank 0 in .*; take it out of adapt\.targets"):
+        lora.overlay_specs(MODEL, tiny.compute(), config(targets=("q", "v"), **wanted))
+    with pytest.raises(UserError, match="'q' matches nothing; choose from: v"):
+        lora.overlay_specs(MODEL, tiny.compute(), config(targets=("v",), **wanted))
+    lora.overlay_specs(MODEL, tiny.compute(), config(targets=("v",), dora=bool(changes)))
+
+
 def test_patterns_name_matrices_by_name_and_by_path():
     specs = lora.overlay_specs(
         MODEL, tiny.compute(), config(targets=("layers.attention.*", "?p"), full=("*_norm",))
@@ -249,3 +283,13 @@ def test_what_is_not_finite_is_said_as_such():
     )
     with pytest.raises(UserError, match=r"the adapter, or its base, .*not finite"):
         merge_overlay(cfg, BASE, overlay)
+
+
+def test_what_is_too_large_for_half_precision_is_merged_in_float32():
+    cfg = config(targets=("down",))
+    overlay = random(cfg, BASE)
+    b = overlay["layers"]["mlp"]["down"]["b"]
+    overlay["layers"]["mlp"]["down"]["b"] = b.at[0, 0, 0].set(1e8)
+    with pytest.raises(UserError, match="values too large for float16; use float32"):
+        merge_overlay(cfg, BASE, overlay, "float16")
+    assert merge_overlay(cfg, BASE, overlay, "float32")[1].error == 0

@@ -258,7 +258,12 @@ def test_a_tokenizer_of_another_model_is_said(tmp_path, tokenizer, capsys):
 
 def test_the_tokenizer_is_left_out_copied_or_anothers(tmp_path, own, tokenizer, capsys):
     assert convert(own, tmp_path / "none", "--tokenizer", "none") == 0
-    assert jllama.load(tmp_path / "none").tokenizer is None
+    bare = jllama.load(tmp_path / "none")
+    for use in (bare.generate, lambda text: bare.score(text, ["b"])):
+        with pytest.raises(jllama.UserError, match=r"load it with one \(tokenizer=PATH"):
+            use("a")
+    with_one = jllama.load(tmp_path / "none", tokenizer=own)
+    assert with_one.score("a", ["b"]) == jllama.load(own).score("a", ["b"])
     assert convert(tmp_path / "none", tmp_path / "x.gguf") == 2
     assert "give one (--tokenizer PATH), or --tokenizer none for a" in capsys.readouterr().err
     assert convert(tmp_path / "none", tmp_path / "x.gguf", "--tokenizer", own) == 0

@@ -138,7 +138,8 @@ def test_data_may_be_a_run_or_text(evaluate, folder):
         (["--model", "runs/a", "--lengths", "8,9999999999"], "--lengths=8,9999999999: "),
         (["--model", "runs/a", "--lengths", "8", "--stride", "9"], "--stride=9: .* from 1 to .* 8"),
         (["--model", "runs/a", "--windows", "-1"], "--windows=-1"),
-        (["--model", "runs/a", "--lengths", "100000"], "length 100,000 needs .*--join"),
+        (["--model", "runs/a", "--lengths", "100000"], "length 100,000 needs .* together have"),
+        (["--model", "runs/a", "--lengths", "80"], "length 80 needs .*: --join cuts windows"),
         (["--model", "runs/a", "--data", "no.txt"], "no.txt"),
     ],
 )

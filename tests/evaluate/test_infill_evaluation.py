@@ -24,6 +24,7 @@ from jllama.evaluate.infill import (
     within,
 )
 from jllama.generate.llama import Llama
+from jllama.store.write import write_model
 from jllama.text.infill import Infill, prompt_ids
 from jllama.text.vocabulary import train_sentencepiece
 
@@ -67,7 +68,7 @@ def test_the_context_is_whole_lines_and_what_the_room_holds(model, room):
         near = within(tokenizer, problem, room)
         assert problem.prefix.endswith(near.prefix) and problem.suffix.startswith(near.suffix)
         assert (
-            near.prefix == problem.prefix or problem.prefix[: -len(near.prefix) or None][-1] == "\n"
+            near.prefix in ("", problem.prefix) or problem.prefix[: -len(near.prefix)][-1] == "\n"
         )
         assert near.suffix == problem.suffix or near.suffix[-1:] in ("", "\n")
         # BOS, PRE, SUF and MID come to it.
@@ -163,6 +164,17 @@ def test_bad_input_is_one_line(model, tmp_path, monkeypatch, capsys, args, said)
     assert cli.main(command) == 2
     out, err = capsys.readouterr()
     assert out == "" and said in err.splitlines()[-1]
+
+
+def test_a_model_without_a_tokenizer_is_given_one(model, tmp_path, capsys):
+    (tmp_path / "a.py").write_text(CODE)
+    write_model(tmp_path / "bare", model.config, model.params, None)
+    command = ["evaluate", "infill", f"--model={tmp_path / 'bare'}", "--ways=line", "--json"]
+    command += [f"--data={tmp_path / '*.py'}"]
+    assert cli.main(command) == 2
+    assert "has no tokenizer; give one: --tokenizer PATH" in capsys.readouterr().err
+    model.tokenizer.save(tmp_path / "own")
+    assert cli.main([*command, f"--tokenizer={tmp_path / 'own'}"]) == 0
 
 
 def test_the_command_prints_a_table_and_writes_every_answer(model, tmp_path, monkeypatch, capsys):

@@ -92,6 +92,8 @@ def test_too_short_a_text_is_said_with_the_remedy():
         windows(documents(7, 3), 9, 1, 0)
     assert len(windows(documents(7, 3), 9, 1, 0, join=True)) == 1
     with pytest.raises(UserError, match=r"length 12 needs .* 13 tokens, and all .* have 10"):
+        windows(documents(7, 3), 12, 1, 0)  # which --join would not mend
+    with pytest.raises(UserError, match=r"length 12 needs .* 13 tokens, and all .* have 10"):
         windows(documents(7, 3), 12, 1, 0, join=True)
 
 

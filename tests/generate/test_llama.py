@@ -196,9 +196,11 @@ def test_bad_settings_are_one_line(model, settings, said):
         model.generate("x", **settings)
 
 
-def test_a_prompt_without_room_for_one_token_is_an_error(model):
-    with pytest.raises(jllama.UserError, match="96 tokens and 1 new ones exceed"):
+def test_a_prompt_without_room_for_one_token_is_an_error(run, model):
+    with pytest.raises(jllama.UserError, match=r"96 tokens and 1 new .*\(--max-length\)"):
         model.stream([5] * 96)
+    longer = jllama.load(run, max_length=97)
+    assert longer.complete([[5] * 96], max_new_tokens=1)[0].finish_reason == "length"
 
 
 def test_what_is_no_model_is_an_error_that_says_what_is(run, tmp_path):

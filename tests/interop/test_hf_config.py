@@ -288,6 +288,62 @@ def test_a_bad_value_is_one_line_with_file_and_key(keys, named):
     assert "\n" not in str(e.value)
 
 
+CORRECT_ONE = [
+    ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": LLAMA3},
+    ]),
+    ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, [
+        {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e4}},
+        {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}},
+    ]),
+    ({"rope_theta": 1e4, "rope_scaling": LLAMA3 | {"rope_theta": 5e5}}, [
+        {"rope_theta": 1e4, "rope_scaling": LLAMA3 | {"rope_theta": 1e4}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"rope_theta": 5e5}},
+    ]),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0, ORIGINAL: 1024}}, [
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0, ORIGINAL: 2048}},
+        {
+            "rope_scaling": {"type": "dynamic", "factor": 2.0, ORIGINAL: 1024},
+            "max_position_embeddings": 1024,
+        },
+    ]),
+    ({"rope_scaling": YARN, ORIGINAL: 1024}, [
+        {"rope_scaling": YARN, ORIGINAL: 512},
+        {"rope_scaling": YARN | {ORIGINAL: 1024}, ORIGINAL: 1024},
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "corrected"), CORRECT_ONE)
+def test_of_two_keys_that_differ_either_is_corrected(keys, corrected):
+    with pytest.raises(UserError, match=r"; correct one$"):
+        read(**keys)
+    for sound in corrected:
+        read(**sound)
+
+
+def test_the_ways_out_of_keys_that_cannot_be_expressed():
+    for bad, said, good in (
+        ({"attention_bias": True}, "write false", {"attention_bias": False}),
+        ({"hidden_act": "gelu"}, 'write "silu"', {"hidden_act": "silu"}),
+        (
+            {"sliding_window": 1024},
+            "set use_sliding_window to false",
+            {"sliding_window": 1024, "use_sliding_window": False},
+        ),
+        ({"per_layer_config": {"0": {}}}, "take the key out", {}),
+        (
+            {"rope_scaling": YARN | {"factor": 2.0}},
+            "raise the factor, or correct the original length",
+            {"rope_scaling": YARN | {"factor": 2.0, ORIGINAL: 1024}},
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            read(**bad)
+        read(**good)
+
+
 @pytest.mark.parametrize("key", [key for key in LLAMA1 if key != "model_type"])
 def test_the_sizes_are_required(key):
     with pytest.raises(UserError, match=f"^d/config.json: {key} is missing$"):

@@ -275,6 +275,26 @@ def test_module_names_that_cannot_be_read(adapter, changes, said):
     _refused(change(**changes), said)
 
 
+def test_a_target_that_is_no_matrix_is_taken_out_or_saved_whole(adapter):
+    change, tensors = adapter
+    targets = ["q_proj", "v_proj", "norm"]
+    said = "model.norm, which is no matrix; take it out, or name it in modules_to_save"
+    _refused(change(target_modules=targets), said)
+    read_adapter(change(target_modules=targets[:2]), MODEL)
+    tensors[f"{PREFIX}model.norm.weight"] = np.full(48, 3, np.float32)
+    saved = ["embed_tokens", "lm_head", "model.norm"]
+    lora, overlay = read_adapter(change(target_modules=targets, modules_to_save=saved), MODEL)
+    assert "final_norm" in lora.full
+    np.testing.assert_array_equal(overlay["final_norm"]["scale"], 3)
+
+
+def test_keys_that_a_file_contradicts_are_written_otherwise(adapter):
+    change, _ = adapter
+    for key, bad, good in (("bias", "all", "none"), ("fan_in_fan_out", True, False)):
+        _refused(change(**{key: bad}), f"write {json.dumps(good)}")
+        read_adapter(change(**{key: good}), MODEL)
+
+
 def test_settings_that_change_nothing_are_left_alone(adapter, capsys):
     change, _ = adapter
     sound = {"init_lora_weights": "gaussian", "peft_version": "9", "task_type": None}

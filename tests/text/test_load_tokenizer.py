@@ -307,6 +307,37 @@ def test_bad_files_are_one_line(folder, spm_model, files, expected):
     assert "\n" not in str(e.value)
 
 
+def test_tokens_of_another_name_or_id_are_mended_as_the_message_says(
+    folder, spm_model, llama3_model, byte_json, made
+):
+    path = folder(tokenizer__model=spm_model, added_tokens__json={"[PAD]": 5})
+    with pytest.raises(UserError, match="give it a free id"):
+        load_tokenizer(path)
+    n = made["spm"].vocab_size
+    tokenizer = load_tokenizer(folder(added_tokens__json={"[PAD]": n}))
+    assert tokenizer.added_tokens == {"[PAD]": n}
+    n = made["llama3"].vocab_size
+    path = folder(tokenizer__model=llama3_model, added_tokens__json={"<mine>": n})
+    with pytest.raises(UserError, match=r"put the tokenizer\.json that has it beside this file"):
+        load_tokenizer(path)
+    mine = byte_json | {"added_tokens": [*byte_json["added_tokens"], added("<mine>", n)]}
+    assert load_tokenizer(folder(tokenizer__json=mine)).encode("<mine>", special=True) == [n]
+
+
+def test_a_json_without_the_usual_ends_has_them_named_beside_it(folder, byte_json):
+    file = byte_json | {"added_tokens": byte_json["added_tokens"][2:], "post_processor": None}
+    path = folder(tokenizer__json=file)
+    with pytest.raises(UserError, match=r"bos_token: .* name it in a tokenizer_config\.json"):
+        load_tokenizer(path)
+    names = {"bos_token": "<|reserved_special_token_0|>"}
+    with pytest.raises(UserError, match=r"eos_token: .* name it in a tokenizer_config\.json"):
+        load_tokenizer(folder(tokenizer_config__json=names))
+    names["eos_token"] = "<|eot_id|>"
+    tokenizer = load_tokenizer(folder(tokenizer_config__json=names))
+    ends = [tokenizer.special_tokens[name] for name in names.values()]
+    assert [tokenizer.bos_id, tokenizer.eos_id] == ends
+
+
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"none\.model: no such file"):
         load_tokenizer(tmp_path / "none.model")

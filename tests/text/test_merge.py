@@ -40,7 +40,7 @@ def sentencepiece_model(kind, text=CHINESE, **options):
     return SentencePieceTokenizer(model.getvalue())
 
 
-@pytest.fixture(scope="module", params=["unigram", "bpe"])
+@pytest.fixture(scope="module", params=["unigram", "bpe", "char"])
 def merged(request, base):
     return merge_vocabularies(
         base, sentencepiece_model(request.param), specials=["<a>"], pad="[PAD]"
