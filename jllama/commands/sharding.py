@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(_no_keys(" ".join(args.overrides)))
         if given is None and args.devices is None:
             raise UserError(
-                "give --mesh AXIS=SIZE,..., such as --mesh fsdp=8,tensor=4, or --devices N"
+                "give --mesh AXIS=SIZE,..., such as --mesh fsdp=8,tensor=2, or --devices N"
             )
         model = recipes.load_model(args.model, architecture=architecture_at)
         placement = _placement(given, MeshConfig(), ShardingConfig(), args.devices)

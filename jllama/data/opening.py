@@ -72,14 +72,13 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         if twice:
             raise UserError(f"data.{side}: two sources are named {min(twice)}; rename one")
     objective = rewriting(data.objective, tokenizer, config.run.seed)
-    if (
-        isinstance(data.objective, InfillObjective)
-        and max(infill_tokens(tokenizer)) >= config.model.vocab_size
-    ):
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size}: no rows for the tokenizer's infill"
-            " tokens; raise it, or train with another objective"
-        )
+    if isinstance(data.objective, InfillObjective):
+        rows = 1 + max(infill_tokens(tokenizer))
+        if rows > config.model.vocab_size:
+            raise UserError(
+                f"model.vocab_size={config.model.vocab_size}: no rows for the tokenizer's infill"
+                f" tokens; raise it to {rows}, or train with another objective"
+            )
     if objective and not tokenizer.adds_bos and data.packing.kind != "whole":
         raise UserError(
             f"data.objective.kind={data.objective.kind}: needs data.packing.kind=whole, because the"

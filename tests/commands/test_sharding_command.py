@@ -126,7 +126,7 @@ RECIPE = "configs/train/tiny.yaml"
     [
         ([], "give either MODEL, or --config"),
         (["tiny", "--config", RECIPE], "give either MODEL, or --config"),
-        (["tiny"], "give --mesh AXIS=SIZE,..., such as --mesh fsdp=8,tensor=4, or --devices N"),
+        (["tiny"], "give --mesh AXIS=SIZE,..., such as --mesh fsdp=8,tensor=2, or --devices N"),
         (["llama9", "--mesh", "fsdp=8"], "no 'llama9'"),
         (["tiny", "--mesh", "width=8"], "'width=8' is no AXIS=SIZE"),
         (["tiny", "--mesh", "fsdp"], "'fsdp': the size must be a whole number"),
@@ -159,3 +159,18 @@ def test_bad_input_is_one_line(args, said, capsys):
     assert captured.out == ""
     assert said in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_the_command_that_an_error_names_is_taken(capsys):
+    for args, better in (
+        (["tiny"], ["tiny", "--mesh", "fsdp=8,tensor=2"]),
+        (["stories-15m"], ["stories-15m", "--mesh", "fsdp=8,tensor=2"]),
+        (["tiny"], ["tiny", "--devices", "8"]),
+        (["tiny", "--mesh", "fsdp=-1"], ["tiny", "--mesh", "fsdp=-1", "--devices", "8"]),
+        (["--config", RECIPE], ["--config", RECIPE, "--devices", "8"]),
+        (["--config", RECIPE], ["--config", RECIPE, "--mesh", "fsdp=8"]),
+        (["tiny", "--mesh.fsdp=8", "--mesh.tensor", "2"], ["tiny", "--mesh", "fsdp=8,tensor=2"]),
+    ):
+        assert cli.main(["sharding", *args]) == 2
+        assert better[-2] in capsys.readouterr().err
+        assert cli.main(["sharding", *better]) == 0

@@ -538,8 +538,11 @@ def test_a_model_for_a_recipe_and_a_recipe_for_a_model_are_told_apart():
     folder = recipes.configs_folder()
     with pytest.raises(UserError, match=r"train/tiny\.yaml: is a recipe; .* is a model: a name"):
         recipes.load_model(str(folder / "train" / "tiny.yaml"))
-    with pytest.raises(UserError, match=r"model/tiny\.yaml: is a model; .* --model=.*model/tiny\."):
-        recipes.load(folder / "model" / "tiny.yaml")
+    model = folder / "model" / "stories-15m.yaml"
+    with pytest.raises(UserError, match=r"is a model; .*, such as configs/\S+, with --m") as error:
+        recipes.load(model)
+    shown, given = re.search(r"such as configs/(\S+), with --(\S+)", str(error.value)).groups()
+    assert recipes.load(folder / shown, [given]).model == recipes.load_model("stories-15m")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +131,7 @@ def test_the_same_files_under_another_name_are_not_tokenised_again(
 )
 def test_broken_bytes_are_an_error_that_names_the_file(prepare_texts, name):
     prepared = prepare_texts()
+    expected_stream = stream(prepared)
     path = prepared.folder / name
     data = path.read_bytes()
     at = len(data) // 2
@@ -138,17 +141,27 @@ def test_broken_bytes_are_an_error_that_names_the_file(prepare_texts, name):
         damaged.read(0, damaged.tokens)
         damaged.document_ends()
     assert "\n" not in str(e.value)
+    assert stream(prepared_again(prepare_texts, e)) == expected_stream
+
+
+def prepared_again(prepare_texts, error):
+    """Prepares anew once the folder is deleted that the error names."""
+    shutil.rmtree(re.search(r"; delete (\S+) to prepare the source again", str(error.value))[1])
+    return prepare_texts()
 
 
 def test_a_changed_source_is_an_error_that_names_the_file(prepare_texts, tmp_path, texts):
     prepared = prepare_texts()
     path = tmp_path / "texts.jsonl"
-    with pytest.raises(UserError, match=rf"texts\.jsonl: has changed since {prepared.folder}"):
+    with pytest.raises(UserError, match=rf"texts\.jsonl: has changed since {prepared.folder}") as e:
         prepare_texts([*texts[:-1], "another"])
+    assert "; delete that folder to prepare the source again, or restore the file" in str(e.value)
     assert Prepared.open(prepared.folder) is not None
     prepare_texts()  # restored: the same content with another modification time
     os.utime(path, ns=(1, 1))
     prepare_texts()
+    shutil.rmtree(prepared.folder)
+    assert prepare_texts([*texts[:-1], "another"]).digest != prepared.digest
 
 
 def test_content_that_was_compared_once_is_not_hashed_again(
@@ -205,8 +218,12 @@ def test_too_many_bad_documents_leave_nothing_to_trust(prepare_texts, tmp_path, 
     prepared = prepare_texts([*texts, "", *texts, ""], max_skipped=2)
     assert (prepared.documents, prepared.identity["skipped"]) == (2 * len(texts), 2)
     assert "texts.jsonl:61: empty document; skipped (1 of at most 2)" in capfd.readouterr().err
-    with pytest.raises(UserError, match=r"2 bad documents were skipped, above .*max_skipped=1"):
+    said = r"2 bad documents were skipped, above .*max_skipped=1; raise it, or mend the source and"
+    with pytest.raises(UserError, match=said):
         prepare_texts([*texts, "", *texts, ""], max_skipped=1)
+    assert prepare_texts([*texts, "", *texts, ""], max_skipped=2).digest == prepared.digest
+    shutil.rmtree(folder)
+    assert prepare_texts([*texts, "-", *texts, "-"], max_skipped=1).identity["skipped"] == 0
 
 
 def test_damage_is_an_error_and_a_cut_marker_is_no_marker(prepare_texts):
@@ -218,8 +235,9 @@ def test_damage_is_an_error_and_a_cut_marker_is_no_marker(prepare_texts):
     assert prepare_texts().digest == prepared.digest
     path = next(prepared.folder.glob("*array_record*"))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"{path.name}: missing or cut short"):
+    with pytest.raises(UserError, match=f"{path.name}: missing or cut short") as e:
         prepare_texts()
+    assert prepared_again(prepare_texts, e).digest == prepared.digest
 
 
 KILLED = """

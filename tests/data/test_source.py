@@ -120,8 +120,10 @@ def test_truncated_and_broken_archives_are_errors(tmp_path, suffix):
     with pytest.raises(UserError, match="broken compressed data"):
         read(text_source(path), max_skipped=9)
     path.write_bytes(b"plain text, not an archive at all")
-    with pytest.raises(UserError, match="is not compressed, and its name says that it is"):
+    with pytest.raises(UserError, match=r"is not compressed, .* says that it is; rename it"):
         read(text_source(path), max_skipped=9)
+    renamed = path.rename(path.with_suffix(""))
+    assert read(text_source(renamed)) == ["plain text, not an archive at all"]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL.GZ", "a.jsonl.bz2"])
@@ -177,6 +179,13 @@ def test_a_pipe_is_refused(tmp_path):
         read(text_source(tmp_path / "*.txt"))
 
 
+def test_the_separator_of_whole_files_is_null(tmp_path):
+    (tmp_path / "a.txt").write_text("one two")
+    with pytest.raises(UserError, match="separator: is empty; write null to make each file one"):
+        read(text_source(tmp_path / "a.txt", separator=""))
+    assert read(text_source(tmp_path / "a.txt", separator=None)) == ["one two"]
+
+
 ARRAY = (
     '[{"text": "one, \\"[x]\\""},\n {"text": "é", "n": 1234567, "in": [{"text": 0}]} '
     ',{"text":"3"}]\n'
@@ -225,6 +234,8 @@ def test_a_bad_item_of_an_array_is_skipped_and_reported(tmp_path):
     reports = []
     assert read(jsonl_source(path), max_skipped=3, report=reports.append) == ["one", "two"]
     assert "it has 'texts': name the one in source.field" in reports[1]
+    path.write_text('[{"texts": "three"}]')
+    assert read(jsonl_source(path, field="texts")) == ["three"]
     assert [r.partition("; ")[0] for r in reports] == [
         f"{path}: item 2: not a JSON object",
         f"{path}: item 3: no field 'text'",

@@ -33,6 +33,8 @@ def test_a_mesh_that_does_not_fill_the_devices_is_an_error(given):
     for make, devices in ((make_mesh, jax.devices()[:8]), (abstract_mesh, 8)):
         with pytest.raises(UserError, match=r"does not fill 8 devices; set one size to -1$"):
             make(MeshConfig(**given), devices)
+    # The way out; the other size must divide the devices.
+    assert dict(abstract_mesh(MeshConfig(**{**given, "fsdp": -1}), 8).shape)["fsdp"] > 1
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,8 @@ def test_sizes_that_leave_no_whole_number_are_named_with_what_would_do(given, sa
     with pytest.raises(UserError) as error:
         abstract_mesh(MeshConfig(**given), 16)
     assert str(error.value) == said
+    for size in map(int, said.rpartition("they do by ")[2].split(" or ")):
+        abstract_mesh(MeshConfig(tensor=size), 16)
 
 
 def test_a_mesh_without_devices_has_the_same_axes():
@@ -79,6 +83,8 @@ def test_only_replica_goes_from_slice_to_slice(replica, fsdp):
         said = str(error.value)
         assert "4 slices" in said
         assert "set mesh.replica to 4 or a multiple" in said
+        for ways in (4, 8):
+            abstract_mesh(MeshConfig(replica=ways, fsdp=-1), 16, 4)
         assert "\n" not in said
 
 

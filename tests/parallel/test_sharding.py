@@ -51,6 +51,10 @@ def test_nothing_that_divides_is_an_error_with_the_way_out():
     said = message(placement(tensor=3), (48, 80), ("embed", "ffn"))
     for part in ("layers/mlp/gate/kernel", "(48, 80)", "'ffn'", "80", "3 does not divide", "null"):
         assert part in said
+    for candidates in ((("tensor",), ("fsdp",)), (("tensor",), None)):
+        rules = {"embed": (None,), "ffn": candidates}
+        placement(rules, tensor=3).spec((48, 80), ("embed", "ffn"), "x")
+    placement(tensor=4).spec((48, 80), ("embed", "ffn"), "x")
 
 
 def test_a_candidate_is_named_by_the_axes_of_several_devices():

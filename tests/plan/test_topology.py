@@ -1,5 +1,7 @@
 """Names of slices."""
 
+import re
+
 import pytest
 
 from jllama.errors import UserError
@@ -57,6 +59,22 @@ def test_a_wrong_name_is_a_line_that_says_what_is_allowed(name, slices, said):
     with pytest.raises(UserError, match=said.replace("(", r"\(")) as error:
         parse(name, slices)
     assert "\n" not in str(error.value)
+
+
+def test_what_an_error_allows_is_a_slice():
+    for name in ("v5e-15", "v5p-100", "v4-12288"):
+        with pytest.raises(UserError) as error:
+            parse(name)
+        sizes, sides = re.search(
+            r"sizes: (.*); or give the sides, (.*)$", str(error.value)
+        ).groups()
+        kind = name.partition("-")[0]
+        assert all(parse(f"{kind}-{size}").devices for size in sizes.split(", "))
+        parse(sides.replace("A", "2").replace("B", "2").replace("C", "4"))
+    assert parse("v5e:16x16", slices=4).devices == 1024  # smaller slices than 32x32
+    with pytest.raises(UserError) as error:
+        parse("gpu:h100:8", 2)
+    assert parse(str(error.value).rpartition(" ")[2]).devices == 16
 
 
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")

@@ -13,6 +13,7 @@ import tiny
 import yaml
 
 import jllama
+from jllama import cli
 from jllama.config import (
     AdaptiveRopeScaling,
     LinearRopeScaling,
@@ -32,6 +33,8 @@ from jllama.store import checkpoint
 from jllama.store.find import find
 from jllama.store.model import architecture_at, open_model
 from jllama.store.write import write_model
+from jllama.text.added import AddedToken
+from jllama.text.spm import SentencePieceTokenizer
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train.initial import open_initial
 from jllama.train.loop import train
@@ -106,6 +109,14 @@ def test_another_model_is_refused_by_key_before_anything_is_made(text, source, t
     config = recipe(text, tmp_path / "runs", source, "model.vocab_size=336")
     with pytest.raises(UserError, match=r"is 336, there 320; more rows .*vocabulary grow$"):
         train(config)
+    more = [AddedToken(f"<{i}>", 310 + i) for i in range(26)]
+    texts = [Path(__file__).read_text()]
+    trained = train_sentencepiece(texts, TrainedTokenizer(kind="train", vocab_size=310))
+    SentencePieceTokenizer(trained.model, added=more).save(tmp_path / "more")
+    grow = ("vocabulary", "grow", source, tmp_path / "more", tmp_path / "grown", "--rows", "mean")
+    assert cli.main([*map(str, grow)]) == 0
+    grown = recipe(text, tmp_path / "runs", tmp_path / "grown", "model.vocab_size=336")
+    assert open_initial(grown).config.vocab_size == 336
     config = recipe(text, tmp_path / "runs", tmp_path / "absent")
     with pytest.raises(UserError, match=r"^training\.init_from: .*absent: no such folder"):
         train(config)
@@ -126,6 +137,12 @@ def test_a_recipe_takes_the_architecture_of_a_models_folder(text, source, tmp_pa
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"^model: .*empty: an empty folder"):
         recipe(text, runs, source, f"model={tmp_path / 'empty'}")
+    adapter = FIXTURES / "peft-dora"
+    with pytest.raises(UserError, match=r"^model: .*peft-dora: is an adapter of PEFT's; name its"):
+        recipe(text, runs, source, f"model={adapter}")
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    file = ("tokenizer.kind=file", "tokenizer.path=none")
+    recipe(text, runs, source, f"model={FIXTURES / base}", *file)
 
 
 @pytest.fixture(scope="module", params=["hf", "jllama"])

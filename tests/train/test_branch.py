@@ -104,8 +104,11 @@ def test_a_branch_of_an_overlay_has_its_base(load, whole):
     branch = (f"training.resume_from={first}@3", "run.name=overlay-branch")
     assert losses(loop.train(load(*branch, *lora)).folder) == losses(first)[3:]
     other = f"training.init_from={whole / 'checkpoints' / '3'}"
-    with pytest.raises(UserError, match="its overlay is over other parameters"):
+    with pytest.raises(UserError, match="its overlay is over other parameters") as error:
         loop.train(load(*branch, LORA, other, "run.name=other-base"))
+    named = re.search(r"over other parameters \((\S+)\) .*; name that", str(error.value))[1]
+    way = (f"training.init_from={named}", "run.name=other-base", "run.stop_after=4")
+    assert loop.train(load(*branch, LORA, *way)).steps == 4
 
 
 def test_the_way_that_a_refusal_names_can_be_gone(load, whole):
@@ -142,3 +145,10 @@ def test_a_state_that_is_not_the_recipes_is_refused_in_a_line(load, whole, keys,
         loop.train(load("run.name=refused", f"training.resume_from={whole}@3", *keys))
     assert said in str(error.value) and "\n" not in str(error.value)
     assert not (whole.parent / "refused" / "config.yaml").exists()
+
+
+def test_a_branch_of_a_runs_last_step_has_more_steps(load, whole):
+    branch = f"training.resume_from={whole}@6"
+    with pytest.raises(UserError, match=r"raise training\.steps=6, which counts from that run's"):
+        open_branch(load(branch))
+    assert open_branch(load(branch, "training.steps=7")).step == 6

@@ -1,6 +1,7 @@
 """What a resumed run may change: what leaves its steps as they were, with a note in its folder."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -80,8 +81,12 @@ def test_another_tokenizer_is_refused(resume, text, tmp_path):
         load(text, f"run.folder={tmp_path / 'other'}", "tokenizer.vocab_size=310",
              "run.stop_after=1")
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"^tokenizer\.path=.*: is not the tokenizer that the run"):
+    with pytest.raises(
+        UserError, match=r"^tokenizer\.path=.*: is not the tokenizer that the run"
+    ) as error:
         resume("tokenizer.kind=file", f"tokenizer.path={other.folder}")
+    way = re.search(r"began with: --(\S+) is$", str(error.value))[1]
+    assert resume("tokenizer.kind=file", way, "run.stop_after=3").steps == 3
 
 
 def test_held_out_text_may_be_added_and_is_known_from_then_on(resume, text, tmp_path):
@@ -114,9 +119,10 @@ def test_the_model_to_start_from_may_move_but_not_change(text, begun, tmp_path):
     (line,) = changes(folder)
     assert line["changes"] == {"training.init_from": [str(begun), str(tmp_path / "moved")]}
     said = r"^training\.init_from=.*: its parameters are not those that the run in .*began with"
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as error:
         train(folder)
-    assert train(tmp_path / "moved").done
+    named = re.search(r"began with \((\S+)\); name that again", str(error.value))[1]
+    assert train(named).done
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.store.fingerprint import fingerprint
 from jllama.train import loop, run
+from jllama.train.folder import open_run
 from jllama.train.initial import open_initial
 from jllama.train.metrics import read
 from jllama.train.placement import make_placement
@@ -238,10 +239,15 @@ def test_changed_text_in_the_same_files_is_an_error(text, tmp_path):
         f"data.train.0.source.files=[{tmp_path / 'text' / 'train.txt'}]",
     ]
     loop.train(configs.load(text, [*moved, "run.stop_after=1"]))
-    (tmp_path / "text" / "train.txt").write_text("Something else.\f" * 99)
+    (tmp_path / "text" / "train.txt").write_text("\f".join(recipes.texts(200, 9)))
     shutil.rmtree(tmp_path / "prepared")
     said = message(configs.load(text, moved))
     assert "the train source train is not the text that this run began with" in said
+    assert said.endswith("choose another run.name or bring the text back")
+    assert loop.train(configs.load(text, [*moved, "run.name=other", "run.stop_after=1"])).steps == 1
+    shutil.copy(text.parent / "train.txt", tmp_path / "text")
+    shutil.rmtree(tmp_path / "prepared")
+    assert loop.train(configs.load(text, [*moved, "run.stop_after=2"])).steps == 2
 
 
 def test_a_file_where_checkpoints_belong_is_a_one_line_error(recipe, tmp_path):
@@ -297,7 +303,15 @@ def test_a_checkpoint_under_another_name_is_refused(recipe, tmp_path):
     loop.train(recipe("run.stop_after=3", "checkpoint.every=0"))
     steps = tmp_path / "run" / "checkpoints"
     (steps / "3").rename(steps / "9")
-    assert f"{steps / '9'}: holds the state of step 3" in message(recipe())
+    said = message(recipe())
+    assert f"{steps / '9'}: holds the state of step 3" in said
+    assert said.endswith("; give it that name back, or delete it")
+    (steps / "9").rename(steps / "3")
+    assert loop.train(recipe("run.stop_after=4")).steps == 4
+    (steps / "4").rename(steps / "9")
+    assert "; give it that name back, or delete it" in message(recipe())
+    shutil.rmtree(steps / "9")
+    assert loop.train(recipe("run.stop_after=5")).steps == 5
 
 
 @pytest.mark.parametrize(
@@ -313,6 +327,11 @@ def test_a_sample_that_cannot_be_made_is_known_before_the_first_step(
     wanted = recipe(f"sample.prompt={prompt}", "sample.max_new_tokens=5")
     assert re.search(said, message(wanted))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    if "exceed" in said:  # the ways out
+        for prompt, new in (("a b c", 5), ("a b c " * 7, 1)):
+            keys = (f"sample.prompt={prompt}", f"sample.max_new_tokens={new}")
+            with open_run(recipe(*keys, "run.name=short")):
+                pass
 
 
 # A trace that reaches beyond the last step ends with it.

@@ -17,6 +17,7 @@ from jllama.errors import UserError
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import causal_lm_loss
+from jllama.train.placement import check_batches, check_rows
 from jllama.train.state import define_state, init_state
 from jllama.train.step import make_eval_step, make_train_step
 
@@ -173,6 +174,26 @@ def test_a_batch_that_does_not_fill_the_mesh_is_an_error():
     config = recipes.in_memory("training.batch_size=4")
     with pytest.raises(UserError, match="batch"):
         train(config, fsdp=8)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_nearest_batches_are_named_and_fill_the_mesh(accumulate):
+    config = recipes.in_memory(f"training.accumulate={accumulate}", "training.batch_size=30")
+    placement = setup(config, fsdp=4)[0]
+    with pytest.raises(UserError, match=r"=30: must be a multiple of") as error:
+        check_batches(config, placement)
+    nearest = str(error.value).rpartition("nearest: ")[2].split(" or ")
+    assert len(nearest) == 2
+    for size in nearest:
+        check_batches(recipes.replace(config, training={"batch_size": int(size)}), placement)
+
+
+def test_rows_that_a_context_does_not_divide_are_given_another_length():
+    config = recipes.in_memory("data.length=15")
+    placement = setup(recipes.in_memory(), context=4)[0]
+    with pytest.raises(UserError, match=r"choose a multiple, best of 8$"):
+        check_rows(config, placement)
+    check_rows(recipes.replace(config, data={"length": 16}), placement)
 
 
 def test_evaluation_returns_the_sums_of_the_loss_function():
