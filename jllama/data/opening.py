@@ -174,7 +174,7 @@ def open_tokenizer(config: Config) -> Tokenizer:
                 raise UserError(
                     f"tokenizer.path: {e} (jllama ships no tokenizers: take the one that comes with"
                     " a model's weights, such as Llama's tokenizer.model, or set"
-                    " tokenizer.kind=train to train one)"
+                    " tokenizer.kind=train and tokenizer.vocab_size to train one)"
                 ) from None
         case TrainedTokenizer() as wanted:
             return _trained(wanted, config.data)

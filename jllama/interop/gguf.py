@@ -185,7 +185,8 @@ def _check_rope(rope: RopeScaling) -> None:
     if format.gguf is None:
         raise UserError(
             f"model.rope.kind={rope.kind}: llama.cpp has no RoPE that depends on the length; choose"
-            " ntk, whose alpha is that of one length, yarn or linear"
+            " ntk, whose alpha is that of one length, yarn or linear, in the config of a copy of"
+            " the model"
         )
     for field, fixed in format.gguf_fixed.items():
         value = getattr(rope, field)

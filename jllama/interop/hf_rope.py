@@ -158,7 +158,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
         kinds = ", ".join(kind for kind, format in ROPE_FORMATS.items() if format.hf)
         raise UserError(
             f"model.rope.kind={rope.kind}: Hugging Face's config.json has no such kind; choose one"
-            f" of {kinds}"
+            f" of {kinds}, in the config of a copy of the model"
         )
     theta = effective_theta(config)
     numbers = {key: getattr(rope, _field(key)) for key in format.hf_keys}

@@ -144,7 +144,8 @@ def _check(
         if rows and path.partition(".")[0] in ("embedding", "head"):
             raise UserError(
                 f"{folder}: {name} has {rows[0]:,} tokens, and the model has {V:,}: its vocabulary"
-                " was grown first; grow the model's to as many (jllama vocabulary grow), and load"
+                " was grown first; grow the model's to as many (jllama vocabulary grow; a tokenizer"
+                " with fewer ids gets more by the --special of jllama vocabulary merge), and load"
                 " the adapter with that model"
             )
     check_tensors(tensors, wanted, folder, "this adapter's")

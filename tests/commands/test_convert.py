@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import tokenizers
+import yaml
 from safetensors.numpy import load_file
 
 import jllama
@@ -327,6 +328,23 @@ def test_of_a_folder_in_two_formats_the_one_that_is_meant_is_converted(
         jllama.load(tmp_path / "both")
     assert convert(tmp_path / "both", tmp_path / "out", "--from", "hf") == 0
     same(tmp_path / "out", params)
+
+
+def test_a_rope_that_others_lack_is_changed_in_the_config_of_a_copy(tmp_path, capsys):
+    adaptive = tiny.config(rope=tiny.ADAPTIVE1)
+    write_model(tmp_path / "own", adaptive, tiny.params(adaptive), None)
+    shutil.copytree(tmp_path / "own", tmp_path / "copy")
+    file = tmp_path / "copy" / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    config["model"]["rope"] = {"kind": "ntk", "alpha": 4.0}
+    file.write_text(yaml.safe_dump(config))
+    for name in ("hf", "x.gguf"):
+        words = (tmp_path / name, "--tokenizer", "none")
+        assert convert(tmp_path / "own", *words) == 2
+        error = capsys.readouterr().err
+        assert "ntk" in error and "in the config of a copy of the model" in error
+        assert convert(tmp_path / "copy", *words) == 0
+    assert jllama.load(tmp_path / "hf").config.rope_theta > adaptive.rope_theta
 
 
 def test_a_folder_of_meta_is_converted_with_the_file_that_says_the_rest(tmp_path, capsys):

@@ -174,6 +174,13 @@ def test_a_model_may_be_read_with_another_tokenizer_or_none(evaluate, folder):
     assert (status, out) == (0, wanted)
 
 
+def test_two_models_of_one_name_are_given_names(evaluate):
+    options = ("--lengths", "16", "--join", "--windows", "2")
+    status, _, err = evaluate("--model", "runs/a", "--model", "runs/a", *options)
+    assert status == 2 and "two are called 'a'; name them: --model NAME=PATH" in err
+    assert evaluate("--model", "runs/a", "--model", "again=runs/a", *options)[0] == 0
+
+
 def test_json_has_the_figures_and_nothing_else(evaluate, folder):
     text = "def f(x):\n    return x\n" * 40
     (folder / "plain.txt").write_text(text)

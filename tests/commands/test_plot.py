@@ -92,7 +92,9 @@ def test_runs_are_coloured_by_a_key_of_their_recipes(run, drawn, tmp_path, capsy
     assert names == [f"b ({key} 0.001)", f"a ({key} 0.01)", f"_$c ({key} 0.01)"]
     assert colors(drawn[1]) == ["C0", "C1", "C1"]
     assert cli.main(["plot", *args, "training.lr"]) == 2
-    assert "--group training.lr: no run's recipe has this key" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "--group training.lr: no run's recipe has this key; give one such as" in err
+    assert cli.main(["plot", *args, err.split()[-1]]) == 0
 
 
 @pytest.mark.parametrize(

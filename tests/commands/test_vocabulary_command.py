@@ -197,16 +197,29 @@ def test_an_adapter_of_a_grown_vocabulary_goes_with_the_grown_model(here, tmp_pa
     base = open_model(find(here / "model")).config
     grown = dataclasses.replace(base, vocab_size=merged.vocab_size)
     adapt = LoraConfig(kind="lora", rank=2, alpha=4.0, targets=("q",), full=("embedding", "head"))
-    overlay = jax.tree.map(
-        lambda spec: np.ones(spec.shape, np.float32), overlay_specs(grown, tiny.compute(), adapt)
-    )
-    write_adapter(tmp_path / "peft", grown, adapt, overlay, "base")
+
+    def write(folder, config):
+        specs = overlay_specs(config, tiny.compute(), adapt)
+        overlay = jax.tree.map(lambda spec: np.ones(spec.shape, np.float32), specs)
+        write_adapter(folder, config, adapt, overlay, "base")
+
+    write(tmp_path / "peft", grown)
     said = rf"has {merged.vocab_size:,} tokens, and the model has 320: .*jllama vocabulary grow"
     with pytest.raises(jllama.UserError, match=said):
         jllama.load(here / "model", adapter=tmp_path / "peft")
     assert vocabulary("grow", here / "model", here / "merged", tmp_path / "grown") == 0
     model = jllama.load(tmp_path / "grown", adapter=tmp_path / "peft")
     assert model.logits([[1, merged.vocab_size - 1]]).shape[-1] == merged.vocab_size
+    # Others pad the rows to a multiple, which a tokenizer has no ids for.
+    rows = merged.vocab_size + 2
+    write(tmp_path / "padded", dataclasses.replace(base, vocab_size=rows))
+    with pytest.raises(jllama.UserError, match=r"fewer ids gets more by the --special of jllama"):
+        jllama.load(tmp_path / "grown", adapter=tmp_path / "padded")
+    more, wider = tmp_path / "more", tmp_path / "wider"
+    words = ("--special", "<1>", "--special", "<2>", "--out", more)
+    assert vocabulary("merge", here / "merged", *words) == 0
+    assert vocabulary("grow", here / "model", more, wider) == 0
+    assert jllama.load(wider, adapter=tmp_path / "padded").config.vocab_size == rows
 
 
 def test_a_model_learns_to_infill_once_it_has_grown_by_the_tokens(here, tmp_path):

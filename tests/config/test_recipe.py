@@ -527,6 +527,39 @@ def test_a_bad_file_is_named(tmp_path, text, expected):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("mistake", "said", "ways"),
+    [
+        (["data.objective.rate=0.5"], "'infill', 'reply'", [["data.objective.kind=infill"]]),
+        (
+            ["tokenizer={kind: file, path: x}", "tokenizer.kind=train"],
+            "--tokenizer.vocab_size: is required",
+            [["tokenizer.vocab_size=300"]],
+        ),
+        (["adapt.kind=lora"], "--adapt.rank, --adapt.alpha: are required",
+         [["adapt.rank=2", "adapt.alpha=4"]]),
+        (["adapt={kind: lora, rank: 2, alpha: 4}", "training.init_from="],
+         "needs training.init_from", [["training.init_from=base"]]),
+        (["mesh.tensor=-1"], "fsdp and tensor are -1 (fsdp is unless it is set), .*: set the other",
+         [["mesh.fsdp=1"]]),
+        (["data.length=200"], "is above model.max_length=128",
+         [["data.length=128"], ["model.max_length=200"]]),
+        (["sample.max_new_tokens=128"], "leaves no room for a prompt in model.max_length=128",
+         [["sample.max_new_tokens=127"], ["model.max_length=129"]]),
+        (["model.rope={kind: yarn, factor: 2, original_length: 32}"],
+         "raise the factor, or correct the original length",
+         [["model.rope.factor=4"], ["model.rope.original_length=64"]]),
+        (["adapt={kind: lora, rank: 2, alpha: 4, overrides: [{match: q}]}"],
+         "sets neither rank nor alpha", [["adapt.overrides.0.rank=1"]]),
+    ],
+)  # fmt: skip
+def test_the_key_that_a_mistake_names_mends_it(recipe, mistake, said, ways):
+    with pytest.raises(UserError, match=re.escape(said).replace(r"\.\*", ".*")):
+        recipes.load(recipe, mistake)
+    for way in ways:
+        recipes.load(recipe, [*mistake, *way])
+
+
 def test_a_list_can_be_written_as_the_error_says(recipe):
     loaded = recipes.load(
         recipe, ["data.train.0.source.kind=text", 'data.train.0.source.files=["**/*.md"]']

@@ -1,5 +1,6 @@
 """Batches: a pure function of (data, seed, step), mixed by weight, whole for evaluation."""
 
+import re
 import subprocess
 import sys
 
@@ -176,7 +177,10 @@ def test_missing_files_are_named_by_key_before_a_tokenizer_is_trained(
 
 def test_a_missing_tokenizer_is_named_by_key_with_where_it_comes_from(recipe, tmp_path):
     file = ["tokenizer.kind=file", f"tokenizer.path={tmp_path}/a.model"]
+    missing = changed(recipe, *file)
     with pytest.raises(
         UserError, match=r"^tokenizer\.path: .*/a\.model: no such .*model's weights"
-    ):
-        open_tokenizer(changed(recipe, *file))
+    ) as error:
+        open_tokenizer(missing)
+    kind, size = re.search(r"set (\S+) and (\S+) to train one", str(error.value)).groups()
+    assert open_tokenizer(changed(missing, kind, f"{size}=300")).vocab_size == 300

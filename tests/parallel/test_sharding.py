@@ -148,3 +148,4 @@ def test_every_rule_of_the_config_names_mesh_axes():
 def test_a_candidate_that_could_never_matter_is_an_error(candidates, words):
     with pytest.raises(ValueError, match=words):
         ShardingConfig(embed=candidates)
+    ShardingConfig(embed=(("fsdp",), None))

@@ -1,6 +1,7 @@
 """What a path holds is asked once, and whatever opens it works from the answer."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -102,6 +103,19 @@ def test_an_adapter_in_a_folder_of_its_name_is_found(tmp_path):
     shutil.copytree(FIXTURES / "peft-dora", tmp_path / "saved" / "yours")
     with pytest.raises(UserError, match="several adapters, mine, yours; give one"):
         find(tmp_path / "saved")
+    assert find(tmp_path / "saved" / "yours").format == "peft"
+
+
+@pytest.mark.parametrize("name", ["hf-llama2", "meta-llama2", "peft-dora"])
+def test_the_file_that_is_missing_is_copied_to_the_weights(name, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(FIXTURES / name, folder)
+    for config in ("config.json", "params.json", "adapter_config.json"):
+        (folder / config).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"has weights and no \S+; copy it from where") as error:
+        find(folder)
+    shutil.copy(FIXTURES / name / re.search(r"no (\S+);", str(error.value))[1], folder)
+    assert find(folder).format == name.partition("-")[0]
 
 
 def test_a_path_that_holds_nothing_says_what_it_is(run, tmp_path):
