@@ -56,6 +56,11 @@ class Progress:
         self._told = time.monotonic()
         if self._quiet:
             return
-        of = f" of {self._total / 1e6:.1f}" if self._total else ""
-        rate = self._done / 1e6 / max(1e-9, self._told - self._began)
-        say(f"{self._title}: {self._done / 1e6:.1f}{of} M{self._unit}, {rate:.3g} M{self._unit}/s")
+        largest = max(self._done, self._total or 0)
+        scale, letter = next(
+            (s, x) for s, x in ((1e6, "M"), (1e3, "k"), (1, "")) if largest >= s or s == 1
+        )
+        of = f" of {self._total / scale:.1f}" if self._total else ""
+        unit = f"{letter}{self._unit}".strip()
+        rate = self._done / scale / max(1e-9, self._told - self._began)
+        say(f"{self._title}: {self._done / scale:.1f}{of} {unit}, {rate:.3g} {unit}/s")

@@ -218,6 +218,11 @@ def _convert_adapter(args: argparse.Namespace, source: Found, target: Path) -> N
     config = adapter.trained_config(base.config)
     if to == "peft" and config.rope != base.config.rope:
         say("note: it was trained with another model.rope than its base's, which PEFT cannot store")
+    if to == "peft" and args.base_name is None and base.found.format == "jllama":
+        say(
+            f"note: PEFT opens no base of jllama's, such as {base.found.path}: convert that to hf"
+            " too, and name it with --base-name"
+        )
     tokenizer = adapter.tokenizer or base.tokenizer
     base = dataclasses.replace(base, config=config, tokenizer=tokenizer)
     params = read_on_host(base, base.dtype, base.scale_dtype)

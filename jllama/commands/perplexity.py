@@ -29,7 +29,6 @@ import argparse
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -37,7 +36,7 @@ import numpy as np
 import jllama
 from jllama.adapt.mixture import adapter_weights
 from jllama.commands.perplexity_report import Point, print_tables, write_files
-from jllama.config import JsonlSource, ParquetSource, Source, TextSource
+from jllama.config import Source, TextSource
 from jllama.config import recipe as recipes
 from jllama.data import source as sources
 from jllama.data.split import sources_of, texts_of
@@ -81,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DATA",
         help="a recipe or a run, for its held-out text; or a file or glob: text, .jsonl, .parquet",
     )
+    add("--field", help="key or column of --data's JSON or Parquet that holds the text [text]")
     add(
         "--lengths",
         default="512,1024,2048,4096",
@@ -133,7 +133,7 @@ def _evaluate(args, given: "_Given", lengths, stride):
     model = jllama.load(
         given.path, dtype=args.dtype, adapter=given.overlays, tokenizer=given.tokenizer
     )
-    texts = _encoded(model, given.path, _read(args.data))
+    texts = _encoded(model, given.path, _read(args.data, args.field))
     ids = windows(texts, lengths[-1], stride, args.windows, args.join)
     size = sum(model.tokenizer.byte_count(row[-stride:]) for row in ids)
     if not size:
@@ -227,29 +227,27 @@ def _ropes(text: str) -> list[Rope]:
     return list({rope_label(rope): rope for rope in ropes}.values())
 
 
-def _read(data: str) -> Iterator[str]:
+def _read(data: str, field: str | None) -> Iterator[str]:
     """The texts of --data, one after the other."""
     path = storage.path(data)
-    if path.suffix in (".yaml", ".yml"):
-        recipe = recipes.load(path, architecture=architecture_at)
-    elif storage.exists(path / "config.yaml"):
-        recipe = recipes.load(path / "config.yaml")
-    else:
-        yield from (document.text for document in sources.documents(_source(data)))
+    is_recipe = path.suffix in (".yaml", ".yml") or storage.exists(path / "config.yaml")
+    source = None if is_recipe else _source(data, field)
+    if field is not None and isinstance(source, TextSource | None):
+        raise UserError(f"--field {field}: is for JSON and Parquet, which --data {data} is not")
+    if source is not None:
+        yield from (document.text for document in sources.documents(source))
         return
+    file = path if path.suffix in (".yaml", ".yml") else path / "config.yaml"
+    recipe = recipes.load(file, architecture=architecture_at)
     if not recipe.data.held_out:
         raise UserError(f"--data {data}: the recipe has no data.held_out")
     for source in sources_of(recipe.data, "held_out"):
         yield from texts_of(recipe.data, "held_out", source)
 
 
-def _source(data: str) -> Source:
-    name = re.sub(r"\.(gz|zst|bz2|xz)$", "", data, flags=re.IGNORECASE)
-    if name.endswith((".jsonl", ".json")):
-        return JsonlSource(kind="jsonl", files=(data,))
-    if name.endswith(".parquet"):
-        return ParquetSource(kind="parquet", files=(data,))
-    return TextSource(kind="text", files=(data,))
+def _source(data: str, field: str | None) -> Source:
+    source = sources.of_files(data)
+    return source if field is None else dataclasses.replace(source, field=field)
 
 
 def _encoded(model: Llama, path: str, documents: Iterable[str]) -> Iterator[np.ndarray]:

@@ -20,7 +20,7 @@ from jllama.text.vocabulary import train_sentencepiece
 
 _LEAST = TrainedTokenizer(kind="train", vocab_size=300)  # the least vocab_size, and the defaults
 _OUT = "FILE.model, or a folder for it and its settings; must not exist"
-_FILES = "paths or globs of UTF-8 texts, also .gz and .zst"
+_FILES = "paths or globs of UTF-8 texts, which may be compressed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -45,9 +45,9 @@ class TfdsSource:
 
 @configclass
 class TextSource:
-    """Plain UTF-8 text files, which may be compressed (.gz, .zst)."""
+    """Plain UTF-8 text files, which may be compressed (gzip, zstd, bzip2, xz)."""
 
-    kind: Literal["text"] = doc("plain UTF-8 files; also .gz and .zst")
+    kind: Literal["text"] = doc("plain UTF-8 files, which may be compressed")
     files: tuple[str, ...] = doc("paths or globs, read in sorted order")
     separator: str | None = default(
         "text between two documents; null makes each file one document", None
@@ -56,9 +56,12 @@ class TextSource:
 
 @configclass
 class JsonlSource:
-    """Files with a JSON object per line, which may be compressed (.gz, .zst)."""
+    """Files with a JSON object per line, or with a JSON array of objects.
 
-    kind: Literal["jsonl"] = doc("one JSON object per line; also .gz and .zst")
+    They may be compressed (gzip, zstd, bzip2, xz).
+    """
+
+    kind: Literal["jsonl"] = doc("one JSON object per line, or one array of them")
     files: tuple[str, ...] = doc("paths or globs, read in sorted order")
     field: str = default("key that holds the text", "text")
 
@@ -162,8 +165,8 @@ class InfillObjective:
 class ReplyObjective:
     """Instruction tuning: predicts the reply in a document, and not the prompt before it.
 
-    Prompt and reply are encoded separately, as when a model replies. A document that lacks the
-    marker is predicted as it is; if its end was cut off, it has no weight.
+    Prompt and reply are encoded separately, as when a model replies. A document whose end was cut
+    off before the marker has no weight.
     """
 
     kind: Literal["reply"] = doc("predicts only the replies to prompts")
@@ -173,6 +176,10 @@ class ReplyObjective:
     second_marker: Literal["error", "predict"] = default(
         "what to do if `after` occurs again in a document; predict takes all after the first as the"
         " reply, later prompts too",
+        "error",
+    )
+    no_marker: Literal["error", "predict"] = default(
+        "what to do with a document without `after`; predict takes all of it, its prompt too",
         "error",
     )
 
@@ -205,7 +212,8 @@ class DataConfig:
     length: PositiveInt = doc("predicted tokens per row")
     packing: Packing = doc("how documents fill rows")
     objective: Objective = default(
-        "what training rows predict; held-out rows are causal", CausalObjective(kind="causal")
+        "what training rows predict; held-out rows are causal, but for replies",
+        CausalObjective(kind="causal"),
     )
     document_mask: bool = default(
         "attention and positions stay within a document; if false, within the row (LLaMA 1 and 2)",
@@ -215,3 +223,10 @@ class DataConfig:
     held_out: HeldOut = default("evaluation sources, or a share of the training sources", ())
     prepare: PrepareConfig = default("tokenised text on disk", PrepareConfig())
     prefetch: Count = default("batches that threads read ahead", 4)
+
+    def __post_init__(self):
+        if isinstance(self.objective, ReplyObjective) and isinstance(self.packing, CutPacking):
+            raise ValueError(
+                "objective.kind=reply: needs packing.kind=whole, because a part of a document"
+                " does not show where its reply begins"
+            )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import grain
+import numpy as np
 
 from jllama.config import (
     Config,
@@ -87,6 +88,9 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     train, held_out = _streams(data, tokenizer)
     gain = objective.gain if objective else 0
     rows = {name: _pack("train", stream, data, gain) for name, stream in train.items()}
+    if isinstance(data.objective, InfillObjective):
+        for stream in train.values():
+            _note_too_long_to_infill(stream, data.length)
     held_out_gain = gain if isinstance(objective, Replies) else 0
     held_out_rows = {
         name: _pack("held_out", stream, data, held_out_gain) for name, stream in held_out.items()
@@ -141,6 +145,16 @@ def _pack(side: Side, stream: TokenStream, data: DataConfig, spare: int) -> Rows
             f" documents are longer than a row of {data.length + 1} tokens and {done}"
         )
     return rows
+
+
+def _note_too_long_to_infill(stream: TokenStream, length: int) -> None:
+    long = int(np.count_nonzero(np.diff(stream.document_ends(), prepend=0) > length + 1))
+    if long > stream.documents / 2:
+        say(
+            f"note: source {stream.name}: {long:,} of {stream.documents:,} documents are longer"
+            f" than a row of {length + 1} tokens, and are not cut for infilling: raise data.length,"
+            " or cut the source into shorter documents"
+        )
 
 
 def _each_source(

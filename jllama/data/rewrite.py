@@ -13,7 +13,7 @@ import threading
 import numpy as np
 
 from jllama.config import InfillObjective, Objective, ReplyObjective
-from jllama.data.pack import CutRows, Row, Rows, empty_row
+from jllama.data.pack import Row, Rows, empty_row
 from jllama.errors import UserError
 from jllama.text.infill import document_ids, encode_continued, infill_tokens, random_cuts
 from jllama.text.tokenizer import Tokenizer
@@ -133,34 +133,41 @@ class Replies(Rewriting):
 
     def __init__(self, objective: ReplyObjective, tokenizer: Tokenizer, seed: int):
         super().__init__(tokenizer, seed)
-        self._after, self._second_marker = objective.after, objective.second_marker
+        self._objective, self._after = objective, objective.after
 
     def check(self, name: str, rows: Rows, held_out: bool = False) -> None:
         """Raises UserError if the rows of source `name` would teach prompts by mistake.
 
-        They would if no document of a training source has the marker, and if one of any source has
-        it twice, unless the objective says to predict all after the first.
+        They would where a document lacks the marker, and where it has it twice, unless the
+        objective says to predict these. A held-out source wholly without the marker is plain text.
         """
-        if isinstance(rows, CutRows):
-            raise UserError(
-                "data.objective.kind=reply: needs data.packing.kind=whole, because a part of a"
-                " document does not show where its reply begins"
-            )
-        appears, repeated = held_out or not len(rows), []
+        objective = self._objective
+        if objective.no_marker == objective.second_marker == "predict":
+            return
+        appears, lacking, repeated = False, [], []
         for number, tokens in rows.documents():
-            if appears and self._second_marker == "predict":
-                return
             text = self._tokenizer.decode(tokens.tolist())
             count = text.count(self._after)
             appears = appears or count > 0
             if count > 1:
                 repeated.append((number, text))
-        if not appears:
+            elif not count and self._ends(tokens):
+                lacking.append((number, text))
+        if objective.no_marker == "error" and len(rows) and not (appears or held_out):
             raise UserError(
                 f"data.objective.after={self._after!r}: does not appear in the documents of source"
-                f" {name}, so that prompts would be predicted too; correct it"
+                f" {name}, so that prompts would be predicted too; correct it, or set"
+                " data.objective.no_marker=predict"
             )
-        if repeated:
+        if objective.no_marker == "error" and appears and lacking:
+            number, text = min(lacking)
+            raise UserError(
+                f"source {name}: document {number}, {text[:_SHOWN]!r}..., lacks {self._after!r}"
+                f" ({len(lacking):,} such documents), so that its prompt would be predicted too;"
+                " correct it, or set data.objective.no_marker=predict, which trains on the whole of"
+                " such documents"
+            )
+        if objective.second_marker == "error" and repeated:
             number, text = min(repeated)
             raise UserError(
                 f"source {name}: document {number}, {text[:_SHOWN]!r}..., has"

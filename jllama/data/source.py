@@ -8,17 +8,25 @@ is always an error.
 import dataclasses
 import os
 import platform
+import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jllama.config import Source, StdlibSource, TextSource, TfdsSource
+from jllama.config import (
+    JsonlSource,
+    ParquetSource,
+    Source,
+    StdlibSource,
+    TextSource,
+    TfdsSource,
+)
 from jllama.data import text_files
 from jllama.data.readers import READERS, Skipped, SourceFile, find_split, open_builder, tfds_summary
 from jllama.data.worker import is_held_out, text_hash
 from jllama.errors import UserError
 from jllama.files import storage
-from jllama.progress import say
+from jllama.progress import note, say
 
 _PART_EXAMPLES = 10_000  # in one part of a TFDS dataset
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -54,7 +62,7 @@ def documents(
     if not count:
         raise no_documents(source)
     if isinstance(source, TextSource) and source.separator and count + skipped == len(listed):
-        say(f"note: {_whole_files(source, listed)}")
+        note(_whole_files(source, listed))
 
 
 def _whole_files(source: TextSource, files: list[SourceFile]) -> str:
@@ -67,8 +75,8 @@ def _whole_files(source: TextSource, files: list[SourceFile]) -> str:
     ):
         reason = "the lines of the files end in CR LF"
     return (
-        f"{summary(source)}: the separator {source.separator!r} gives one document for each of"
-        f" {len(files)} files; {reason}"
+        f"{summary(source)}: the separator {source.separator!r} does not occur, and each file is"
+        f" one document ({len(files):,} in all); {reason}"
     )
 
 
@@ -88,6 +96,16 @@ def skip_message(where: str, reason: str, skipped: int, max_skipped: int) -> str
 def no_documents(source: Source) -> UserError:
     """Returns the error for a source without a usable document."""
     return UserError(f"{summary(source)}: no documents in it; check the source")
+
+
+def of_files(pattern: str) -> TextSource | JsonlSource | ParquetSource:
+    """Returns the source of a path or glob, of the kind that its name says."""
+    name = re.sub(r"\.(gz|zst|bz2|xz)$", "", pattern, flags=re.IGNORECASE).lower()
+    if name.endswith((".jsonl", ".json")):
+        return JsonlSource(kind="jsonl", files=(pattern,))
+    if name.endswith(".parquet"):
+        return ParquetSource(kind="parquet", files=(pattern,))
+    return TextSource(kind="text", files=(pattern,))
 
 
 def parts(source: Source) -> list[SourceFile | range]:

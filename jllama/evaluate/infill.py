@@ -18,9 +18,9 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from jllama.adapt.mixture import Mixture
-from jllama.config import Source, StdlibSource, TextSource
+from jllama.config import JsonlSource, Source, StdlibSource, TextSource
 from jllama.data import text_files
-from jllama.data.source import Document, documents
+from jllama.data.source import Document, documents, of_files
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.generate.llama import Llama
@@ -68,7 +68,7 @@ def open_problems(data: str, count: int, spans: bool = False) -> list[Problem]:
 
     Raises UserError if the data cannot be read or hold no problem.
     """
-    if data.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
+    if isinstance(of_files(data), JsonlSource):
         problems = pick_problems(_ready_made(data), count)
     else:
         source: Source = TextSource(kind="text", files=(data,))

@@ -131,6 +131,9 @@ def _missing(path: Path, listing: storage.Listing) -> str:
     files, gguf = listing.files, "which jllama writes and does not read"
     packed = sorted(name for name in files if name.endswith(".gguf"))
     if not storage.is_folder(path):
+        run, _, step = str(path).rpartition("@")
+        if run and storage.exists(storage.path(run) / RECIPE):
+            return f"no such folder; the steps of a run lie in it: {run}/{CHECKPOINTS}/{step}"
         if path.suffix == ".gguf":
             return f"a GGUF file, {gguf}"
         return "a file, give its folder" if storage.exists(path) else "no such folder"
@@ -141,6 +144,9 @@ def _missing(path: Path, listing: storage.Listing) -> str:
     for weights, config in _WEIGHTS.items():
         if any(name.startswith(weights) for name in files):
             return f"has weights and no {config}; copy it from where the weights were saved"
+    for name in sorted(listing.folders)[:_MOST_FOLDERS]:
+        if storage.exists(path / name / RECIPE):
+            return f"neither a model nor an adapter, but {name} in it is one"
     return "neither a model nor an adapter"
 
 

@@ -31,6 +31,8 @@ _REPORTS = (
     "run.compilation_cache", "checkpoint.", "data.prefetch", "data.prepare.folder",
     "data.prepare.cache", "data.prepare.workers", "data.prepare.max_skipped", "distributed.",
     "sample.",
+    # These refuse documents, and where they do not, a run of other numbers was refused.
+    "data.objective.second_marker", "data.objective.no_marker",
 )  # fmt: skip
 # The order of sums, memory, and what is measured.
 _ORDER = (

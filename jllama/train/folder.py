@@ -101,6 +101,8 @@ def _begin(
                 f" know other ids: --tokenizer.kind=file --tokenizer.path={where} takes it"
             )
         data = open_data(config, tokenizer)
+        if not (config.training.init_from or branch):
+            _note_untrained_positions(config)
         tokenizer.save(folder)
         digests = _digests(data)
     storage.write_text(folder / _DATA, json.dumps(digests, indent=1))
@@ -138,6 +140,15 @@ def _note_unused_rows(rows: int, pieces: int) -> None:
         say(
             f"note: {rows - pieces:,} of model.vocab_size={rows:,} rows have no piece: the"
             f" tokenizer has {pieces:,}"
+        )
+
+
+def _note_untrained_positions(config: Config) -> None:
+    length, most = config.data.length, config.model.max_length
+    if length < most:
+        say(
+            f"note: rows have {length:,} tokens, and model.max_length is {most:,}: the model would"
+            f" not learn the positions beyond; --model.max_length={length} tells its readers so"
         )
 
 

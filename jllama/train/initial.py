@@ -46,6 +46,7 @@ def open_initial(config: Config) -> StoredModel | None:
         raise UserError(
             f"training.init_from={where}: its parameters are not the recipe's model: "
             + "; ".join(notes)
+            + f" (--from={where} takes its model and tokenizer too)"
         )
     for adapter in initial.adapters.values():
         _check_overlay(config, adapter)

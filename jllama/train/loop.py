@@ -180,7 +180,7 @@ def finish(setup: Setup, run: RunState) -> dict[str, float] | None:
     if run.step == steps and not run.halt:
         held_out = evaluate_state(setup, run, stride=setup.config.eval.stride)
     if run.step < steps or run.halt:
-        why = ""  # run.stop_after
+        why = f"run.stop_after={setup.config.run.stop_after}: "
         if run.received:
             why = f"{run.received.signals[0].name}: "
         elif run.halt:

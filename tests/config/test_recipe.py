@@ -74,7 +74,7 @@ BASE = {
     "tokenizer": {"kind": "train", "vocab_size": 400},
     "data": {
         "length": 64,
-        "packing": {"kind": "cut"},
+        "packing": {"kind": "whole"},
         "train": [{"name": "a", "source": {"kind": "stdlib", "split": "train"}}],
         "held_out": [{"name": "b", "source": {"kind": "stdlib", "split": "held_out"}}],
     },

@@ -224,6 +224,13 @@ def test_a_recipe_infills_training_rows_alone_and_prepares_nothing_anew(recipe, 
     assert not np.isin(causal.train.batch(0)["tokens"], marks).any()
 
 
+def test_documents_that_no_row_holds_whole_are_said(recipe, capsys):
+    tokenizer = open_tokenizer(recipe())
+    for length, said in ((150, False), (10, True)):
+        open_data(recipe("data.packing.kind=cut", f"data.length={length}"), tokenizer)
+        assert ("and are not cut for infilling" in capsys.readouterr().err) == said
+
+
 def test_a_tokenizer_without_infill_tokens_is_an_error_before_text_is_prepared(recipe, monkeypatch):
     without = recipe("tokenizer.infill=false")
     tokenizer = open_tokenizer(without)

@@ -5,7 +5,7 @@ import pytest
 
 from jllama.config import PrepareConfig, ReplyObjective, TrainedTokenizer
 from jllama.data.dataset import Dataset
-from jllama.data.pack import CutRows, WholeRows
+from jllama.data.pack import WholeRows
 from jllama.data.prepare import prepare
 from jllama.data.rewrite import Replies
 from jllama.errors import UserError
@@ -130,13 +130,29 @@ def test_a_document_with_a_second_marker_is_refused_and_named_unless_it_is_meant
 
 def test_rows_without_replies_are_refused(prepared, tokenizer):
     rows = WholeRows(prepared, 150, "error", 2)
-    Replies(ReplyObjective(kind="reply"), tokenizer, seed=0).check("a", rows)
     with pytest.raises(
         UserError, match=r"data\.objective\.after='NOPE': does not appear in the documents"
     ):
         Replies(ReplyObjective(kind="reply", after="NOPE"), tokenizer, seed=0).check("a", rows)
-    with pytest.raises(UserError, match=r"needs data\.packing\.kind=whole"):
-        Replies(ReplyObjective(kind="reply"), tokenizer, seed=0).check("a", CutRows(prepared, 20))
+    # Held-out text may be plain; and a source is, if that is meant.
+    Replies(ReplyObjective(kind="reply", after="NOPE"), tokenizer, seed=0).check("a", rows, True)
+    plain = ReplyObjective(kind="reply", after="NOPE", no_marker="predict")
+    Replies(plain, tokenizer, seed=0).check("a", rows)
+
+
+def test_a_document_without_the_marker_is_refused_and_named_unless_it_is_meant(prepared, tokenizer):
+    rows = WholeRows(prepared, 150, "error", 2)
+    said = rf"source a: document 41, '{PLAIN}'\.\.\., lacks '### Response:' \(1 such documents\)"
+    for held_out in (False, True):
+        with pytest.raises(UserError, match=said) as e:
+            Replies(ReplyObjective(kind="reply"), tokenizer, seed=0).check("a", rows, held_out)
+    assert "set data.objective.no_marker=predict" in str(e.value)
+    meant = ReplyObjective(kind="reply", no_marker="predict")
+    Replies(meant, tokenizer, seed=0).check("a", rows)
+    # Cut off before its marker, a document is no such one.
+    prompts = WholeRows(prepared, 5, "cut")
+    with pytest.raises(UserError, match="does not appear"):
+        Replies(ReplyObjective(kind="reply"), tokenizer, seed=0).check("a", prompts)
 
 
 def test_batches_are_a_function_of_their_step(prepared, tokenizer):

@@ -233,7 +233,7 @@ def test_a_bad_item_of_an_array_is_skipped_and_reported(tmp_path):
     path.write_text('[{"text": "one"}, 3, {"texts": 0}, {"text": ""}, {"text": "two"}]')
     reports = []
     assert read(jsonl_source(path), max_skipped=3, report=reports.append) == ["one", "two"]
-    assert "it has 'texts': name the one in source.field" in reports[1]
+    assert "it has 'texts': name the one with the text" in reports[1]
     path.write_text('[{"texts": "three"}]')
     assert read(jsonl_source(path, field="texts")) == ["three"]
     assert [r.partition("; ")[0] for r in reports] == [
