@@ -81,7 +81,10 @@ def _factors(path: str, spec: ParamSpec, lora: LoraConfig) -> dict[str, ParamSpe
     R = max(ranks)
     if not R or (lora.dora and not min(ranks)):
         why = "in a layer, and dora trains the norms of all layers" if R else "in every layer"
-        raise UserError(f"adapt.overrides: {path} has rank 0 {why}; take it out of adapt.targets")
+        raise UserError(
+            f"adapt.overrides: {path} has rank 0 {why}; take it out of adapt.targets and of"
+            " adapt.overrides"
+        )
     largest = int(min(np.prod(shape[:cut]), np.prod(shape[cut:])))
     if largest < R:
         raise UserError(

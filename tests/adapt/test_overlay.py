@@ -242,10 +242,8 @@ def test_the_ways_out_of_a_rank_that_a_matrix_cannot_have(changes):
 @pytest.mark.parametrize("changes", [{}, {"layers": (1,)}], ids=["all layers", "one of dora's"])
 def test_a_matrix_of_rank_0_is_taken_out_of_the_targets(changes):
     wanted = {"overrides": (LoraOverride(match="q", rank=0, **changes),), "dora": bool(changes)}
-    with pytest.raises(UserError, match=r"rank 0 in .*; take it out of adapt\.targets"):
+    with pytest.raises(UserError, match=r"take it out of adapt\.targets and of adapt\.overrides"):
         lora.overlay_specs(MODEL, tiny.compute(), config(targets=("q", "v"), **wanted))
-    with pytest.raises(UserError, match="'q' matches nothing; choose from: v"):
-        lora.overlay_specs(MODEL, tiny.compute(), config(targets=("v",), **wanted))
     lora.overlay_specs(MODEL, tiny.compute(), config(targets=("v",), dora=bool(changes)))
 
 

@@ -111,5 +111,10 @@ def test_the_command_prepares_a_recipe(tmp_path, capsys):
     assert capsys.readouterr().out == wanted.replace("prepared/", "other/")
     assert cli.main([*command, "--pipeline.region=x"]) == 2
     assert "--pipeline.region=x: is an option of Beam; give --runner too" in capsys.readouterr().err
+    assert cli.main([*command, *given[:2], "--pipeline.streaming"]) == 2
+    said = "--pipeline.streaming: write --pipeline.KEY=VALUE, and KEY=true for a flag"
+    assert said in capsys.readouterr().err
+    assert cli.main([*command, *given[:2], "--pipeline.streaming=true"]) == 0  # prepared already
+    capsys.readouterr()
     assert cli.main([*command, f"{other}2", "--runner", "dataflow"]) == 2
     assert "Dataflow's workers share no disk" in capsys.readouterr().err

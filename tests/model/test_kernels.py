@@ -18,6 +18,7 @@ from jllama.config import (
     ReferenceAttention,
     ShardingConfig,
     SplashAttention,
+    recipe,
 )
 from jllama.errors import UserError
 from jllama.model import kernels, llama
@@ -234,8 +235,26 @@ SPLASH, CUDNN = SplashAttention(kind="splash"), CudnnAttention(kind="cudnn")
 def test_a_kernel_that_cannot_do_it_says_what_to_set(config, where, words):
     with pytest.raises(UserError) as error:
         kernels.choose_kernel(config, *where)
-    assert all(word in str(error.value) for word in words), error.value
-    assert "\n" not in str(error.value)
+    said = str(error.value)
+    assert all(word in said for word in words), said
+    assert "\n" not in said
+    # What it says to set can be set and is taken; `where` is platform, dtype, rows, heads, ways.
+    ways = dict.fromkeys(re.findall(r"(?:set |or )([\w.]+=\w+)", said.partition(": ")[2]))
+    assert ways
+    platform, dtype, length, head_dim, devices, segments = where
+    for way in ways:
+        tiny_recipe = recipe.configs_folder() / "train" / "tiny.yaml"
+        kernel = f"compute.attention.kind={config.kind}"
+        loaded = recipe.load(tiny_recipe, [kernel, "mesh.context=2", "mesh.fsdp=1", way])
+        kernels.choose_kernel(
+            loaded.compute.attention,
+            platform,
+            BF16 if way == "compute.dtype=bfloat16" else dtype,
+            length,
+            head_dim,
+            1 if way == "mesh.context=1" else devices,
+            segments and loaded.data.document_mask,
+        )
 
 
 def test_the_platform_is_that_of_the_mesh_and_not_of_the_process():

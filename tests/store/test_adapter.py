@@ -172,6 +172,8 @@ def test_several_are_named_and_chosen_by_request(base, one, other):
     got = model.generate(["def"] * 4, adapter=[None, "a", "b", {"a": 1.0}], **how)
     assert got == [*alone, alone[1]]
     assert "".join(model.stream("def", adapter="b", **how)) == alone[2]
+    with pytest.raises(UserError, match="beside other adapters it is one of --adapter, over its"):
+        jllama.load(one, adapter=other)
     with pytest.raises(UserError, match=r"no 'c' was loaded; .*: a, b"):
         model.logits(TOKENS, adapter="c")
     with pytest.raises(UserError, match="2 of them for 1 prompts"):
