@@ -76,7 +76,7 @@ def _unchecked(args: argparse.Namespace, base: int, ids: int) -> tuple[int, list
     if args.rows == "pieces":
         raise UserError(
             f"{args.source}: has no tokenizer to spell new pieces with; put its tokenizer.model"
-            " there, or give --rows mean"
+            " there, in place of a tokenizer.json, or give --rows mean"
         )
     if ids < base:
         raise UserError(

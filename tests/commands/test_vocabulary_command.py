@@ -157,7 +157,12 @@ def test_a_model_without_a_tokenizer_grows_by_what_needs_none(here, tmp_path, ca
     assert "cannot be checked" in capsys.readouterr().err
     # The ways out that the message names.
     assert vocabulary(*grow[:3], tmp_path / "mean", "--rows", "mean") == 0
+    unreadable = tmp_path / "bare" / "tokenizer.json"
+    unreadable.write_text('{"model": {"type": "WordPiece", "vocab": {"a": 0}}}')
     shutil.copy(here / "base" / "tokenizer.model", tmp_path / "bare")
+    assert vocabulary(*grow[:3], tmp_path / "spelt") == 2
+    assert "there, in place of a tokenizer.json, or" in capsys.readouterr().err.splitlines()[-1]
+    unreadable.unlink()
     assert vocabulary(*grow[:3], tmp_path / "spelt") == 0
 
 

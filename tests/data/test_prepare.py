@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -295,6 +296,19 @@ def _alive(group):
     except ProcessLookupError:
         return False
     return True
+
+
+def test_more_shards_than_files_may_be_open_are_lowered_or_allowed(prepare_texts):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(map(int, os.listdir("/dev/fd"))) + 40
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    try:
+        with pytest.raises(UserError, match=r"raise ulimit -n, or lower data\.prepare\.shards"):
+            prepare_texts(shards=most)
+        assert prepare_texts(shards=4).documents
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert prepare_texts(shards=most).documents
 
 
 def test_a_copy_elsewhere_opens_without_the_lock(prepare_texts, tmp_path):
