@@ -63,13 +63,31 @@ def test_a_pod_of_an_indexed_job_needs_the_package_that_finds_the_others(monkeyp
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'jax\[k8s\]'"):
         distributed.detect(pod)
+    for name, value in pod.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"distributed\.detect=false if there is no other pod"):
+        distributed.start(DistributedConfig())
+    assert distributed.start(DistributedConfig(detect=False)) is None
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
     assert distributed.detect(pod) == "k8s"
 
 
-def test_an_open_mpi_that_hides_its_first_process_is_an_error():
-    with pytest.raises(UserError, match="process_id=\\$OMPI_COMM_WORLD_RANK"):
-        distributed.detect({"OMPI_COMM_WORLD_SIZE": "4"})
+def test_an_open_mpi_that_hides_its_first_process_is_told_where_it_is(monkeypatch):
+    environ = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+    with pytest.raises(UserError, match=r"process_id=\$OMPI_COMM_WORLD_RANK") as error:
+        distributed.detect(environ)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    given = []
+    monkeypatch.setattr(
+        distributed.jax.distributed, "initialize", lambda **keys: given.append(keys)
+    )
+    keys = re.findall(r"(\w+)=(\$\w+|HOST:PORT)", str(error.value))
+    values = {key: os.path.expandvars(value) for key, value in keys}
+    numbers = {key: int(values[key]) for key in ("num_processes", "process_id")}
+    distributed.start(DistributedConfig(coordinator="host:1234", **numbers))
+    assert values["coordinator"] == "HOST:PORT"
+    assert (given[0]["num_processes"], given[0]["process_id"]) == (4, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Hugging Face folders: the safetensors library reads what we write, and we read it back."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -231,9 +232,12 @@ def test_a_failed_writing_leaves_nothing(tmp_path, params, monkeypatch):
 
 
 def test_an_existing_folder_is_not_replaced(folder, params):
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(UserError, match="exists; choose another name, or remove it"):
         hf.write_folder(folder, MODEL, params, None)
     jllama.load(folder)
+    hf.write_folder(folder.with_name("another"), MODEL, params, None)
+    shutil.rmtree(folder)
+    hf.write_folder(folder, MODEL, params, None)
 
 
 def test_a_model_that_it_cannot_express_is_not_written(tmp_path):

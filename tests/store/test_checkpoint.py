@@ -92,6 +92,20 @@ def test_the_newest_step_is_what_was_saved_last(tmp_path):
     assert fingerprint(load_state(tmp_path, 3, where)) == fingerprint(state(where, 3))
 
 
+def test_a_step_before_the_newest_is_saved_after_it_or_elsewhere(tmp_path):
+    where = definition()
+    checkpoints = Checkpoints(tmp_path / "run", keep=2)
+    checkpoints.save(3, **to_trees(state(where, 3)))
+    with pytest.raises(UserError, match="step 2 is not saved, since step 3 is there") as error:
+        checkpoints.save(2, **to_trees(state(where, 2)))
+    assert str(error.value).endswith("; go on from that, or choose another folder")
+    checkpoints.save(4, **to_trees(state(where, 4)))
+    checkpoints.close()
+    assert latest_step(tmp_path / "run") == 4
+    save(tmp_path / "other", {2: state(where, 2)})
+    assert latest_step(tmp_path / "other") == 2
+
+
 def test_saving_goes_on_while_the_state_is_donated(tmp_path):
     where = definition(fsdp=8)
     first = state(where, 1)

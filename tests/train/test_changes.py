@@ -67,6 +67,15 @@ def test_the_order_of_sums_may_change_and_the_folder_says_so(resume, text, tmp_p
     assert not (whole.folder / "changes.jsonl").exists()
 
 
+def test_another_config_gets_another_name_or_the_folder_of_a_deleted_run(resume, tmp_path):
+    other = ("training.schedule.peak=0.02", "run.stop_after=1")
+    with pytest.raises(UserError, match=r"choose another run\.name .* or delete the folder$"):
+        resume(*other)
+    assert resume(*other, "run.name=other").folder == tmp_path / "other"
+    shutil.rmtree(tmp_path / "run")
+    assert resume(*other).steps == 1
+
+
 def test_text_and_tokenizer_may_move(resume, text, begun, tmp_path):
     shutil.copytree(text.parent, tmp_path / "moved")
     files = [f"data.train.0.source.files=[{tmp_path / 'moved' / 'train.txt'}]"]
