@@ -117,6 +117,14 @@ def test_data_may_be_a_run_or_text(evaluate, folder):
     assert evaluate("--model", "runs/a", "--lengths", "16,64", data="text.txt")[0] == 0
 
 
+def test_the_field_of_json_that_holds_the_text_may_be_named(evaluate, folder):
+    (folder / "pairs.json").write_text(json.dumps([{"output": "def f(x):\n    return x\n" * 30}]))
+    args = ("--model", "runs/a", "--lengths", "16,64")
+    status, _, err = evaluate(*args, data="pairs.json")
+    assert status == 2 and "has 'output': name the one with the text" in err and "--field" in err
+    assert evaluate(*args, "--field", "output", data="pairs.json")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -141,6 +149,7 @@ def test_data_may_be_a_run_or_text(evaluate, folder):
         (["--model", "runs/a", "--lengths", "100000"], "length 100,000 needs .* together have"),
         (["--model", "runs/a", "--lengths", "80"], "length 80 needs .*: --join cuts windows"),
         (["--model", "runs/a", "--data", "no.txt"], "no.txt"),
+        (["--model", "runs/a", "--field", "a"], "--field a: is for JSON and Parquet, which --data"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(args, said, evaluate, tmp_path):

@@ -542,6 +542,8 @@ def test_a_bad_file_is_named(tmp_path, text, expected):
          "needs training.init_from", [["training.init_from=base"]]),
         (["mesh.tensor=-1"], "fsdp and tensor are -1 (fsdp is unless it is set), .*: set the other",
          [["mesh.fsdp=1"]]),
+        (["data.objective.kind=reply", "data.packing.kind=cut"],
+         "objective.kind=reply: needs packing.kind=whole", [["data.packing.kind=whole"]]),
         (["data.length=200"], "is above model.max_length=128",
          [["data.length=128"], ["model.max_length=200"]]),
         (["sample.max_new_tokens=128"], "leaves no room for a prompt in model.max_length=128",

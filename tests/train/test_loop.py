@@ -130,7 +130,9 @@ def test_a_stopped_run_resumes_bit_for_bit(recipe, whole, capfd):
     stopped = loop.train(recipe("run.stop_after=6", "eval.stride=9"))
     assert (stopped.steps, stopped.done, stopped.eval) == (6, False, None)
     assert not stopped.stopped  # run.stop_after stopped it, not a signal
-    assert "stopped at step 6 of 10, checkpointed" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "run.stop_after=6: stopped at step 6 of 10, checkpointed" in said
+    assert "note: rows have 24 tokens, and model.max_length is 48" in said
     # Keys that no step depends on may change.
     free = ["checkpoint.keep=1", "run.log_every=7", "data.prefetch=0", "eval.every=3"]
     result = loop.train(recipe("eval.stride=9", *free))
