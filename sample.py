@@ -54,7 +54,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="a file that holds a prompt, taken as it is, with a newline at its end",
     )
-    add("--special-tokens", action="store_true", help="<s> and its like in prompts are tokens")
+    add(
+        "--special-tokens",
+        action="store_true",
+        help="special tokens in prompts, such as <s>, are tokens and not text",
+    )
     add("--prefix-file", metavar="FILE", help="infilling: what stands before, instead of --prompt")
     add("--suffix-file", metavar="FILE", help="infilling: what stands after")
     add("--infill-format", choices=("psm", "spm"), help="infilling: prefix or suffix first [psm]")
@@ -88,7 +92,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--num-samples", type=int, default=1, help="how many continuations [1]")
     add("--seed", type=int, default=default.seed, help="equal seeds give equal text [%(default)s]")
     add("--tokenizer", metavar="PATH", help="another than the model's")
-    add("--max-length", type=int, metavar="COUNT", help="positions of the model [as it says]")
+    add(
+        "--max-length",
+        type=int,
+        metavar="COUNT",
+        help="positions of the model [those of its config]",
+    )
     add("--dtype", choices=("float32", "bfloat16"), help="of the computation [the model's]")
     return parser.parse_args(argv)
 

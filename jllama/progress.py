@@ -56,11 +56,18 @@ class Progress:
         self._told = time.monotonic()
         if self._quiet:
             return
-        largest = max(self._done, self._total or 0)
-        scale, letter = next(
-            (s, x) for s, x in ((1e6, "M"), (1e3, "k"), (1, "")) if largest >= s or s == 1
-        )
+        scale, unit = self._scaled(max(self._done, self._total or 0))
         of = f" of {self._total / scale:.1f}" if self._total else ""
-        unit = f"{letter}{self._unit}".strip()
-        rate = self._done / scale / max(1e-9, self._told - self._began)
-        say(f"{self._title}: {self._done / scale:.1f}{of} {unit}, {rate:.3g} {unit}/s")
+        rate = self._done / max(1e-9, self._told - self._began)
+        rate_scale, rate_unit = self._scaled(rate)
+        say(
+            f"{self._title}: {self._done / scale:.1f}{of} {unit},"
+            f" {rate / rate_scale:.3g} {rate_unit}/s"
+        )
+
+    def _scaled(self, largest: float) -> tuple[float, str]:
+        """The unit in which a figure is told, and its name."""
+        for scale, letter in ((1e6, "M"), (1e3, "k")):
+            if largest >= scale:
+                return scale, f"{letter}{self._unit}"
+        return 1, self._unit.strip()
