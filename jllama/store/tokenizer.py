@@ -25,5 +25,8 @@ def tokenizer_of(found: Found, given: str | Path | None = None) -> Tokenizer | N
     except StorageError:
         raise
     except UserError as e:
-        note(f"the model is read without its tokenizer: {e}; --tokenizer PATH takes another")
+        note(
+            f"the model is read without its tokenizer: {e}; --tokenizer PATH, or tokenizer.path in a"
+            " recipe, takes another"
+        )
         return None
