@@ -56,18 +56,18 @@ class Progress:
         self._told = time.monotonic()
         if self._quiet:
             return
-        scale, unit = self._scaled(max(self._done, self._total or 0))
-        of = f" of {self._total / scale:.1f}" if self._total else ""
+        scale, unit, digits = self._scaled(max(self._done, self._total or 0))
+        of = f" of {self._total / scale:.{digits}f}" if self._total else ""
         rate = self._done / max(1e-9, self._told - self._began)
-        rate_scale, rate_unit = self._scaled(rate)
+        rate_scale, rate_unit, _ = self._scaled(rate)
         say(
-            f"{self._title}: {self._done / scale:.1f}{of} {unit},"
+            f"{self._title}: {self._done / scale:.{digits}f}{of} {unit},"
             f" {rate / rate_scale:.3g} {rate_unit}/s"
         )
 
-    def _scaled(self, largest: float) -> tuple[float, str]:
-        """The unit in which a figure is told, and its name."""
+    def _scaled(self, largest: float) -> tuple[float, str, int]:
+        """The unit in which a figure is told, its name, and the decimals."""
         for scale, letter in ((1e6, "M"), (1e3, "k")):
-            if largest >= scale:
-                return scale, f"{letter}{self._unit}"
-        return 1, self._unit.strip()
+            if largest >= 0.9995 * scale:
+                return scale, f"{letter}{self._unit}", 1
+        return 1, self._unit.strip(), 0

@@ -152,9 +152,9 @@ def _one_adapter(given: list[str]) -> str:
     (path, weight), *more = adapter_weights(given).items()
     if more or weight != 1.0:
         raise UserError(
-            "--adapter: give one, with weight 1; to merge more, merge the next into the result, one"
-            " of ours as PEFT's (jllama convert NEXT DST --to peft), which may have another base;"
-            " for other weights load them unmerged"
+            "--adapter: give one, with weight 1; adapters without full and dora merge one after the"
+            " other into the result, the next as PEFT's (jllama convert NEXT DST --to peft); for"
+            " other weights load them unmerged"
         )
     return path
 

@@ -36,7 +36,7 @@ import numpy as np
 import jllama
 from jllama.adapt.mixture import adapter_weights
 from jllama.commands.perplexity_report import Point, print_tables, write_files
-from jllama.config import Source, TextSource
+from jllama.config import Config, JsonlSource, ParquetSource, Source
 from jllama.config import recipe as recipes
 from jllama.data import source as sources
 from jllama.data.split import sources_of, texts_of
@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--stride={stride}: must be from 1 to the least length, {lengths[0]}")
     if args.windows < 0:
         raise UserError(f"--windows={args.windows}: must be a number of windows, or 0 for all")
+    data = _data(args.data, args.field)
     models, out = _models(args.given), storage.path(args.out)
     storage.make_folder(out)
     trained = {}
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
             with_rope(config, rope, lengths[-1])
     points, first, alike = [], None, True
     for model in models:
-        more, ids = _evaluate(args, model, lengths, stride)
+        more, ids = _evaluate(args, data, model, lengths, stride)
         points += more
         first = ids if first is None else first
         alike &= len(first) == len(ids) and all(map(np.array_equal, first, ids))
@@ -128,12 +129,12 @@ def run(args: argparse.Namespace) -> None:
             print(file)
 
 
-def _evaluate(args, given: "_Given", lengths, stride):
+def _evaluate(args, data: Config | Source, given: "_Given", lengths, stride):
     """A model's points and windows; the model is freed on return."""
     model = jllama.load(
         given.path, dtype=args.dtype, adapter=given.overlays, tokenizer=given.tokenizer
     )
-    texts = _encoded(model, given.path, _read(args.data, args.field))
+    texts = _encoded(model, given.path, _read(data))
     ids = windows(texts, lengths[-1], stride, args.windows, args.join)
     size = sum(model.tokenizer.byte_count(row[-stride:]) for row in ids)
     if not size:
@@ -227,27 +228,30 @@ def _ropes(text: str) -> list[Rope]:
     return list({rope_label(rope): rope for rope in ropes}.values())
 
 
-def _read(data: str, field: str | None) -> Iterator[str]:
-    """The texts of --data, one after the other."""
+def _data(data: str, field: str | None) -> Config | Source:
+    """What --data names: a recipe, a run's or one of a file; or the source of files."""
     path = storage.path(data)
-    is_recipe = path.suffix in (".yaml", ".yml") or storage.exists(path / "config.yaml")
-    source = None if is_recipe else _source(data, field)
-    if field is not None and isinstance(source, TextSource | None):
-        raise UserError(f"--field {field}: is for JSON and Parquet, which --data {data} is not")
-    if source is not None:
-        yield from (document.text for document in sources.documents(source))
-        return
     file = path if path.suffix in (".yaml", ".yml") else path / "config.yaml"
-    recipe = recipes.load(file, architecture=architecture_at)
-    if not recipe.data.held_out:
-        raise UserError(f"--data {data}: the recipe has no data.held_out")
-    for source in sources_of(recipe.data, "held_out"):
-        yield from texts_of(recipe.data, "held_out", source)
+    if file == path or storage.exists(file):
+        found: Config | Source = recipes.load(file, architecture=architecture_at)
+        if not found.data.held_out:
+            raise UserError(f"--data {data}: the recipe has no data.held_out")
+    else:
+        found = sources.of_files(data)
+    if field is None:
+        return found
+    if not isinstance(found, JsonlSource | ParquetSource):
+        raise UserError(f"--field {field}: is for JSON and Parquet, which --data {data} is not")
+    return dataclasses.replace(found, field=field)
 
 
-def _source(data: str, field: str | None) -> Source:
-    source = sources.of_files(data)
-    return source if field is None else dataclasses.replace(source, field=field)
+def _read(data: Config | Source) -> Iterator[str]:
+    """The texts of --data, one after the other."""
+    if not isinstance(data, Config):
+        yield from (document.text for document in sources.documents(data))
+        return
+    for source in sources_of(data.data, "held_out"):
+        yield from texts_of(data.data, "held_out", source)
 
 
 def _encoded(model: Llama, path: str, documents: Iterable[str]) -> Iterator[np.ndarray]:

@@ -88,16 +88,20 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     train, held_out = _streams(data, tokenizer)
     gain = objective.gain if objective else 0
     rows = {name: _pack("train", stream, data, gain) for name, stream in train.items()}
-    if isinstance(data.objective, InfillObjective):
+    if isinstance(data.objective, InfillObjective) and not isinstance(data.packing, WholePacking):
         for stream in train.values():
-            _note_too_long_to_infill(stream, data.length)
+            _note_few_to_infill(stream, data.length)
     held_out_gain = gain if isinstance(objective, Replies) else 0
     held_out_rows = {
         name: _pack("held_out", stream, data, held_out_gain) for name, stream in held_out.items()
     }
     if isinstance(objective, Replies):
-        for name, source_rows in rows.items():
-            objective.check(name, source_rows)
+        has_marker = [objective.check(name, source_rows) for name, source_rows in rows.items()]
+        if not any(has_marker):
+            raise UserError(
+                f"data.objective.after={data.objective.after!r}: does not appear in any training"
+                " source; correct it"
+            )
         for name, source_rows in held_out_rows.items():
             objective.check(name, source_rows, held_out=True)
         # A second objective, whose counts stay out of the report on training.
@@ -147,13 +151,15 @@ def _pack(side: Side, stream: TokenStream, data: DataConfig, spare: int) -> Rows
     return rows
 
 
-def _note_too_long_to_infill(stream: TokenStream, length: int) -> None:
-    long = int(np.count_nonzero(np.diff(stream.document_ends(), prepend=0) > length + 1))
-    if long > stream.documents / 2:
+def _note_few_to_infill(stream: TokenStream, length: int) -> None:
+    """Says if few documents lie whole in a row that is cut from the stream anywhere."""
+    tokens = np.diff(stream.document_ends(), prepend=0)
+    whole = np.mean(np.maximum(0, length + 1 - tokens)) / length
+    if whole < 0.5:
         say(
-            f"note: source {stream.name}: {long:,} of {stream.documents:,} documents are longer"
-            f" than a row of {length + 1} tokens, and are not cut for infilling: raise data.length,"
-            " or cut the source into shorter documents"
+            f"note: source {stream.name}: about {whole:.0%} of the documents lie whole in a row of"
+            f" {length + 1} tokens, and only these are cut for infilling: raise data.length, or set"
+            " data.packing.kind=whole"
         )
 
 

@@ -127,10 +127,7 @@ def _record_text(record: object, field: str) -> str | Skipped:
         return Skipped("not a JSON object")
     if field not in record:
         fields = ", ".join(map(repr, itertools.islice(record, 5))) or "none"
-        return Skipped(
-            f"no field {field!r}; it has {fields}: name the one with the text (source.field, or"
-            " --field of evaluate perplexity)"
-        )
+        return Skipped(f"no field {field!r}; it has {fields}: name the one with the text (field)")
     return _string(record[field], field)
 
 

@@ -6,6 +6,7 @@ row, its length or the packing.
 """
 
 import abc
+import dataclasses
 import hashlib
 import itertools
 import threading
@@ -125,6 +126,24 @@ class Infilling(Rewriting):
         return document_ids(self._tokenizer, text, cuts, "spm" if spm else "psm"), 1
 
 
+@dataclasses.dataclass
+class _Found:
+    """How many documents are of a kind, and the first of them in the source."""
+
+    count: int = 0
+    number: int = 0
+    text: str = ""
+
+    def add(self, number: int, text: str) -> None:
+        if not self.count or number < self.number:  # shards hold them in turn
+            self.number, self.text = number, text
+        self.count += 1
+
+    @property
+    def first(self) -> str:
+        return f"document {self.number}, {self.text[:_SHOWN]!r}..."
+
+
 class Replies(Rewriting):
     """Encodes prompt and reply separately, as when a model replies; only the reply is predicted."""
 
@@ -135,47 +154,47 @@ class Replies(Rewriting):
         super().__init__(tokenizer, seed)
         self._objective, self._after = objective, objective.after
 
-    def check(self, name: str, rows: Rows, held_out: bool = False) -> None:
-        """Raises UserError if the rows of source `name` would teach prompts by mistake.
+    def check(self, name: str, rows: Rows, held_out: bool = False) -> bool:
+        """Returns whether the marker is in the rows of source `name`.
 
-        They would where a document lacks the marker, and where it has it twice, unless the
-        objective says to predict these. A held-out source wholly without the marker is plain text.
+        Raises UserError if they would teach prompts by mistake. They would where a document lacks
+        the marker, and where it has it twice, unless the objective says to predict these. A
+        held-out source wholly without the marker is plain text.
         """
-        objective = self._objective
-        if objective.no_marker == objective.second_marker == "predict":
-            return
-        appears, lacking, repeated = False, [], []
+        no_marker, second_marker = self._objective.no_marker, self._objective.second_marker
+        appears, lacking, repeated = False, _Found(), _Found()
         for number, tokens in rows.documents():
+            if appears and no_marker == second_marker == "predict":
+                return True
             text = self._tokenizer.decode(tokens.tolist())
             count = text.count(self._after)
             appears = appears or count > 0
             if count > 1:
-                repeated.append((number, text))
+                repeated.add(number, text)
             elif not count and self._ends(tokens):
-                lacking.append((number, text))
-        if objective.no_marker == "error" and len(rows) and not (appears or held_out):
+                lacking.add(number, text)
+        if no_marker == "error" and len(rows) and not (appears or held_out):
             raise UserError(
                 f"data.objective.after={self._after!r}: does not appear in the documents of source"
-                f" {name}, so that prompts would be predicted too; correct it, or set"
-                " data.objective.no_marker=predict"
+                f" {name}, so that prompts would be predicted too; correct it, or if other sources"
+                " have it, set data.objective.no_marker=predict"
             )
-        if objective.no_marker == "error" and appears and lacking:
-            number, text = min(lacking)
+        if no_marker == "error" and appears and lacking.count:
             raise UserError(
-                f"source {name}: document {number}, {text[:_SHOWN]!r}..., lacks {self._after!r}"
-                f" ({len(lacking):,} such documents), so that its prompt would be predicted too;"
-                " correct it, or set data.objective.no_marker=predict, which trains on the whole of"
-                " such documents"
+                f"source {name}: {lacking.first}, lacks {self._after!r} ({lacking.count:,} such"
+                " documents), so that its prompt would be predicted too; correct it, or set"
+                " data.objective.no_marker=predict, which trains on the whole of such documents"
             )
-        if objective.second_marker == "error" and repeated:
-            number, text = min(repeated)
+        if second_marker == "error" and repeated.count:
+            times = repeated.text.count(self._after)
             raise UserError(
-                f"source {name}: document {number}, {text[:_SHOWN]!r}..., has"
-                f" {self._after!r} {text.count(self._after)} times ({len(repeated):,} such"
-                " documents), and a document holds one prompt and one reply, not a conversation:"
-                " make a document of each pair, or set data.objective.second_marker=predict, which"
-                " trains on all after the first, later prompts too"
+                f"source {name}: {repeated.first}, has {self._after!r} {times} times"
+                f" ({repeated.count:,} such documents), and a document holds one prompt and one"
+                " reply, not a conversation: make a document of each pair, or set"
+                " data.objective.second_marker=predict, which trains on all after the first, later"
+                " prompts too"
             )
+        return appears
 
     def document(self, tokens: np.ndarray, epoch: int) -> tuple[list[int], int] | None:
         text = self._tokenizer.decode(tokens.tolist())

@@ -75,8 +75,8 @@ def _whole_files(source: TextSource, files: list[SourceFile]) -> str:
     ):
         reason = "the lines of the files end in CR LF"
     return (
-        f"{summary(source)}: the separator {source.separator!r} does not occur, and each file is"
-        f" one document ({len(files):,} in all); {reason}"
+        f"{summary(source)}: the separator {source.separator!r} makes one document of each"
+        f" file ({len(files):,} in all); {reason}"
     )
 
 

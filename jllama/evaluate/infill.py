@@ -18,9 +18,9 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from jllama.adapt.mixture import Mixture
-from jllama.config import JsonlSource, Source, StdlibSource, TextSource
+from jllama.config import Source, StdlibSource, TextSource
 from jllama.data import text_files
-from jllama.data.source import Document, documents, of_files
+from jllama.data.source import Document, documents
 from jllama.errors import UserError
 from jllama.files import storage
 from jllama.generate.llama import Llama
@@ -28,6 +28,7 @@ from jllama.text.infill import Infill, encode_continued, infill_tokens
 from jllama.text.tokenizer import Tokenizer
 
 WAYS = ("psm", "spm", "prefix", "line")
+_JSONL = re.compile(r"\.jsonl(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
 _LINE = re.compile(r"^[ \t]*(.*\w.*?)[ \t\r]*$", re.MULTILINE)
 _MARKS = 5  # BOS, PRE, SUF, MID, and a space that the tokenizer may insert before the prefix
 
@@ -68,7 +69,7 @@ def open_problems(data: str, count: int, spans: bool = False) -> list[Problem]:
 
     Raises UserError if the data cannot be read or hold no problem.
     """
-    if isinstance(of_files(data), JsonlSource):
+    if _JSONL.search(data):
         problems = pick_problems(_ready_made(data), count)
     else:
         source: Source = TextSource(kind="text", files=(data,))

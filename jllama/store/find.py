@@ -28,7 +28,7 @@ COMMITTED = "commit_success.txt"
 
 ModelFormat = Literal["jllama", "hf", "meta"]
 _FORMATS: dict[str, ModelFormat] = {RECIPE: "jllama", HF_CONFIG: "hf", META_PARAMS: "meta"}
-_MOST_FOLDERS = 16  # in which an adapter is looked for: each takes a request at a URL
+_MOST_FOLDERS = 16  # in which adapters and runs are looked for: each takes a request at a URL
 # How the names of weights begin, and the file that should be beside them.
 _WEIGHTS = {
     "adapter_model.": PEFT_CONFIG,
@@ -132,7 +132,7 @@ def _missing(path: Path, listing: storage.Listing) -> str:
     packed = sorted(name for name in files if name.endswith(".gguf"))
     if not storage.is_folder(path):
         run, _, step = str(path).rpartition("@")
-        if run and storage.exists(storage.path(run) / RECIPE):
+        if run and step.isdecimal() and storage.exists(storage.path(run) / RECIPE):
             return f"no such folder; the steps of a run lie in it: {run}/{CHECKPOINTS}/{step}"
         if path.suffix == ".gguf":
             return f"a GGUF file, {gguf}"
@@ -146,7 +146,7 @@ def _missing(path: Path, listing: storage.Listing) -> str:
             return f"has weights and no {config}; copy it from where the weights were saved"
     for name in sorted(listing.folders)[:_MOST_FOLDERS]:
         if storage.exists(path / name / RECIPE):
-            return f"neither a model nor an adapter, but {name} in it is one"
+            return f"neither a model nor an adapter, but {name} in it has a {RECIPE}"
     return "neither a model nor an adapter"
 
 

@@ -26,7 +26,7 @@ def tokenizer_of(found: Found, given: str | Path | None = None) -> Tokenizer | N
         raise
     except UserError as e:
         note(
-            f"the model is read without its tokenizer: {e}; --tokenizer PATH, or tokenizer.path in"
-            " a recipe, takes another"
+            f"the model is read without its tokenizer: {e}; give another where one is needed"
+            " (--tokenizer PATH)"
         )
         return None

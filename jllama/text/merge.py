@@ -68,14 +68,7 @@ def merge_vocabularies(
     other = _sentencepiece(new, names[1]) if new is not None else old
     _check_types(old, other, names)
     if base.added_tokens:
-        added = sorted(base.added_tokens, key=base.added_tokens.__getitem__)
-        options = " ".join(f"--special {shlex.quote(text)}" for text in added)
-        raise UserError(
-            f"{names[0]}: its folder adds tokens to the model ({added[0]!r} has the id"
-            f" {base.added_tokens[added[0]]}), at the ids of the new pieces; put them into the"
-            " model first, where they keep their ids (jllama vocabulary merge"
-            f" {names[0]}/tokenizer.model {options} --out FILE.model), and give that as the base"
-        )
+        raise UserError(_added_tokens(base, len(old.pieces), names[0]))
     known = {piece.text for piece in old.pieces}
     excluded = known | (new or base).special_tokens.keys()
     more = [
@@ -103,6 +96,29 @@ def merge_vocabularies(
         for i, ids in enumerate(_encode_pieces(tokenizer, tokenizer, start, len(more)))
     )
     return Merged(tokenizer, start, len(more), len(marks), unreachable)
+
+
+def _added_tokens(base: SentencePieceTokenizer, pieces: int, name: str) -> str:
+    """Says that a folder's added tokens are in the way of new pieces, and what to do with them."""
+    added = sorted(base.added_tokens.items(), key=lambda item: item[1])
+    text, id = added[0]
+    options = " ".join(f"--special {shlex.quote(text)}" for text, _ in added)
+    keep = [id for _, id in added] == list(range(pieces, pieces + len(added)))
+    if keep and all(text in base.special_tokens for text, _ in added):
+        advice = (
+            "put them into the model first, where they keep their ids (jllama vocabulary merge"
+            f" {shlex.quote(f'{name}/tokenizer.model')} {options} --out FILE.model), and give that"
+            " as the base"
+        )
+    else:
+        advice = (
+            f"give its tokenizer.model alone and those tokens by {options}: they get other ids, for"
+            " which the model has to be trained"
+        )
+    return (
+        f"{name}: its folder adds tokens to the model ({text!r} has the id {id}), at the ids of the"
+        f" new pieces; {advice}"
+    )
 
 
 def _sentencepiece(tokenizer: Tokenizer, name: str) -> SentencePieceModel:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jllama.config import Config, HeldOutShare, LoraConfig, TokenizerFile
+from jllama.config import Config, HeldOutShare, LoraConfig, NoRopeScaling, TokenizerFile
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.files import storage
@@ -31,7 +31,7 @@ _REPORTS = (
     "run.compilation_cache", "checkpoint.", "data.prefetch", "data.prepare.folder",
     "data.prepare.cache", "data.prepare.workers", "data.prepare.max_skipped", "distributed.",
     "sample.",
-    # These refuse documents, and where they do not, a run of other numbers was refused.
+    # They only decide whether a run is refused: where it is not, its numbers are the same.
     "data.objective.second_marker", "data.objective.no_marker",
 )  # fmt: skip
 # The order of sums, memory, and what is measured.
@@ -97,6 +97,10 @@ def _is_free(key: str, folder: Path, old: Config, new: Config) -> bool:
         return False  # what one share holds out, another trains on
     if key.startswith((*_ORDER, _HELD_OUT)) or key.startswith(_RATES) or _SOURCE.match(key):
         return True
+    if key == "model.max_length" and all(
+        isinstance(x.model.rope, NoRopeScaling) for x in (old, new)
+    ):
+        return True  # no number depends on it
     if key.startswith("tokenizer.") and isinstance(new.tokenizer, TokenizerFile):
         return True  # is compared with the one in the folder
     # An overlay's base is compared by `note_base`, and is not read for anything else.

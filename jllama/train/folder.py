@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from jllama.config import Config, TokenizerFile
+from jllama.config import Config, NoRopeScaling, TokenizerFile
 from jllama.config import recipe as recipes
 from jllama.data.opening import Data, open_data, open_tokenizer
 from jllama.errors import UserError
@@ -90,6 +90,8 @@ def _begin(
         data = open_data(config, tokenizer)
         digests = _check_same_data(folder, data)
     else:
+        if not (config.training.init_from or branch):
+            _note_untrained_positions(config)
         tokenizer = load_tokenizer(branch.run) if branch else open_tokenizer(config)
         if branch and isinstance(config.tokenizer, TokenizerFile):
             _check_same_tokenizer(branch.run, config, tokenizer)
@@ -101,8 +103,6 @@ def _begin(
                 f" know other ids: --tokenizer.kind=file --tokenizer.path={where} takes it"
             )
         data = open_data(config, tokenizer)
-        if not (config.training.init_from or branch):
-            _note_untrained_positions(config)
         tokenizer.save(folder)
         digests = _digests(data)
     storage.write_text(folder / _DATA, json.dumps(digests, indent=1))
@@ -145,10 +145,13 @@ def _note_unused_rows(rows: int, pieces: int) -> None:
 
 def _note_untrained_positions(config: Config) -> None:
     length, most = config.data.length, config.model.max_length
-    if length < most:
+    if length < most and isinstance(config.model.rope, NoRopeScaling):
+        sample = ""
+        if config.sample.max_new_tokens >= length:
+            sample = f" --sample.max_new_tokens={length // 2}"
         say(
-            f"note: rows have {length:,} tokens, and model.max_length is {most:,}: the model would"
-            f" not learn the positions beyond; --model.max_length={length} tells its readers so"
+            f"note: data.length={length} leaves the positions up to model.max_length={most}"
+            f" untrained; --model.max_length={length}{sample} does not claim them"
         )
 
 

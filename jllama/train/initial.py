@@ -43,10 +43,11 @@ def open_initial(config: Config) -> StoredModel | None:
     if shapes_differ:
         if config.model.vocab_size > theirs.vocab_size:
             notes.append("more rows are given by jllama vocabulary grow")
+        if config.model.vocab_size < theirs.vocab_size and not initial.adapters:
+            notes.append(f"--from={where} takes its model and tokenizer too")
         raise UserError(
             f"training.init_from={where}: its parameters are not the recipe's model: "
             + "; ".join(notes)
-            + f" (--from={where} takes its model and tokenizer too)"
         )
     for adapter in initial.adapters.values():
         _check_overlay(config, adapter)

@@ -121,7 +121,7 @@ def test_the_field_of_json_that_holds_the_text_may_be_named(evaluate, folder):
     (folder / "pairs.json").write_text(json.dumps([{"output": "def f(x):\n    return x\n" * 30}]))
     args = ("--model", "runs/a", "--lengths", "16,64")
     status, _, err = evaluate(*args, data="pairs.json")
-    assert status == 2 and "has 'output': name the one with the text" in err and "--field" in err
+    assert status == 2 and "has 'output': name the one with the text (field)" in err
     assert evaluate(*args, "--field", "output", data="pairs.json")[0] == 0
 
 

@@ -195,6 +195,12 @@ def test_a_base_with_added_tokens_has_them_put_into_its_model_first(here, tmp_pa
     assert vocabulary("grow", tmp_path / "padded", out, tmp_path / "grown") == 0
     grown = jllama.load(tmp_path / "grown").tokenizer
     assert [grown.special_tokens[token.text] for token in tokens] == [320, 321]
+    # Tokens apart from the pieces, or found in any text, cannot keep their ids so.
+    for apart in ([AddedToken("<pad>", 325)], [AddedToken("hello", 320, special=False)]):
+        SentencePieceTokenizer(tokenizer.model, added=apart).save(tmp_path / "apart")
+        merge = ("merge", tmp_path / "apart", here / "new.model", "--out", tmp_path / "none")
+        said = refused(capsys, *merge)
+        assert "give its tokenizer.model alone" in said and "they get other ids" in said
 
 
 def test_an_adapter_of_a_grown_vocabulary_goes_with_the_grown_model(here, tmp_path):

@@ -226,9 +226,10 @@ def test_a_recipe_infills_training_rows_alone_and_prepares_nothing_anew(recipe, 
 
 def test_documents_that_no_row_holds_whole_are_said(recipe, capsys):
     tokenizer = open_tokenizer(recipe())
-    for length, said in ((150, False), (10, True)):
-        open_data(recipe("data.packing.kind=cut", f"data.length={length}"), tokenizer)
-        assert ("and are not cut for infilling" in capsys.readouterr().err) == said
+    for packing, length, said in (("cut", 400, False), ("cut", 20, True), ("whole", 150, False)):
+        open_data(recipe(f"data.packing={{kind: {packing}}}", f"data.length={length}",
+                         "model.max_length=400"), tokenizer)  # fmt: skip
+        assert ("only these are cut for infilling" in capsys.readouterr().err) == said
 
 
 def test_a_tokenizer_without_infill_tokens_is_an_error_before_text_is_prepared(recipe, monkeypatch):

@@ -134,10 +134,12 @@ def test_rows_without_replies_are_refused(prepared, tokenizer):
         UserError, match=r"data\.objective\.after='NOPE': does not appear in the documents"
     ):
         Replies(ReplyObjective(kind="reply", after="NOPE"), tokenizer, seed=0).check("a", rows)
-    # Held-out text may be plain; and a source is, if that is meant.
-    Replies(ReplyObjective(kind="reply", after="NOPE"), tokenizer, seed=0).check("a", rows, True)
+    # Held-out text may be plain; and a source is, if that is meant and another has the marker.
+    strict = Replies(ReplyObjective(kind="reply", after="NOPE"), tokenizer, seed=0)
+    assert not strict.check("a", rows, held_out=True)
     plain = ReplyObjective(kind="reply", after="NOPE", no_marker="predict")
-    Replies(plain, tokenizer, seed=0).check("a", rows)
+    assert not Replies(plain, tokenizer, seed=0).check("a", rows)
+    assert Replies(ReplyObjective(kind="reply", no_marker="predict"), tokenizer, 0).check("a", rows)
 
 
 def test_a_document_without_the_marker_is_refused_and_named_unless_it_is_meant(prepared, tokenizer):
@@ -147,8 +149,9 @@ def test_a_document_without_the_marker_is_refused_and_named_unless_it_is_meant(p
         with pytest.raises(UserError, match=said) as e:
             Replies(ReplyObjective(kind="reply"), tokenizer, seed=0).check("a", rows, held_out)
     assert "set data.objective.no_marker=predict" in str(e.value)
-    meant = ReplyObjective(kind="reply", no_marker="predict")
-    Replies(meant, tokenizer, seed=0).check("a", rows)
+    for second in ("error", "predict"):
+        meant = ReplyObjective(kind="reply", no_marker="predict", second_marker=second)
+        assert Replies(meant, tokenizer, seed=0).check("a", rows)
     # Cut off before its marker, a document is no such one.
     prompts = WholeRows(prepared, 5, "cut")
     with pytest.raises(UserError, match="does not appear"):

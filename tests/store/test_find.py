@@ -137,7 +137,7 @@ def test_a_path_that_holds_nothing_says_what_it_is(run, tmp_path):
         (tmp_path / "file", "file: a file, give its folder; expected"),
         (run, r"run: may be jllama or meta; .*--from"),
         (run.with_name("run@6"), "run@6: no such folder; the steps .* it: .*/run/checkpoints/6;"),
-        (run.parent, "neither a model nor an adapter, but run in it is one; expected"),
+        (run.parent, "neither a model nor an adapter, but run in it has a config.yaml; expected"),
         (tmp_path / "checkpoints" / "7", f"{tmp_path}: no config.yaml"),
     ):
         with pytest.raises(UserError, match=text):

@@ -109,6 +109,11 @@ def test_another_model_is_refused_by_key_before_anything_is_made(text, source, t
     config = recipe(text, tmp_path / "runs", source, "model.vocab_size=336")
     with pytest.raises(UserError, match=r"is 336, there 320; more rows .*vocabulary grow$"):
         train(config)
+    few = recipe(
+        text, tmp_path / "runs", source, "model.vocab_size=318", "tokenizer.vocab_size=310"
+    )
+    with pytest.raises(UserError, match=r"is 318, there 320; --from=\S+ takes its model and tok"):
+        train(few)
     more = [AddedToken(f"<{i}>", 310 + i) for i in range(26)]
     texts = [Path(__file__).read_text()]
     trained = train_sentencepiece(texts, TrainedTokenizer(kind="train", vocab_size=310))
@@ -288,6 +293,6 @@ def test_what_a_folder_is_is_found_by_looking(source, tmp_path):
     with pytest.raises(UserError, match="may be jllama or hf; convert the one that you mean"):
         open_model(find(both))
     with pytest.raises(
-        UserError, match="neither a model nor an adapter; expected a run or a model"
+        UserError, match="neither a model nor an adapter.*; expected a run or a model"
     ):
         open_model(find(tmp_path))

@@ -199,6 +199,15 @@ def test_fewer_steps_than_were_taken_are_refused(check):
 
 def test_reports_may_change_without_a_note(check):
     assert check(2, [], ["run.log_every=7", "checkpoint.keep=9", "data.prefetch=0"]) == {}
+    reply = ["data.packing={kind: whole}", "data.objective={kind: reply}"]
+    assert check(2, reply, [*reply, "data.objective.no_marker=predict"]) == {}
+
+
+def test_the_models_length_may_change_where_no_rope_depends_on_it(check):
+    assert check(2, ["model.max_length=99"], []).keys() == {"model.max_length"}
+    dynamic = ["model.rope={kind: dynamic, factor: 2.0, original_length: 48}"]
+    with pytest.raises(UserError, match=r"another config: model\.max_length: 99 before"):
+        check(2, [*dynamic, "model.max_length=99"], dynamic)
 
 
 def test_notes_of_steps_that_a_lost_checkpoint_took_back_count_from_its_step(tmp_path, capfd):
