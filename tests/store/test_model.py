@@ -293,6 +293,6 @@ def test_what_a_folder_is_is_found_by_looking(source, tmp_path):
     with pytest.raises(UserError, match="may be jllama or hf; convert the one that you mean"):
         open_model(find(both))
     with pytest.raises(
-        UserError, match="neither a model nor an adapter.*; expected a run or a model"
+        UserError, match=r"neither a model nor an adapter.*; expected a run or a model"
     ):
         open_model(find(tmp_path))
