@@ -18,6 +18,8 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from jllama import progress  # noqa: E402
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 # `make test-peers` says where the peers are.
@@ -33,6 +35,12 @@ def heard_signals():
     """Hears what nohup, or a shell's &, has told the tests and their programs to ignore."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def notes_again():
+    """Lets each test hear a note, which a process says once."""
+    progress.note.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="module")
