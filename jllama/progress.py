@@ -1,8 +1,11 @@
 """Shows the progress of long work on stderr: lines, and a bar of bytes or of another unit."""
 
+import contextlib
 import functools
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -19,6 +22,24 @@ def say(line: str) -> None:
 def note(line: str) -> None:
     """Says a line that begins with "note: ", once in a process however often it is asked to."""
     say(f"note: {line}")
+
+
+@contextlib.contextmanager
+def waiting(what: str, every: float = 30.0) -> Iterator[None]:
+    """Says every 30 seconds how long `what`, which has no measure of progress, has taken."""
+    began, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(every):
+            say(f"{what}: {time.monotonic() - began:.0f} s until now")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class Progress:

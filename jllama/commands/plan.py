@@ -17,7 +17,7 @@ from jllama.plan.process import CompileFailed, compile_step, environment
 from jllama.plan.search import Change, Tried, search
 from jllama.plan.step import Foreseen, foresee, state_bytes
 from jllama.plan.topology import parse
-from jllama.progress import say
+from jllama.progress import say, waiting
 from jllama.store.model import architecture_at
 
 NOT_FITTING, FAILED = 1, 3
@@ -71,8 +71,10 @@ def run(args: argparse.Namespace) -> int:
         return foresee(config, Placement(mesh, config.sharding), topology)
 
     def attempt(change: Change = ()) -> dict[str, Any]:
-        say(f"compiling for {topology.name}: {' '.join(change) or 'as given'}")
-        return compile_step(changed(change), topology, args.config)
+        what = f"compiling for {topology.name}: {' '.join(change) or 'as given'}"
+        say(what)
+        with waiting(what):
+            return compile_step(changed(change), topology, args.config)
 
     config = changed(())
     # Errors of the placement, and a missing compiler, come before anything is compiled.
