@@ -218,7 +218,7 @@ def test_what_does_not_fit_the_model_is_one_line(changes, said):
 def test_what_is_in_targets_and_in_full_is_taken_out_of_one():
     others = tuple(name for name in config().targets if name != "down")
     for changes in ({"targets": others, "full": ("down",)}, {"full": ()}):
-        lora.overlay_specs(MODEL, tiny.compute(), config(**changes))
+        assert lora.overlay_specs(MODEL, tiny.compute(), config(**changes))
 
 
 @pytest.mark.parametrize(
