@@ -97,7 +97,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     }
     if isinstance(objective, Replies):
         has_marker = [objective.check(name, source_rows) for name, source_rows in rows.items()]
-        if not any(has_marker):
+        if any(map(len, rows.values())) and not any(has_marker):
             raise UserError(
                 f"data.objective.after={data.objective.after!r}: does not appear in any training"
                 " source; correct it"

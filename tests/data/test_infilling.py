@@ -224,6 +224,18 @@ def test_a_recipe_infills_training_rows_alone_and_prepares_nothing_anew(recipe, 
     assert not np.isin(causal.train.batch(0)["tokens"], marks).any()
 
 
+def test_a_marker_that_no_training_source_has_is_refused_even_where_one_may_lack_it(recipe):
+    reply = (
+        "data.objective={kind: reply, no_marker: predict}",
+        "data.packing={kind: whole, too_long: skip}",
+    )
+    tokenizer = open_tokenizer(recipe())
+    with pytest.raises(UserError, match=r"after='### Response:': does not appear in any training"):
+        open_data(recipe(*reply), tokenizer)
+    with pytest.raises(UserError, match="source train: has no rows"):
+        open_data(recipe(*reply, "data.length=2"), tokenizer)
+
+
 def test_documents_that_no_row_holds_whole_are_said(recipe, capsys):
     tokenizer = open_tokenizer(recipe())
     for packing, length, said in (("cut", 400, False), ("cut", 20, True), ("whole", 150, False)):

@@ -125,6 +125,20 @@ def test_the_step_compiles_once_in_a_run(whole, fast):
     assert fast[0]._cache_size() == 1
 
 
+def test_positions_that_no_row_reaches_are_said_and_the_remedy_ends_it(recipe, whole, capfd):
+    def said(name, *more):
+        with open_run(recipe(f"run.name={name}", *more)):
+            return re.findall(
+                r"note: data\.length=.*untrained; (.*) does not claim", capfd.readouterr().err
+            )
+
+    (remedy,) = said("a", "sample.max_new_tokens=30")
+    assert remedy == "--model.max_length=24 --sample.max_new_tokens=12"
+    assert not said("b", "sample.max_new_tokens=30", *remedy.replace("--", "").split())
+    assert not said("c", "model.rope={kind: dynamic, factor: 2.0, original_length: 24}")
+    assert not said("d", f"training.init_from={whole.folder}")
+
+
 @pytest.mark.optimized
 def test_a_stopped_run_resumes_bit_for_bit(recipe, whole, capfd):
     stopped = loop.train(recipe("run.stop_after=6", "eval.stride=9"))
