@@ -25,6 +25,7 @@ from jllama.text.tokenizer import (
 )
 from jllama.text.tokenizer_json import BYTE_TOKENS, TokenizerJson, spell
 
+_OTHERWISE = "convert with --tokenizer none for a file that takes ids, or with --tokenizer PATH"
 _NO_SCORE = -1000.0  # the score of a token that no merge makes, as in llama.cpp's converter
 
 
@@ -115,7 +116,9 @@ def vocabulary_of(tokenizer: Tokenizer | None, rows: int) -> Vocabulary:
     size = len(vocabulary.tokens)
     if size > rows:
         if tokenizer.text_size > rows:
-            raise UserError(f"gguf: the tokenizer has {size} tokens, and the model {rows} rows")
+            raise UserError(
+                f"gguf: the tokenizer has {size} tokens, and the model {rows} rows: {_OTHERWISE}"
+            )
         vocabulary.cut(rows)
     for row in range(size, rows):
         vocabulary.put(row, f"[PAD{row}]", TokenType.UNUSED)
@@ -245,6 +248,5 @@ def _ids(tokenizer: Tokenizer, unk: int | None = None, pad: int | None = None) -
 
 def _cannot(what: str) -> UserError:
     return UserError(
-        f"gguf: the tokenizer has {what}; llama.cpp would give other ids: convert with --tokenizer"
-        " none for a file that takes ids, or with --tokenizer PATH"
+        f"gguf: the tokenizer has {what}; llama.cpp would give other ids: {_OTHERWISE}"
     )

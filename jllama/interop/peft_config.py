@@ -40,23 +40,26 @@ _NEUTRAL: dict[str, tuple] = {
     "monteclora_config": (None,),
     "use_bdlora": (None, False),
     "use_qalora": (None, False),
-    "megatron_config": (None,),
 }
 _REMEDIES = {
     "peft_type": "only LORA can be read; if peft can merge the adapter, " + MERGE,
-    "bias": 'if the file has no tensor named bias, write "none"; else ' + MERGE,
+    "bias": 'LLaMA has no biases; if the file has no tensor named bias, write "none"',
+    "lora_bias": "peft cannot merge biases into LLaMA, which has none; train without lora_bias",
     "fan_in_fan_out": "LLaMA's matrices are [outputs, inputs]; if the file's are, write false",
     "task_type": "only CAUSAL_LM has the head of a language model",
     "alora_invocation_tokens": "an adapter that begins at some token cannot be expressed",
     "arrow_config": "a router among adapters cannot be expressed",
-    "monteclora_config": "noise among the weights cannot be expressed",
+    # peft adds the changes of all copies to the one matrix that they share when it merges.
+    "layer_replication": "write null, and read it with a base whose layers are so repeated",
+    # It pools the inputs of GPTQ's matrices, and does nothing to others.
+    "use_qalora": "if the file's lora_A are as wide as their matrices, write false",
 }
 # Keys that do not change the function. layers_pattern finds the layer's number in names, of which
-# LLaMA's have only one.
+# LLaMA's have only one; megatron_config is of Megatron's own layers, which have other names.
 _SILENT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
-    "layers_pattern", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "runtime_config", "velora_config",
+    "layers_pattern", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "velora_config",
 }  # fmt: skip
 
 _Names = tuple[str, ...]

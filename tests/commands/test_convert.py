@@ -255,6 +255,15 @@ def test_a_tokenizer_of_another_model_is_said(tmp_path, tokenizer, capsys):
     tokenizer.save(tmp_path / "hf")
     assert convert(tmp_path / "hf", tmp_path / "out") == 0
     assert "400 ids and its embedding 399 rows: a text that needs" in capsys.readouterr().err
+    # llama.cpp would look for the row, and GGUF has no way to say that there is none.
+    assert convert(tmp_path / "hf", tmp_path / "x.gguf") == 2
+    said = "400 tokens, and the model 399 rows: convert with --tokenizer none for a file that takes"
+    assert said in capsys.readouterr().err
+    assert convert(tmp_path / "hf", tmp_path / "ids.gguf", "--tokenizer", "none") == 0
+    text = Path(__file__).read_text()
+    fitting = train_sentencepiece([text], TrainedTokenizer(kind="train", vocab_size=399))
+    fitting.save(tmp_path / "fitting")
+    assert convert(tmp_path / "hf", tmp_path / "x.gguf", "--tokenizer", tmp_path / "fitting") == 0
 
 
 def test_the_tokenizer_is_left_out_copied_or_anothers(tmp_path, own, tokenizer, capsys):

@@ -231,7 +231,7 @@ def _refused(folder, *said, model=MODEL, base=None):
         ("peft_type", "PROMPT_TUNING", "only LORA"),
         ("bias", "all", "none"),
         ("fan_in_fan_out", True, "[outputs, inputs]"),
-        ("lora_bias", True, "merge_and_unload"),
+        ("lora_bias", True, "LLaMA, which has none"),
         ("task_type", "SEQ_CLS", "CAUSAL_LM"),
         ("init_lora_weights", "pissa", "path_initial_model_for_weight_conversion"),
         ("init_lora_weights", "pissa_niter_16", "path_initial_model_for_weight_conversion"),
@@ -240,9 +240,9 @@ def _refused(folder, *said, model=MODEL, base=None):
         ("init_lora_weights", "loftq", "merge_and_unload"),
         ("trainable_token_indices", [1, 2], "merge_and_unload"),
         ("target_parameters", ["q_proj.weight"], "merge_and_unload"),
-        ("layer_replication", [[0, 2], [1, 3]], "merge_and_unload"),
+        ("layer_replication", [[0, 2], [1, 3]], "a base whose layers are so repeated"),
         ("alora_invocation_tokens", [5], "token"),
-        ("use_qalora", True, "merge_and_unload"),
+        ("use_qalora", True, "write false"),
         ("kasa_config", {"beta": 1.0}, "merge_and_unload"),
         ("r", 0, "greater than or equal to 1"),
         ("r", "eight", "integer"),
@@ -290,7 +290,11 @@ def test_a_target_that_is_no_matrix_is_taken_out_or_saved_whole(adapter):
 
 def test_keys_that_a_file_contradicts_are_written_otherwise(adapter):
     change, _ = adapter
-    for key, bad, good in (("bias", "all", "none"), ("fan_in_fan_out", True, False)):
+    for key, bad, good in (
+        ("bias", "all", "none"),
+        ("fan_in_fan_out", True, False),
+        ("use_qalora", True, False),
+    ):
         _refused(change(**{key: bad}), f"write {json.dumps(good)}")
         read_adapter(change(**{key: good}), MODEL)
 
@@ -298,6 +302,7 @@ def test_keys_that_a_file_contradicts_are_written_otherwise(adapter):
 def test_settings_that_change_nothing_are_left_alone(adapter, capsys):
     change, _ = adapter
     sound = {"init_lora_weights": "gaussian", "peft_version": "9", "task_type": None}
+    sound["megatron_config"] = {"num_layers": 3}
     read_adapter(change(**sound), MODEL)
     assert "note" not in capsys.readouterr().err
     read_adapter(change(new_key={"a": 1}, other=False), MODEL)
