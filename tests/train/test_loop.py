@@ -276,7 +276,9 @@ def test_a_second_process_in_the_folder_is_refused(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another process trains here" in message(recipe())
+        said = message(recipe())
+        assert said.endswith("run: another process trains here; choose another run.name")
+        assert loop.train(recipe("run.name=other", "run.stop_after=1")).steps == 1
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(recipe, tmp_path):
