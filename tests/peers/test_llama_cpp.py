@@ -12,9 +12,10 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from jllama.config import TrainedTokenizer, YarnRopeScaling
+from jllama.errors import UserError
 from jllama.generate import engine
 from jllama.generate.sampling import Sampling
-from jllama.interop.gguf import write_gguf
+from jllama.interop.gguf import kind_of, write_gguf
 from jllama.interop.gguf_vocabulary import vocabulary_of
 from jllama.text.llama3 import PATTERN
 from jllama.text.spm import SentencePieceTokenizer
@@ -131,6 +132,24 @@ def test_logits_at_2000_positions(name, std, computed, measured):
 
 def _changes(model):
     return {name: getattr(model, name) for name in model.__dataclass_fields__}
+
+
+def test_a_kind_that_llama_cpp_makes_itself_comes_from_f16(run_peer, small, tmp_path):
+    """As the error of `jllama convert --dtype Q4_K_M` says; llama-quantize is this call."""
+    with pytest.raises(UserError, match=r"export F16, then run llama-quantize MODEL-F16\.gguf"):
+        kind_of("Q4_K_M")
+    model = tiny.config(vocab_size=VOCAB, hidden_dim=256, ffn_dim=512)
+    params, ids = tiny.params(model), tiny.tokens(200, vocab_size=VOCAB)
+    f16, q4, out = (tmp_path / name for name in ("f16.gguf", "q4.gguf", "logits.npy"))
+    write_gguf(f16, model, params, small, "F16")
+    jobs = [
+        {"do": "quantize", "model": f16, "out": q4, "kind": "Q4_K_M"},
+        {"do": "logits", "model": q4, "out": out, "ids": ids.tolist()},
+    ]
+    run_peer("llama-cpp", "llama", jobs, tmp_path)
+    assert q4.stat().st_size < 0.4 * f16.stat().st_size
+    error = tiny.relative_error(np.load(out), tiny.logits(params, model, ids[None])[0])
+    assert 1e-3 < error < 0.2
 
 
 @pytest.mark.parametrize(("name", "std"), CASES)
