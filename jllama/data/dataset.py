@@ -43,7 +43,10 @@ class Dataset:
         """
         for name, source_rows in rows.items():
             if not len(source_rows):
-                raise UserError(f"source {name}: has no rows; give it more text")
+                raise UserError(
+                    f"source {name}: has no rows: its documents are longer than one and left out;"
+                    " raise data.length, or set data.packing.too_long=cut"
+                )
         self.rows = dict(rows)
         self.batch_size = batch_size
         self.objective = objective

@@ -83,10 +83,9 @@ def prepare(
                 if prepared is None:
                     (make or _make)(folder, key, source, tokenizer, config)
         except OSError as e:
-            fix = "data.prepare.folder must be writable"
-            if e.errno == errno.EMFILE:
-                fix = "raise ulimit -n, or lower data.prepare.shards"
-            raise UserError(f"{e.filename or folder}: {e.strerror}; {fix}") from None
+            fix = "raise ulimit -n, or lower data.prepare.shards"
+            advice = f"; {fix}" if e.errno == errno.EMFILE else ""
+            raise UserError(f"{e.filename or folder}: {e.strerror or e}{advice}") from None
         prepared = prepared or Prepared.open(folder, config.cache)
         assert prepared is not None
     prepared.name = source.name

@@ -44,7 +44,7 @@ KINDS = tuple(_KINDS)
 _TABLES = {name_of(path).gguf for path in ("embedding.weight", "head.weight")}
 _ROPE_FACTORS = "rope_freqs.weight"
 # The largest weight that a type holds. Types that are not listed have a float16 in every block.
-_LARGEST = dict.fromkeys((Type.F32, Type.BF16, Type.MXFP4), 3.3895313892515355e38)
+_LARGEST = {Type.F32: math.inf} | dict.fromkeys((Type.BF16, Type.MXFP4), 3.3895313892515355e38)
 _LARGEST_F16 = 65504.0
 
 
@@ -152,7 +152,8 @@ def _quantize(values: np.ndarray, type: Type, name: str) -> np.ndarray:
     if not math.isfinite(largest):
         raise UserError(f"{name}: has weights that are NaN or infinite")
     if largest > limit:
-        raise UserError(f"{name}: {largest:g} does not fit {type.name}; use BF16 or F32")
+        fits = "F32" if largest > _LARGEST[Type.BF16] else "BF16 or F32"
+        raise UserError(f"{name}: {largest:g} does not fit {type.name}; use {fits}")
     with np.errstate(all="ignore"):  # a block of vanishing weights divides by zero, becomes zeros
         return gguf.quantize(values, type)
 

@@ -64,6 +64,12 @@ class StoredModel:
             return self.found.folder
         return self.found.folder / CHECKPOINTS / str(self.found.checkpoint())
 
+    @property
+    def tokenizer_path(self) -> Path:
+        """Where its own tokenizer is: at an adapter that has one, or else at the model."""
+        own = (adapter.path for adapter in self.adapters.values() if adapter.tokenizer is not None)
+        return next(own, self.found.path)
+
 
 def open_model(
     found: Found,

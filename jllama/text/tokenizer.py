@@ -21,6 +21,7 @@ _MODEL, _JSON = "tokenizer.model", "tokenizer.json"
 # The files of a folder that make its tokenizer, or that only other programs read.
 FILES = (_MODEL, _JSON, *SETTINGS_FILES)
 _NO_SETTINGS = TokenizerSettings()
+_STEPS = "checkpoints"  # of a run: the folder of its steps
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -29,7 +30,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     `path` may be a URL. The content of a file decides its kind: a SentencePiece model, Llama-3's
     tiktoken file or a tokenizer.json. In a folder, tokenizer.model and the tokens added to it are
     used, unless a tokenizer.json beside it gives other ids or has more tokens. A folder of Meta's,
-    which has a params.json, may have its tokenizer.model one folder above.
+    which has a params.json, may have its tokenizer.model one folder above, and a step of a run,
+    RUN/checkpoints/STEP, has the run's.
 
     Raises UserError if there is no tokenizer or it is damaged.
     """
@@ -49,9 +51,11 @@ def find_tokenizer(folder: Path, names: Collection[str] | None = None) -> Tokeni
     """
     names = storage.listing(folder).files if names is None else names
     if _MODEL not in names and _JSON not in names:
-        above = storage.absolute(folder).parent / _MODEL
-        if "params.json" in names and storage.exists(above):
-            return _from_file(above, _NO_SETTINGS)
+        above = storage.absolute(folder).parent
+        if above.name == _STEPS and folder.name.isdecimal():
+            return find_tokenizer(above.parent)
+        if "params.json" in names and storage.exists(above / _MODEL):
+            return _from_file(above / _MODEL, _NO_SETTINGS)
         return None
     settings = load_settings(folder, names)
     if _MODEL not in names:

@@ -24,6 +24,7 @@ from jllama.files.locks import locked
 from jllama.parallel import distributed
 from jllama.progress import say
 from jllama.store.find import CHECKPOINTS, RECIPE, latest_step
+from jllama.store.model import StoredModel
 from jllama.text.infill import Infill, parse_prompt, prompt_ids
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from jllama.train.branch import Branch
@@ -39,7 +40,7 @@ def run_folder(config: Config) -> Path:
 
 @contextlib.contextmanager
 def open_run(
-    config: Config, initial_tokenizer: Tokenizer | None = None, branch: Branch | None = None
+    config: Config, initial: StoredModel | None = None, branch: Branch | None = None
 ) -> Iterator[tuple[Path, Data]]:
     """Opens the run's folder and its data to train: the context is (folder, data).
 
@@ -51,8 +52,8 @@ def open_run(
     another process trains in the folder, or when sources cannot be read.
 
     Args:
-      initial_tokenizer: that of the model the run begins from; a note says where the recipe's is
-        another.
+      initial: the model that the run begins from; a note says where the recipe's tokenizer is
+        another than its own.
       branch: the run's step that the run begins from; its tokenizer is the new run's.
     """
     folder, together = run_folder(config), distributed.together
@@ -60,9 +61,7 @@ def open_run(
         leader = distributed.leader()
         # Process 0 makes what is missing while the others wait. They find it, or make their own
         # where prepared data is not on shared storage.
-        data = together(
-            lambda: _begin(config, folder, stack, initial_tokenizer, branch) if leader else None
-        )
+        data = together(lambda: _begin(config, folder, stack, initial, branch) if leader else None)
         data = together(lambda: data or _join(config, folder))
         distributed.check_same(
             "the prepared text", json.dumps(_digests(data), indent=1), "give all the same files"
@@ -74,7 +73,7 @@ def _begin(
     config: Config,
     folder: Path,
     stack: contextlib.ExitStack,
-    initial_tokenizer: Tokenizer | None,
+    initial: StoredModel | None,
     branch: Branch | None,
 ) -> Data:
     """Process 0's part of `open_run`; `stack` releases the lock."""
@@ -96,11 +95,12 @@ def _begin(
         if branch and isinstance(config.tokenizer, TokenizerFile):
             _check_same_tokenizer(branch.run, config, tokenizer)
         _check_sample(config, tokenizer)
-        if initial_tokenizer is not None and initial_tokenizer.digest != tokenizer.digest:
-            where = config.training.init_from
+        own = None if initial is None else initial.tokenizer
+        if own is not None and own.digest != tokenizer.digest:
             say(
-                f"note: the tokenizer is not that of training.init_from={where}, whose parameters"
-                f" know other ids: --tokenizer.kind=file --tokenizer.path={where} takes it"
+                f"note: the tokenizer is not that of training.init_from={config.training.init_from}"
+                ", whose parameters know other ids: --tokenizer.kind=file"
+                f" --tokenizer.path={initial.tokenizer_path} takes it"
             )
         data = open_data(config, tokenizer)
         tokenizer.save(folder)

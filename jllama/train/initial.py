@@ -41,10 +41,14 @@ def open_initial(config: Config) -> StoredModel | None:
         theirs = dataclasses.replace(theirs, vocab_multiple=config.model.vocab_multiple)
     shapes_differ, notes = differences(theirs, config.model)
     if shapes_differ:
-        if config.model.vocab_size > theirs.vocab_size:
+        more = config.model.vocab_size - theirs.vocab_size
+        if more > 0 and not initial.adapters:
             notes.append("more rows are given by jllama vocabulary grow")
-        if config.model.vocab_size < theirs.vocab_size and not initial.adapters:
-            notes.append(f"--from={where} takes its model and tokenizer too")
+        if more < 0 and not initial.adapters:
+            takes = f"--model={where} takes its model"
+            if initial.tokenizer is not None:
+                takes = f"--from={where} takes its model and tokenizer too"
+            notes.append(takes)
         raise UserError(
             f"training.init_from={where}: its parameters are not the recipe's model: "
             + "; ".join(notes)

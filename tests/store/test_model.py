@@ -35,6 +35,7 @@ from jllama.store.model import architecture_at, open_model
 from jllama.store.write import write_model
 from jllama.text.added import AddedToken
 from jllama.text.spm import SentencePieceTokenizer
+from jllama.text.tokenizer import FILES
 from jllama.text.vocabulary import train_sentencepiece
 from jllama.train.initial import open_initial
 from jllama.train.loop import train
@@ -112,8 +113,9 @@ def test_another_model_is_refused_by_key_before_anything_is_made(text, source, t
     few = recipe(
         text, tmp_path / "runs", source, "model.vocab_size=318", "tokenizer.vocab_size=310"
     )
-    with pytest.raises(UserError, match=r"is 318, there 320; --from=\S+ takes its model and tok"):
+    with pytest.raises(UserError, match=rf"is 318, there 320; --model={source} takes its model$"):
         train(few)
+    assert open_initial(recipe(text, "unused", source, f"model={source}")).config == MODEL
     more = [AddedToken(f"<{i}>", 310 + i) for i in range(26)]
     texts = [Path(__file__).read_text()]
     trained = train_sentencepiece(texts, TrainedTokenizer(kind="train", vocab_size=310))
@@ -126,6 +128,17 @@ def test_another_model_is_refused_by_key_before_anything_is_made(text, source, t
     with pytest.raises(UserError, match=r"^training\.init_from: .*absent: no such folder"):
         train(config)
     assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
+
+
+def test_a_smaller_model_than_that_of_a_run_takes_it_with_its_tokenizer(text, tmp_path):
+    run = train(recipe(text, tmp_path / "runs", None)).folder
+    fewer = ["model.vocab_size=318", "tokenizer.vocab_size=310", "run.name=next"]
+    for base in (run, run / "checkpoints" / "1"):
+        said = rf"is 318, there 320; --from={base} takes its model and tokenizer too$"
+        with pytest.raises(UserError, match=said):
+            train(recipe(text, tmp_path / "runs", base, *fewer))
+        begun = train(recipe(text, tmp_path / base.name, None, f"from={base}", "run.name=next"))
+        assert jllama.load(begun.folder).tokenizer.digest == jllama.load(run).tokenizer.digest
 
 
 def test_a_recipe_takes_the_architecture_of_a_models_folder(text, source, tmp_path):
@@ -206,8 +219,30 @@ def test_another_tokenizer_is_said(text, params, tmp_path, capsys):
     train(recipe(text, tmp_path / "runs", tmp_path / "model"))
     assert said in capsys.readouterr().err
     own = ["tokenizer.kind=file", f"tokenizer.path={tmp_path / 'model'}", "run.name=own"]
-    train(recipe(text, tmp_path / "runs", tmp_path / "model", *own))
+    run = train(recipe(text, tmp_path / "runs", tmp_path / "model", *own)).folder
     assert said not in capsys.readouterr().err
+    # A step has its run's tokenizer; an adapter without one its base's.
+    lora = "adapt={kind: lora, rank: 2, alpha: 4, targets: [q]}"
+    adapter = train(recipe(text, tmp_path / "runs", run, *own[:2], lora, "run.name=lora")).folder
+    assert cli.main(["convert", str(adapter), str(tmp_path / "peft"), "--to", "peft"]) == 0
+    for name in FILES:
+        (tmp_path / "peft" / name).unlink(missing_ok=True)
+    file = tmp_path / "peft" / "adapter_config.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(run)})
+    )
+    capsys.readouterr()
+    for where, more, path in (
+        (run / "checkpoints" / "1", [], run / "checkpoints" / "1"),
+        (tmp_path / "peft", [lora], run),
+    ):
+        name = f"run.name=from-{where.name}"
+        train(recipe(text, tmp_path / "more", where, name, *more))
+        error = capsys.readouterr().err
+        assert said in error and f" --tokenizer.path={path} takes it" in error
+        taken = ["tokenizer.kind=file", f"tokenizer.path={path}", f"{name}-own", *more]
+        train(recipe(text, tmp_path / "more", where, *taken))
+        assert said not in capsys.readouterr().err
 
 
 def test_another_rope_is_another_function_of_the_same_shapes_and_is_said(
@@ -242,6 +277,7 @@ def test_another_rope_is_another_function_of_the_same_shapes_and_is_said(
             AdaptiveRopeScaling(kind="adaptive", factor=2.0, original_length=48),
             "original_length=48 is not what it was trained for; that would be 96",
         ),
+        (AdaptiveRopeScaling(kind="adaptive", factor=2.0, original_length=96), ""),
         (NoRopeScaling(kind="none"), ""),
     ],
 )
