@@ -103,6 +103,28 @@ def test_a_source_without_rows_is_an_error():
         dataset(sizes=(3, 0))
 
 
+def test_a_source_of_documents_that_are_all_too_long_is_cut_or_gets_longer_rows(recipe):
+    few = changed(recipe, "data.packing={kind: whole, too_long: skip}", "data.length=4")
+    tokenizer = open_tokenizer(recipe)
+    said = r"left out; raise data\.length, or set data\.packing\.too_long=cut$"
+    with pytest.raises(UserError, match=said):
+        open_data(few, tokenizer)
+    for way in ("data.packing.too_long=cut", "data.length=200"):
+        assert open_data(changed(few, way), tokenizer).train.batch(0)["weights"].any()
+
+
+def test_two_sources_of_one_name_are_told_apart(recipe, texts, write_jsonl):
+    twice = [recipes.to_dict(write_jsonl(part, "train")) for part in (texts[:20], texts[20:50])]
+    tokenizer = open_tokenizer(recipe)
+    whole = recipes.to_dict(recipe)
+    whole["data"]["train"] = twice
+    with pytest.raises(UserError, match=r"^data\.train: two sources are named train; rename one$"):
+        open_data(recipes.validate(Config, whole, "recipe"), tokenizer)
+    twice[1]["name"] = "other"
+    data = open_data(recipes.validate(Config, whole, "recipe"), tokenizer)
+    assert data.sources.keys() == {"train", "other"}
+
+
 def test_evaluation_has_every_row_once_and_pads_the_last_batch():
     batches = list(eval_batches(Numbered(10), 3, 4))
     assert np.concatenate([b["tokens"][:, 0] for b in batches]).tolist() == [*range(10), 0, 0]

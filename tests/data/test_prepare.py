@@ -1,6 +1,7 @@
 """Preparing writes the same bytes in any way, is not repeated, and is trusted only when whole."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jllama.config import PrepareConfig
-from jllama.data import text_files
+from jllama.data import records, text_files, worker
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
 from jllama.errors import UserError
@@ -309,6 +310,50 @@ def test_more_shards_than_files_may_be_open_are_lowered_or_allowed(prepare_texts
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert prepare_texts(shards=most).documents
+
+
+def test_another_error_of_the_storage_is_called_by_its_name(prepare_texts, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "tokens")
+    with monkeypatch.context() as patch:
+        patch.setattr(records.ShardWriter, "add", _raises(full))
+        with pytest.raises(UserError, match=r"^tokens: No space left on device$"):
+            prepare_texts()
+    assert prepare_texts().documents
+
+
+def _raises(error):
+    def call(*_, **__):
+        raise error
+
+    return call
+
+
+def test_files_that_change_while_they_are_read_are_read_again(prepare_texts, tmp_path, monkeypatch):
+    encode = worker.encode_texts
+
+    def meanwhile(tokenizer, chunk):
+        with open(tmp_path / "texts.jsonl", "a") as file:
+            file.write('{"text": "one more"}\n')
+        return encode(tokenizer, chunk)
+
+    texts = ["one", "two"]
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "encode_texts", meanwhile)
+        with pytest.raises(UserError, match=r"its files changed while they were read; run again$"):
+            prepare_texts(texts)
+    assert prepare_texts(texts).documents == 2
+
+
+def _die(chunk):
+    os._exit(1)
+
+
+def test_a_process_that_dies_is_said_and_fewer_may_do(prepare_texts, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "encode_in_worker", _die)
+        with pytest.raises(UserError, match=r"one of 2 .* died .*; lower data\.prepare\.workers$"):
+            prepare_texts(workers=2)
+    assert prepare_texts(workers=1).documents
 
 
 def test_a_copy_elsewhere_opens_without_the_lock(prepare_texts, tmp_path):

@@ -161,6 +161,8 @@ def test_utf_16_is_called_so(tmp_path):
     (tmp_path / "a.txt").write_text("hello", encoding="utf-16")
     with pytest.raises(UserError, match=r"a\.txt: is UTF-16 and not UTF-8"):
         read(text_source(tmp_path / "a.txt"))
+    (tmp_path / "a.txt").write_text((tmp_path / "a.txt").read_text(encoding="utf-16"))
+    assert read(text_source(tmp_path / "a.txt")) == ["hello"]
 
 
 def test_a_file_with_several_names_is_read_once(tmp_path):
@@ -177,6 +179,9 @@ def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(UserError, match=r"a\.txt: is a pipe or a device"):
         read(text_source(tmp_path / "*.txt"))
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "a.txt").write_text("its data")
+    assert read(text_source(tmp_path / "*.txt")) == ["its data"]
 
 
 def test_the_separator_of_whole_files_is_null(tmp_path):
@@ -319,6 +324,8 @@ def test_no_file_and_no_document_are_errors(tmp_path):
         read(text_source(tmp_path / "none*.txt"))
     with pytest.raises(UserError, match=r"is a folder without \*\.txt files; name the files in it"):
         read(text_source(f"{tmp_path}/"))
+    (tmp_path / "a.md").write_text("a page")
+    assert read(text_source(tmp_path / "a.md")) == ["a page"]
     (tmp_path / "a.jsonl").write_bytes(b"\n")
     with pytest.raises(UserError, match="no documents"):
         read(jsonl_source(tmp_path / "a.jsonl"))

@@ -109,6 +109,9 @@ def test_one_file_is_one_document_and_a_separator_is_proposed(tmp_path, prepare_
     config = changed(tmp_path, source)
     with pytest.raises(UserError, match=r"set its separator, such as \"\\n\\n\""):
         open_data(config, open_tokenizer(config))
+    config = changed(tmp_path, dataclasses.replace(source, separator="\n---\n"))
+    with pytest.raises(UserError, match=r"; correct its separator, such as \"\\n\\n\""):
+        open_data(config, open_tokenizer(config))
     config = changed(tmp_path, dataclasses.replace(source, separator="\n\n"))
     data = open_data(config, open_tokenizer(config))
     assert data.sources["a"].documents + data.held_out["a"].documents == len(texts)

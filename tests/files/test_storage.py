@@ -7,6 +7,8 @@ import gzip
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -321,7 +323,16 @@ def test_copies_of_a_dataset_are_fetched_once(gs, tokenizer, tmp_path, monkeypat
     monkeypatch.setattr(storage, "copy_file", lambda *pair: fetched.append(pair))
     again = prepare(source, tokenizer, config)
     assert not fetched
-    assert again.read(0, 90)[0].tolist() == first.read(0, 90)[0].tolist()
+    wanted = first.read(0, 90)[0].tolist()
+    assert again.read(0, 90)[0].tolist() == wanted
+    # A copy that broke is fetched again once it is deleted.
+    monkeypatch.undo()
+    for copy in (tmp_path / "cache").rglob("tokens-train*"):
+        copy.write_bytes(bytes(b ^ 0xFF for b in copy.read_bytes()))
+    with pytest.raises(UserError, match=r"; delete (\S+) to fetch it again$") as e:
+        prepare(source, tokenizer, config).read(0, 90)
+    shutil.rmtree(re.search(r"; delete (\S+) to fetch", str(e.value))[1])
+    assert prepare(source, tokenizer, config).read(0, 90)[0].tolist() == wanted
 
 
 def test_s3_without_a_cache_is_said_before_the_work(s3, tokenizer):
