@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from jllama import cli
 from jllama.config import recipe as recipes
 from jllama.errors import StorageError, UserError
+
+ROOT = Path(__file__).parents[1]
 
 
 def run(*args: str, **kwargs) -> subprocess.CompletedProcess:
@@ -109,6 +113,28 @@ def test_every_command_has_help(name):
     result = run(name, "--help")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"usage: jllama {name}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "jllama vocabulary merge",
+        "jllama evaluate perplexity --windows=few",
+        "sample.py --samples=x",
+    ],
+)
+def test_help_is_where_an_error_says(words):
+    def ask(words):
+        start = ["-m"] if words.startswith("jllama") else []
+        command = [sys.executable, *start, *words.split()]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    error = ask(words)
+    assert error.returncode == 2, error.stderr
+    named = re.search(r"; see (.* --help)$", error.stderr.rstrip())[1]
+    assert named.removesuffix(" --help") == words.partition(" --")[0]
+    shown = ask(named)
+    assert shown.returncode == 0 and shown.stdout.startswith("usage: "), shown.stderr
 
 
 def test_a_reader_that_goes_away_is_no_traceback():

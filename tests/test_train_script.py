@@ -137,6 +137,9 @@ def test_a_signal_before_the_first_step_is_heard_at_once(recipe, whole):
     assert process.wait(timeout=60) == os.EX_TEMPFAIL, lines
     assert lines[-1] == "SIGHUP: stopped with nothing to save; start it again\n"
     assert latest_step(recipe.parent / "runs" / "compiling") is None
+    again = start(recipe, "compiling", "--run.stop_after=1")
+    _, err = again.communicate(timeout=300)
+    assert again.returncode == 0 and "stopped at step 1" in err, err
 
 
 def test_the_summary_and_what_is_printed(whole):

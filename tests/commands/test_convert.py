@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 import jllama
 from jllama.adapt.lora import overlay_specs
 from jllama.cli import main
-from jllama.config import LoraConfig, TrainedTokenizer
+from jllama.config import LoraConfig, NtkRopeScaling, TrainedTokenizer
 from jllama.config import recipe as recipes
 from jllama.interop import hf
 from jllama.interop.parameters import cast_params
@@ -295,6 +295,8 @@ def test_the_tokenizer_is_left_out_copied_or_anothers(tmp_path, own, tokenizer, 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
     same(tmp_path / "copy", jllama.load(own).params)
+    assert convert(source, tmp_path / "given.gguf", "--tokenizer", own) == 0
+    assert jllama.load(source, tokenizer=own).score("a", ["b"]) == with_one.score("a", ["b"])
 
 
 def test_small_models_tokenizers_leave_in_every_format(tmp_path, capsys):
@@ -345,8 +347,11 @@ def test_a_rope_that_others_lack_is_changed_in_the_config_of_a_copy(tmp_path, ca
     shutil.copytree(tmp_path / "own", tmp_path / "copy")
     file = tmp_path / "copy" / "config.yaml"
     config = yaml.safe_load(file.read_text())
-    config["model"]["rope"] = {"kind": "ntk", "alpha": 4.0}
-    file.write_text(yaml.safe_dump(config))
+    for rope in (tiny.YARN, tiny.LINEAR, NtkRopeScaling(kind="ntk", alpha=4.0)):
+        config["model"]["rope"] = recipes.to_dict(rope)
+        file.write_text(yaml.safe_dump(config))
+        out = tmp_path / f"{rope.kind}.gguf"
+        assert convert(tmp_path / "copy", out, "--tokenizer", "none") == 0
     for name in ("hf", "x.gguf"):
         words = (tmp_path / name, "--tokenizer", "none")
         assert convert(tmp_path / "own", *words) == 2
@@ -354,6 +359,22 @@ def test_a_rope_that_others_lack_is_changed_in_the_config_of_a_copy(tmp_path, ca
         assert "ntk" in error and "in the config of a copy of the model" in error
         assert convert(tmp_path / "copy", *words) == 0
     assert jllama.load(tmp_path / "hf").config.rope_theta > adaptive.rope_theta
+
+
+def test_a_length_after_linear_scaling_is_given(tmp_path, own, capsys):
+    hf.write_folder(tmp_path / "hf", MODEL, jllama.load(own).params, None)
+    file = tmp_path / "hf" / "config.json"
+    config = json.loads(file.read_text())
+    config["rope_parameters"] |= {"rope_type": "linear", "factor": 4.0}
+    file.write_text(json.dumps(config))
+    words = (tmp_path / "hf", tmp_path / "out")
+    assert convert(*words) == 0
+    said = capsys.readouterr().err
+    length = re.search(r"is the one after it, convert it with --max-length (\d+)", said)[1]
+    assert jllama.load(tmp_path / "out").config.max_length == 4 * int(length)
+    assert convert(tmp_path / "hf", tmp_path / "right", "--max-length", length) == 0
+    assert jllama.load(tmp_path / "right").config.max_length == int(length) == MODEL.max_length
+    assert jllama.load(tmp_path / "hf", max_length=int(length)).config.max_length == int(length)
 
 
 def test_a_folder_of_meta_is_converted_with_the_file_that_says_the_rest(tmp_path, capsys):

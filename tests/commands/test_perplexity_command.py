@@ -117,6 +117,24 @@ def test_data_may_be_a_run_or_text(evaluate, folder):
     assert evaluate("--model", "runs/a", "--lengths", "16,64", data="text.txt")[0] == 0
 
 
+def test_text_of_which_nothing_is_scored_is_said(evaluate, folder):
+    tokenizer = jllama.load(folder / "runs" / "a").tokenizer
+    text, args = "def f(x):\n    return x\n", ("--model", "runs/a", "--stride", "1")
+    length = len(tokenizer.encode(text, bos=True, eos=True)) - 1
+    (folder / "short.txt").write_text(text)  # its one window scores the end of the document
+    status, _, err = evaluate(*args, "--lengths", str(length), data="short.txt")
+    assert status == 2 and "--data short.txt: the scored tokens have no text; choose other" in err
+    (folder / "longer.txt").write_text(text * 2)
+    assert evaluate(*args, "--lengths", str(length), data="longer.txt")[0] == 0
+
+
+def test_scalings_may_be_written_as_the_error_says(evaluate):
+    options = ("--lengths", "8", "--windows", "2", "--join")
+    status, _, err = evaluate("--model", "runs/a", "--rope", "8", *options)
+    assert status == 2 and "must list kinds, or scalings such as {kind: yarn}" in err
+    assert evaluate("--model", "runs/a", "--rope", "{kind: yarn}", *options)[0] == 0
+
+
 def test_the_field_of_json_that_holds_the_text_may_be_named(evaluate, folder):
     (folder / "pairs.json").write_text(json.dumps([{"output": "def f(x):\n    return x\n" * 30}]))
     args = ("--model", "runs/a", "--lengths", "16,64")

@@ -110,6 +110,8 @@ def test_a_vocabulary_gets_the_tokens_of_infilling_and_no_other_pieces(here, tmp
     assert "nothing to merge: give NEW" in refused(
         capsys, "merge", here / "base", "--out", tmp_path / "x"
     )
+    assert vocabulary("merge", here / "base", "--pad", "[PAD]", "--out", tmp_path / "pad") == 0
+    assert jllama.load_tokenizer(tmp_path / "pad").special_tokens["[PAD]"] == 320
     trained = tmp_path / "t.model"
     words = ("train", here / "en.txt", "--size", 320, "--infill", "--out", trained)
     assert vocabulary(*words) == 0
@@ -201,6 +203,23 @@ def test_a_base_with_added_tokens_has_them_put_into_its_model_first(here, tmp_pa
         merge = ("merge", tmp_path / "apart", here / "new.model", "--out", tmp_path / "none")
         said = refused(capsys, *merge)
         assert "give its tokenizer.model alone" in said and "they get other ids" in said
+        text, plain = apart[0].text, tmp_path / "apart" / "tokenizer.model"
+        assert f" by --special {shlex.quote(text)}: " in said and said.rstrip().endswith(
+            f"before it grows, convert it with --tokenizer {plain}"
+        )
+        name = f"without {text[1:3]}"
+        padded = tiny.config(vocab_size=326, num_layers=2)
+        tokenizer = jllama.load_tokenizer(tmp_path / "apart")
+        write_model(tmp_path / name, padded, tiny.params(padded), tokenizer)
+        made, base = tmp_path / f"merged {name}", tmp_path / f"base {name}"
+        words = ("merge", plain, here / "new.model", "--special", text, "--out", made)
+        assert vocabulary(*words) == 0
+        assert "which keeps its ids" in refused(capsys, "grow", tmp_path / name, made, base)
+        convert = ["convert", tmp_path / name, base, "--to", "jllama", "--tokenizer", plain]
+        assert main([*map(str, convert)]) == 0
+        assert vocabulary("grow", base, made, tmp_path / f"grown {name}") == 0
+        grown = jllama.load(tmp_path / f"grown {name}").tokenizer
+        assert grown.special_tokens[text] > 320
 
 
 def test_an_adapter_of_a_grown_vocabulary_goes_with_the_grown_model(here, tmp_path):
@@ -259,6 +278,18 @@ def _small(folder):
     (folder / "s.txt").write_text(ENGLISH)
     assert vocabulary("train", folder / "s.txt", "--size", 300, "--out", folder / "s.model") == 0
     return folder / "s.model"
+
+
+def test_text_that_is_not_utf_8_is_converted_or_left_out(here, tmp_path, capsys):
+    out, latin = tmp_path / "out", tmp_path / "latin.txt"
+    latin.write_bytes(FRENCH.encode("latin-1"))
+    words = ("--size", 320, "--out", out)
+    said = refused(capsys, "train", here / "en.txt", latin, *words)
+    assert "latin.txt: not UTF-8" in said and "; convert it, or leave it out" in said
+    assert vocabulary("train", here / "en.txt", *words) == 0
+    latin.write_text(latin.read_text(encoding="latin-1"))
+    assert vocabulary("train", here / "en.txt", latin, *words[:3], tmp_path / "both") == 0
+    assert "é" in jllama.load_tokenizer(tmp_path / "both").pieces
 
 
 def test_bad_input_is_one_line_and_makes_nothing(here, tmp_path, capsys):

@@ -551,6 +551,8 @@ def test_a_bad_file_is_named(tmp_path, text, expected):
         (["model.rope={kind: yarn, factor: 2, original_length: 32}"],
          "raise the factor, or correct the original length",
          [["model.rope.factor=4"], ["model.rope.original_length=64"]]),
+        (["run={name: 3}"], "not 3; put text that YAML reads as something else in double quotes",
+         [['run={name: "3"}']]),
         (["adapt={kind: lora, rank: 2, alpha: 4, overrides: [{match: q}]}"],
          "sets neither rank nor alpha", [["adapt.overrides.0.rank=1"]]),
     ],

@@ -112,6 +112,14 @@ def test_scores_of_answers_that_are_known(model, monkeypatch):
     assert evaluate(model, [Problem("a\nb\n", "b", "\nb", "")], "line", **sizes).exact == 1
 
 
+def test_text_without_a_line_to_fill_in_is_said(tmp_path):
+    (tmp_path / "a.py").write_text(")\n")
+    with pytest.raises(UserError, match=r"a\.py: has no line to fill in; give files of text$"):
+        open_problems(str(tmp_path / "a.py"), 9)
+    (tmp_path / "a.py").write_text(CODE)
+    assert open_problems(str(tmp_path / "a.py"), 9)
+
+
 def test_a_span_is_a_part_of_the_line_and_cut_to_size_without_its_suffix(
     model, tmp_path, monkeypatch
 ):

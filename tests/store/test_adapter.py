@@ -223,6 +223,11 @@ def test_to_peft_and_back(base, other, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["convert", str(other), str(there)]) == 0
     assert f"note: PEFT opens no base of jllama's, such as {base}" in capsys.readouterr().err
+    hf, named = tmp_path / "hf", tmp_path / "named"
+    assert cli.main(["convert", str(base), str(hf), "--to", "hf"]) == 0
+    assert cli.main(["convert", str(other), str(named), "--base-name", str(hf)]) == 0
+    assert "PEFT opens no base" not in capsys.readouterr().err
+    np.testing.assert_array_equal(logits(named), logits(other))
     assert cli.main(["convert", str(there), str(back)]) == 0
     wanted = logits(other)
     for folder in (there, back):  # which say where their base is
@@ -249,6 +254,7 @@ def test_sample_takes_adapters_with_weights(base, one):
     assert (
         sample("--model", base, "--adapter", one)[1] == jllama.load(one).generate("def", **how)[0]
     )
+    assert sample("--model", one)[1] == jllama.load(one).generate("def", **how)[0]
     without = jllama.load(base).generate("def", **how)[0]
     assert sample("--model", base, "--adapter", f"{one}=0")[1] == without
     status, _, error = sample("--model", base, "--adapter", f"{one}=much")
@@ -619,3 +625,5 @@ def test_info_counts_the_overlay_and_not_full_training(base, adapted, one, other
     assert info(there)[0] == 2 and info(there, "--base", base)[0] == 0
     status, _, err = info(one, "--base", base)
     assert status == 2 and "--base is for an adapter of PEFT's" in err
+    status, _, err = info("--base", base)  # of which adapter?
+    assert status == 2 and "--base is for an adapter: give it as MODEL" in err

@@ -14,6 +14,7 @@ import recipes
 
 from jllama.config import MeshConfig
 from jllama.errors import StorageError, UserError
+from jllama.files import storage
 from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
@@ -54,6 +55,14 @@ def run(tmp_path_factory):
     where = definition(fsdp=8)
     save(folder, {step: state(where, step) for step in (2, 4, 6)})
     return folder
+
+
+def test_several_processes_save_to_a_store_that_orbax_writes_to(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    # As tests/train/test_hosts.py does.
+    said = "go to gs:// or a mounted folder; mount the bucket, or choose another run.folder"
+    with pytest.raises(UserError, match=said):
+        Checkpoints(storage.path("s3://bucket/runs/run"), 1)
 
 
 def test_the_newest_are_kept(run):

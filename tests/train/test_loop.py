@@ -3,6 +3,7 @@
 On one device unless a test says otherwise. Signals are tested in test_train_script.py.
 """
 
+import errno
 import fcntl
 import math
 import re
@@ -281,6 +282,17 @@ def test_a_second_process_in_the_folder_is_refused(recipe, tmp_path):
         assert loop.train(recipe("run.name=other", "run.stop_after=1")).steps == 1
 
 
+def test_storage_without_locks_takes_one_run_a_folder(recipe, tmp_path, monkeypatch, capfd):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for name in ("one", "two"):
+        assert loop.train(recipe(f"run.name={name}", "run.stop_after=1")).steps == 1
+        said = f"{tmp_path / name}: no locks on this storage; start one run per folder"
+        assert said in capfd.readouterr().err
+
+
 def test_a_folder_that_cannot_be_made_is_an_error(recipe, tmp_path):
     (tmp_path / "file").write_text("")
     assert "not writable" in message(recipe(f"run.folder={tmp_path / 'file'}"))
@@ -294,6 +306,8 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(recipe, tmp_p
     assert "stays at step 0" in said and said.endswith("start again")
     assert [line["step"] for line in steps_of(tmp_path / "run")] == [1]
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+    assert loop.train(recipe("eval.every=0", "run.stop_after=3")).steps == 3
+    assert [line["step"] for line in steps_of(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_what_is_said_of_a_step_that_is_not_finite_can_be_followed(recipe, tmp_path):
@@ -303,6 +317,7 @@ def test_what_is_said_of_a_step_that_is_not_finite_can_be_followed(recipe, tmp_p
     assert initial == str(tmp_path / "run" / "checkpoints" / "1")
     again = recipe(f"training.init_from={initial}", "run.name=again")
     assert str(open_initial(again).place) == initial
+    assert loop.train(recipes.replace(again, run={"stop_after": 1})).steps == 1
 
 
 def test_a_broken_checkpoint_names_the_step_before_it(recipe, tmp_path):
