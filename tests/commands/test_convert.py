@@ -365,7 +365,8 @@ def test_a_length_after_linear_scaling_is_given(tmp_path, own, capsys):
     hf.write_folder(tmp_path / "hf", MODEL, jllama.load(own).params, None)
     file = tmp_path / "hf" / "config.json"
     config = json.loads(file.read_text())
-    config["rope_parameters"] |= {"rope_type": "linear", "factor": 4.0}
+    del config["rope_parameters"]
+    config["rope_scaling"] = {"type": "linear", "factor": 4.0}
     file.write_text(json.dumps(config))
     words = (tmp_path / "hf", tmp_path / "out")
     assert convert(*words) == 0

@@ -228,10 +228,8 @@ def test_another_tokenizer_is_said(text, params, tmp_path, capsys):
     for name in FILES:
         (tmp_path / "peft" / name).unlink(missing_ok=True)
     capsys.readouterr()
-    for where, more, path in (
-        (run / "checkpoints" / "1", [], run / "checkpoints" / "1"),
-        (tmp_path / "peft", [lora], run),
-    ):
+    path = run / "checkpoints" / "1"
+    for where, more in ((path, []), (tmp_path / "peft", [lora])):
         name = f"run.name=from-{where.name}"
         train(recipe(text, tmp_path / "more", where, name, *more))
         error = capsys.readouterr().err

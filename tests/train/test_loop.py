@@ -310,9 +310,22 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(recipe, tmp_p
     assert [line["step"] for line in steps_of(tmp_path / "run")] == [1, 2, 3]
 
 
-def test_what_is_said_of_a_step_that_is_not_finite_can_be_followed(recipe, tmp_path):
-    broken = ["training.schedule={kind: constant, peak: 1e30, warmup_steps: 0}", "eval.every=0"]
-    said = message(recipe(*broken, "checkpoint.every=1", "checkpoint.keep=9"))
+def test_what_is_said_of_a_step_that_is_not_finite_can_be_followed(recipe, tmp_path, monkeypatch):
+    make = run.make_train_step
+
+    def diverging(*arguments):
+        step, losses = make(*arguments), iter([0.0, math.nan])
+
+        def train_step(*state_and_batch):
+            state, metrics = step(*state_and_batch)
+            return state, metrics | {"loss": metrics["loss"] + next(losses)}
+
+        return train_step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "make_train_step", diverging)
+        said = message(recipe("checkpoint.every=1", "eval.every=0"))
+    assert said.startswith("step 2: loss is nan; ")
     initial = re.search(r"--training\.init_from=(\S+)", said)[1]
     assert initial == str(tmp_path / "run" / "checkpoints" / "1")
     again = recipe(f"training.init_from={initial}", "run.name=again")
