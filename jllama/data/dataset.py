@@ -44,8 +44,8 @@ class Dataset:
         for name, source_rows in rows.items():
             if not len(source_rows):
                 raise UserError(
-                    f"source {name}: has no rows: its documents are longer than one and left out;"
-                    " raise data.length, or set data.packing.too_long=cut"
+                    f"source {name}: has no rows: its documents are longer than a row and left"
+                    " out; raise data.length, or set data.packing.too_long=cut"
                 )
         self.rows = dict(rows)
         self.batch_size = batch_size

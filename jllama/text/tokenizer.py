@@ -51,11 +51,12 @@ def find_tokenizer(folder: Path, names: Collection[str] | None = None) -> Tokeni
     """
     names = storage.listing(folder).files if names is None else names
     if _MODEL not in names and _JSON not in names:
-        above = storage.absolute(folder).parent
-        if above.name == _STEPS and folder.name.isdecimal():
-            return find_tokenizer(above.parent)
-        if "params.json" in names and storage.exists(above / _MODEL):
-            return _from_file(above / _MODEL, _NO_SETTINGS)
+        here = storage.absolute(folder)
+        if here.parent.name == _STEPS and here.name.isdecimal():
+            return find_tokenizer(here.parent.parent)
+        above = here.parent / _MODEL
+        if "params.json" in names and storage.exists(above):
+            return _from_file(above, _NO_SETTINGS)
         return None
     settings = load_settings(folder, names)
     if _MODEL not in names:
