@@ -15,7 +15,7 @@ from jllama.files import outputs, storage
 from jllama.progress import say
 from jllama.text.infill import PIECES
 from jllama.text.merge import merge_vocabularies
-from jllama.text.tokenizer import SentencePieceTokenizer, load_tokenizer
+from jllama.text.tokenizer import SentencePieceTokenizer, load_tokenizer, tokenizer_place
 from jllama.text.vocabulary import train_sentencepiece
 
 _LEAST = TrainedTokenizer(kind="train", vocab_size=300)  # the least vocab_size, and the defaults
@@ -144,9 +144,9 @@ def _merge(args: argparse.Namespace) -> None:
     base = load_tokenizer(args.base)
     new = None if args.new is None else load_tokenizer(args.new)
     specials = [*(PIECES if args.infill else ()), *args.special]
-    merged = merge_vocabularies(
-        base, new, specials=specials, pad=args.pad, names=(args.base, args.new)
-    )
+    # Errors name files that are there.
+    names = (str(tokenizer_place(args.base)), args.new)
+    merged = merge_vocabularies(base, new, specials=specials, pad=args.pad, names=names)
     if not merged.appended + merged.specials:
         raise UserError(
             f"{args.new}: has no piece that {args.base} lacks; nothing to merge"

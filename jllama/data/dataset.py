@@ -43,10 +43,7 @@ class Dataset:
         """
         for name, source_rows in rows.items():
             if not len(source_rows):
-                raise UserError(
-                    f"source {name}: has no rows: its documents are longer than a row and left"
-                    " out; raise data.length, or set data.packing.too_long=cut"
-                )
+                raise UserError(f"source {name}: has no rows")
         self.rows = dict(rows)
         self.batch_size = batch_size
         self.objective = objective

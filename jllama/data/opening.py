@@ -97,7 +97,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     }
     if isinstance(objective, Replies):
         has_marker = [objective.check(name, source_rows) for name, source_rows in rows.items()]
-        if any(map(len, rows.values())) and not any(has_marker):
+        if not any(has_marker):
             raise UserError(
                 f"data.objective.after={data.objective.after!r}: does not appear in any training"
                 " source; correct it"
@@ -147,6 +147,11 @@ def _pack(side: Side, stream: TokenStream, data: DataConfig, spare: int) -> Rows
         say(
             f"data.{side}, source {stream.name}: {rows.too_long:,} of {stream.documents:,}"
             f" documents are longer than a row of {data.length + 1} tokens and {done}"
+        )
+    if side == "train" and not len(rows):
+        raise UserError(
+            f"data.train, source {stream.name}: none of its documents fits a row; raise"
+            " data.length, or set data.packing.too_long=cut"
         )
     return rows
 

@@ -83,9 +83,12 @@ def prepare(
                 if prepared is None:
                     (make or _make)(folder, key, source, tokenizer, config)
         except OSError as e:
-            fix = "raise ulimit -n, or lower data.prepare.shards"
-            advice = f"; {fix}" if e.errno == errno.EMFILE else ""
-            raise UserError(f"{e.filename or folder}: {e.strerror or e}{advice}") from None
+            where = e.filename or folder
+            if e.errno == errno.EMFILE:
+                fix = "raise ulimit -n, or lower data.prepare.shards"
+                raise UserError(f"{where}: {e.strerror}; {fix}") from None
+            with storage.writing(where):
+                raise
         prepared = prepared or Prepared.open(folder, config.cache)
         assert prepared is not None
     prepared.name = source.name

@@ -86,7 +86,8 @@ def read_rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling
         case LinearRopeScaling(factor=factor) if factor > 1:
             note(
                 f"{where}: max_length is {factor:g} times {_LENGTH}={length}, the length before"
-                f" scaling; if {length} is the one after it, convert it with --max-length {length}"
+                f" scaling; if {length} is the length after scaling, convert the model with"
+                f" --max-length {length}"
             )
             length = _times(length, factor)
         case YarnRopeScaling(original_length=original, factor=factor):

@@ -15,12 +15,12 @@ from jllama.progress import note
 CONFIG = PEFT_CONFIG
 WEIGHTS = "adapter_model.safetensors"
 MERGE = "merge it into its base with peft (merge_and_unload), and convert the merged model"
-# Initialisations that change the base; peft can convert such an adapter to one of the old base.
-_CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")
-_CONVERT = (
-    "the factors belong to a base that the initialisation changed; save the adapter with peft's"
-    " path_initial_model_for_weight_conversion, or " + MERGE
-)
+# Initialisations that change the base. peft can convert such an adapter to one of the old base. It
+# changes the base again when it opens the first two; the others take random numbers or data, so
+# that their base is gone with the process that trained.
+_REPEATED, _LOST = ("pissa", "olora"), ("pissa_niter", "corda", "lora_ga")
+_CHANGED = "the factors belong to a base that the initialisation changed"
+_CONVERT = "save the adapter with peft's path_initial_model_for_weight_conversion, or "
 NO_TARGETS = "dummy-target-modules"  # peft's name for an adapter that has no low-rank part
 # Keys that change the function as an overlay cannot, with the values at which they do not.
 _NEUTRAL: dict[str, tuple] = {
@@ -50,9 +50,15 @@ _REMEDIES = {
     "alora_invocation_tokens": "an adapter that begins at some token cannot be expressed",
     "arrow_config": "a router among adapters cannot be expressed",
     # peft adds the changes of all copies to the one matrix that they share when it merges.
-    "layer_replication": "write null, and read it with a base whose layers are so repeated",
+    "layer_replication": (
+        "in a copy of it write null, and read that over a base whose layers are so repeated"
+        " (docs/interop.md)"
+    ),
     # It pools the inputs of GPTQ's matrices, and does nothing to others.
-    "use_qalora": "if the file's lora_A are as wide as their matrices, write false",
+    "use_qalora": (
+        "if the file's lora_A are as wide as their matrices, write false; else it is over GPTQ's,"
+        " which cannot be read"
+    ),
 }
 # Keys that do not change the function. layers_pattern finds the layer's number in names, of which
 # LLaMA's have only one; megatron_config is of Megatron's own layers, which have other names.
@@ -90,8 +96,11 @@ def read_config(folder: Path) -> PeftConfig:
     """
     file = folder / CONFIG
     values = storage.read_json(file)
-    convertible = str(values.get("init_lora_weights")).startswith(_CONVERTIBLE)
-    remedies = _REMEDIES | ({"init_lora_weights": _CONVERT} if convertible else {})
+    kind, remedies = values.get("init_lora_weights"), dict(_REMEDIES)
+    if kind in _REPEATED:
+        remedies["init_lora_weights"] = f"{_CHANGED}; {_CONVERT}{MERGE}"
+    elif str(kind).startswith(_LOST):
+        remedies["init_lora_weights"] = f"{_CHANGED}; where it was trained, {_CONVERT}{MERGE}"
     check_neutral({"peft_type": None} | values, file, _NEUTRAL, remedies, MERGE)
     given = {key: value for key, value in values.items() if value is not None}
     config = check(PeftConfig, given, file)

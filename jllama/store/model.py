@@ -66,9 +66,11 @@ class StoredModel:
 
     @property
     def tokenizer_path(self) -> Path:
-        """Where its own tokenizer is: at an adapter that has one, or else at the model."""
-        own = (adapter.path for adapter in self.adapters.values() if adapter.tokenizer is not None)
-        return next(own, self.found.path)
+        """Where `tokenizer` was read, if there is one: at an adapter, or else at the model."""
+        for adapter in self.adapters.values():
+            if adapter.tokenizer is not None and adapter.tokenizer.digest == self.tokenizer.digest:
+                return adapter.path
+        return self.found.path
 
 
 def open_model(

@@ -35,13 +35,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises UserError if there is no tokenizer or it is damaged.
     """
-    path = storage.path(path)
+    path = tokenizer_place(path)
     if not storage.is_folder(path):
         return _from_file(path, _NO_SETTINGS)
     tokenizer = find_tokenizer(path)
     if tokenizer is None:
         raise UserError(f"{path}: no such tokenizer: neither {_MODEL} nor {_JSON} is in the folder")
     return tokenizer
+
+
+def tokenizer_place(path: str | Path) -> Path:
+    """Where the tokenizer of a path is: of a run's step, RUN/checkpoints/STEP, the run."""
+    path = storage.path(path)
+    step = storage.absolute(path)
+    run = step.parent.parent
+    is_step = step.name.isdecimal() and step.parent.name == _STEPS
+    return run if is_step and storage.exists(run / "config.yaml") else path
 
 
 def find_tokenizer(folder: Path, names: Collection[str] | None = None) -> Tokenizer | None:
@@ -51,10 +60,7 @@ def find_tokenizer(folder: Path, names: Collection[str] | None = None) -> Tokeni
     """
     names = storage.listing(folder).files if names is None else names
     if _MODEL not in names and _JSON not in names:
-        here = storage.absolute(folder)
-        if here.parent.name == _STEPS and here.name.isdecimal():
-            return find_tokenizer(here.parent.parent)
-        above = here.parent / _MODEL
+        above = storage.absolute(folder).parent / _MODEL
         if "params.json" in names and storage.exists(above):
             return _from_file(above, _NO_SETTINGS)
         return None

@@ -40,7 +40,7 @@ def run_folder(config: Config) -> Path:
 
 @contextlib.contextmanager
 def open_run(
-    config: Config, initial: StoredModel | None = None, branch: Branch | None = None
+    config: Config, *, initial: StoredModel | None = None, branch: Branch | None = None
 ) -> Iterator[tuple[Path, Data]]:
     """Opens the run's folder and its data to train: the context is (folder, data).
 

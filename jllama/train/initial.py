@@ -41,17 +41,9 @@ def open_initial(config: Config) -> StoredModel | None:
         theirs = dataclasses.replace(theirs, vocab_multiple=config.model.vocab_multiple)
     shapes_differ, notes = differences(theirs, config.model)
     if shapes_differ:
-        more = config.model.vocab_size - theirs.vocab_size
-        if more > 0 and not initial.adapters:
-            notes.append("more rows are given by jllama vocabulary grow")
-        if more < 0 and not initial.adapters:
-            takes = f"--model={where} takes its model"
-            if initial.tokenizer is not None:
-                takes = f"--from={where} takes its model and tokenizer too"
-            notes.append(takes)
         raise UserError(
             f"training.init_from={where}: its parameters are not the recipe's model: "
-            + "; ".join(notes)
+            + "; ".join([*notes, _way(config, initial)])
         )
     for adapter in initial.adapters.values():
         _check_overlay(config, adapter)
@@ -79,6 +71,20 @@ def _open(config: Config, found: Found) -> StoredModel:
     adapter = open_adapter(found)
     base = open_model(base_of(adapter, config.adapt.base), config.model)
     return with_adapters(base, {found.path.name: adapter})
+
+
+def _way(config: Config, initial: StoredModel) -> str:
+    """What to do where the parameters of `initial` do not fit the recipe's model."""
+    where, ours, theirs = config.training.init_from, config.model, initial.config
+    more_rows = dataclasses.replace(ours, vocab_size=theirs.vocab_size)
+    if initial.adapters:
+        of_peft = any(adapter.found.format == "peft" for adapter in initial.adapters.values())
+        return f"--model={initial.found.path if of_peft else where} takes its model"
+    if ours.vocab_size > theirs.vocab_size and not differences(theirs, more_rows)[0]:
+        return "more rows are given by jllama vocabulary grow"
+    if initial.tokenizer is None:
+        return f"--model={where} takes its model"
+    return f"--from={where} takes its model and tokenizer too"
 
 
 def _check_overlay(config: Config, adapter: Adapter) -> None:

@@ -135,7 +135,7 @@ def _changes(model):
 
 
 def test_a_kind_that_llama_cpp_makes_itself_comes_from_f16(run_peer, small, tmp_path):
-    """As the error of `jllama convert --dtype Q4_K_M` says; llama-quantize is this call."""
+    """As the error of `jllama convert --dtype Q4_K_M` says; llama-quantize calls the same."""
     with pytest.raises(UserError, match=r"export F16, then run llama-quantize MODEL-F16\.gguf"):
         kind_of("Q4_K_M")
     model = tiny.config(vocab_size=VOCAB, hidden_dim=256, ffn_dim=512)

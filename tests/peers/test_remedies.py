@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,15 @@ from jllama.interop.pth import read_pth
 from tests.peers.test_peft import UNTIED
 from tests.tiny import relative_error
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
+PTH = Path(__file__).parent.parent / "fixtures" / "pth"
 LENGTH = 120
 POSITIONS = np.linspace(0, LENGTH - 1, 24).astype(int).tolist()
 TWO = {"target_modules": ["q_proj", "v_proj"]}
 MERGE = "merge_and_unload"
 CONVERT = "path_initial_model_for_weight_conversion"
 BLOCKS = {"target_modules_bd_a": ["q_proj"], "nblocks": 2, "match_strict": False}
+LORA_GA = {**TWO, "init_lora_weights": "lora_ga", "lora_ga_config": {}}
+THERE = "where it was trained, .*"
 # What to do, the config of peft, and what the error says.
 ADAPTERS = {
     "IA3": ("merge", {"peft_type": "IA3"}, MERGE),
@@ -40,22 +43,30 @@ ADAPTERS = {
         },
         MERGE,
     ),
-    "PiSSA, merged": ("merge", {**TWO, "init_lora_weights": "pissa"}, MERGE),
-    "PiSSA": ("convert", {**TWO, "init_lora_weights": "pissa"}, CONVERT),
-    "PiSSA, patterns": (
-        "convert",
-        {**TWO, "init_lora_weights": "pissa_niter_4", "rank_pattern": {"q_proj": 3}},
-        CONVERT,
+    "PiSSA": ("merge", {**TWO, "init_lora_weights": "pissa"}, MERGE),
+    "OLoRA": ("merge", {**TWO, "init_lora_weights": "olora"}, MERGE),
+    "PiSSA of random numbers": (
+        "merge_live",
+        {**TWO, "init_lora_weights": "pissa_niter_4"},
+        THERE + MERGE,
     ),
-    "OLoRA, rsLoRA": (
+    "LoRA-GA": ("merge_live", LORA_GA, THERE + MERGE),
+    "PiSSA, converted": ("convert", {**TWO, "init_lora_weights": "pissa"}, CONVERT),
+    "OLoRA, rsLoRA, converted": (
         "convert",
         {**TWO, "init_lora_weights": "olora", "use_rslora": True},
         CONVERT,
     ),
+    "PiSSA of random numbers, patterns, converted": (
+        "convert",
+        {**TWO, "init_lora_weights": "pissa_niter_4", "rank_pattern": {"q_proj": 3}},
+        THERE + CONVERT,
+    ),
+    "LoRA-GA, converted": ("convert", LORA_GA, THERE + CONVERT),
     "layer_replication": (
         "repeat",
         {**TWO, "layer_replication": [[0, 2], [1, 3]]},
-        "write null, and read it with a base whose layers are so repeated",
+        "in a copy of it write null, and read that over a base whose layers are so repeated",
     ),
     "QALoRA": (
         "read",
@@ -68,16 +79,28 @@ ADAPTERS = {
 CORRECTED = {"layer_replication": None, "use_qalora": False, "bias": "none"}
 
 
+# What peft cannot merge, of which no error says so.
+UNMERGED = {
+    "lora_bias": ("merge", {**TWO, "lora_bias": True}),
+    "alora_invocation_tokens": ("merge", {**TWO, "alora_invocation_tokens": [3, 4]}),
+}
+# Files of torch that are refused, with what the error says.
+FILES = {"legacy": r"torch\.save", "strided": r"\.contiguous\(\)"}
+
+
 @pytest.fixture(scope="module")
 def made(run_peer, tmp_path_factory):
-    """The jobs of tests/peers/scripts/remedies.py, done."""
+    """The jobs of tests/peers/scripts/remedies.py by name, done."""
     jobs = {}
-    for i, (name, (do, arguments, _)) in enumerate(ADAPTERS.items()):
+    for i, (name, (do, arguments, *_)) in enumerate((ADAPTERS | UNMERGED).items()):
         folder = tmp_path_factory.mktemp("remedy")
         ids = np.random.default_rng(i).integers(0, UNTIED["vocab_size"], LENGTH).tolist()
-        at = {key: folder / key for key in ("base", "adapter", "to")} | {"out": folder / "out.npz"}
-        row = {"ids": ids, "positions": POSITIONS}
+        at = {key: folder / key for key in ("base", "adapter", "to", "error")}
+        row = {"ids": ids, "positions": POSITIONS, "out": folder / "out.npz"}
         jobs[name] = {"do": do, "make": arguments, "config": UNTIED, "seed": i} | at | row
+    for name in FILES:
+        to = tmp_path_factory.mktemp("remedy") / "again.pth"
+        jobs[name] = {"do": "save_again", "file": PTH / f"{name}.pth", "to": to}
     run_peer("transformers", "remedies", list(jobs.values()), tmp_path_factory.mktemp("jobs"))
     return jobs
 
@@ -86,12 +109,12 @@ def made(run_peer, tmp_path_factory):
 def test_an_adapter_that_is_refused_is_right_as_the_error_says(name, made):
     do, _, said = ADAPTERS[name]
     job = made[name]
+    assert not job["error"].exists(), job["error"].read_text()
     base = jllama.load(job["base"], dtype="float32")
-    with pytest.raises(UserError) as e:
+    with pytest.raises(UserError, match=said):
         read_adapter(job["adapter"], base.config, base.params)
-    assert said in str(e.value)
     match do:
-        case "merge":
+        case "merge" | "merge_live":
             model = jllama.load(job["to"], dtype="float32")
         case "convert":
             model = _adapted(base, job["to"])
@@ -118,32 +141,23 @@ def _corrected(adapter):
     return adapter
 
 
-@pytest.mark.parametrize("key", ["lora_bias", "alora_invocation_tokens"])
-def test_peft_itself_cannot_merge_what_is_refused_without_another_way(key, run_peer, tmp_path):
-    value = True if key == "lora_bias" else [3, 4]
-    job = {"do": "merge", "make": {**TWO, key: value}, "config": UNTIED, "seed": 0, "ids": [1]}
-    at = {k: tmp_path / k for k in ("base", "adapter", "to", "out")}
-    with pytest.raises(AssertionError, match=r"Impossible to merge|does not support merging"):
-        run_peer("transformers", "remedies", [job | at | {"positions": [0]}], tmp_path)
-    base = jllama.load(tmp_path / "base", dtype="float32")
-    with pytest.raises(UserError, match=key) as e:
-        read_adapter(tmp_path / "adapter", base.config, base.params)
+@pytest.mark.parametrize("name", UNMERGED)
+def test_peft_itself_cannot_merge_what_is_refused_without_that_advice(name, made):
+    job = made[name]
+    said = job["error"].read_text()
+    assert re.match(r"RuntimeError: Impossible to merge|NotImplementedError: .* merging", said)
+    base = jllama.load(job["base"], dtype="float32")
+    with pytest.raises(UserError, match=name) as e:
+        read_adapter(job["adapter"], base.config, base.params)
     assert MERGE not in str(e.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "said"), [("legacy", "torch.save"), ("strided", r"\.contiguous\(\)")]
-)
-def test_a_file_of_torch_is_saved_again(name, said, run_peer, tmp_path):
-    file = FIXTURES / "pth" / f"{name}.pth"
-    with pytest.raises(UserError, match=said):
-        read_pth(file)
-    again = tmp_path / "again.pth"
-    run_peer(
-        "transformers", "remedies", [{"do": "save_again", "file": file, "to": again}], tmp_path
-    )
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_torch_is_saved_again(name, made):
+    with pytest.raises(UserError, match=FILES[name]):
+        read_pth(made[name]["file"])
     a = np.arange(12, dtype=np.float32).reshape(3, 4)
-    found = read_pth(again)
+    found = read_pth(made[name]["to"])
     np.testing.assert_array_equal(found["a"].read(), a)
     if name == "strided":
         np.testing.assert_array_equal(found["transposed"].read(), a.T)
