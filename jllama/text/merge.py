@@ -113,8 +113,8 @@ def _added_tokens(base: SentencePieceTokenizer, pieces: int, name: str) -> str:
     else:
         advice = (
             f"give its tokenizer.model alone and those tokens by {options}: they get other ids, for"
-            " which the model has to be trained; before jllama vocabulary grow, give the model that"
-            f" tokenizer: jllama convert MODEL DST --tokenizer {shlex.quote(f'{name}/tokenizer.model')}"
+            " which the model has to be trained; before jllama vocabulary grow, give the model it"
+            f" too: jllama convert MODEL DST --tokenizer {shlex.quote(f'{name}/tokenizer.model')}"
         )
     return (
         f"{name}: its folder adds tokens to the model ({text!r} has the id {id}), at the ids of the"

@@ -137,9 +137,8 @@ def prepare(
     branch = together(lambda: open_branch(config) if reads else None)
     reads_initial = isinstance(config.adapt, LoraConfig) or (reads and branch is None)
     initial = together(lambda: open_initial(config) if reads_initial else None)
-    _, data = stack.enter_context(
-        open_run(config, initial=None if branch else initial, branch=branch)
-    )
+    begun = None if branch else initial
+    _, data = stack.enter_context(open_run(config, initial=begun, branch=branch))
     checkpoints = together(lambda: Checkpoints(folder, config.checkpoint.keep))
     stack.callback(checkpoints.close)
     saved = checkpoints.latest() or 0

@@ -371,7 +371,7 @@ def test_a_length_after_linear_scaling_is_given(tmp_path, own, capsys):
     words = (tmp_path / "hf", tmp_path / "out")
     assert convert(*words) == 0
     said = capsys.readouterr().err
-    length = re.search(r"is the one after it, convert it with --max-length (\d+)", said)[1]
+    length = re.search(r"convert the model with --max-length (\d+)", said)[1]
     assert jllama.load(tmp_path / "out").config.max_length == 4 * int(length)
     assert convert(tmp_path / "hf", tmp_path / "right", "--max-length", length) == 0
     assert jllama.load(tmp_path / "right").config.max_length == int(length) == MODEL.max_length

@@ -204,9 +204,8 @@ def test_a_base_with_added_tokens_has_them_put_into_its_model_first(here, tmp_pa
         said = refused(capsys, *merge)
         assert "give its tokenizer.model alone" in said and "they get other ids" in said
         text, plain = apart[0].text, tmp_path / "apart" / "tokenizer.model"
-        assert f" by --special {shlex.quote(text)}: " in said and said.rstrip().endswith(
-            f"before it grows, convert it with --tokenizer {plain}"
-        )
+        assert f" by --special {shlex.quote(text)}: " in said
+        assert said.endswith(f"jllama convert MODEL DST --tokenizer {plain}\n")
         name = f"without {text[1:3]}"
         padded = tiny.config(vocab_size=326, num_layers=2)
         tokenizer = jllama.load_tokenizer(tmp_path / "apart")
@@ -220,6 +219,17 @@ def test_a_base_with_added_tokens_has_them_put_into_its_model_first(here, tmp_pa
         assert vocabulary("grow", base, made, tmp_path / f"grown {name}") == 0
         grown = jllama.load(tmp_path / f"grown {name}").tokenizer
         assert grown.special_tokens[text] > 320
+
+
+def test_the_file_that_is_named_for_a_step_is_the_runs(here, tmp_path, capsys):
+    tokenizer = jllama.load_tokenizer(here / "base")
+    added = [AddedToken("<pad>", 325)]
+    SentencePieceTokenizer(tokenizer.model, added=added).save(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    words = ("merge", tmp_path / "run" / "checkpoints" / "3", here / "new.model", "--out")
+    said = refused(capsys, *words, tmp_path / "out")
+    assert said.endswith(f"--tokenizer {tmp_path / 'run' / 'tokenizer.model'}\n")
 
 
 def test_an_adapter_of_a_grown_vocabulary_goes_with_the_grown_model(here, tmp_path):

@@ -106,7 +106,7 @@ def test_a_source_without_rows_is_an_error():
 def test_a_source_of_documents_that_are_all_too_long_is_cut_or_gets_longer_rows(recipe):
     few = changed(recipe, "data.packing={kind: whole, too_long: skip}", "data.length=4")
     tokenizer = open_tokenizer(recipe)
-    said = r"left out; raise data\.length, or set data\.packing\.too_long=cut$"
+    said = r"source train: none of its documents fits a row; raise data\.length, or set \S+=cut$"
     with pytest.raises(UserError, match=said):
         open_data(few, tokenizer)
     for way in ("data.packing.too_long=cut", "data.length=200"):
@@ -114,7 +114,8 @@ def test_a_source_of_documents_that_are_all_too_long_is_cut_or_gets_longer_rows(
 
 
 def test_two_sources_of_one_name_are_told_apart(recipe, texts, write_jsonl):
-    twice = [recipes.to_dict(write_jsonl(part, "train")) for part in (texts[:20], texts[20:50])]
+    parts = {"one": texts[:20], "two": texts[20:50]}
+    twice = [recipes.to_dict(write_jsonl(t, n)) | {"name": "train"} for n, t in parts.items()]
     tokenizer = open_tokenizer(recipe)
     whole = recipes.to_dict(recipe)
     whole["data"]["train"] = twice

@@ -232,7 +232,7 @@ def test_a_marker_that_no_training_source_has_is_refused_even_where_one_may_lack
     tokenizer = open_tokenizer(recipe())
     with pytest.raises(UserError, match=r"after='### Response:': does not appear in any training"):
         open_data(recipe(*reply), tokenizer)
-    with pytest.raises(UserError, match="source train: has no rows"):
+    with pytest.raises(UserError, match="source train: none of its documents fits a row"):
         open_data(recipe(*reply, "data.length=2"), tokenizer)
 
 

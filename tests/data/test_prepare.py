@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import dying
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -21,7 +22,7 @@ from jllama.config import PrepareConfig
 from jllama.data import records, text_files, worker
 from jllama.data.prepare import prepare
 from jllama.data.prepared import Prepared
-from jllama.errors import UserError
+from jllama.errors import StorageError, UserError
 from jllama.files import storage
 
 
@@ -316,7 +317,7 @@ def test_another_error_of_the_storage_is_called_by_its_name(prepare_texts, monke
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "tokens")
     with monkeypatch.context() as patch:
         patch.setattr(records.ShardWriter, "add", _raises(full))
-        with pytest.raises(UserError, match=r"^tokens: No space left on device$"):
+        with pytest.raises(StorageError, match=r"^tokens: not writable: No space left on device$"):
             prepare_texts()
     assert prepare_texts().documents
 
@@ -328,29 +329,27 @@ def _raises(error):
     return call
 
 
-def test_files_that_change_while_they_are_read_are_read_again(prepare_texts, tmp_path, monkeypatch):
+def test_files_that_change_while_they_are_read_are_read_again(
+    tokenizer, write_jsonl, tmp_path, monkeypatch
+):
+    source, config = write_jsonl(["one", "two"]), PrepareConfig(str(tmp_path / "p"), workers=1)
     encode = worker.encode_texts
 
-    def meanwhile(tokenizer, chunk):
+    def meanwhile(*arguments):
         with open(tmp_path / "texts.jsonl", "a") as file:
-            file.write('{"text": "one more"}\n')
-        return encode(tokenizer, chunk)
+            file.write('{"text": "three"}\n')
+        return encode(*arguments)
 
-    texts = ["one", "two"]
     with monkeypatch.context() as patch:
         patch.setattr(worker, "encode_texts", meanwhile)
         with pytest.raises(UserError, match=r"its files changed while they were read; run again$"):
-            prepare_texts(texts)
-    assert prepare_texts(texts).documents == 2
-
-
-def _die(chunk):
-    os._exit(1)
+            prepare(source, tokenizer, config)
+    assert prepare(source, tokenizer, config).documents == 3
 
 
 def test_a_process_that_dies_is_said_and_fewer_may_do(prepare_texts, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "encode_in_worker", _die)
+        patch.setattr(worker, "encode_in_worker", dying.die)
         with pytest.raises(UserError, match=r"one of 2 .* died .*; lower data\.prepare\.workers$"):
             prepare_texts(workers=2)
     assert prepare_texts(workers=1).documents

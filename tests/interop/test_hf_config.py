@@ -181,7 +181,7 @@ def test_vicunas_files_name_the_length_after_linear_scaling():
 def test_linear_scaling_reaches_beyond_the_length_of_the_file_and_that_is_said(capsys):
     model = read(rope_scaling={"type": "linear", "factor": 4.0}, max_position_embeddings=4096)
     assert model.max_length == 16384
-    said = "if 4096 is the one after it, convert it with --max-length 4096\n"
+    said = "if 4096 is the length after scaling, convert the model with --max-length 4096\n"
     assert said in capsys.readouterr().err
     written = write_config(model, "bfloat16", None)
     assert written["max_position_embeddings"] == 4096

@@ -58,6 +58,7 @@ def run(tmp_path_factory):
 
 
 def test_several_processes_save_to_a_store_that_orbax_writes_to(monkeypatch):
+    pytest.importorskip("s3fs")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     # As tests/train/test_hosts.py does.
     said = "go to gs:// or a mounted folder; mount the bucket, or choose another run.folder"

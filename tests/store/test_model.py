@@ -14,9 +14,11 @@ import yaml
 
 import jllama
 from jllama import cli
+from jllama.adapt.lora import overlay_specs
 from jllama.config import (
     AdaptiveRopeScaling,
     LinearRopeScaling,
+    LoraConfig,
     MeshConfig,
     NoRopeScaling,
     ShardingConfig,
@@ -26,6 +28,7 @@ from jllama.config import (
 from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.interop import hf
+from jllama.interop.peft_write import write_adapter
 from jllama.model import llama
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
@@ -35,8 +38,9 @@ from jllama.store.model import architecture_at, open_model
 from jllama.store.write import write_model
 from jllama.text.added import AddedToken
 from jllama.text.spm import SentencePieceTokenizer
-from jllama.text.tokenizer import FILES
+from jllama.text.tokenizer import load_tokenizer
 from jllama.text.vocabulary import train_sentencepiece
+from jllama.train.folder import open_run
 from jllama.train.initial import open_initial
 from jllama.train.loop import train
 
@@ -62,6 +66,29 @@ def source(request, tmp_path_factory, params):
     else:
         write_model(folder, MODEL, params, None)
     return folder
+
+
+LORA = "adapt={kind: lora, rank: 2, alpha: 4, targets: [q]}"
+
+
+@pytest.fixture(scope="module")
+def own(text, tmp_path_factory):
+    """A run of one step, with another tokenizer than the recipe's."""
+    keys = ["tokenizer.vocab_size=310", "run.name=own"]
+    return train(recipe(text, tmp_path_factory.mktemp("own"), None, *keys)).folder
+
+
+@pytest.fixture(scope="module")
+def adapters(own, tmp_path_factory):
+    """Adapters over the run: ours with its tokenizer, and PEFT's with none."""
+    lora = LoraConfig(kind="lora", rank=2, alpha=4.0, targets=("q",))
+    config, folder = open_model(find(own)).config, tmp_path_factory.mktemp("adapters")
+    specs = overlay_specs(config, tiny.compute(), lora)
+    overlay = jax.tree.map(lambda spec: np.ones(spec.shape, np.float32), specs)
+    write_adapter(folder / "peft", config, lora, overlay, str(own))
+    assert cli.main(["convert", str(folder / "peft"), str(folder / "ours"), "--to", "jllama"]) == 0
+    load_tokenizer(own).save(folder / "ours")
+    return folder / "ours", folder / "peft"
 
 
 def recipe(text, runs, source, *more):
@@ -105,7 +132,8 @@ def test_a_run_begins_from_a_models_parameters_and_resumes_without_it(
 
 def test_another_model_is_refused_by_key_before_anything_is_made(text, source, tmp_path):
     config = recipe(text, tmp_path / "runs", source, "model.ffn_dim=96")
-    with pytest.raises(UserError, match=r"init_from=.*: model\.ffn_dim is 96, there 80$"):
+    said = rf"init_from=.*: model\.ffn_dim is 96, there 80; --model={source} takes its model$"
+    with pytest.raises(UserError, match=said):
         train(config)
     config = recipe(text, tmp_path / "runs", source, "model.vocab_size=336")
     with pytest.raises(UserError, match=r"is 336, there 320; more rows .*vocabulary grow$"):
@@ -130,15 +158,24 @@ def test_another_model_is_refused_by_key_before_anything_is_made(text, source, t
     assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
 
 
-def test_a_smaller_model_than_that_of_a_run_takes_it_with_its_tokenizer(text, tmp_path):
-    run = train(recipe(text, tmp_path / "runs", None)).folder
-    fewer = ["model.vocab_size=318", "tokenizer.vocab_size=310", "run.name=next"]
-    for base in (run, run / "checkpoints" / "1"):
-        said = rf"is 318, there 320; --from={base} takes its model and tokenizer too$"
+def test_a_model_that_differs_from_a_runs_takes_it_with_its_tokenizer(text, own, tmp_path):
+    wider = ["model.ffn_dim=96", "run.name=next"]
+    for base in (own, own / "checkpoints" / "1"):
+        said = rf"is 96, there 80; --from={base} takes its model and tokenizer too$"
         with pytest.raises(UserError, match=said):
-            train(recipe(text, tmp_path / "runs", base, *fewer))
-        begun = train(recipe(text, tmp_path / base.name, None, f"from={base}", "run.name=next"))
-        assert jllama.load(begun.folder).tokenizer.digest == jllama.load(run).tokenizer.digest
+            open_initial(recipe(text, tmp_path, base, *wider))
+        config = recipe(text, tmp_path, None, f"from={base}", f"run.name={base.name}")
+        with open_run(config, initial=open_initial(config)) as (folder, _):
+            assert load_tokenizer(folder).digest == load_tokenizer(own).digest
+
+
+def test_a_model_that_differs_from_an_adapters_takes_its_base(text, own, adapters, tmp_path):
+    for adapter, model in ((adapters[0], adapters[0]), (adapters[1], own)):
+        said = rf"is 96, there 80; --model={model} takes its model$"
+        with pytest.raises(UserError, match=said):
+            open_initial(recipe(text, tmp_path, adapter, LORA, "model.ffn_dim=96"))
+        config = recipe(text, tmp_path, adapter, LORA, f"model={model}")
+        assert open_initial(config).config.ffn_dim == 80
 
 
 def test_a_recipe_takes_the_architecture_of_a_models_folder(text, source, tmp_path):
@@ -211,32 +248,24 @@ def test_what_from_stands_for_can_each_still_be_set(text, published, tmp_path):
         recipe(file, runs, None)
 
 
-def test_another_tokenizer_is_said(text, params, tmp_path, capsys):
-    text_here = Path(__file__).read_text()
-    tokenizer = train_sentencepiece([text_here], TrainedTokenizer(kind="train", vocab_size=300))
-    write_model(tmp_path / "model", MODEL, params, tokenizer)
+def test_another_tokenizer_is_said(text, own, adapters, tmp_path, capsys):
     said = "the tokenizer is not that of training.init_from="
-    train(recipe(text, tmp_path / "runs", tmp_path / "model"))
-    assert said in capsys.readouterr().err
-    own = ["tokenizer.kind=file", f"tokenizer.path={tmp_path / 'model'}", "run.name=own"]
-    run = train(recipe(text, tmp_path / "runs", tmp_path / "model", *own)).folder
-    assert said not in capsys.readouterr().err
-    # A step has its run's tokenizer; an adapter without one its base's.
-    lora = "adapt={kind: lora, rank: 2, alpha: 4, targets: [q]}"
-    adapter = train(recipe(text, tmp_path / "runs", run, *own[:2], lora, "run.name=lora")).folder
-    assert cli.main(["convert", str(adapter), str(tmp_path / "peft"), "--to", "peft"]) == 0
-    for name in FILES:
-        (tmp_path / "peft" / name).unlink(missing_ok=True)
-    capsys.readouterr()
-    path = run / "checkpoints" / "1"
-    for where, more in ((path, []), (tmp_path / "peft", [lora])):
-        name = f"run.name=from-{where.name}"
-        train(recipe(text, tmp_path / "more", where, name, *more))
-        error = capsys.readouterr().err
-        assert said in error and f" --tokenizer.path={path} takes it" in error
-        taken = ["tokenizer.kind=file", f"tokenizer.path={path}", f"{name}-own", *more]
-        train(recipe(text, tmp_path / "more", where, *taken))
-        assert said not in capsys.readouterr().err
+    step = own / "checkpoints" / "1"
+    for number, (where, more, path) in enumerate((
+        (own, [], own),
+        (step, [], step),  # which has its run's
+        (adapters[0], [LORA], adapters[0]),
+        (adapters[1], [LORA], own),  # which has none
+    )):  # fmt: skip
+        other = recipe(text, tmp_path, where, *more, f"run.name={number}")
+        with open_run(other, initial=open_initial(other)):
+            assert f"{said}{where}, " in (error := capsys.readouterr().err)
+        assert error.rstrip().partition(said)[2].endswith(f"--tokenizer.path={path} takes it")
+        keys = ["tokenizer.kind=file", f"tokenizer.path={path}", f"run.name=with-{number}"]
+        same = recipe(text, tmp_path, where, *more, *keys)
+        with open_run(same, initial=open_initial(same)) as (folder, _):
+            assert said not in capsys.readouterr().err
+            assert load_tokenizer(folder).digest == load_tokenizer(own).digest
 
 
 def test_another_rope_is_another_function_of_the_same_shapes_and_is_said(

@@ -341,3 +341,21 @@ def test_a_json_without_the_usual_ends_has_them_named_beside_it(folder, byte_jso
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"none\.model: no such file"):
         load_tokenizer(tmp_path / "none.model")
+
+
+def test_a_step_of_a_run_has_the_runs_tokenizer(tmp_path, spm_model, llama3_model, monkeypatch):
+    step = tmp_path / "run" / "checkpoints" / "20"
+    step.mkdir(parents=True)
+    (step / "_CHECKPOINT_METADATA").write_text("{}")
+    (tmp_path / "run" / "tokenizer.model").write_bytes(spm_model)
+    with pytest.raises(UserError, match="no such tokenizer"):  # a folder of somebody else's
+        load_tokenizer(step)
+    (tmp_path / "run" / "config.yaml").write_text("")
+    for where, name in ((tmp_path, step), (step.parent, "20"), (step, ".")):
+        monkeypatch.chdir(where)
+        assert isinstance(load_tokenizer(name), SentencePieceTokenizer)
+    # Meta's has it one folder above, whatever that is called.
+    (tmp_path / "run" / "config.yaml").unlink()
+    (step / "params.json").write_text("{}")
+    (step.parent / "tokenizer.model").write_bytes(llama3_model)
+    assert isinstance(load_tokenizer(step), TiktokenTokenizer)

@@ -5,6 +5,7 @@ On one device unless a test says otherwise. Signals are tested in test_train_scr
 
 import errno
 import fcntl
+import itertools
 import math
 import re
 import shutil
@@ -279,7 +280,8 @@ def test_a_second_process_in_the_folder_is_refused(recipe, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         said = message(recipe())
         assert said.endswith("run: another process trains here; choose another run.name")
-        assert loop.train(recipe("run.name=other", "run.stop_after=1")).steps == 1
+        with open_run(recipe("run.name=other")) as (folder, _):
+            assert folder == tmp_path / "other"
 
 
 def test_storage_without_locks_takes_one_run_a_folder(recipe, tmp_path, monkeypatch, capfd):
@@ -287,10 +289,10 @@ def test_storage_without_locks_takes_one_run_a_folder(recipe, tmp_path, monkeypa
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
+    with open_run(recipe("run.name=one")), open_run(recipe("run.name=two")):
+        err = capfd.readouterr().err
     for name in ("one", "two"):
-        assert loop.train(recipe(f"run.name={name}", "run.stop_after=1")).steps == 1
-        said = f"{tmp_path / name}: no locks on this storage; start one run per folder"
-        assert said in capfd.readouterr().err
+        assert f"{tmp_path / name}: no locks on this storage; start one run per folder" in err
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(recipe, tmp_path):
@@ -314,7 +316,7 @@ def test_what_is_said_of_a_step_that_is_not_finite_can_be_followed(recipe, tmp_p
     make = run.make_train_step
 
     def diverging(*arguments):
-        step, losses = make(*arguments), iter([0.0, math.nan])
+        step, losses = make(*arguments), itertools.chain([0.0], itertools.repeat(math.nan))
 
         def train_step(*state_and_batch):
             state, metrics = step(*state_and_batch)
