@@ -259,8 +259,8 @@ def test_another_tokenizer_is_said(text, own, adapters, tmp_path, capsys):
     )):  # fmt: skip
         other = recipe(text, tmp_path, where, *more, f"run.name={number}")
         with open_run(other, initial=open_initial(other)):
-            assert f"{said}{where}, " in (error := capsys.readouterr().err)
-        assert error.rstrip().partition(said)[2].endswith(f"--tokenizer.path={path} takes it")
+            error = capsys.readouterr().err
+        assert f"{said}{where}, " in error and f"--tokenizer.path={path} takes it\n" in error
         keys = ["tokenizer.kind=file", f"tokenizer.path={path}", f"run.name=with-{number}"]
         same = recipe(text, tmp_path, where, *more, *keys)
         with open_run(same, initial=open_initial(same)) as (folder, _):
