@@ -18,10 +18,9 @@ from jllama.config import LoraConfig, StoredConfig
 from jllama.config.recipe import load_stored
 from jllama.errors import UserError
 from jllama.files import storage
+from jllama.files.runs import CHECKPOINTS, RECIPE, run_and_step
 from jllama.interop.names import HF_CONFIG, META_PARAMS, PEFT_CONFIG
 
-RECIPE = "config.yaml"
-CHECKPOINTS = "checkpoints"
 # Put last into the folder of a step at a URL, where a step without it is incomplete. The name and
 # the meaning are Orbax's on gs://.
 COMMITTED = "commit_success.txt"
@@ -111,9 +110,8 @@ def find(path: Path, format: ModelFormat | None = None) -> Found:
         return Found(path, path, formats[0], files)
     if RECIPE in files:
         return Found(path, path, "jllama", files, load_stored(path / RECIPE))
-    checkpoints = storage.absolute(path).parent
-    if path.name.isdecimal() and checkpoints.name == CHECKPOINTS:
-        return _find_step(path, checkpoints.parent)
+    if run_step := run_and_step(path):
+        return _find_step(path, *run_step)
     if format == "jllama":
         raise UserError(f"{path}: no config.yaml, which a run and a model of jllama have")
     # peft saves an adapter that has a name in a folder of that name.
@@ -150,11 +148,11 @@ def _missing(path: Path, listing: storage.Listing) -> str:
     return "neither a model nor an adapter"
 
 
-def _find_step(path: Path, run: Path) -> Found:
+def _find_step(path: Path, run: Path, step: int) -> Found:
     files = storage.listing(run).files
     if RECIPE not in files:
         raise UserError(f"{run}: no config.yaml, which a run and a model of jllama have")
-    return Found(path, run, "jllama", files, load_stored(run / RECIPE), int(path.name))
+    return Found(path, run, "jllama", files, load_stored(run / RECIPE), step)
 
 
 def latest_step(run: Path) -> int | None:

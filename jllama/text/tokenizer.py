@@ -8,6 +8,7 @@ from typing import Any
 
 from jllama.errors import UserError
 from jllama.files import storage
+from jllama.files.runs import RECIPE, run_and_step
 from jllama.progress import note
 from jllama.text.huggingface import HuggingFaceTokenizer
 from jllama.text.infill import PIECES
@@ -21,7 +22,6 @@ _MODEL, _JSON = "tokenizer.model", "tokenizer.json"
 # The files of a folder that make its tokenizer, or that only other programs read.
 FILES = (_MODEL, _JSON, *SETTINGS_FILES)
 _NO_SETTINGS = TokenizerSettings()
-_STEPS = "checkpoints"  # of a run: the folder of its steps
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -47,10 +47,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def tokenizer_place(path: str | Path) -> Path:
     """Where the tokenizer of a path is: of a run's step, RUN/checkpoints/STEP, the run."""
     path = storage.path(path)
-    step = storage.absolute(path)
-    run = step.parent.parent
-    is_step = step.name.isdecimal() and step.parent.name == _STEPS
-    return run if is_step and storage.exists(run / "config.yaml") else path
+    run, _ = run_and_step(path) or (None, None)
+    return run if run is not None and storage.exists(run / RECIPE) else path
 
 
 def find_tokenizer(folder: Path, names: Collection[str] | None = None) -> Tokenizer | None:

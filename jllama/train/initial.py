@@ -43,7 +43,7 @@ def open_initial(config: Config) -> StoredModel | None:
     if shapes_differ:
         raise UserError(
             f"training.init_from={where}: its parameters are not the recipe's model: "
-            + "; ".join([*notes, _way(config, initial)])
+            + "; ".join([*notes, _way(config, initial, theirs)])
         )
     for adapter in initial.adapters.values():
         _check_overlay(config, adapter)
@@ -73,14 +73,14 @@ def _open(config: Config, found: Found) -> StoredModel:
     return with_adapters(base, {found.path.name: adapter})
 
 
-def _way(config: Config, initial: StoredModel) -> str:
-    """What to do where the parameters of `initial` do not fit the recipe's model."""
-    where, ours, theirs = config.training.init_from, config.model, initial.config
-    more_rows = dataclasses.replace(ours, vocab_size=theirs.vocab_size)
-    if initial.adapters:
-        of_peft = any(adapter.found.format == "peft" for adapter in initial.adapters.values())
+def _way(config: Config, initial: StoredModel, theirs: ModelConfig) -> str:
+    """What to do where the parameters of `initial`, of model `theirs`, do not fit the recipe's."""
+    where, ours = config.training.init_from, config.model
+    for adapter in initial.adapters.values():  # there is one at most
+        of_peft = adapter.found.format == "peft"
         return f"--model={initial.found.path if of_peft else where} takes its model"
-    if ours.vocab_size > theirs.vocab_size and not differences(theirs, more_rows)[0]:
+    otherwise, _ = differences(dataclasses.replace(theirs, vocab_size=ours.vocab_size), ours)
+    if ours.vocab_size > theirs.vocab_size and not otherwise:
         return "more rows are given by jllama vocabulary grow"
     if initial.tokenizer is None:
         return f"--model={where} takes its model"
