@@ -27,6 +27,9 @@ class Chip:
       ici_bandwidth: bytes/s that a chip sends over all its links to neighbours at once, half of the
         "bidirectional" figure. Between NVIDIA GPUs of one host it is NVLink.
       dcn_bandwidth: bytes/s of the host's network per chip.
+      torus: dimensions of a TPU slice; a chip has two links along each.
+      flops_per_cycle: bfloat16 FLOPs of a TPU's matrix units in a cycle, 2 x units x side^2. The
+        compiler's estimate for a product of 16,384^2 agrees within a quarter (libtpu 0.0.42).
     """
 
     kind: str
@@ -35,18 +38,21 @@ class Chip:
     hbm_bandwidth: float | None = None
     ici_bandwidth: float | None = None
     dcn_bandwidth: float | None = None
+    torus: int | None = None
+    flops_per_cycle: int | None = None
 
 
+_UNIT = 2 * 128**2  # FLOPs of a matrix unit in a cycle; those of v6e have twice the side
 # TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in 2026. Links of v4: table 4 of
 # arXiv:2304.01433, 6 links of 50 GB/s. Networks: v5p "50 Gbps per chip"; v5e and v6e "6.4 Tbps" and
 # "25.6 Tbps per pod" of 256 chips; none is published for v4.
 # GPUs: the NVIDIA A100 80GB, H100 and H200 SXM data sheets; NVLink 600 and 900 GB/s are both
 # directions together.
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, 30.75 * GIB, 1200e9, 300e9, None),
-    "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 200e9, 25e9 / 8),
-    "v5p": Chip("TPU v5", 459e12, 95.74 * GIB, 2765e9, 600e9, 50e9 / 8),
-    "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1638e9, 400e9, 100e9 / 8),
+    "v4": Chip("TPU v4", 275e12, 30.75 * GIB, 1200e9, 300e9, None, 3, 8 * _UNIT),
+    "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 200e9, 25e9 / 8, 2, 4 * _UNIT),
+    "v5p": Chip("TPU v5", 459e12, 95.74 * GIB, 2765e9, 600e9, 50e9 / 8, 3, 8 * _UNIT),
+    "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1638e9, 400e9, 100e9 / 8, 2, 4 * 4 * _UNIT),
     "a100": Chip("NVIDIA A100", 312e12, None, 2039e9, 300e9, None),
     "h100": Chip("NVIDIA H100", 989e12, None, 3350e9, 450e9, None),
     "h200": Chip("NVIDIA H200", 989e12, None, 4800e9, 450e9, None),

@@ -4,7 +4,7 @@ import functools
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -12,6 +12,13 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Nonnegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+# Names with values: keys and values in YAML, and sorted pairs in Python, which are hashable.
+Options = Annotated[
+    tuple[tuple[str, bool | int | float | str | None], ...],
+    BeforeValidator(lambda x: tuple(sorted(x.items())) if isinstance(x, dict) else x),
+    PlainSerializer(dict),
+]
 
 configclass = functools.partial(
     pydantic.dataclasses.dataclass,

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jllama.config.base import PositiveInt, configclass, default, doc
+from jllama.config.base import Options, PositiveInt, configclass, default, doc
 
 _BLOCK = "queries and keys per block; null means 64 on CPUs and 512 elsewhere"
 
@@ -54,6 +54,17 @@ AttentionConfig = Annotated[
 
 
 @configclass
+class XlaConfig:
+    """Options of XLA by platform, on top of `jllama.train.compiler.DEFAULTS`."""
+
+    tpu: Options = default(
+        "options of the TPU's compiler, on top of its defaults here; null takes one away", ()
+    )
+    gpu: Options = default("options of the compiler for GPUs", ())
+    cpu: Options = default("options of the compiler for CPUs", ())
+
+
+@configclass
 class ComputeConfig:
     """How the model's function is computed; the architecture does not depend on it.
 
@@ -83,4 +94,7 @@ class ComputeConfig:
     )
     scan_unroll: PositiveInt = default(
         "layers per iteration of the loop over layers; more compile longer and may run faster", 1
+    )
+    xla: XlaConfig = default(
+        "options with which XLA compiles the step and the evaluation", XlaConfig()
     )

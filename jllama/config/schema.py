@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from jllama.config.base import Options
 from jllama.config.suggestions import meant_key
 
 _MISSING = ("missing", "missing_argument")
@@ -195,5 +196,5 @@ def _type_name(hint: Any) -> str:
         names = [_type_name(a) for a in typing.get_args(hint)]
         return "|".join(names)
     if typing.get_origin(hint) is tuple:
-        return "list"
+        return "options" if hint == _strip(Options) else "list"
     return {type(None): "null"}.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,5 +1,7 @@
 """One transformer block: pre-norm attention and SwiGLU feed-forward (arXiv:2302.13971)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -9,6 +11,7 @@ from jllama.model.attention import Attention, Cache, Tables
 from jllama.model.linear import Matrix, project
 from jllama.model.norm import RMSNorm
 from jllama.model.param import matrix_init
+from jllama.parallel.context import platform
 
 
 class MLP(nn.Module):
@@ -28,8 +31,37 @@ class MLP(nn.Module):
         down = Matrix((F,), (D,), ("ffn", "embed"), init, param_dtype, name="down")
 
         gated, h = project(x, gate, up, dtype=dtype)
-        (y,) = project(jax.nn.silu(gated) * h, down, dtype=dtype)
+        (y,) = project(swiglu(gated, h), down, dtype=dtype)
         return y
+
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`silu(gate) * up`.
+
+    On TPUs the result and both gradients are stored. XLA would compute them inside the products
+    that use them, again for each block of a product, which takes longer than to read them.
+    """
+    return _stored(_swiglu(gate, up))
+
+
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
+
+
+def _stored(x: Any) -> Any:
+    return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
+
+
+def _swiglu_fwd(gate, up):
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_bwd(saved, d):
+    return _stored(jax.vjp(_swiglu, *saved)[1](d))
+
+
+swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 class Block(nn.Module):

@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jllama.config import (
     AdaptiveRopeScaling,
@@ -21,6 +22,7 @@ from jllama.config import (
     NtkRopeScaling,
     YarnRopeScaling,
 )
+from jllama.parallel.context import platform
 
 Lengths = int | Sequence[int] | np.ndarray | None
 
@@ -178,14 +180,49 @@ def rope_tables(turns: Turns, positions: jax.Array) -> tuple[jax.Array, jax.Arra
     """
     whole, rest = (jnp.asarray(x)[..., None, None, :] for x in (turns.whole, turns.rest))
     positions = jnp.asarray(positions)[..., None, None]
-    fraction = jax.lax.bitcast_convert_type(positions.astype(jnp.uint32) * whole, jnp.int32)
+    fraction = lax.bitcast_convert_type(positions.astype(jnp.uint32) * whole, jnp.int32)
     angles = (fraction.astype(jnp.float32) + positions.astype(jnp.float32) * rest) * (
         2 * np.pi * 2.0**-32
     )
     return jnp.cos(angles) * turns.scale, jnp.sin(angles) * turns.scale
 
 
+@jax.custom_vjp
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x [B,T,heads,N] by the tables, in float32; returns the dtype of x."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    """Rotates x [B,T,heads,N] by the tables, in float32; returns the dtype of x.
+
+    The tables have no gradient.
+    """
+    return _rotated(x, cos, sin)
+
+
+def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    if platform() != "tpu":
+        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    # Half a head does not fill a vector register of the TPU, and to move halves costs far more than
+    # to multiply by a matrix of 0, 1 and -1, which is exact.
+    N = x.shape[-1]
+    turn = np.kron([[0, 1], [-1, 0]], np.eye(N // 2))  # (a, b) -> (-b, a)
+    turned = jnp.einsum(
+        "BTHN,NM->BTHM",
+        x,
+        jnp.asarray(turn, x.dtype),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    cos, sin = (jnp.concatenate([table, table], axis=-1) for table in (cos, sin))
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+
+
+def _apply_rope_fwd(x, cos, sin):
+    return _rotated(x, cos, sin), (cos, sin)
+
+
+def _apply_rope_bwd(tables, d):
+    # The transpose of a rotation turns back: in one step too, so d is rounded once.
+    cos, sin = tables
+    return _rotated(d, cos, -sin), None, None
+
+
+apply_rope.defvjp(_apply_rope_fwd, _apply_rope_bwd)

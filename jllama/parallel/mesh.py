@@ -34,15 +34,52 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     on_tpu = devices[0].platform == "tpu"
     slices = {getattr(d, "slice_index", 0) for d in devices} if on_tpu else {0}
     _check_slices(sizes, len(slices))
-    replica, rest = sizes[0], sizes[1:]
-    if len(slices) > 1:
-        inner, outer = (replica // len(slices), *rest), (len(slices),) + (1,) * len(rest)
+    inner, outer = (sizes[0] // len(slices), *sizes[1:]), (len(slices), 1, 1, 1)
+    ordered = None
+    if on_tpu and sum(n > 1 for n in inner) == 1:
+        pass  # row by row: JAX would arrange some slices as a ring, which has no `scatter_stages`
+    elif len(slices) > 1:
         ordered = _arrange(mesh_utils.create_hybrid_device_mesh, inner, outer, devices)
     else:
         ordered = _arrange(mesh_utils.create_device_mesh, sizes, devices)
     if ordered is None:
         ordered = np.array(sorted(devices, key=_place), object).reshape(sizes)
     return Mesh(ordered, AXES, axis_types=_TYPES)
+
+
+def scatter_stages(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> tuple[int, ...]:
+    """Into which reduce-scatters one over `axes` is split, by their numbers of devices.
+
+    On a TPU each stage runs along one dimension of the torus. Their product is the number of
+    devices along `axes`; in row-major order of these sizes the devices are those of `axes`. It is a
+    single stage where the devices are no box of the torus in this order, and on other platforms.
+    """
+    ways = math.prod(mesh.shape[a] for a in axes)
+    if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform != "tpu":
+        return (ways,)
+    rest = [a for a in mesh.axis_names if a not in axes]
+    order = [mesh.axis_names.index(a) for a in (*axes, *rest)]
+    along = mesh.devices.transpose(order).reshape(ways, -1)[:, 0]
+    places = np.array([d.coords for d in along])
+    stages: list[int] = []
+    step = 1
+    while step < ways:
+        size = next(
+            (n for n in range(ways // step, 1, -1) if _along_one_dimension(places, n, step)), None
+        )
+        if size is None:
+            return (ways,)
+        stages.insert(0, size)
+        step *= size
+    return tuple(stages)
+
+
+def _along_one_dimension(places: np.ndarray, size: int, step: int) -> bool:
+    """Whether every `size` devices that are `step` apart differ in one coordinate, the same one."""
+    if len(places) % (size * step):
+        return False
+    lines = places.reshape(-1, size, step, places.shape[-1])
+    return np.count_nonzero(np.any(lines != lines[:, :1], axis=(0, 1, 2))) == 1
 
 
 def context_mesh(mesh: Mesh) -> Mesh:

@@ -1,7 +1,9 @@
 """Matrix products and table lookups of sharded arrays.
 
 Where each device needs only its shard of a sum over devices, XLA's partitioner may emit an
-all-reduce and a slice, which is twice the traffic. This module emits the reduce-scatter itself.
+all-reduce and a slice, which is twice the traffic. This module emits the reduce-scatter itself, and
+on a TPU one for each dimension of the torus that the devices span: for a reduce-scatter over a
+square or a cube of chips the TPU's compiler also falls back to an all-reduce of the whole array.
 """
 
 import functools
@@ -12,8 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from jllama.parallel.mesh import scatter_stages
 from jllama.parallel.sharding import Parts, active_placement, pin
 
 
@@ -93,13 +97,25 @@ def reduce(x: jax.Array, axes: tuple[str, ...], scatter: Sequence[tuple[str, ...
 
 def _scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     before, after = x.shape[:dimension], x.shape[dimension + 1 :]
-    if math.prod(before) > 1:
+    stages = scatter_stages(active_placement().mesh, axes)
+    if len(stages) == 1 and math.prod(before) > 1:
         return lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
-    # The same reduce-scatter, untiled: for a leading dimension the TPU compiler turns a tiled one
-    # into an all-reduce and a slice.
-    ways = lax.axis_size(axes)
-    blocks = x.reshape(ways, x.shape[dimension] // ways, -1)
-    return lax.psum_scatter(blocks, axes, scatter_dimension=0).reshape(*before, -1, *after)
+    if math.prod(before) > 1 and math.prod(after) > 1:
+        x = _scatter(jnp.moveaxis(x, dimension, 0), axes, 0)
+        return jnp.moveaxis(x, 0, dimension)
+    # The TPU's compiler makes reduce-scatters of these untiled ones of three dimensions, [n,size,A]
+    # and [B,n,size], and an all-reduce and a slice of tiled ones and of more dimensions.
+    size, ways = x.shape[dimension], math.prod(stages)
+    devices = np.arange(ways).reshape(stages)
+    for stage, n in enumerate(stages):
+        groups = None if n == ways else np.moveaxis(devices, stage, -1).reshape(-1, n).tolist()
+        size //= n
+        if math.prod(before) > 1:
+            blocks, part = x.reshape(-1, n, size), 1
+        else:
+            blocks, part = x.reshape(n, size, -1), 0
+        x = lax.psum_scatter(blocks, axes, scatter_dimension=part, axis_index_groups=groups)
+    return x.reshape(*before, size, *after)
 
 
 def take_rows(table: jax.Array, tokens: jax.Array, axes: tuple[str, str], dtype: Any) -> jax.Array:

@@ -30,8 +30,10 @@ from jllama.model.param import dotted
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.plan import bounds
+from jllama.plan.counts import counted, seconds_to_send
 from jllama.plan.devices import compile_only_devices, hbm_bytes
 from jllama.plan.topology import Topology, parse
+from jllama.train.compiler import xla_options
 from jllama.train.loss import causal_lm_loss
 from jllama.train.placement import check_batches
 from jllama.train.state import StateDef, base_shapes, define_state
@@ -65,12 +67,15 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
     loss = functools.partial(causal_lm_loss, config)
     step = make_train_step(config, loss, definition, placement)
     start = time.perf_counter()
-    memory = _memory(step, (state, definition.frozen, batch), known)
+    memory, compiled = _compiled(step, (state, definition.frozen, batch), known)
     compile_seconds = round(time.perf_counter() - start, 2)
     capacity = memory.pop("hbm_capacity_bytes", capacity)
     step_fits = memory["hbm_bytes_per_device"] <= capacity and "compiler_message" not in memory
     evaluation = _evaluation(config, placement, definition, known, capacity)
     reading = _reading(config, placement, known.get("frozen", 0))
+    text = compiled and compiled.as_text()
+    if text:
+        times |= seconds_to_send(text, topology)
     return {
         "topology": topology.name,
         "slices": topology.slices,
@@ -91,6 +96,8 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
         "step_seconds_at_least": times,
         "run_seconds_at_least": config.training.steps * max(times.values()),
         "bound_by": max(times, key=lambda name: times[name]),
+        "program": text and counted(text, topology),
+        "xla": xla_options(config.compute, placement),
         "jax": jax.__version__,
         "compiler": _compiler(topology),
     }
@@ -190,11 +197,12 @@ def _evaluation(
     """Bytes of an evaluation batch beside the whole state; None without held-out data."""
     if not config.data.held_out:
         return {"eval_hbm_bytes_per_device": None, "eval_fits": None}
-    step = make_eval_step(functools.partial(causal_lm_loss, config), placement)
+    step = make_eval_step(config, functools.partial(causal_lm_loss, config), placement)
     batch = abstract_batch(config, placement, config.eval.batch_size)
     arguments = {key: known[key] for key in ("parameters", "frozen") if key in known}
     arguments["batch"] = bytes_per_device(batch)
-    memory = _memory(step, (definition.placed.trainable, definition.frozen, batch), arguments)
+    given = (definition.placed.trainable, definition.frozen, batch)
+    memory, _ = _compiled(step, given, arguments)
     # The optimizer's state is no argument of the evaluation, so the compiler does not count it.
     need = memory["hbm_bytes_per_device"] + known["optimizer"]
     refused = memory.get("compiler_message")
@@ -216,20 +224,26 @@ def _reading(config: Config, placement: Placement, frozen: int) -> int:
     largest, inputs = max(matrices, key=lambda matrix: bytes_per_device(matrix[0]))
     program, quantized = quantizing(largest, inputs, kind)
     others = frozen - bytes_per_device(quantized)
-    memory = _memory(program, (largest,), {})
+    memory, _ = _compiled(program, (largest,), {})
     return others + memory["hbm_bytes_per_device"]
 
 
-def _memory(step: Any, given: tuple[Any, ...], known: dict[str, int]) -> dict[str, Any]:
-    """Bytes of a compiled step by kind: arguments from their shapes, others from the compiler."""
+def _compiled(
+    step: Any, given: tuple[Any, ...], known: dict[str, int]
+) -> tuple[dict[str, Any], jax.stages.Compiled | None]:
+    """A compiled step, or None if the compiler refuses it for its memory, and its bytes by kind.
+
+    Those of the arguments come from their shapes, the others from the compiler.
+    """
     lowered = step.lower(*given)
     try:
-        stats = lowered.compile().memory_analysis()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         refused = out_of_memory(str(error))
         if refused is None:
             raise
-        return _refused(refused, known)
+        return _refused(refused, known), None
+    stats = compiled.memory_analysis()
     arguments = stats.argument_size_in_bytes
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes  # that reuse no argument
     # Two upper bounds. temp_size counts some buffers of libtpu twice. The peak, which libtpu
@@ -241,11 +255,12 @@ def _memory(step: Any, given: tuple[Any, ...], known: dict[str, int]) -> dict[st
         "temporaries": max(0, total - arguments),
         "program": stats.generated_code_size_in_bytes,
     }
-    return {
+    memory = {
         "hbm_bytes_per_device": sum(kinds.values()),
         "hbm_bytes_by_kind": kinds,
         "host_bytes_per_device": stats.host_temp_size_in_bytes + stats.host_argument_size_in_bytes,
     }
+    return memory, compiled
 
 
 def _refused(refused: dict[str, Any], known: dict[str, int]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ _REPORTS = (
 # The order of sums, memory, and what is measured.
 _ORDER = (
     "mesh.", "sharding.", "training.accumulate", "compute.remat", "compute.loss_block",
-    "compute.scan_unroll", "compute.attention", "eval.",
+    "compute.scan_unroll", "compute.attention", "compute.xla.", "eval.",
 )  # fmt: skip
 _HELD_OUT = "data.held_out"
 # What the text is read from: its digest is compared with that of data.json.

@@ -166,7 +166,7 @@ def prepare(
         data=data,
         frozen=frozen,
         train_step=make_train_step(config, loss, definition, placement),
-        eval_step=make_eval_step(loss, placement),
+        eval_step=make_eval_step(config, loss, placement),
         checkpoints=checkpoints,
         metrics=metrics,
         vote=distributed.Vote(),

@@ -11,6 +11,7 @@ import optax
 
 from jllama.config import Config
 from jllama.parallel.sharding import Placement
+from jllama.train.compiler import xla_options
 from jllama.train.loss import Batch
 from jllama.train.optimizer import learning_rate
 from jllama.train.state import StateDef, TrainState, as_float32
@@ -116,6 +117,7 @@ def make_train_step(
         train_step,
         donate_argnums=0,
         out_shardings=(definition.shardings, placement.replicated()),
+        compiler_options=xla_options(config.compute, placement),
     )
 
 
@@ -143,7 +145,7 @@ def _map_over_axis(f: Callable[..., Any], placement: Placement, axis: str) -> Ca
     return jax.vmap(inside, spmd_axis_name=axis)
 
 
-def make_eval_step(loss_fn: LossFn, placement: Placement) -> EvalStep:
+def make_eval_step(config: Config, loss_fn: LossFn, placement: Placement) -> EvalStep:
     """Returns the jitted evaluation: (trainable, frozen, batch) -> (nll_sum, weight_sum).
 
     Both are float32 scalars, the same on all devices; nothing is donated.
@@ -154,4 +156,8 @@ def make_eval_step(loss_fn: LossFn, placement: Placement) -> EvalStep:
             _, weight, sums = loss_fn(trainable, frozen, batch, None)
             return sums["nll_sum"], weight
 
-    return jax.jit(eval_step, out_shardings=placement.replicated())
+    return jax.jit(
+        eval_step,
+        out_shardings=placement.replicated(),
+        compiler_options=xla_options(config.compute, placement),
+    )

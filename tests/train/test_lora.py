@@ -55,6 +55,10 @@ class Run:
             losses.append(float(metrics["loss"]))
         return losses
 
+    def evaluate(self, batch):
+        step = make_eval_step(self.config, self.loss, self.placement)
+        return step(self.state.trainable, self.frozen, batch)[0]
+
 
 def moved(overlay, std=0.05):
     leaves, tree = jax.tree.flatten(overlay)
@@ -241,9 +245,7 @@ def test_dropout_depends_on_the_key_and_is_off_in_evaluation():
     assert some[0] == some[2] != some[1]
     plain = Run(recipes.in_memory(*LORA))
     plain.state = run.state
-    kept, _ = make_eval_step(run.loss, run.placement)(run.state.trainable, run.frozen, batch)
-    wanted, _ = make_eval_step(plain.loss, run.placement)(run.state.trainable, run.frozen, batch)
-    assert float(kept) == float(wanted)
+    assert float(run.evaluate(batch)) == float(plain.evaluate(batch))
 
 
 def test_dropout_scales_what_it_keeps_so_that_the_mean_stays():

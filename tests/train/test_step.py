@@ -199,7 +199,7 @@ def test_rows_that_a_context_does_not_divide_are_given_another_length():
 def test_evaluation_returns_the_sums_of_the_loss_function():
     config = recipes.in_memory("training.z_loss=0.5")
     placement, definition, _ = setup(config)
-    step = make_eval_step(functools.partial(causal_lm_loss, config), placement)
+    step = make_eval_step(config, functools.partial(causal_lm_loss, config), placement)
     params, batch = init_state(definition, 0).trainable, recipes.batch(config)
     nll, weight = step(params, (), placement.put_batch(batch))
     _, wanted, more = causal_lm_loss(config, params, (), batch, jax.random.key(0))

@@ -1,0 +1,292 @@
+"""What one step of a compiled program does: its collectives, its cycles, and a model of its time.
+
+Everything is counted as often as it runs: what is in a loop, as many times as the loop has trips.
+The compiler writes an asynchronous collective as a start and a done, or spreads it over a chain of
+fusions, the products that run meanwhile; each counts once.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jllama.chips import Chip
+from jllama.plan import hlo
+from jllama.plan.hlo import Array, Instruction, Module
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One array that a collective moves; a collective of several arrays is several of these.
+
+    Attributes:
+      kind: one of `KINDS`. "send" goes to another slice. An all-reduce that the TPU's compiler
+        fused with the slice of its result is a "reduce-scatter".
+      array: the whole array: what a gather makes, or what is summed, scattered, sent.
+      ways: devices in a group.
+      groups: which devices take part, as the program writes it.
+      scope: where in the traced function it comes from.
+      times: how often it runs in a step.
+      asynchronous: whether the compiler lets other work run meanwhile.
+    """
+
+    kind: str
+    array: Array
+    ways: int
+    groups: str
+    scope: str
+    times: int
+    asynchronous: bool
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends each time."""
+        share = (self.ways - 1) / self.ways if self.ways else 1
+        factors = {"all-reduce": 2 * share, "collective-permute": 1, "send": 1}
+        return self.array.bytes * factors.get(self.kind, share)
+
+
+class Links(NamedTuple):
+    """Bytes/s of a device: over all links to neighbours, over one of them, and to other slices."""
+
+    all: float
+    one: float
+    network: float
+
+    @classmethod
+    def of(cls, chip: Chip, share: float = 1.0) -> "Links":
+        """The published figures times `share`."""
+        one = chip.ici_bandwidth / (2 * chip.torus)
+        network = chip.dcn_bandwidth or math.inf
+        return cls(chip.ici_bandwidth * share, one * share, network * share)
+
+
+@dataclasses.dataclass
+class Step:
+    """One step of a program.
+
+    Attributes:
+      collectives: each array of each collective.
+      cycles: the compiler's estimate over all instructions that have one, loops multiplied in.
+        Pallas kernels, which are attention's, have none.
+      seconds: the modelled time; see `modelled_step`.
+      exposed: the part of `seconds` in which a device only waits for a collective, by
+        (kind, asynchronous).
+    """
+
+    collectives: list[Collective]
+    cycles: int = 0
+    seconds: float = 0.0
+    exposed: dict[tuple[str, bool], float] = dataclasses.field(default_factory=dict)
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a compiled module, from its text."""
+    walk = _Walk(hlo.parse(text), None, math.inf)
+    walk.run()
+    return walk.collectives
+
+
+def modelled_step(text: str, chip: Chip, share: float = 1.0) -> Step:
+    """Models one step of a program for TPUs with `share` of the published bandwidth of the links.
+
+    Instructions run in scheduled order and take the cycles that the compiler estimates. A
+    collective takes the bytes that a device sends over the bandwidth of all its links, and a
+    permute over that of one link; those of one kind of link run one after the other. A synchronous
+    one is waited for where it stands, an asynchronous one where it is done. Attention kernels,
+    memory that several instructions want at once, and latency are left out.
+    """
+    walk = _Walk(hlo.parse(text), Links.of(chip, share), chip.flops / chip.flops_per_cycle)
+    seconds = walk.run()
+    return Step(walk.collectives, walk.cycles, seconds, dict(walk.exposed))
+
+
+class _Walk:
+    """Walks a module once, in scheduled order; what it finds is in its attributes."""
+
+    def __init__(self, module: Module, links: Links | None, hertz: float):
+        self.module, self.links, self.hertz = module, links, hertz
+        self.cycles = 0
+        self.exposed: collections.Counter[tuple[str, bool]] = collections.Counter()
+        self._found: dict[tuple, list[Collective]] = {}
+
+    @property
+    def collectives(self) -> list[Collective]:
+        return [c for arrays in self._found.values() for c in arrays]
+
+    def run(self) -> float:
+        """Returns the modelled seconds."""
+        return self._computation(self.module.entry, 1, (), "")
+
+    def _computation(self, name: str, times: int, path: tuple[str, ...], scope: str) -> float:
+        """Walks a computation that runs `times` times; returns the seconds of one run."""
+        at = _Clock()
+        for i in self.module.computations[name]:
+            where = i.scope or scope
+            if i.opcode == "while":
+                trips = hlo.trips(self.module, name, i)
+                body = i.attribute("body")
+                inner = self._computation(body, times * trips, (*path, body), where)
+                at.now += trips * inner
+                continue
+            if i.opcode == "conditional":
+                at.now += self._branches(i, times, path, where)
+                continue
+            if i.opcode.endswith("-done"):
+                started = at.started.pop(i.operands[0], None)
+                if started:
+                    self._wait(at, *started, times)
+                continue
+            if kind := _kind(i, name):
+                arrays = self._note(i, kind, name, times, (*path, name, i.name), where)
+                asynchronous = i.opcode.endswith("-start") or kind == "send"
+                end = at.issue(self._seconds(arrays), _resource(arrays[0]))
+                if asynchronous:
+                    at.started[i.name] = end, arrays[0]
+                else:
+                    self._wait(at, end, arrays[0], times)
+                continue
+            self._work(i, at, times, path, where)
+        return at.now
+
+    def _work(
+        self, i: Instruction, at: "_Clock", times: int, path: tuple[str, ...], scope: str
+    ) -> None:
+        """An instruction that computes, or a fusion with collectives inside of it."""
+        called = i.called if i.called in self.module.computations else None
+        found = list(self._inside(called)) if called else []
+        started, finished = [], []
+        for inner, kind, computation in found:
+            chain = re.search(r'chain_id="(\d+)"', inner.rest)
+            key = (*path, "chain", chain[1]) if chain else (*path, computation, inner.name)
+            arrays = self._note(inner, kind, computation, times, key, inner.scope or scope)
+            if not chain and i.opcode == "async-start":
+                at.started[i.name] = (
+                    at.issue(self._seconds(arrays), _resource(arrays[0])),
+                    arrays[0],
+                )
+            elif not chain:
+                end = at.issue(self._seconds(arrays), _resource(arrays[0]))
+                self._wait(at, end, arrays[0], times)
+            elif self._has_marker(called, "AsyncCollectiveStart"):
+                started.append((chain[1], arrays))
+            elif self._has_marker(called, "AsyncCollectiveDone"):
+                finished.append(chain[1])
+        for chain, arrays in started:
+            end = at.issue(self._seconds(arrays), _resource(arrays[0]))
+            at.started[chain] = end, arrays[0]
+        self.cycles += i.estimated_cycles * times
+        at.now += i.estimated_cycles / self.hertz
+        for chain in finished:
+            if chain in at.started:
+                self._wait(at, *at.started.pop(chain), times)
+
+    def _branches(self, i: Instruction, times: int, path: tuple[str, ...], scope: str) -> float:
+        """All branches of a conditional count; the slowest one takes the time."""
+        listed = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
+        names = re.findall(r"%([\w.-]+)", listed[1]) if listed else []
+        names += [n for n in map(i.attribute, ("true_computation", "false_computation")) if n]
+        return max((self._computation(n, times, (*path, n), scope) for n in names), default=0.0)
+
+    def _inside(self, computation: str) -> Iterator[tuple[Instruction, str, str]]:
+        """The collectives in a computation that an instruction calls, and in those it calls."""
+        for i in self.module.computations.get(computation, ()):
+            if kind := _kind(i, computation):
+                yield i, kind, computation
+            if i.called:
+                yield from self._inside(i.called)
+
+    def _has_marker(self, computation: str, marker: str) -> bool:
+        return any(
+            i.opcode == "custom-call" and marker in i.rest
+            for i in self.module.computations[computation]
+        )
+
+    def _note(
+        self, i: Instruction, kind: str, computation: str, times: int, key: tuple, scope: str
+    ) -> list[Collective]:
+        """Adds a collective, unless a part of its chain was added; returns its arrays."""
+        if key not in self._found:
+            asynchronous = i.opcode.endswith("-start") or kind == "send" or "chain" in key
+            groups = _groups(i)
+            arrays = self._arrays(i, kind, computation)
+            ways = _ways(groups)
+            if kind == "reduce-scatter" and i.opcode.startswith("reduce-scatter"):
+                # Its result is a part of what is summed.
+                arrays = [dataclasses.replace(a, shape=(ways, *a.shape)) for a in arrays]
+            self._found[key] = [
+                Collective(kind, array, ways, groups, scope, times, asynchronous)
+                for array in arrays
+            ]
+        return self._found[key]
+
+    def _arrays(self, i: Instruction, kind: str, computation: str) -> list[Array]:
+        """The arrays of the result; a start of a gather or permute also has the operands."""
+        type_ = i.type
+        if i.opcode in ("all-gather-start", "collective-permute-start", "send"):
+            elements = hlo.tuple_elements(type_)
+            type_ = elements[0] if kind == "send" else elements[1]
+        return hlo.arrays(type_)
+
+    def _seconds(self, arrays: list[Collective]) -> float:
+        if self.links is None:
+            return 0.0
+        rates = {"collective-permute": self.links.one, "send": self.links.network}
+        return sum(c.sent for c in arrays) / rates.get(arrays[0].kind, self.links.all)
+
+    def _wait(self, at: "_Clock", end: float, what: Collective, times: int) -> None:
+        if end > at.now:
+            self.exposed[what.kind, what.asynchronous] += (end - at.now) * times
+            at.now = end
+
+
+class _Clock:
+    """The time in one run of a computation, and when each kind of link is free."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.started: dict[str, tuple[float, Collective]] = {}
+        self._free: collections.Counter[str] = collections.Counter()
+
+    def issue(self, seconds: float, resource: str) -> float:
+        """Occupies a resource as soon as it is free; returns when that ends."""
+        self._free[resource] = max(self.now, self._free[resource]) + seconds
+        return self._free[resource]
+
+
+def _kind(i: Instruction, computation: str) -> str | None:
+    kind = i.opcode.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    return (
+        "reduce-scatter" if kind == "all-reduce" and "all-reduce-scatter" in computation else kind
+    )
+
+
+def _resource(what: Collective) -> str:
+    """Collectives of one resource run one after the other; permutes along other links do not."""
+    if what.kind == "collective-permute":
+        return what.groups
+    return "network" if what.kind == "send" else "links"
+
+
+def _groups(i: Instruction) -> str:
+    found = re.search(
+        r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|mesh\S* \{[^}]*\}|\[\S*\])", i.rest
+    )
+    return found[1] if found else ""
+
+
+def _ways(groups: str) -> int:
+    """Devices in a group; 0 where the program does not say."""
+    if groups.startswith("{{"):
+        return len(groups[2:].split("}")[0].split(","))
+    if listed := re.match(r"\[\d+,(\d+)\]", groups):
+        return int(listed[1])
+    sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", groups)}
+    along = re.search(r"\{(.*)\}", groups)
+    return math.prod(sizes[a] for a in re.findall(r"'(\w+)'", along[1])) if along else 0
