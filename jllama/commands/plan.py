@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from jllama.chips import GIB
+from jllama.commands.plan_figures import comparison, figures_of_step
 from jllama.commands.table import table
 from jllama.config import Config, MeshConfig
 from jllama.config import recipe as recipes
@@ -24,12 +25,15 @@ NOT_FITTING, FAILED = 1, 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="the recipe; keys follow as for train.py")
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="the recipe; keys follow as for train.py"
+        "--compare",
+        nargs=2,
+        metavar=("PLAN", "PLAN"),
+        help="instead: two files that --json printed, side by side",
     )
     parser.add_argument(
         "--topology",
-        required=True,
         help="chips of one slice: v5p:8x8x8, v5e:4x4, ..., or the cloud's name: v5p-1024,"
         " v5litepod-16, ...; or gpu:h100:8",
     )
@@ -54,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 if the run fits, 1 if it does not, 3 if the compiler failed."""
+    if args.compare:
+        print(comparison(*args.compare))
+        return 0
+    for name in ("config", "topology"):
+        if not getattr(args, name):
+            raise UserError(f"--{name}: is required, unless --compare is given")
     if args.tries < 0:
         raise UserError(f"--tries={args.tries}: must be at least 0")
     if args.enough < 1:
@@ -125,6 +135,7 @@ def _page(figures: dict[str, Any], tried: list[Tried], fewer_rows: int | None) -
         ("compile seconds", f"{figures['compile_seconds']:g}"),
         *((f"step at least, by {name}", f"{s:.4g} s") for name, s in times.items()),
         ("bound by", figures["bound_by"]),
+        *figures_of_step(figures),
         ("all steps at least", _duration(figures["run_seconds_at_least"])),
     ]
     lines = [figures["recipe"], table([r for r in rows if r[1]], left=range(2), indent="  ")]

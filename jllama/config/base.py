@@ -13,11 +13,19 @@ Nonnegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
+
+def _sorted_pairs(options: Any) -> tuple[tuple[str, Any], ...]:
+    if not isinstance(options, dict):
+        raise ValueError("expected the names of options, each with a value")
+    for name, value in options.items():
+        if isinstance(value, dict | list):
+            raise ValueError(f"{name}: expected a number, true or false, text, or null")
+    return tuple(sorted(options.items()))
+
+
 # Names with values: keys and values in YAML, and sorted pairs in Python, which are hashable.
 Options = Annotated[
-    tuple[tuple[str, bool | int | float | str | None], ...],
-    BeforeValidator(lambda x: tuple(sorted(x.items())) if isinstance(x, dict) else x),
-    PlainSerializer(dict),
+    tuple[tuple[str, Any], ...], BeforeValidator(_sorted_pairs), PlainSerializer(dict)
 ]
 
 configclass = functools.partial(

@@ -55,7 +55,7 @@ AttentionConfig = Annotated[
 
 @configclass
 class XlaConfig:
-    """Options of XLA by platform, on top of `jllama.train.compiler.DEFAULTS`."""
+    """Options of XLA by platform, on top of those of `jllama.train.compiler`."""
 
     tpu: Options = default(
         "options of the TPU's compiler, on top of its defaults here; null takes one away", ()

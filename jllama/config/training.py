@@ -103,6 +103,10 @@ class TrainingConfig:
         " none",
         "",
     )
+    gradient_dtype: Literal["float32", "bfloat16"] = default(
+        "dtype in which devices send gradients to each other; a device's own sums are float32",
+        "float32",
+    )
     z_loss: Nonnegative = default("weight of log(Z)^2 in the loss", 0.0)
     optimizer: Optimizer = doc("optimizer")
     schedule: Schedule = doc("learning rate")

@@ -12,6 +12,7 @@ from jllama.model.linear import Matrix, project
 from jllama.model.norm import RMSNorm
 from jllama.model.param import matrix_init
 from jllama.parallel.context import platform
+from jllama.parallel.sharding import constrain
 
 
 class MLP(nn.Module):
@@ -64,6 +65,11 @@ def _swiglu_bwd(saved, d):
 swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
+def _residual(x: jax.Array, h: jax.Array) -> jax.Array:
+    """x + h, constrained: else the gradient's sum would be computed where it is gathered next."""
+    return constrain(x + h, "batch", "block_seq", "act_embed")
+
+
 class Block(nn.Module):
     """One layer; the carry of the scan over layers is x [B,T,D] and the whole cache, or None."""
 
@@ -92,7 +98,7 @@ class Block(nn.Module):
             h, cache = Attention(c, self.compute, self.balanced, name="attention")(
                 h, cache, layer, rope, positions, segments
             )
-            x = x + h
+            x = _residual(x, h)
         with jax.named_scope("mlp"):
-            x = x + MLP(c, self.compute, name="mlp")(norm("ffn_norm")(x))
+            x = _residual(x, MLP(c, self.compute, name="mlp")(norm("ffn_norm")(x)))
         return (x, cache), None

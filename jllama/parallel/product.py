@@ -26,7 +26,7 @@ def contract(
     dims: tuple[tuple[int, ...], tuple[int, ...]],
     parts: tuple[Parts, Parts],
     target: Parts,
-    dtype: Any = None,
+    gradient: Any = None,
 ) -> jax.Array:
     """Returns the sum of `lax.dot_general(a, b)` over all pairs (a, b), sharded by `target`.
 
@@ -36,12 +36,14 @@ def contract(
       parts: the mesh axes over which the dimensions of a and of b are sharded; contracted
         dimensions are sharded alike.
       target: the mesh axes over which the dimensions of the result are sharded.
-      dtype: the dtype of the result and of all sums; None means the dtype of the arrays.
+      gradient: the dtype of the parameter whose gradient this is. A device forms its sums in it,
+        and sends them as `reduce` says. None means an activation, in the dtype of the arrays.
     """
 
     def local(*pairs):
         products = (
-            lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=dtype) for a, b in pairs
+            lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=gradient)
+            for a, b in pairs
         )
         return functools.reduce(operator.add, products)
 
@@ -57,7 +59,7 @@ def contract(
     placement = active_placement()
     specs = tuple(placement.partition(*array) for array in parts)
     run = placement.per_device(
-        lambda *pairs: reduce(local(*pairs), summed, scatter),
+        lambda *pairs: reduce(local(*pairs), summed, scatter, gradient is not None),
         (specs,) * len(pairs),
         placement.partition(*reached),
     )
@@ -81,18 +83,34 @@ def all_gather(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array
     return lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
 
 
-def reduce(x: jax.Array, axes: tuple[str, ...], scatter: Sequence[tuple[str, ...]]) -> jax.Array:
+def reduce(
+    x: jax.Array,
+    axes: tuple[str, ...],
+    scatter: Sequence[tuple[str, ...]],
+    gradient: bool = False,
+) -> jax.Array:
     """Sums x over the mesh axes `axes`, inside `per_device`, and scatters the sum.
 
     Each dimension d is scattered over the axes `scatter[d]`, a subset of `axes`. The scatters come
-    first, so that less is sent along the other axes.
+    first, so that less is sent along the other axes. The gradient of a parameter is sent, and added
+    on its way, in the placement's `gradient_dtype`; the result has the dtype of x.
     """
+    dtype = x.dtype
+    if gradient:
+        x = as_sent(x)
     for dimension, part in enumerate(scatter):
         if part:
             x = _scatter(x, part, dimension)
     scattered = {axis for part in scatter for axis in part}
     rest = tuple(axis for axis in axes if axis not in scattered)
-    return lax.psum(x, rest) if rest else x
+    return (lax.psum(x, rest) if rest else x).astype(dtype)
+
+
+def as_sent(gradient: jax.Array) -> jax.Array:
+    """A parameter's gradient in the dtype in which devices send it."""
+    placement = active_placement()
+    narrow = placement.gradient_dtype == "bfloat16" and gradient.dtype == jnp.float32
+    return gradient.astype(jnp.bfloat16) if narrow else gradient
 
 
 def _scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:

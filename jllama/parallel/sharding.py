@@ -34,12 +34,14 @@ class Placement:
     """A mesh and the rules that place arrays on it.
 
     Nothing is sharded or summed over the mesh axes `apart`: they are the `spmd_axis_name` of a
-    `jax.vmap` around the function whose arrays this placement places.
+    `jax.vmap` around the function whose arrays this placement places. Devices send gradients of
+    parameters to each other in `gradient_dtype`, or in their own where that is narrower.
     """
 
     mesh: Mesh | AbstractMesh
     rules: ShardingConfig
     apart: tuple[str, ...] = ()
+    gradient_dtype: str = "float32"
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -50,6 +52,11 @@ class Placement:
     def platform(self) -> str:
         """The platform of the mesh's devices, "cpu", "gpu" or "tpu"; they need not be attached."""
         return self.mesh.devices.flat[0].platform
+
+    @property
+    def device_kind(self) -> str:
+        """JAX's name of the mesh's kind of device, such as "TPU v5 lite"."""
+        return self.mesh.devices.flat[0].device_kind
 
     def mesh_axes(self, shape: Sequence[int], axes: Sequence[str | None], name: str) -> Parts:
         """The mesh axes over which each dimension of `shape` with logical `axes` is sharded.

@@ -14,7 +14,7 @@ from jllama.chips import Chip
 from jllama.config import Config
 from jllama.flops import BYTES
 
-_GRADIENT = 4  # bytes of an element: gradients and their sums over devices are float32
+_GRADIENT = 4  # bytes of an element: a device's gradients are float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,7 @@ def traffic(
       state_bytes: bytes of trained parameters and optimizer state on one device.
     """
     passes = config.training.accumulate
+    sent = BYTES[config.training.gradient_dtype]
     # Memory: the state is read and written; the gradient is written and read (its norm is needed
     # before its first use); the products of each pass read the weights, forward and backward.
     hbm = 2.0 * state_bytes
@@ -104,15 +105,15 @@ def traffic(
             continue
         hbm += 2 * stored * _GRADIENT
         if multiplied:
-            links += sums * _share(used * _GRADIENT, gathered)
+            links += sums * _share(used * sent, gathered)
         # Devices with the same shard and different rows add up their gradients; replicas do it
         # once, after their microbatches.
         same = [a for a in ("fsdp", "context") if a not in p.axes]
-        links += sums * 2 * _share(stored * _GRADIENT, _ways(mesh, same))
+        links += sums * 2 * _share(stored * sent, _ways(mesh, same))
         if "replica" not in p.axes:
             inside = mesh["replica"] // slices
-            links += 2 * _share(stored * _GRADIENT, inside)
-            network += 2 * _share(stored * _GRADIENT / inside, slices)
+            links += 2 * _share(stored * sent, inside)
+            network += 2 * _share(stored * sent / inside, slices)
     return Traffic(hbm, links + _activations(config, mesh, parameters), network)
 
 

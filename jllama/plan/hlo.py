@@ -55,9 +55,8 @@ class Instruction:
     @property
     def called(self) -> str | None:
         """The computation that a fusion, a call or an asynchronous start runs."""
-        return self.attribute("calls") or (
-            self.attribute("to_apply") if self.opcode == "call" else None
-        )
+        is_call = self.opcode in ("call", "call-start")
+        return self.attribute("to_apply" if is_call else "calls")
 
     @property
     def scope(self) -> str:
@@ -108,7 +107,7 @@ def parse(text: str) -> Module:
         if head:
             current = lines.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif line.rstrip() == "}":
+        elif line.rstrip() == "}" or line.startswith("}, execution_thread="):
             current = None
         elif current is not None:
             if _INSTRUCTION.match(line):
@@ -185,24 +184,27 @@ def trips(module: Module, computation: str, loop: Instruction) -> int:
 
 def _limit(module: Module, condition: str) -> tuple[int | None, int | None]:
     """The constant that a loop's counter is compared with, and the counter's place in the tuple."""
-    outer = module.by_name(condition)
-    compare, operands = module.root(condition), None
-    if compare.opcode == "fusion":
-        fused = module.by_name(compare.called)
-        inner = module.root(compare.called)
-        operands = [_argument(fused[name], outer, compare) for name in inner.operands]
-    else:
-        operands = [outer[name] for name in compare.operands]
+    operands = _inner_operands(module, condition, module.root(condition))[1]
     limit = next((i.constant for i in operands if i.constant is not None), None)
     index = next((_tuple_index(i) for i in operands if i.opcode == "get-tuple-element"), None)
     return limit, index
 
 
-def _argument(
-    inner: Instruction, outer: dict[str, Instruction], fusion: Instruction
-) -> Instruction:
-    """What a fused computation's parameter stands for; another instruction is itself."""
-    return inner if inner.parameter is None else outer[fusion.operands[inner.parameter]]
+def _inner_operands(
+    module: Module, computation: str, instruction: Instruction
+) -> tuple[str, list[Instruction]]:
+    """The opcode and the operands of an instruction; those of a fusion's root, for a fusion."""
+    outer = module.by_name(computation)
+    if instruction.opcode != "fusion":
+        return instruction.opcode, [_through_copies(outer, n) for n in instruction.operands]
+    inner, root = module.by_name(instruction.called), module.root(instruction.called)
+    operands = []
+    for name in root.operands:
+        i = _through_copies(inner, name)
+        if i.parameter is not None:
+            i = _through_copies(outer, instruction.operands[i.parameter])
+        operands.append(i)
+    return root.opcode, operands
 
 
 def _tuple_index(instruction: Instruction) -> int:
@@ -220,15 +222,11 @@ def _step(module: Module, body: str, index: int | None) -> int | None:
     """The constant that the body adds to the counter."""
     if index is None:
         return None
-    inside = module.by_name(body)
-    following = _through_copies(inside, module.root(body).operands[index])
-    if following.opcode == "fusion":
-        inside = module.by_name(following.called)
-        following = module.root(following.called)
-    if following.opcode != "add":
+    following = _through_copies(module.by_name(body), module.root(body).operands[index])
+    opcode, operands = _inner_operands(module, body, following)
+    if opcode != "add":
         return None
-    values = (_through_copies(inside, name).constant for name in following.operands)
-    return next((value for value in values if value is not None), None)
+    return next((i.constant for i in operands if i.constant is not None), None)
 
 
 def _through_copies(scope: dict[str, Instruction], name: str) -> Instruction:

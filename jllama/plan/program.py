@@ -142,8 +142,9 @@ class _Walk:
                     self._wait(at, *started, times)
                 continue
             if kind := _kind(i, name):
-                arrays = self._note(i, kind, name, times, (*path, name, i.name), where)
                 asynchronous = i.opcode.endswith("-start") or kind == "send"
+                key = (*path, name, i.name)
+                arrays = self._note(i, kind, name, times, key, where, asynchronous)
                 end = at.issue(self._seconds(arrays), _resource(arrays[0]))
                 if asynchronous:
                     at.started[i.name] = end, arrays[0]
@@ -156,34 +157,34 @@ class _Walk:
     def _work(
         self, i: Instruction, at: "_Clock", times: int, path: tuple[str, ...], scope: str
     ) -> None:
-        """An instruction that computes, or a fusion with collectives inside of it."""
+        """An instruction that computes, or one that runs a computation with collectives."""
         called = i.called if i.called in self.module.computations else None
-        found = list(self._inside(called)) if called else []
         started, finished = [], []
-        for inner, kind, computation in found:
+        for inner, kind, computation in self._inside(called) if called else ():
+            # The SparseCore's collectives are calls with a start and a done.
+            apart = i.opcode.endswith("-start")
             chain = re.search(r'chain_id="(\d+)"', inner.rest)
-            key = (*path, "chain", chain[1]) if chain else (*path, computation, inner.name)
-            arrays = self._note(inner, kind, computation, times, key, inner.scope or scope)
-            if not chain and i.opcode == "async-start":
-                at.started[i.name] = (
-                    at.issue(self._seconds(arrays), _resource(arrays[0])),
-                    arrays[0],
-                )
-            elif not chain:
+            key = (*path, "chain", chain[1]) if chain else (*path, i.name, computation, inner.name)
+            arrays = self._note(
+                inner, kind, computation, times, key, inner.scope or scope, apart or bool(chain)
+            )
+            if not chain:
                 end = at.issue(self._seconds(arrays), _resource(arrays[0]))
-                self._wait(at, end, arrays[0], times)
+                if apart:
+                    at.started[i.name] = end, arrays[0]
+                else:
+                    self._wait(at, end, arrays[0], times)
             elif self._has_marker(called, "AsyncCollectiveStart"):
                 started.append((chain[1], arrays))
             elif self._has_marker(called, "AsyncCollectiveDone"):
                 finished.append(chain[1])
-        for chain, arrays in started:
-            end = at.issue(self._seconds(arrays), _resource(arrays[0]))
-            at.started[chain] = end, arrays[0]
+        for chain_id, arrays in started:
+            at.started[chain_id] = at.issue(self._seconds(arrays), _resource(arrays[0])), arrays[0]
         self.cycles += i.estimated_cycles * times
         at.now += i.estimated_cycles / self.hertz
-        for chain in finished:
-            if chain in at.started:
-                self._wait(at, *at.started.pop(chain), times)
+        for chain_id in finished:
+            if chain_id in at.started:
+                self._wait(at, *at.started.pop(chain_id), times)
 
     def _branches(self, i: Instruction, times: int, path: tuple[str, ...], scope: str) -> float:
         """All branches of a conditional count; the slowest one takes the time."""
@@ -207,11 +208,17 @@ class _Walk:
         )
 
     def _note(
-        self, i: Instruction, kind: str, computation: str, times: int, key: tuple, scope: str
+        self,
+        i: Instruction,
+        kind: str,
+        computation: str,
+        times: int,
+        key: tuple,
+        scope: str,
+        asynchronous: bool,
     ) -> list[Collective]:
         """Adds a collective, unless a part of its chain was added; returns its arrays."""
         if key not in self._found:
-            asynchronous = i.opcode.endswith("-start") or kind == "send" or "chain" in key
             groups = _groups(i)
             arrays = self._arrays(i, kind, computation)
             ways = _ways(groups)

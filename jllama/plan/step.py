@@ -27,7 +27,6 @@ from jllama.config import recipe as recipes
 from jllama.errors import UserError
 from jllama.model.llama import param_specs
 from jllama.model.param import dotted
-from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.plan import bounds
 from jllama.plan.counts import counted, seconds_to_send
@@ -35,7 +34,7 @@ from jllama.plan.devices import compile_only_devices, hbm_bytes
 from jllama.plan.topology import Topology, parse
 from jllama.train.compiler import xla_options
 from jllama.train.loss import causal_lm_loss
-from jllama.train.placement import check_batches
+from jllama.train.placement import check_batches, make_placement
 from jllama.train.state import StateDef, base_shapes, define_state
 from jllama.train.step import make_eval_step, make_train_step
 
@@ -51,7 +50,7 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
     """
     capacity = hbm_bytes(topology)
     devices = compile_only_devices(topology)
-    placement = Placement(make_mesh(config.mesh, devices), config.sharding)
+    placement = make_placement(config, devices)
     definition = define(config, placement)
     state = definition.placed
     batch = abstract_batch(config, placement, config.training.batch_size)

@@ -1,40 +1,76 @@
 """The options with which XLA compiles a run's programs."""
 
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jllama.chips import chip_of
 from jllama.config import ComputeConfig
 from jllama.errors import UserError
 from jllama.parallel.sharding import Placement
 
-# docs/performance.md says what each does to the step, by the compiler's own count.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "tpu": {
-        # On-chip memory that one fusion may use: with more, products read their factors less often.
-        "xla_tpu_scoped_vmem_limit_kib": 32768,
-        # Propagation keeps a second copy of all parameters, in bfloat16, through the step.
-        "xla_jf_bf16_propagation": False,
-    },
+# Collectives of the SparseCore run beside the products of the TensorCore: gathers over one, two and
+# three dimensions of the torus, and reduce-scatters. Gathers would else be fused with products.
+_SPARSE_CORE = {
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
 }
 
 
-def xla_options(compute: ComputeConfig, placement: Placement) -> dict[str, Any]:
-    """The options for the mesh's platform: `DEFAULTS`, and over them `compute.xla`.
+def default_options(placement: Placement) -> dict[str, Any]:
+    """The options where the recipe gives none: those that the compiler's count of steps favours.
 
-    Raises `UserError` for an option that the compiler does not know, or whose value it refuses.
+    docs/sharding.md has the counts.
     """
-    platform = placement.platform
-    given = dict(getattr(compute.xla, platform, ()))
-    options = DEFAULTS.get(platform, {}) | given
+    chip = chip_of(placement.device_kind)
+    if placement.platform != "tpu" or chip is None:
+        return {}
+    # On-chip memory that one fusion may use: with more, products read their factors less often.
+    options: dict[str, Any] = {"xla_tpu_scoped_vmem_limit_kib": 32768}
+    if chip.sparse_core:
+        options |= _SPARSE_CORE
+    if not {"tensor", "context"} & set(placement.axes):
+        # Propagation keeps a second copy of all parameters, in bfloat16, through the step. Where
+        # activations are gathered it is needed: without it they are gathered in float32.
+        options["xla_jf_bf16_propagation"] = False
+    return options
+
+
+def xla_options(compute: ComputeConfig, placement: Placement) -> dict[str, Any]:
+    """The options for the mesh's platform: `default_options`, and over them `compute.xla`.
+
+    Defaults that this version of the compiler does not know are left out. Raises `UserError` for
+    an option of the recipe that it does not know, or whose value it refuses.
+    """
+    given = dict(getattr(compute.xla, placement.platform, ()))
+    options = default_options(placement) | given
     options = {name: value for name, value in options.items() if value is not None}
-    if given:
-        where = placement.replicated()
-        program = jax.jit(lambda: jnp.zeros(()), out_shardings=where, compiler_options=options)
+    while options:
+        # The compiler names one option at a time, and an empty program is compiled at once.
+        program = jax.jit(
+            lambda: jnp.zeros(()), out_shardings=placement.replicated(), compiler_options=options
+        )
         try:
             program.lower().compile()
+            break
         except jax.errors.JaxRuntimeError as error:
             message = " ".join(str(error).removeprefix("INVALID_ARGUMENT: ").split())
-            raise UserError(f"compute.xla.{platform}: {message[:300]}") from None
+            unknown = re.search(r"No such compile option: '(\w+)'", message)
+            if unknown is None or unknown[1] in given or unknown[1] not in options:
+                key = f"compute.xla.{placement.platform}"
+                raise UserError(f"{key}: {message[:300]}") from None
+            del options[unknown[1]]
     return options
+
+
+def as_text(options: dict[str, Any]) -> str:
+    """The options as an environment variable would give them: "a=1 b=false"."""
+    return " ".join(
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in options.items()
+    )

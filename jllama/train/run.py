@@ -22,6 +22,7 @@ from jllama.store.checkpoint import Checkpoints
 from jllama.store.find import latest_step
 from jllama.train.batches import Batches
 from jllama.train.branch import open_branch
+from jllama.train.compiler import as_text, xla_options
 from jllama.train.folder import check_same_recipe, open_run, run_folder
 from jllama.train.initial import open_initial
 from jllama.train.loss import Batch, causal_lm_loss
@@ -146,6 +147,8 @@ def prepare(
     step = branch.step if branch and not saved else saved
     if leader:
         say(opening_line(config, placement, definition, folder, step))
+        if options := xla_options(config.compute, placement):
+            say(f"{folder}: options of XLA: {as_text(options)}")
     profile = Profile(config.run.profile, end_step(config), folder)
     if leader and (note := profile.note(step)):
         say(note)

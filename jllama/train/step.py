@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jllama.config import Config
+from jllama.parallel.product import as_sent
 from jllama.parallel.sharding import Placement
 from jllama.train.compiler import xla_options
 from jllama.train.loss import Batch
@@ -82,7 +83,12 @@ def make_train_step(
             return jax.tree.map(jnp.add, carry, gradient_of(*xs)), None
 
         total, _ = jax.lax.scan(add, zeros, (micro, keys))
-        return jax.tree.map(lambda x: jnp.sum(x, 0), total) if replicas > 1 else total
+        if replicas == 1:
+            return total
+        grads, *sums = total
+        # `jnp.sum` would send a bfloat16 gradient as float32.
+        grads = jax.tree.map(lambda g: jax.lax.reduce_sum(as_sent(g), (0,)).astype(g.dtype), grads)
+        return grads, *jax.tree.map(lambda x: jnp.sum(x, 0), sums)
 
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
         with placement.active():

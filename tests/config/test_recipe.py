@@ -139,7 +139,7 @@ MEMBERS = {
 }
 
 # Keys with a single value.
-FIXED = {"data.held_out.source"}
+FIXED = {"data.held_out.source", "compute.xla.tpu", "compute.xla.gpu", "compute.xla.cpu"}
 
 # Values of keys for which `another` would break a pattern or a rule between two keys.
 CHOSEN = {
@@ -261,6 +261,27 @@ def test_an_override_changes_its_key_and_no_other(recipe, setup, key, hint):
     value = new if isinstance(new, str) else json.dumps(new)
     after = flatten(recipes.to_dict(recipes.load(recipe, [*setup, f"{key}={value}"])))
     assert after == {**before, key: new}
+
+
+def test_options_of_xla_are_set_by_name_and_hashable(recipe):
+    options = [
+        "compute.xla.tpu.xla_a=32768",
+        "compute.xla.tpu.xla_b=false",
+        "compute.xla.cpu={c: x}",
+    ]
+    loaded = recipes.load(recipe, options).compute.xla
+    assert (loaded.tpu, loaded.gpu, loaded.cpu) == (
+        (("xla_a", 32768), ("xla_b", False)), (), (("c", "x"),),
+    )  # fmt: skip
+    assert isinstance(hash(loaded), int)
+    saved = recipes.to_dict(loaded)
+    assert saved == {"tpu": {"xla_a": 32768, "xla_b": False}, "gpu": {}, "cpu": {"c": "x"}}
+    for wrong, said in (
+        ("compute.xla.tpu.xla_a=[1, 2]", r"compute\.xla\.tpu: xla_a: expected a number"),
+        ("compute.xla.tpu=[xla_a]", r"--compute\.xla\.tpu: expected the names of options"),
+    ):
+        with pytest.raises(UserError, match=said):
+            recipes.load(recipe, [wrong])
 
 
 def test_an_override_reads_numbers_and_words_as_people_write_them(recipe):

@@ -3,7 +3,6 @@
 import functools
 import math
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,7 @@ from jllama.model.blockwise import segment_starts, visits
 from jllama.parallel import context
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
+from jllama.plan.program import collectives
 from jllama.train import loss as losses
 from jllama.train.state import define_state
 
@@ -181,7 +181,7 @@ def test_the_backward_pass_gathers_again_outside_of_a_loop_too(no_cache):
 
     with placed.active():
         text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(row, row, row).compile().as_text()
-    gathers = [c for c in hlo.collectives(text) if c.kind == "all-gather"]
+    gathers = [c for c in collectives(text) if c.kind == "all-gather"]
     assert sum(c.times for c in gathers) == 2 + 2  # keys and values, forward and backward
 
 

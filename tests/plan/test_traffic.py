@@ -1,10 +1,7 @@
 """The interconnect bound against what the compiler's program sends."""
 
 import functools
-import math
-import re
 
-import hlo
 import pytest
 import recipes
 import tpu
@@ -12,6 +9,7 @@ import tpu
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.plan import bounds, step
+from jllama.plan.program import collectives
 from jllama.train.loss import causal_lm_loss
 from jllama.train.state import define_state
 from jllama.train.step import make_train_step
@@ -20,30 +18,6 @@ SIZES = {
     "vocab_size": 512, "hidden_dim": 512, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
     "head_dim": 128, "ffn_dim": 512, "max_length": 512,
 }  # fmt: skip
-ITEM = {"f32": 4, "bf16": 2, "s8": 1}
-
-
-def ways(groups):
-    """Devices in a group, as the program writes it."""
-    if groups.startswith("{{"):
-        return len(groups[2:].split("}")[0].split(","))
-    if listed := re.match(r"\[\d+,(\d+)\]", groups):
-        return int(listed[1])
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups))
-    along = re.search(r"\{(.*)\}", groups)
-    return math.prod(int(sizes[a]) for a in (re.findall(r"'(\w+)'", along[1]) if along else sizes))
-
-
-def sent(collective):
-    """Bytes that one device sends."""
-    n = ways(collective.groups)
-    size = math.prod(collective.shape) * ITEM.get(collective.dtype, 0)
-    scattered = 1 if collective.fused else n
-    share = (n - 1) / n
-    factor = {"all-reduce": 2 * share, "reduce-scatter": scattered * share}
-    return collective.times * size * factor.get(collective.kind, share)
-
-
 QLORA = ("adapt={kind: lora, rank: 8, alpha: 8, quantize: int8}", "training.init_from=unread")
 
 
@@ -68,7 +42,7 @@ def test_the_interconnect_bound_is_what_the_program_sends_but_for_little(
         )
         .compile()
     )
-    program = sum(map(sent, hlo.collectives(compiled.as_text())))
+    program = sum(c.times * c.sent for c in collectives(compiled.as_text()))
     mesh = dict(placement.mesh.shape)
     bound = bounds.traffic(config, mesh, 1, step.parameters_of(definition), 0).interconnect
     assert 0.9 * program < bound <= program
