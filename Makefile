@@ -1,6 +1,7 @@
 # `make help` lists the targets.
 
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 # Installs the programs that jllama is compared with, each in a cached environment outside the
@@ -18,7 +19,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --for
 	--no-annotate --custom-compile-command "make lock" pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install train long-context test test-peers bench plan plans api lint format lock clean
+.PHONY: help install train long-context test test-peers bench bench-tpu plan plans api lint format lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +59,11 @@ test-peers: $(VENV)/.dev  ## check exactness against transformers, PEFT, llama.c
 
 bench: $(VENV)/.default  ## compare the train step with PyTorch (an hour on two quiet cores)
 	peer="$$($(PEER) transformers)" && $(BIN)/python -m benchmarks.compare --peers "$$peer"
+
+bench-tpu: $(VENV)/.default  ## write docs/tpu.md: compare the step on TPU slices with MaxText's (an hour on two cores)
+	@# MaxText needs Python 3.12; its libtpu compiles both programs.
+	peer="$$($(PYTHON312) tests/peers/environment.py maxtext)" && \
+	$(BIN)/python -m benchmarks.tpu --peer "$$peer" docs/tpu.md
 
 plan: $(VENV)/.default $(VENV)/.plan  ## install the TPU compiler for jllama plan, outside the packages of .venv
 	@echo "$(BIN)/jllama plan is ready"

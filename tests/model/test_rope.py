@@ -18,6 +18,27 @@ from jllama.model.rope import (
     turns,
 )
 
+
+def test_on_a_tpu_a_product_exchanges_the_halves_bit_for_bit(monkeypatch):
+    tables = rope_tables(turns(tiny.config(head_dim=16)), np.arange(40)[None])
+    for dtype in ("float32", "bfloat16"):
+        x, d = (
+            jax.random.normal(jax.random.key(k), (1, 40, 3, 16)).astype(dtype) for k in range(2)
+        )
+
+        def both(x, d):
+            y, pull = jax.vjp(lambda x: apply_rope(x, *tables), x)
+            return y, pull(d)[0]
+
+        plain = both(x, d)
+        with monkeypatch.context() as patched:
+            patched.setattr("jllama.model.rope.platform", lambda: "tpu")
+            turned = both(x, d)
+        for got, want in zip(turned, plain, strict=True):
+            assert got.dtype == want.dtype == dtype
+            np.testing.assert_array_equal(got, want)
+
+
 LENGTHS = (5, 16, 17, 100, 2048)  # below, at and above the original length of tiny's kinds
 
 

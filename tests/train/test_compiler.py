@@ -67,7 +67,8 @@ def test_the_options_reach_the_compiled_step(monkeypatch):
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_this_compiler_knows_every_default_for_a_tpu(topology):
-    chips = tpu.devices(topology, chips_per_host_bounds=(2, 2, 1))
+    megacore = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
+    chips = tpu.devices(topology, chips_per_host_bounds=(2, 2, 1), **megacore)
     for mesh in ({}, {"fsdp": 2, "tensor": 2}):
         on = placement(chips, **mesh)
         assert options(on=on) == compiler.default_options(on)

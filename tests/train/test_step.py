@@ -1,5 +1,6 @@
 """The train step: accumulation, meshes, one compilation whatever the depth, float32 state."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -17,7 +18,7 @@ from jllama.errors import UserError
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train.loss import causal_lm_loss
-from jllama.train.placement import check_batches, check_rows
+from jllama.train.placement import check_batches, check_rows, make_placement
 from jllama.train.state import define_state, init_state
 from jllama.train.step import make_eval_step, make_train_step
 
@@ -73,6 +74,35 @@ def test_eight_devices_equal_one(sizes, one_device):
     part = gate.addressable_shards[0].data
     assert part.size * 8 == gate.size * sizes.get("replica", 1)
     check_same(got, one_device)
+
+
+@pytest.mark.parametrize(
+    "sizes,stages",
+    [({"fsdp": 8}, (2, 4)), ({"fsdp": 8}, (2, 2, 2)), ({"fsdp": 4, "context": 2}, (2, 2, 2))],
+    ids=str,
+)
+def test_gradients_scattered_in_stages_equal_one_device(monkeypatch, sizes, stages, one_device):
+    """As on a torus, which a CPU is not."""
+    devices = math.prod(sizes.values())
+    monkeypatch.setattr(
+        "jllama.parallel.product.scatter_stages",
+        lambda mesh, axes: stages if math.prod(mesh.shape[a] for a in axes) == devices else (2,),
+    )
+    check_same(train(recipes.in_memory(), **sizes), one_device)
+
+
+def test_gradients_sent_as_bfloat16_differ_by_their_rounding(one_device):
+    config = recipes.in_memory("training.gradient_dtype=bfloat16", "training.accumulate=2")
+    mesh = MeshConfig(replica=2, fsdp=2)
+    placement = make_placement(dataclasses.replace(config, mesh=mesh), jax.devices()[:4])
+    definition = define_state(config, placement)
+    step = make_train_step(config, functools.partial(causal_lm_loss, config), definition, placement)
+    batch = placement.put_batch(recipes.batch(config, 0))
+    _, metrics = step(init_state(definition, 0), (), batch)
+    exact = one_device[1][0]
+    assert float(metrics["loss"]) == pytest.approx(exact["loss"], rel=1e-5)
+    off = abs(float(metrics["grad_norm"]) / exact["grad_norm"] - 1)
+    assert 1e-7 < off < 2**-8
 
 
 def test_muon_on_eight_devices_equals_one():

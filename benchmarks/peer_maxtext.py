@@ -1,0 +1,32 @@
+"""Compiles MaxText's train step for absent TPUs, in MaxText's own environment.
+
+    PYTHON benchmarks/peer_maxtext.py PROGRAM.hlo key=value ...
+
+The keys are MaxText's (`compile_topology=v5e-16 model_name=llama2-7b ...`). Writes the compiled
+program's text to PROGRAM.hlo and prints {"peak_bytes": ...} as the last line on stdout.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app
+from maxtext.trainers.pre_train import train_compile
+
+
+def main() -> None:
+    file = Path(sys.argv.pop(1))
+    jit_and_compile = train_compile.jit_and_compile
+
+    def kept(*args, **kwargs):
+        compiled = jit_and_compile(*args, **kwargs)
+        file.write_text(compiled.as_text())
+        print(json.dumps({"peak_bytes": compiled.memory_analysis().peak_memory_in_bytes}))
+        sys.exit(0)  # MaxText would go on to print the compiler's statistics
+
+    train_compile.jit_and_compile = kept
+    app.run(train_compile.main)
+
+
+if __name__ == "__main__":
+    main()
