@@ -30,7 +30,6 @@ class Chip:
       torus: dimensions of a TPU slice; a chip has two links along each.
       flops_per_cycle: bfloat16 FLOPs of a TPU's matrix units in a cycle, 2 x units x side^2. The
         compiler's estimate for a product of 16,384^2 agrees within a quarter (libtpu 0.0.42).
-      sparse_core: whether the compiler can give collectives to SparseCores (libtpu 0.0.42).
     """
 
     kind: str
@@ -41,7 +40,6 @@ class Chip:
     dcn_bandwidth: float | None = None
     torus: int | None = None
     flops_per_cycle: int | None = None
-    sparse_core: bool = False
 
 
 _UNIT = 2 * 128**2  # FLOPs of a matrix unit in a cycle; those of v6e have twice the side
@@ -53,8 +51,8 @@ _UNIT = 2 * 128**2  # FLOPs of a matrix unit in a cycle; those of v6e have twice
 CHIPS = {
     "v4": Chip("TPU v4", 275e12, 30.75 * GIB, 1200e9, 300e9, None, 3, 8 * _UNIT),
     "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 200e9, 25e9 / 8, 2, 4 * _UNIT),
-    "v5p": Chip("TPU v5", 459e12, 95.74 * GIB, 2765e9, 600e9, 50e9 / 8, 3, 8 * _UNIT, True),
-    "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1638e9, 400e9, 100e9 / 8, 2, 16 * _UNIT, True),
+    "v5p": Chip("TPU v5", 459e12, 95.74 * GIB, 2765e9, 600e9, 50e9 / 8, 3, 8 * _UNIT),
+    "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1638e9, 400e9, 100e9 / 8, 2, 16 * _UNIT),
     "a100": Chip("NVIDIA A100", 312e12, None, 2039e9, 300e9, None),
     "h100": Chip("NVIDIA H100", 989e12, None, 3350e9, 450e9, None),
     "h200": Chip("NVIDIA H200", 989e12, None, 4800e9, 450e9, None),

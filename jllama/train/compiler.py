@@ -6,19 +6,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jllama.chips import chip_of
+from jllama.chips import CHIPS, chip_of
 from jllama.config import ComputeConfig
 from jllama.errors import UserError
 from jllama.parallel.sharding import Placement
 
-# Collectives of the SparseCore run beside the products of the TensorCore: gathers over one, two and
-# three dimensions of the torus, and reduce-scatters. Gathers would else be fused with products.
+# On-chip memory that one fusion may use: with more, products read their factors less often. On v4
+# and v6e it changes nothing.
+_FUSION_MEMORY = {"xla_tpu_scoped_vmem_limit_kib": 32768}
+# The SparseCore's collectives run beside the TensorCore's products: reduce-scatters, and gathers
+# along one, two and three dimensions of the torus, which would else be fused with products.
 _SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
+}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "v4": {},
+    "v5e": _FUSION_MEMORY,
+    "v5p": _FUSION_MEMORY | _SPARSE_CORE,
+    "v6e": _SPARSE_CORE,
 }
 
 
@@ -28,16 +37,13 @@ def default_options(placement: Placement) -> dict[str, Any]:
     docs/sharding.md has the counts.
     """
     chip = chip_of(placement.device_kind)
-    if placement.platform != "tpu" or chip is None:
+    options = next((o for name, o in _OPTIONS.items() if CHIPS[name] is chip), None)
+    if options is None:
         return {}
-    # On-chip memory that one fusion may use: with more, products read their factors less often.
-    options: dict[str, Any] = {"xla_tpu_scoped_vmem_limit_kib": 32768}
-    if chip.sparse_core:
-        options |= _SPARSE_CORE
     if not {"tensor", "context"} & set(placement.axes):
         # Propagation keeps a second copy of all parameters, in bfloat16, through the step. Where
         # activations are gathered it is needed: without it they are gathered in float32.
-        options["xla_jf_bf16_propagation"] = False
+        options = options | {"xla_jf_bf16_propagation": False}
     return options
 
 

@@ -73,6 +73,5 @@ def test_this_compiler_knows_every_default_for_a_tpu(topology):
         on = placement(chips, **mesh)
         assert options(on=on) == compiler.default_options(on)
     assert "xla_jf_bf16_propagation" not in options(on=on)
-    assert options("compute.xla.tpu.xla_tpu_scoped_vmem_limit_kib=null", on=on).keys() == (
-        compiler.default_options(on).keys() - {"xla_tpu_scoped_vmem_limit_kib"}
-    )
+    first = next(iter(options(on=placement(chips))))
+    assert first not in options(f"compute.xla.tpu.{first}=null", on=placement(chips))
