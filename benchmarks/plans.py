@@ -46,7 +46,8 @@ ROWS = (
 )
 _HEAD = (
     "model", "slice", "mesh", "rows", "state", "rest", "total", "eval", "of", "fits",
-    "FLOPs per step", "step at least", "bound by", "compile",
+    "FLOPs per step", "step at least", "bound by", "sent GB", "overlapped", "modelled step",
+    "at half the links", "compile",
 )  # fmt: skip
 
 
@@ -80,9 +81,25 @@ def row(what: str, report: dict[str, Any]) -> str:
         f"{report['model_flops_per_step']:.3g}",
         f"{report['step_seconds_at_least'][report['bound_by']]:.3g} s",
         report["bound_by"],
+        *_program(report["program"]),
         f"{report['compile_seconds']:.0f} s",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _program(program: dict[str, Any] | None) -> tuple[str, ...]:
+    if program is None:
+        return ("", "", "", "")
+    collectives = program["collectives"]
+    sent = sum(c["sent_bytes"] for c in collectives)
+    overlapped = sum(c["sent_bytes"] for c in collectives if c["asynchronous"])
+    seconds = program["modelled_seconds"]
+    return (
+        f"{sent / 1e9:.1f}",
+        f"{overlapped / sent:.0%}" if sent else "",
+        f"{seconds['100%']:.3g} s",
+        f"{seconds['50%']:.3g} s",
+    )
 
 
 def page(reports: list[dict[str, Any]]) -> str:
@@ -107,6 +124,10 @@ def page(reports: list[dict[str, Any]]) -> str:
         " with the state;",
         "sizes are GiB per device. Rematerialisation and dtypes are the recipes' own unless the"
         " command sets them.",
+        "`sent` are the bytes that leave a chip in a step, `overlapped` the share of them beside"
+        " which other work runs, and the",
+        "modelled step adds the compiler's estimates and the time on the links, but not attention's"
+        " kernels.",
         "`compile` is the time to compile the step on the machine that wrote this page.",
         "",
         "The commands, in order; each prints the full report:",

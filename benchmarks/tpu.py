@@ -23,6 +23,7 @@ from jllama.plan.topology import parse
 
 ROOT = Path(__file__).parent.parent
 _NO_WINDOWS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+_OUR_VMEM = "--xla_tpu_scoped_vmem_limit_kib=32768"
 _TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -180,10 +181,9 @@ def page(version: str, table: list[str]) -> str:
             " collectives at the links' published",
             "  bandwidth, or half of it; see [planning.md](planning.md). It is a model, not a"
             " measurement.",
-            "- *no windows*: MaxText with `--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000`;"
-            " *no windows, our vmem*:",
-            "  and with the on-chip memory that jllama gives a fusion,"
-            " `--xla_tpu_scoped_vmem_limit_kib=32768`.",
+            f"- *no windows*: MaxText with `{_NO_WINDOWS}`;",
+            "  *no windows, our vmem*: and with the on-chip memory that jllama gives a fusion,"
+            f" `{_OUR_VMEM}`.",
             "",
             "The work, as `jllama plan` and as MaxText's `train_compile` are told it"
             " (`remat_policy=full attention=flash`):",
@@ -222,7 +222,7 @@ def main() -> None:
         if case.maxtext:
             answers["MaxText"] = maxtext(case, args.peer, "")
             answers["MaxText, no windows"] = maxtext(case, args.peer, _NO_WINDOWS)
-            flags = f"{_NO_WINDOWS} --xla_tpu_scoped_vmem_limit_kib=32768"
+            flags = f"{_NO_WINDOWS} {_OUR_VMEM}"
             answers["MaxText, no windows, our vmem"] = maxtext(case, args.peer, flags)
         found = rows(case, answers)
         print("\n".join(found), flush=True)

@@ -135,8 +135,8 @@ def _page(figures: dict[str, Any], tried: list[Tried], fewer_rows: int | None) -
         ("compile seconds", f"{figures['compile_seconds']:g}"),
         *((f"step at least, by {name}", f"{s:.4g} s") for name, s in times.items()),
         ("bound by", figures["bound_by"]),
-        *figures_of_step(figures),
         ("all steps at least", _duration(figures["run_seconds_at_least"])),
+        *figures_of_step(figures),
     ]
     lines = [figures["recipe"], table([r for r in rows if r[1]], left=range(2), indent="  ")]
     if figures["fits"]:

@@ -80,8 +80,10 @@ class Attention(nn.Module):
             q = RMSNorm(c.rms_norm_eps, "norm", param_dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, "norm", param_dtype, name="k_norm")(k)
         tables, slot_tables = rope
-        q = constrain(apply_rope(q, *tables), "batch", "seq", "act_heads", None)
-        k = k if slot_tables else apply_rope(k, *tables)
+        if not self.is_initializing():  # when only the shapes matter
+            q = apply_rope(q, *tables)
+            k = k if slot_tables else apply_rope(k, *tables)
+        q = constrain(q, "batch", "seq", "act_heads", None)
         k = constrain(k, "batch", "seq", "act_kv_heads", None)
         v = constrain(v, "batch", "seq", "act_kv_heads", None)
 

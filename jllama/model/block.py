@@ -32,7 +32,9 @@ class MLP(nn.Module):
         down = Matrix((F,), (D,), ("ffn", "embed"), init, param_dtype, name="down")
 
         gated, h = project(x, gate, up, dtype=dtype)
-        (y,) = project(swiglu(gated, h), down, dtype=dtype)
+        if not self.is_initializing():  # when only the shape matters
+            h = swiglu(gated, h)
+        (y,) = project(h, down, dtype=dtype)
         return y
 
 

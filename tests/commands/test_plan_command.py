@@ -70,6 +70,17 @@ def test_a_step_that_fits(recipe, compiler, capsys):
     state = parameters + kinds["optimizer"]
     assert figures["eval_fits"] is True
     assert state < figures["eval_hbm_bytes_per_device"] < figures["hbm_bytes_per_device"]
+    assert figures["xla"]["xla_tpu_scoped_vmem_limit_kib"] == 32768
+    program = figures["program"]
+    sent = sum(c["sent_bytes"] for c in program["collectives"])
+    # The bound is never below what the program sends: v5e's four links carry 200 GB/s.
+    assert figures["step_seconds_at_least"]["interconnect"] == pytest.approx(sent / 200e9, rel=1e-3)
+    kinds = {c["kind"] for c in program["collectives"]}
+    assert {"all-gather", "reduce-scatter"} <= kinds
+    full, half = (program["modelled_seconds"][share] for share in ("100%", "50%"))
+    assert program["estimated_seconds"] < full < half
+    waits = sum(program["exposed_seconds"]["100%"].values())
+    assert full == pytest.approx(program["estimated_seconds"] + waits)
     assert (
         figures["compile_seconds"] > 0 and figures["bound_by"] in figures["step_seconds_at_least"]
     )
@@ -169,8 +180,72 @@ def report(fits):
         "eval_hbm_bytes_per_device": size // 4, "eval_fits": True,
         "host_bytes_per_device": 0, "model_flops_per_step": 10**12, "compile_seconds": 1.0,
         "step_seconds_at_least": {"compute": 2.0, "hbm": 1.0}, "bound_by": "compute",
-        "run_seconds_at_least": 4 * 86400,
+        "run_seconds_at_least": 4 * 86400, "recipe": "a.yaml", "program": PROGRAM, "xla": {"a": True},
     }  # fmt: skip
+
+
+GATHER = {
+    "kind": "all-gather", "dtype": "bf16", "asynchronous": True, "arrays": 12, "bytes": 4 * 10**9,
+    "sent_bytes": 3 * 10**9,
+}  # fmt: skip
+PROGRAM = {
+    "collectives": [GATHER], "estimated_cycles": 10, "estimated_seconds": 1.0,
+    "modelled_seconds": {"100%": 1.25, "50%": 1.5},
+    "exposed_seconds": {"100%": {"all-gather, asynchronous": 0.25}, "50%": {"all-reduce": 0.5}},
+}  # fmt: skip
+
+
+def test_two_plans_stand_side_by_side_with_their_ratios(tmp_path, capsys):
+    scatter = GATHER | {"kind": "reduce-scatter", "asynchronous": False}
+    second = report(False) | {
+        "program": PROGRAM | {"collectives": [scatter]},
+        "topology": "v6e:2x2",
+    }
+    gpu = report(True) | {"program": {"collectives": []}}
+    files = []
+    for name, figures in (("a", report(True)), ("b", second), ("gpu", gpu)):
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(figures))
+    assert cli.main(["plan", "--compare", str(files[0]), str(files[1])]) == 0
+    rows = {re.split("  +", line)[0]: re.split("  +", line)[1:] for line in lines_of(capsys)}
+    assert rows["topology"] == ["v5e:2x2", "v6e:2x2"]
+    assert rows["fits"] == ["yes", "no"]
+    assert rows["memory per device"] == ["0.50 GiB", "2.00 GiB", "4.000"]
+    assert rows["modelled step, links at 50%"] == ["1.5 s", "1.5 s", "1.000"]
+    assert rows["sends by all-gather, bf16, overlapped"] == ["3 GB", "0 GB"]
+    assert rows["sends by reduce-scatter, bf16, waited for"] == ["0 GB", "3 GB"]
+    assert cli.main(["plan", "--compare", str(files[0]), str(files[2])]) == 0
+    assert any(re.match("modelled step, links at 50% +1.5 s +-", line) for line in lines_of(capsys))
+
+
+def lines_of(capsys):
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not readable as JSON"),
+        ("{}", "is no report that `jllama plan --json` printed"),
+        ("[]", "expected a JSON object"),
+        (None, "plan.json"),
+    ],
+)
+def test_what_is_no_plan_cannot_be_compared(tmp_path, capsys, text, said):
+    file = tmp_path / "plan.json"
+    if text is not None:
+        file.write_text(text)
+    assert cli.main(["plan", "--compare", str(file), str(file)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("given,missing", [("--config=x", "topology"), ("--topology=x", "config")])
+def test_a_plan_needs_a_recipe_and_a_slice(capsys, given, missing):
+    assert cli.main(["plan", given]) == 2
+    assert (
+        capsys.readouterr().err == f"error: --{missing}: is required, unless --compare is given\n"
+    )
 
 
 def test_json_of_a_search_has_what_was_tried(recipe, monkeypatch, capsys):
@@ -247,7 +322,15 @@ def test_the_page_is_aligned(recipe, monkeypatch, capsys):
     status, out, _ = run(capsys, "--config", recipe)
     lines = out.splitlines()[1:]
     assert status == 0
-    assert lines[-1].endswith("  4.0 days")
+    assert lines[-6].endswith("  4.0 days")
+    shown = [tuple(re.split("  +", line.strip())) for line in lines[-5:]]
+    assert shown == [
+        ("sends by all-gather, bf16, overlapped", "3 GB in 12 arrays"),
+        ("compiler's estimate of its work", "1 s"),
+        ("modelled step, links at 100%", "1.25 s, of which it waits 0.25 s"),
+        ("modelled step, links at 50%", "1.5 s, of which it waits 0.5 s"),
+        ("XLA: a", "true"),
+    ]
     column = {len(x) - len(x[2:].split("  ", 1)[1].lstrip()) for x in lines}
     assert len(column) == 1
 
