@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jllama.chips import GIB
+from jllama.plan import hlo
 from jllama.plan.counts import counted
 from jllama.plan.topology import parse
+from jllama.train.compiler import as_text
 
 ROOT = Path(__file__).parent.parent
 _NO_WINDOWS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
-_OUR_VMEM = "--xla_tpu_scoped_vmem_limit_kib=32768"
 _TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -93,11 +94,15 @@ CASES = (
 
 
 class Answer(NamedTuple):
-    """Peak bytes of a chip's memory, and `jllama.plan.counts.counted`; or why there are none."""
+    """Peak bytes of a chip's memory, and `jllama.plan.counts.counted`; or why there are none.
+
+    `flags` are the compiler's options, as LIBTPU_INIT_ARGS takes them.
+    """
 
     peak: int = 0
     step: dict[str, Any] | None = None
     failure: str = ""
+    flags: str = ""
 
 
 def ours(case: Case, libtpu: str) -> Answer:
@@ -109,7 +114,9 @@ def ours(case: Case, libtpu: str) -> Answer:
         sys.exit(f"status {done.returncode}: {shlex.join(command)}")
     report = json.loads(done.stdout)
     kinds = report["hbm_bytes_by_kind"]
-    return Answer(sum(kinds.values()) - kinds.get("program", 0), report["program"])
+    peak = sum(kinds.values()) - kinds.get("program", 0)
+    flags = " ".join(f"--{option}" for option in as_text(report["xla"]).split())
+    return Answer(peak, report["program"], report.get("compiler_message", ""), flags)
 
 
 def maxtext(case: Case, peer: str, flags: str) -> Answer:
@@ -126,7 +133,7 @@ def maxtext(case: Case, peer: str, flags: str) -> Answer:
             return Answer(failure=(lines or ["no message"])[-1][:200])
         text = program.read_text()
     peak = json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
-    return Answer(peak, counted(text, parse(case.topology)))
+    return Answer(peak, counted(hlo.parse(text), parse(case.topology)))
 
 
 def rows(case: Case, answers: dict[str, Answer]) -> list[str]:
@@ -182,8 +189,8 @@ def page(version: str, table: list[str]) -> str:
             "  bandwidth, or half of it; see [planning.md](planning.md). It is a model, not a"
             " measurement.",
             f"- *no windows*: MaxText with `{_NO_WINDOWS}`;",
-            "  *no windows, our vmem*: and with the on-chip memory that jllama gives a fusion,"
-            f" `{_OUR_VMEM}`.",
+            "  *our options*: and with the options of the compiler that jllama takes by default"
+            " ([sharding.md](sharding.md#on-tpu-slices)).",
             "",
             "The work, as `jllama plan` and as MaxText's `train_compile` are told it"
             " (`remat_policy=full attention=flash`):",
@@ -203,7 +210,9 @@ def page(version: str, table: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", required=True, help="the Python of MaxText's environment")
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of cases, from 1")
+    parser.add_argument(
+        "--only", type=int, nargs="*", help="numbers of cases, from 1, that are printed"
+    )
     parser.add_argument("page", help="the Markdown file to write")
     args = parser.parse_args()
     ask = (
@@ -222,12 +231,13 @@ def main() -> None:
         if case.maxtext:
             answers["MaxText"] = maxtext(case, args.peer, "")
             answers["MaxText, no windows"] = maxtext(case, args.peer, _NO_WINDOWS)
-            flags = f"{_NO_WINDOWS} {_OUR_VMEM}"
-            answers["MaxText, no windows, our vmem"] = maxtext(case, args.peer, flags)
+            flags = f"{_NO_WINDOWS} {answers['jllama'].flags}"
+            answers["MaxText, no windows, our options"] = maxtext(case, args.peer, flags)
         found = rows(case, answers)
         print("\n".join(found), flush=True)
         table += found
-    Path(args.page).write_text(page(version, table), encoding="utf-8")
+    if not args.only:  # else the table is not whole
+        Path(args.page).write_text(page(version, table), encoding="utf-8")
 
 
 if __name__ == "__main__":

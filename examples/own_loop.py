@@ -31,11 +31,8 @@ def main(loss_name, recipe, *overrides):
             state, metrics = train_step(state, (), batches(t))
             if (t + 1) % config.run.log_every == 0:
                 print(f"step {t + 1}  loss {metrics['loss']:.4f}")
-        print(
-            jt.evaluate(
-                config, data, placed, jt.make_eval_step(config, loss, placed), state.trainable
-            )
-        )
+        eval_step = jt.make_eval_step(config, loss, placed)
+        print(jt.evaluate(config, data, placed, eval_step, state.trainable))
         checkpoints.save(config.training.steps, **jt.to_trees(state))
 
 

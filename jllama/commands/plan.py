@@ -59,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0 if the run fits, 1 if it does not, 3 if the compiler failed."""
     if args.compare:
+        others = [f"--{n}" for n in ("config", "topology") if getattr(args, n)] + args.overrides
+        if others:
+            raise UserError(f"--compare reads two files and nothing else; leave out {others[0]}")
         print(comparison(*args.compare))
         return 0
     for name in ("config", "topology"):

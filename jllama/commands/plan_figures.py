@@ -83,16 +83,20 @@ def _gigabytes(size: float) -> str:
 
 def _of_program(*keys: str) -> Callable[[Figures], Any]:
     def figure(plan: Figures) -> Any:
-        value = plan.get("program") or {}
+        value = plan.get("program")
         for key in keys:
-            value = value.get(key, {})
-        return value or None
+            value = None if value is None else value.get(key)
+        return value
 
     return figure
 
 
 def _exposed(share: str) -> Callable[[Figures], Any]:
-    return lambda plan: sum((_of_program("exposed_seconds", share)(plan) or {}).values()) or None
+    def figure(plan: Figures) -> float | None:
+        waits = _of_program("exposed_seconds", share)(plan)
+        return None if waits is None else sum(waits.values())
+
+    return figure
 
 
 _COMPARED: tuple[tuple[str, Callable[[Figures], Any], Callable[[Any], str]], ...] = (

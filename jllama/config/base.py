@@ -15,6 +15,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _sorted_pairs(options: Any) -> tuple[tuple[str, Any], ...]:
+    if isinstance(options, tuple):  # as they are kept
+        options = dict(options)
     if not isinstance(options, dict):
         raise ValueError("expected the names of options, each with a value")
     for name, value in options.items():

@@ -104,7 +104,8 @@ class TrainingConfig:
         "",
     )
     gradient_dtype: Literal["float32", "bfloat16"] = default(
-        "dtype in which devices send gradients to each other; a device's own sums are float32",
+        "dtype in which devices send the gradients of matrices and of the head to each other; a"
+        " device sums its own in the dtype of the parameters",
         "float32",
     )
     z_loss: Nonnegative = default("weight of log(Z)^2 in the loss", 0.0)

@@ -42,10 +42,10 @@ class MLP(nn.Module):
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """`silu(gate) * up`.
 
-    On TPUs the result and both gradients are stored. XLA would compute them inside the products
-    that use them, again for each block of a product, which takes longer than to read them.
+    In training on TPUs the result and both gradients are stored. XLA would compute them inside the
+    products that use them, again for each block of a product, which takes longer than to read them.
     """
-    return _stored(_swiglu(gate, up))
+    return _swiglu(gate, up)
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ def _stored(x: Any) -> Any:
 
 
 def _swiglu_fwd(gate, up):
-    return swiglu(gate, up), (gate, up)
+    return _stored(_swiglu(gate, up)), (gate, up)
 
 
 def _swiglu_bwd(saved, d):

@@ -165,7 +165,7 @@ def _many_devices(one_device, placement, hidden, weight, targets, weights):
         d_hidden, d_weight = gradients
         d_hidden = reduce(d_hidden, vocab + idle, ((), gathered, ()))
         if d_weight is not None:
-            d_weight = reduce(d_weight, others, (width, ()), gradient=True).T
+            d_weight = reduce(d_weight, others, (width, ()), is_gradient=True).T
             # The backward pass of the layers waits for this: else the whole gradient, which
             # only the optimizer reads, would be kept in memory beside them.
             d_hidden, d_weight = lax.optimization_barrier((d_hidden, d_weight))

@@ -1,5 +1,6 @@
 """Makes the mesh of devices from its config."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -35,9 +36,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     slices = {getattr(d, "slice_index", 0) for d in devices} if on_tpu else {0}
     _check_slices(sizes, len(slices))
     inner, outer = (sizes[0] // len(slices), *sizes[1:]), (len(slices), 1, 1, 1)
-    ordered = None
-    if on_tpu and sum(n > 1 for n in inner) == 1:
-        pass  # row by row: JAX would arrange some slices as a ring, which has no `scatter_stages`
+    # JAX would arrange some slices as a ring, which has no `scatter_stages`.
+    row_by_row = on_tpu and sum(n > 1 for n in inner) == 1
+    if row_by_row:
+        ordered = None
     elif len(slices) > 1:
         ordered = _arrange(mesh_utils.create_hybrid_device_mesh, inner, outer, devices)
     else:
@@ -47,12 +49,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(ordered, AXES, axis_types=_TYPES)
 
 
+@functools.cache
 def scatter_stages(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> tuple[int, ...]:
-    """Into which reduce-scatters one over `axes` is split, by their numbers of devices.
+    """Returns the sizes of the reduce-scatters into which one over `axes` is split.
 
-    On a TPU each stage runs along one dimension of the torus. Their product is the number of
-    devices along `axes`; in row-major order of these sizes the devices are those of `axes`. It is a
-    single stage where the devices are no box of the torus in this order, and on other platforms.
+    On a TPU each runs along one dimension of the torus. Their product is the number of devices
+    along `axes`, which lie in row-major order of these sizes. There is a single one if the devices
+    in their order are no box of the torus, and on other platforms.
     """
     ways = math.prod(mesh.shape[a] for a in axes)
     if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform != "tpu":

@@ -26,7 +26,7 @@ def contract(
     dims: tuple[tuple[int, ...], tuple[int, ...]],
     parts: tuple[Parts, Parts],
     target: Parts,
-    gradient: Any = None,
+    gradient_dtype: Any = None,
 ) -> jax.Array:
     """Returns the sum of `lax.dot_general(a, b)` over all pairs (a, b), sharded by `target`.
 
@@ -36,13 +36,13 @@ def contract(
       parts: the mesh axes over which the dimensions of a and of b are sharded; contracted
         dimensions are sharded alike.
       target: the mesh axes over which the dimensions of the result are sharded.
-      gradient: the dtype of the parameter whose gradient this is. A device forms its sums in it,
-        and sends them as `reduce` says. None means an activation, in the dtype of the arrays.
+      gradient_dtype: the dtype of the parameter whose gradient this is. A device forms its sums in
+        it, and sends them as `reduce` says. None means an activation, in the dtype of the arrays.
     """
 
     def local(*pairs):
         products = (
-            lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=gradient)
+            lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=gradient_dtype)
             for a, b in pairs
         )
         return functools.reduce(operator.add, products)
@@ -59,7 +59,7 @@ def contract(
     placement = active_placement()
     specs = tuple(placement.partition(*array) for array in parts)
     run = placement.per_device(
-        lambda *pairs: reduce(local(*pairs), summed, scatter, gradient is not None),
+        lambda *pairs: reduce(local(*pairs), summed, scatter, gradient_dtype is not None),
         (specs,) * len(pairs),
         placement.partition(*reached),
     )
@@ -87,7 +87,7 @@ def reduce(
     x: jax.Array,
     axes: tuple[str, ...],
     scatter: Sequence[tuple[str, ...]],
-    gradient: bool = False,
+    is_gradient: bool = False,
 ) -> jax.Array:
     """Sums x over the mesh axes `axes`, inside `per_device`, and scatters the sum.
 
@@ -96,7 +96,7 @@ def reduce(
     on its way, in the placement's `gradient_dtype`; the result has the dtype of x.
     """
     dtype = x.dtype
-    if gradient:
+    if is_gradient:
         x = as_sent(x)
     for dimension, part in enumerate(scatter):
         if part:
@@ -121,8 +121,8 @@ def _scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     if math.prod(before) > 1 and math.prod(after) > 1:
         x = _scatter(jnp.moveaxis(x, dimension, 0), axes, 0)
         return jnp.moveaxis(x, 0, dimension)
-    # The TPU's compiler makes reduce-scatters of these untiled ones of three dimensions, [n,size,A]
-    # and [B,n,size], and an all-reduce and a slice of tiled ones and of more dimensions.
+    # Untiled and of three dimensions, [n,size,A] or [B,n,size]: for a leading dimension, and in
+    # stages, the TPU's compiler turns other forms into an all-reduce and a slice.
     size, ways = x.shape[dimension], math.prod(stages)
     devices = np.arange(ways).reshape(stages)
     for stage, n in enumerate(stages):

@@ -34,8 +34,8 @@ class Placement:
     """A mesh and the rules that place arrays on it.
 
     Nothing is sharded or summed over the mesh axes `apart`: they are the `spmd_axis_name` of a
-    `jax.vmap` around the function whose arrays this placement places. Devices send gradients of
-    parameters to each other in `gradient_dtype`, or in their own where that is narrower.
+    `jax.vmap` around the function whose arrays this placement places. `gradient_dtype` is that of
+    gradients as devices send them; those of a narrower dtype are sent as they are.
     """
 
     mesh: Mesh | AbstractMesh

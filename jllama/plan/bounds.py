@@ -82,7 +82,7 @@ def traffic(
       state_bytes: bytes of trained parameters and optimizer state on one device.
     """
     passes = config.training.accumulate
-    sent = BYTES[config.training.gradient_dtype]
+    stored_item = BYTES[config.compute.param_dtype]
     # Memory: the state is read and written; the gradient is written and read (its norm is needed
     # before its first use); the products of each pass read the weights, forward and backward.
     hbm = 2.0 * state_bytes
@@ -104,6 +104,9 @@ def traffic(
         if not p.trained:
             continue
         hbm += 2 * stored * _GRADIENT
+        sent = min(BYTES[config.training.gradient_dtype], stored_item)
+        # The lookup's gradient and the norms' are summed by the partitioner, as they are.
+        sent = sent if multiplied and "norm" not in p.name else stored_item
         if multiplied:
             links += sums * _share(used * sent, gathered)
         # Devices with the same shard and different rows add up their gradients; replicas do it

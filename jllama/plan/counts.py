@@ -3,29 +3,30 @@
 import collections
 from typing import Any
 
+from jllama.plan.hlo import Module
 from jllama.plan.program import collectives, modelled_step
 from jllama.plan.topology import Topology
 
 _SHARES = (1.0, 0.5)  # of the links' published bandwidth, for the modelled time
 
 
-def seconds_to_send(text: str, topology: Topology) -> dict[str, float]:
+def seconds_to_send(program: Module, topology: Topology) -> dict[str, float]:
     """Seconds that a device takes at least for what the compiled step sends, by network."""
     sent: collections.Counter[str] = collections.Counter()
-    for c in collectives(text):
+    for c in collectives(program):
         sent["network" if c.kind == "send" else "interconnect"] += c.times * c.sent
     chip = topology.chip
     rates = {"interconnect": chip.ici_bandwidth, "network": chip.dcn_bandwidth}
     return {name: size / rates[name] for name, size in sent.items() if size and rates[name]}
 
 
-def counted(text: str, topology: Topology) -> dict[str, Any]:
+def counted(program: Module, topology: Topology) -> dict[str, Any]:
     """What the compiled step does; docs/planning.md lists the keys.
 
     The compiler for GPUs estimates no time.
     """
     sums: dict[tuple[str, str, bool], list[float]] = {}
-    for c in collectives(text):
+    for c in collectives(program):
         total = sums.setdefault((c.kind, c.array.dtype, c.asynchronous), [0, 0, 0])
         for i, amount in enumerate((1, c.array.bytes, c.sent)):
             total[i] += c.times * amount
@@ -45,9 +46,10 @@ def counted(text: str, topology: Topology) -> dict[str, Any]:
     if topology.on_gpu:
         return figures
     chip = topology.chip
-    steps = {f"{share:.0%}": modelled_step(text, chip, share) for share in _SHARES}
+    steps = {f"{share:.0%}": modelled_step(program, chip, share) for share in _SHARES}
     cycles = steps["100%"].cycles
     return figures | {
+        "uncounted_loops": steps["100%"].uncounted_loops,
         "estimated_cycles": cycles,
         "estimated_seconds": cycles * chip.flops_per_cycle / chip.flops,
         "modelled_seconds": {share: step.seconds for share, step in steps.items()},

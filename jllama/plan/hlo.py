@@ -173,58 +173,63 @@ def trips(module: Module, computation: str, loop: Instruction) -> int:
     """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(known[1])
-    condition, body = loop.attribute("condition"), loop.attribute("body")
-    limit, index = _limit(module, condition)
-    start = _initial(module.by_name(computation), loop, index)
-    step = _step(module, body, index)
-    if None in (limit, index, start, step) or not step:
+    limit, index = _limit(module, loop.attribute("condition"))
+    start = step = None
+    if limit is not None and index is not None:
+        start = _initial(module.by_name(computation), loop, index)
+        step = _step(module, loop.attribute("body"), index)
+    if start is None or not step:
         raise ValueError(f"the loop {loop.name} has no counter with a constant start and step")
     return max(0, math.ceil((limit - start) / step))
 
 
 def _limit(module: Module, condition: str) -> tuple[int | None, int | None]:
-    """The constant that a loop's counter is compared with, and the counter's place in the tuple."""
-    operands = _inner_operands(module, condition, module.root(condition))[1]
+    """The constant below which a loop's counter stays, and the counter's place in the tuple."""
+    compare, operands = _inner(module, condition, module.root(condition))
     limit = next((i.constant for i in operands if i.constant is not None), None)
     index = next((_tuple_index(i) for i in operands if i.opcode == "get-tuple-element"), None)
-    return limit, index
+    direction = compare.attribute("direction")
+    if compare.opcode != "compare" or direction not in ("LT", "LE") or limit is None:
+        return None, None
+    return limit + (direction == "LE"), index
 
 
-def _inner_operands(
+def _inner(
     module: Module, computation: str, instruction: Instruction
-) -> tuple[str, list[Instruction]]:
-    """The opcode and the operands of an instruction; those of a fusion's root, for a fusion."""
+) -> tuple[Instruction, list[Instruction]]:
+    """An instruction and its operands; for a fusion, its root and the root's operands."""
     outer = module.by_name(computation)
     if instruction.opcode != "fusion":
-        return instruction.opcode, [_through_copies(outer, n) for n in instruction.operands]
-    inner, root = module.by_name(instruction.called), module.root(instruction.called)
+        return instruction, [_through_copies(outer, name) for name in instruction.operands]
+    fused, root = module.by_name(instruction.called), module.root(instruction.called)
     operands = []
     for name in root.operands:
-        i = _through_copies(inner, name)
+        i = _through_copies(fused, name)
         if i.parameter is not None:
             i = _through_copies(outer, instruction.operands[i.parameter])
         operands.append(i)
-    return root.opcode, operands
+    return root, operands
 
 
 def _tuple_index(instruction: Instruction) -> int:
     return int(re.search(r"index=(\d+)", instruction.rest)[1])
 
 
-def _initial(outer: dict[str, Instruction], loop: Instruction, index: int | None) -> int | None:
+def _initial(outer: dict[str, Instruction], loop: Instruction, index: int) -> int | None:
     initial = outer[loop.operands[0]]
-    if index is None or initial.opcode != "tuple":
+    if initial.opcode != "tuple":
         return None
     return _through_copies(outer, initial.operands[index]).constant
 
 
-def _step(module: Module, body: str, index: int | None) -> int | None:
+def _step(module: Module, body: str, index: int) -> int | None:
     """The constant that the body adds to the counter."""
-    if index is None:
+    root = module.root(body)
+    if root.opcode != "tuple":
         return None
-    following = _through_copies(module.by_name(body), module.root(body).operands[index])
-    opcode, operands = _inner_operands(module, body, following)
-    if opcode != "add":
+    following = _through_copies(module.by_name(body), root.operands[index])
+    add, operands = _inner(module, body, following)
+    if add.opcode != "add":
         return None
     return next((i.constant for i in operands if i.constant is not None), None)
 

@@ -1,6 +1,7 @@
 """What one step of a compiled program does: its collectives, its cycles, and a model of its time.
 
-Everything is counted as often as it runs: what is in a loop, as many times as the loop has trips.
+Everything is counted as often as it runs: what is in a loop, as many times as the loop has trips. A
+loop whose trips depend on data, such as attention's over blocks of keys, counts as one trip.
 The compiler writes an asynchronous collective as a start and a done, or spreads it over a chain of
 fusions, the products that run meanwhile; each counts once.
 """
@@ -65,12 +66,13 @@ class Links(NamedTuple):
         return cls(chip.ici_bandwidth * share, one * share, network * share)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Step:
     """One step of a program.
 
     Attributes:
       collectives: each array of each collective.
+      uncounted_loops: loops whose trips depend on data; each counts as one trip.
       cycles: the compiler's estimate over all instructions that have one, loops multiplied in.
         Pallas kernels, which are attention's, have none.
       seconds: the modelled time; see `modelled_step`.
@@ -79,19 +81,24 @@ class Step:
     """
 
     collectives: list[Collective]
-    cycles: int = 0
-    seconds: float = 0.0
-    exposed: dict[tuple[str, bool], float] = dataclasses.field(default_factory=dict)
+    uncounted_loops: int
+    cycles: int
+    seconds: float
+    exposed: dict[tuple[str, bool], float]
 
 
-def collectives(text: str) -> list[Collective]:
-    """The collectives of a compiled module, from its text."""
-    walk = _Walk(hlo.parse(text), None, math.inf)
+def collectives(program: str | Module) -> list[Collective]:
+    """The collectives of a compiled module, given as its text or parsed."""
+    walk = _Walk(_parsed(program), None, math.inf)
     walk.run()
     return walk.collectives
 
 
-def modelled_step(text: str, chip: Chip, share: float = 1.0) -> Step:
+def _parsed(program: str | Module) -> Module:
+    return hlo.parse(program) if isinstance(program, str) else program
+
+
+def modelled_step(program: str | Module, chip: Chip, share: float = 1.0) -> Step:
     """Models one step of a program for TPUs with `share` of the published bandwidth of the links.
 
     Instructions run in scheduled order and take the cycles that the compiler estimates. A
@@ -100,9 +107,9 @@ def modelled_step(text: str, chip: Chip, share: float = 1.0) -> Step:
     one is waited for where it stands, an asynchronous one where it is done. Attention kernels,
     memory that several instructions want at once, and latency are left out.
     """
-    walk = _Walk(hlo.parse(text), Links.of(chip, share), chip.flops / chip.flops_per_cycle)
+    walk = _Walk(_parsed(program), Links.of(chip, share), chip.flops / chip.flops_per_cycle)
     seconds = walk.run()
-    return Step(walk.collectives, walk.cycles, seconds, dict(walk.exposed))
+    return Step(walk.collectives, walk.uncounted_loops, walk.cycles, seconds, dict(walk.exposed))
 
 
 class _Walk:
@@ -110,7 +117,7 @@ class _Walk:
 
     def __init__(self, module: Module, links: Links | None, hertz: float):
         self.module, self.links, self.hertz = module, links, hertz
-        self.cycles = 0
+        self.cycles = self.uncounted_loops = 0
         self.exposed: collections.Counter[tuple[str, bool]] = collections.Counter()
         self._found: dict[tuple, list[Collective]] = {}
 
@@ -128,10 +135,13 @@ class _Walk:
         for i in self.module.computations[name]:
             where = i.scope or scope
             if i.opcode == "while":
-                trips = hlo.trips(self.module, name, i)
+                trips = self._trips(name, i)
                 body = i.attribute("body")
                 inner = self._computation(body, times * trips, (*path, body), where)
                 at.now += trips * inner
+                continue
+            if i.opcode == "call":
+                at.now += self._computation(i.called, times, (*path, i.name), where)
                 continue
             if i.opcode == "conditional":
                 at.now += self._branches(i, times, path, where)
@@ -144,7 +154,7 @@ class _Walk:
             if kind := _kind(i, name):
                 asynchronous = i.opcode.endswith("-start") or kind == "send"
                 key = (*path, name, i.name)
-                arrays = self._note(i, kind, name, times, key, where, asynchronous)
+                arrays = self._note(i, kind, times, key, where, asynchronous)
                 end = at.issue(self._seconds(arrays), _resource(arrays[0]))
                 if asynchronous:
                     at.started[i.name] = end, arrays[0]
@@ -153,6 +163,13 @@ class _Walk:
                 continue
             self._work(i, at, times, path, where)
         return at.now
+
+    def _trips(self, computation: str, loop: Instruction) -> int:
+        try:
+            return hlo.trips(self.module, computation, loop)
+        except ValueError:
+            self.uncounted_loops += 1
+            return 1
 
     def _work(
         self, i: Instruction, at: "_Clock", times: int, path: tuple[str, ...], scope: str
@@ -165,9 +182,8 @@ class _Walk:
             apart = i.opcode.endswith("-start")
             chain = re.search(r'chain_id="(\d+)"', inner.rest)
             key = (*path, "chain", chain[1]) if chain else (*path, i.name, computation, inner.name)
-            arrays = self._note(
-                inner, kind, computation, times, key, inner.scope or scope, apart or bool(chain)
-            )
+            where = inner.scope or scope
+            arrays = self._note(inner, kind, times, key, where, apart or bool(chain))
             if not chain:
                 end = at.issue(self._seconds(arrays), _resource(arrays[0]))
                 if apart:
@@ -211,7 +227,6 @@ class _Walk:
         self,
         i: Instruction,
         kind: str,
-        computation: str,
         times: int,
         key: tuple,
         scope: str,
@@ -220,7 +235,7 @@ class _Walk:
         """Adds a collective, unless a part of its chain was added; returns its arrays."""
         if key not in self._found:
             groups = _groups(i)
-            arrays = self._arrays(i, kind, computation)
+            arrays = self._arrays(i, kind)
             ways = _ways(groups)
             if kind == "reduce-scatter" and i.opcode.startswith("reduce-scatter"):
                 # Its result is a part of what is summed.
@@ -231,13 +246,14 @@ class _Walk:
             ]
         return self._found[key]
 
-    def _arrays(self, i: Instruction, kind: str, computation: str) -> list[Array]:
-        """The arrays of the result; a start of a gather or permute also has the operands."""
-        type_ = i.type
-        if i.opcode in ("all-gather-start", "collective-permute-start", "send"):
-            elements = hlo.tuple_elements(type_)
-            type_ = elements[0] if kind == "send" else elements[1]
-        return hlo.arrays(type_)
+    def _arrays(self, i: Instruction, kind: str) -> list[Array]:
+        """The arrays of the result: of a start's (operands, result, ...) the second."""
+        elements = hlo.tuple_elements(i.type)
+        if kind == "send":
+            return hlo.arrays(elements[0])
+        if i.opcode.endswith("-start") and i.opcode != "all-reduce-start":
+            return hlo.arrays(elements[1])
+        return hlo.arrays(i.type)
 
     def _seconds(self, arrays: list[Collective]) -> float:
         if self.links is None:

@@ -28,7 +28,7 @@ from jllama.errors import UserError
 from jllama.model.llama import param_specs
 from jllama.model.param import dotted
 from jllama.parallel.sharding import Placement
-from jllama.plan import bounds
+from jllama.plan import bounds, hlo
 from jllama.plan.counts import counted, seconds_to_send
 from jllama.plan.devices import compile_only_devices, hbm_bytes
 from jllama.plan.topology import Topology, parse
@@ -72,9 +72,9 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
     step_fits = memory["hbm_bytes_per_device"] <= capacity and "compiler_message" not in memory
     evaluation = _evaluation(config, placement, definition, known, capacity)
     reading = _reading(config, placement, known.get("frozen", 0))
-    text = compiled and compiled.as_text()
-    if text:
-        times |= seconds_to_send(text, topology)
+    program = compiled and hlo.parse(compiled.as_text())
+    if program:
+        times |= seconds_to_send(program, topology)
     return {
         "topology": topology.name,
         "slices": topology.slices,
@@ -95,7 +95,7 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
         "step_seconds_at_least": times,
         "run_seconds_at_least": config.training.steps * max(times.values()),
         "bound_by": max(times, key=lambda name: times[name]),
-        "program": text and counted(text, topology),
+        "program": program and counted(program, topology),
         "xla": xla_options(config.compute, placement),
         "jax": jax.__version__,
         "compiler": _compiler(topology),

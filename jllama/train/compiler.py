@@ -1,6 +1,5 @@
 """The options with which XLA compiles a run's programs."""
 
-import re
 from typing import Any
 
 import jax
@@ -50,8 +49,8 @@ def default_options(placement: Placement) -> dict[str, Any]:
 def xla_options(compute: ComputeConfig, placement: Placement) -> dict[str, Any]:
     """The options for the mesh's platform: `default_options`, and over them `compute.xla`.
 
-    Defaults that this version of the compiler does not know are left out. Raises `UserError` for
-    an option of the recipe that it does not know, or whose value it refuses.
+    Defaults that this version of the compiler refuses are left out. Raises `UserError` for an
+    option of the recipe that it does not know, or whose value it refuses.
     """
     given = dict(getattr(compute.xla, placement.platform, ()))
     options = default_options(placement) | given
@@ -64,13 +63,15 @@ def xla_options(compute: ComputeConfig, placement: Placement) -> dict[str, Any]:
         try:
             program.lower().compile()
             break
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
             message = " ".join(str(error).removeprefix("INVALID_ARGUMENT: ").split())
-            unknown = re.search(r"No such compile option: '(\w+)'", message)
-            if unknown is None or unknown[1] in given or unknown[1] not in options:
+            refused = next((name for name in options if name in message), None)
+            if refused in given:
                 key = f"compute.xla.{placement.platform}"
                 raise UserError(f"{key}: {message[:300]}") from None
-            del options[unknown[1]]
+            if refused is None:
+                raise
+            del options[refused]
     return options
 
 

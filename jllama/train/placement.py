@@ -17,11 +17,7 @@ def make_placement(config: Config, devices: Sequence[jax.Device] | None = None) 
     Raises `UserError` when the mesh does not fill the devices, or when they cannot share out the
     batches of training or evaluation.
     """
-    placement = Placement(
-        make_mesh(config.mesh, devices),
-        config.sharding,
-        gradient_dtype=config.training.gradient_dtype,
-    )
+    placement = Placement(make_mesh(config.mesh, devices), config.sharding)
     check_batches(config, placement)
     return placement
 

@@ -131,6 +131,7 @@ def prepare(
     together, leader, folder = distributed.together, distributed.leader(), run_folder(config)
     check_same_recipe(config)
     placement = together(lambda: make_placement(config))
+    options = together(lambda: xla_options(config.compute, placement))
     definition = together(lambda: define_state(config, placement))
     # A resumed run does not read again what it began with, except to compare what has moved, and
     # the base of an overlay, which is in no checkpoint.
@@ -147,7 +148,7 @@ def prepare(
     step = branch.step if branch and not saved else saved
     if leader:
         say(opening_line(config, placement, definition, folder, step))
-        if options := xla_options(config.compute, placement):
+        if options:
             say(f"{folder}: options of XLA: {as_text(options)}")
     profile = Profile(config.run.profile, end_step(config), folder)
     if leader and (note := profile.note(step)):

@@ -48,6 +48,7 @@ def make_train_step(
     whatever else the loss function adds), grad_norm (before clipping), learning_rate, weight
     (weight_sum: predicted tokens), and every other sum by its name, divided by weight_sum.
     """
+    placement = dataclasses.replace(placement, gradient_dtype=config.training.gradient_dtype)
     rate = learning_rate(config.training.schedule, config.training.steps)
     optimizer, splits = definition.optimizer, config.training.accumulate
 

@@ -26,6 +26,8 @@ def recipe(tmp_path_factory):
     sizes = {"hidden_dim": 128, "num_heads": 2, "head_dim": 64, "ffn_dim": 384, "max_length": 256}
     path = recipes.on_disk(folder, vocab_size=512, num_layers=12, **sizes)
     overrides = [f"data.length={LENGTH}", "compute.dtype=bfloat16", f"training.batch_size={ROWS}"]
+    # With more memory for a fusion the compiler takes two to three times as long.
+    overrides.append("compute.xla.tpu.xla_tpu_scoped_vmem_limit_kib=null")
     path.write_text(recipe_loader.to_yaml(recipe_loader.load(path, overrides)))
     return str(path)
 
@@ -70,7 +72,7 @@ def test_a_step_that_fits(recipe, compiler, capsys):
     state = parameters + kinds["optimizer"]
     assert figures["eval_fits"] is True
     assert state < figures["eval_hbm_bytes_per_device"] < figures["hbm_bytes_per_device"]
-    assert figures["xla"]["xla_tpu_scoped_vmem_limit_kib"] == 32768
+    assert figures["xla"] == {}, "the recipe takes the default away"
     program = figures["program"]
     sent = sum(c["sent_bytes"] for c in program["collectives"])
     # The bound is never below what the program sends: v5e's four links carry 200 GB/s.
@@ -79,6 +81,7 @@ def test_a_step_that_fits(recipe, compiler, capsys):
     assert {"all-gather", "reduce-scatter"} <= kinds
     full, half = (program["modelled_seconds"][share] for share in ("100%", "50%"))
     assert program["estimated_seconds"] < full < half
+    assert program["uncounted_loops"] == 0
     waits = sum(program["exposed_seconds"]["100%"].values())
     assert full == pytest.approx(program["estimated_seconds"] + waits)
     assert (
@@ -180,7 +183,8 @@ def report(fits):
         "eval_hbm_bytes_per_device": size // 4, "eval_fits": True,
         "host_bytes_per_device": 0, "model_flops_per_step": 10**12, "compile_seconds": 1.0,
         "step_seconds_at_least": {"compute": 2.0, "hbm": 1.0}, "bound_by": "compute",
-        "run_seconds_at_least": 4 * 86400, "recipe": "a.yaml", "program": PROGRAM, "xla": {"a": True},
+        "run_seconds_at_least": 4 * 86400, "recipe": "a.yaml",
+        "program": PROGRAM, "xla": {"a": True},
     }  # fmt: skip
 
 

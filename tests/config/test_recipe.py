@@ -274,6 +274,7 @@ def test_options_of_xla_are_set_by_name_and_hashable(recipe):
         (("xla_a", 32768), ("xla_b", False)), (), (("c", "x"),),
     )  # fmt: skip
     assert isinstance(hash(loaded), int)
+    assert dataclasses.replace(loaded, cpu={}).tpu == loaded.tpu
     saved = recipes.to_dict(loaded)
     assert saved == {"tpu": {"xla_a": 32768, "xla_b": False}, "gpu": {}, "cpu": {"c": "x"}}
     for wrong, said in (

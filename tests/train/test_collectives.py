@@ -28,13 +28,13 @@ SMALL = {"D": 64, "T": 20, "H": 8, "K": 4, "N": 32, "F": 176, "V": 96}
 TILED = {"D": 640, "T": 768, "H": 4, "K": 2, "N": 128, "F": 896, "V": 1152}
 
 
-def compiled(devices, sizes, mesh, accumulate=1):
+def compiled(devices, sizes, mesh, accumulate=1, *overrides):
     """The HLO of the step with remat=full and one row for each device and microbatch."""
     rows = math.prod(mesh.values()) // mesh.get("tensor", 1) // mesh.get("context", 1) * accumulate
     config = recipes.in_memory(
         "compute.dtype=bfloat16", "compute.remat=full", f"compute.loss_block={sizes['T'] // 3}",
         f"data.length={sizes['T']}", f"training.batch_size={rows}",
-        f"training.accumulate={accumulate}",
+        f"training.accumulate={accumulate}", *overrides,
         num_layers=L, hidden_dim=sizes["D"], num_heads=sizes["H"], num_kv_heads=sizes["K"],
         head_dim=sizes["N"], ffn_dim=sizes["F"], vocab_size=sizes["V"], max_length=sizes["T"],
     )  # fmt: skip
@@ -226,3 +226,19 @@ def test_each_device_sends_its_shard_of_a_gradient_to_the_other_slice_once(no_ca
     D, H, K, N, F, V = (TILED[k] for k in "DHKNFV")
     own = (L * D * (2 * H * N + 2 * K * N + 3 * F) + 2 * V * D) // 8
     assert 0.99 * own < sent < 1.2 * own
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_are_sent_in_the_dtype_of_the_recipe(no_cache, accumulate):
+    """Within a slice and between two."""
+    chips = tpu.devices("v5e:2x4", num_slices=2)
+    mesh = {"replica": 2, "fsdp": 8}
+    bfloat16 = "training.gradient_dtype=bfloat16"
+    found = collectives(compiled(chips, TILED, mesh, accumulate, bfloat16))
+    large = [c for c in found if c.array.elements > L * TILED["D"]]
+    scattered = {c.array.dtype for c in large if c.kind == "reduce-scatter"}
+    assert scattered == {"bf16"}
+    between = sum(c.times * c.sent for c in large if c.kind == "send" and c.array.dtype == "bf16")
+    D, H, K, N, F, V = (TILED[k] for k in "DHKNFV")
+    kernels_and_head = (L * D * (2 * H * N + 2 * K * N + 3 * F) + V * D) // 8
+    assert between > 0.99 * 2 * kernels_and_head

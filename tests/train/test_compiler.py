@@ -66,7 +66,7 @@ def test_the_options_reach_the_compiled_step(monkeypatch):
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_this_compiler_knows_every_default_for_a_tpu(topology):
+def test_this_compiler_knows_every_default_for_a_tpu(no_cache, topology):
     megacore = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
     chips = tpu.devices(topology, chips_per_host_bounds=(2, 2, 1), **megacore)
     for mesh in ({}, {"fsdp": 2, "tensor": 2}):

@@ -78,17 +78,30 @@ def test_eight_devices_equal_one(sizes, one_device):
 
 @pytest.mark.parametrize(
     "sizes,stages",
-    [({"fsdp": 8}, (2, 4)), ({"fsdp": 8}, (2, 2, 2)), ({"fsdp": 4, "context": 2}, (2, 2, 2))],
+    [
+        ({"fsdp": 8}, (2, 4)),
+        ({"fsdp": 8}, (2, 2, 2)),
+        ({"fsdp": 4, "context": 2}, (2, 2, 2)),
+        ({"replica": 2, "fsdp": 4}, (2, 2)),
+    ],
     ids=str,
 )
 def test_gradients_scattered_in_stages_equal_one_device(monkeypatch, sizes, stages, one_device):
     """As on a torus, which a CPU is not."""
     devices = math.prod(sizes.values())
-    monkeypatch.setattr(
-        "jllama.parallel.product.scatter_stages",
-        lambda mesh, axes: stages if math.prod(mesh.shape[a] for a in axes) == devices else (2,),
-    )
-    check_same(train(recipes.in_memory(), **sizes), one_device)
+    along = math.prod(stages)
+    assert along in (devices, devices // sizes.get("replica", 1))
+
+    def staged(mesh, axes):
+        ways = math.prod(mesh.shape[a] for a in axes)
+        return stages if ways == along else (ways,)
+
+    monkeypatch.setattr("jllama.parallel.product.scatter_stages", staged)
+    if along == devices:
+        check_same(train(recipes.in_memory(), **sizes), one_device)
+    else:  # with microbatches, under a vmap over the replicas
+        config = recipes.in_memory("training.accumulate=2", "training.batch_size=16")
+        check_same(train(config, **sizes), train(config))
 
 
 def test_gradients_sent_as_bfloat16_differ_by_their_rounding(one_device):
