@@ -50,8 +50,8 @@ def comparison(first: str, second: str) -> str:
 
 def _row(name: str, values: list[Any], show: Callable[[Any], str]) -> tuple[str, ...]:
     cells = ["-" if value is None else show(value) for value in values]
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and v for v in values)
-    return (name, *cells, f"{values[1] / values[0]:.3f}" if numbers else "")
+    compared = show in (_gib, _gigabytes, _seconds) and all(values)
+    return (name, *cells, f"{values[1] / values[0]:.3f}" if compared else "")
 
 
 def _read(path: str) -> Figures:
