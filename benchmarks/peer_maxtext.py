@@ -3,13 +3,15 @@
     PYTHON benchmarks/peer_maxtext.py PROGRAM.hlo key=value ...
 
 The keys are MaxText's (`compile_topology=v5e-16 model_name=llama2-7b ...`). Writes the compiled
-program's text to PROGRAM.hlo and prints {"peak_bytes": ...} as the last line on stdout.
+program's text to PROGRAM.hlo and prints, as the last line on stdout, {"peak_bytes": ..., "places":
+[coordinates of each device, in the program's order]}.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import jax
 from absl import app
 from maxtext.trainers.pre_train import train_compile
 
@@ -25,7 +27,10 @@ def main() -> None:
         outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
         total = stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes
         # The smaller of two upper bounds, as jllama.plan.step counts.
-        print(json.dumps({"peak_bytes": min(total, stats.peak_memory_in_bytes or total)}))
+        peak = min(total, stats.peak_memory_in_bytes or total)
+        (mesh,) = (x for x in (*args, *kwargs.values()) if isinstance(x, jax.sharding.Mesh))
+        places = [list(device.coords) for device in mesh.devices.flat]
+        print(json.dumps({"peak_bytes": peak, "places": places}))
         sys.exit(0)  # MaxText would go on to print the compiler's statistics
 
     train_compile.jit_and_compile = kept

@@ -132,8 +132,9 @@ def maxtext(case: Case, peer: str, flags: str) -> Answer:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             return Answer(failure=(lines or ["no message"])[-1][:200])
         text = program.read_text()
-    peak = json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
-    return Answer(peak, counted(hlo.parse(text), parse(case.topology)))
+    answer = json.loads(done.stdout.splitlines()[-1])
+    step = counted(hlo.parse(text), parse(case.topology), answer["places"])
+    return Answer(answer["peak_bytes"], step)
 
 
 def rows(case: Case, answers: dict[str, Answer]) -> list[str]:

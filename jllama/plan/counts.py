@@ -1,6 +1,7 @@
 """The figures of a report that are counted in the compiled step."""
 
 import collections
+from collections.abc import Sequence
 from typing import Any
 
 from jllama.plan.hlo import Module
@@ -20,10 +21,13 @@ def seconds_to_send(program: Module, topology: Topology) -> dict[str, float]:
     return {name: size / rates[name] for name, size in sent.items() if size and rates[name]}
 
 
-def counted(program: Module, topology: Topology) -> dict[str, Any]:
+def counted(
+    program: Module, topology: Topology, places: Sequence[Sequence[int]] | None
+) -> dict[str, Any]:
     """What the compiled step does; docs/planning.md lists the keys.
 
-    The compiler for GPUs estimates no time.
+    `places` are the coordinates of a TPU's devices in the program's order. The compiler for GPUs
+    estimates no time.
     """
     sums: dict[tuple[str, str, bool], list[float]] = {}
     for c in collectives(program):
@@ -46,7 +50,7 @@ def counted(program: Module, topology: Topology) -> dict[str, Any]:
     if topology.on_gpu:
         return figures
     chip = topology.chip
-    steps = {f"{share:.0%}": modelled_step(program, chip, share) for share in _SHARES}
+    steps = {f"{share:.0%}": modelled_step(program, chip, share, places) for share in _SHARES}
     cycles = steps["100%"].cycles
     return figures | {
         "uncounted_loops": steps["100%"].uncounted_loops,

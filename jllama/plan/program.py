@@ -10,8 +10,10 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from jllama.chips import Chip
 from jllama.plan import hlo
@@ -52,18 +54,35 @@ class Collective:
 
 
 class Links(NamedTuple):
-    """Bytes/s of a device: over all links to neighbours, over one of them, and to other slices."""
+    """The links of a device.
 
-    all: float
+    Attributes:
+      one: bytes/s that it sends over one link to a neighbour; it has two along each dimension.
+      dimensions: of the torus.
+      network: bytes/s that it sends to other slices.
+      places: the coordinates of each device, in the program's order; None if they are not known.
+    """
+
     one: float
+    dimensions: int
     network: float
+    places: Sequence[Sequence[int]] | None
 
     @classmethod
-    def of(cls, chip: Chip, share: float = 1.0) -> "Links":
+    def of(
+        cls, chip: Chip, share: float = 1.0, places: Sequence[Sequence[int]] | None = None
+    ) -> "Links":
         """The published figures times `share`."""
-        one = chip.ici_bandwidth / (2 * chip.torus)
-        network = chip.dcn_bandwidth or math.inf
-        return cls(chip.ici_bandwidth * share, one * share, network * share)
+        one = chip.ici_bandwidth / (2 * chip.torus) * share
+        return cls(one, chip.torus, (chip.dcn_bandwidth or math.inf) * share, places)
+
+    def along(self, members: Sequence[int] | None) -> tuple[int, ...]:
+        """The dimensions of the torus along which these devices differ; all if that is unknown."""
+        if self.places is None or not members or max(members) >= len(self.places):
+            return tuple(range(self.dimensions))
+        coordinates = zip(*(self.places[m][: self.dimensions] for m in members), strict=True)
+        spanned = tuple(d for d, values in enumerate(coordinates) if len(set(values)) > 1)
+        return spanned or tuple(range(self.dimensions))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +117,24 @@ def _parsed(program: str | Module) -> Module:
     return hlo.parse(program) if isinstance(program, str) else program
 
 
-def modelled_step(program: str | Module, chip: Chip, share: float = 1.0) -> Step:
+def modelled_step(
+    program: str | Module,
+    chip: Chip,
+    share: float = 1.0,
+    places: Sequence[Sequence[int]] | None = None,
+) -> Step:
     """Models one step of a program for TPUs with `share` of the published bandwidth of the links.
 
     Instructions run in scheduled order and take the cycles that the compiler estimates. A
-    collective takes the bytes that a device sends over the bandwidth of all its links, and a
-    permute over that of one link; those of one kind of link run one after the other. A synchronous
-    one is waited for where it stands, an asynchronous one where it is done. Attention kernels,
-    memory that several instructions want at once, and latency are left out.
+    collective takes the bytes that a device sends over the bandwidth of its links along the
+    dimensions of the torus that the group spans, by `places`, the coordinates of the devices in the
+    program's order; without them, of all its links. Those that share a dimension run one after the
+    other. A permute takes one link. A synchronous collective is waited for where it stands, an
+    asynchronous one where it is done. Attention kernels, memory that several instructions want at
+    once, latency, and links that a slice lacks are left out.
     """
-    walk = _Walk(_parsed(program), Links.of(chip, share), chip.flops / chip.flops_per_cycle)
+    links = Links.of(chip, share, places)
+    walk = _Walk(_parsed(program), links, chip.flops / chip.flops_per_cycle)
     seconds = walk.run()
     return Step(walk.collectives, walk.uncounted_loops, walk.cycles, seconds, dict(walk.exposed))
 
@@ -155,7 +182,7 @@ class _Walk:
                 asynchronous = i.opcode.endswith("-start") or kind == "send"
                 key = (*path, name, i.name)
                 arrays = self._note(i, kind, times, key, where, asynchronous)
-                end = at.issue(self._seconds(arrays), _resource(arrays[0]))
+                end = at.issue(*self._occupies(arrays))
                 if asynchronous:
                     at.started[i.name] = end, arrays[0]
                 else:
@@ -185,7 +212,7 @@ class _Walk:
             where = inner.scope or scope
             arrays = self._note(inner, kind, times, key, where, apart or bool(chain))
             if not chain:
-                end = at.issue(self._seconds(arrays), _resource(arrays[0]))
+                end = at.issue(*self._occupies(arrays))
                 if apart:
                     at.started[i.name] = end, arrays[0]
                 else:
@@ -195,7 +222,7 @@ class _Walk:
             elif self._has_marker(called, "AsyncCollectiveDone"):
                 finished.append(chain[1])
         for chain_id, arrays in started:
-            at.started[chain_id] = at.issue(self._seconds(arrays), _resource(arrays[0])), arrays[0]
+            at.started[chain_id] = at.issue(*self._occupies(arrays)), arrays[0]
         self.cycles += i.estimated_cycles * times
         at.now += i.estimated_cycles / self.hertz
         for chain_id in finished:
@@ -236,7 +263,7 @@ class _Walk:
         if key not in self._found:
             groups = _groups(i)
             arrays = self._arrays(i, kind)
-            ways = _ways(groups)
+            ways = len(_members(groups) or ())
             if kind == "reduce-scatter" and i.opcode.startswith("reduce-scatter"):
                 # Its result is a part of what is summed.
                 arrays = [dataclasses.replace(a, shape=(ways, *a.shape)) for a in arrays]
@@ -255,11 +282,19 @@ class _Walk:
             return hlo.arrays(elements[1])
         return hlo.arrays(i.type)
 
-    def _seconds(self, arrays: list[Collective]) -> float:
-        if self.links is None:
-            return 0.0
-        rates = {"collective-permute": self.links.one, "send": self.links.network}
-        return sum(c.sent for c in arrays) / rates.get(arrays[0].kind, self.links.all)
+    def _occupies(self, arrays: list[Collective]) -> tuple[float, tuple[str, ...]]:
+        """The seconds that a collective of these arrays takes, and the links that it takes up."""
+        links, what = self.links, arrays[0]
+        if links is None:
+            return 0.0, ()
+        sent = sum(c.sent for c in arrays)
+        match what.kind:
+            case "send":
+                return sent / links.network, ("network",)
+            case "collective-permute":  # permutes along other links run at the same time
+                return sent / links.one, (what.groups,)
+        dimensions = links.along(_members(what.groups))
+        return sent / (2 * len(dimensions) * links.one), tuple(f"dimension {d}" for d in dimensions)
 
     def _wait(self, at: "_Clock", end: float, what: Collective, times: int) -> None:
         if end > at.now:
@@ -268,17 +303,18 @@ class _Walk:
 
 
 class _Clock:
-    """The time in one run of a computation, and when each kind of link is free."""
+    """The time in one run of a computation, and when its links are free."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.started: dict[str, tuple[float, Collective]] = {}
         self._free: collections.Counter[str] = collections.Counter()
 
-    def issue(self, seconds: float, resource: str) -> float:
-        """Occupies a resource as soon as it is free; returns when that ends."""
-        self._free[resource] = max(self.now, self._free[resource]) + seconds
-        return self._free[resource]
+    def issue(self, seconds: float, links: tuple[str, ...]) -> float:
+        """Takes up links as soon as all of them are free; returns when that ends."""
+        end = max([self.now, *(self._free[link] for link in links)]) + seconds
+        self._free |= dict.fromkeys(links, end)
+        return end
 
 
 def _kind(i: Instruction, computation: str) -> str | None:
@@ -290,13 +326,6 @@ def _kind(i: Instruction, computation: str) -> str | None:
     )
 
 
-def _resource(what: Collective) -> str:
-    """Collectives of one resource run one after the other; permutes along other links do not."""
-    if what.kind == "collective-permute":
-        return what.groups
-    return "network" if what.kind == "send" else "links"
-
-
 def _groups(i: Instruction) -> str:
     found = re.search(
         r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|mesh\S* \{[^}]*\}|\[\S*\])", i.rest
@@ -304,12 +333,22 @@ def _groups(i: Instruction) -> str:
     return found[1] if found else ""
 
 
-def _ways(groups: str) -> int:
-    """Devices in a group; 0 where the program does not say."""
+def _members(groups: str) -> list[int] | None:
+    """The devices of the first group; None where the program does not say."""
     if groups.startswith("{{"):
-        return len(groups[2:].split("}")[0].split(","))
-    if listed := re.match(r"\[\d+,(\d+)\]", groups):
-        return int(listed[1])
+        return [int(n) for n in groups[2:].split("}")[0].split(",") if n]
+    if iota := re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", groups):
+        sizes = [int(n) for n in iota[3].split(",")]
+        order = [int(n) for n in iota[4].split(",")] if iota[4] else range(len(sizes))
+        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+        return devices.reshape(int(iota[1]), int(iota[2]))[0].tolist()
     sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", groups)}
     along = re.search(r"\{(.*)\}", groups)
-    return math.prod(sizes[a] for a in re.findall(r"'(\w+)'", along[1])) if along else 0
+    axes = re.findall(r"'(\w+)'", along[1]) if along else []
+    if not axes or not set(axes) <= sizes.keys():
+        return None
+    devices = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    names = list(sizes)
+    rest = [name for name in names if name not in axes]
+    grouped = devices.transpose([names.index(name) for name in (*axes, *rest)])
+    return grouped.reshape(math.prod(sizes[a] for a in axes), -1)[:, 0].tolist()

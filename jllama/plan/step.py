@@ -95,11 +95,17 @@ def report(config: Config, topology: Topology) -> dict[str, Any]:
         "step_seconds_at_least": times,
         "run_seconds_at_least": config.training.steps * max(times.values()),
         "bound_by": max(times, key=lambda name: times[name]),
-        "program": program and counted(program, topology),
+        "program": program and counted(program, topology, _places(placement)),
         "xla": xla_options(config.compute, placement),
         "jax": jax.__version__,
         "compiler": _compiler(topology),
     }
+
+
+def _places(placement: Placement) -> list[tuple[int, ...]] | None:
+    """The coordinates of the mesh's devices, in order; None if they have none, as on GPUs."""
+    devices = placement.mesh.devices.flat
+    return [tuple(d.coords) for d in devices] if hasattr(devices[0], "coords") else None
 
 
 def define(config: Config, placement: Placement) -> StateDef:

@@ -7,7 +7,7 @@ import pytest
 
 from jllama.chips import Chip
 from jllama.plan import hlo
-from jllama.plan.program import collectives, modelled_step
+from jllama.plan.program import Links, _members, collectives, modelled_step
 
 # A matrix unit of 1 FLOP a cycle at 1 Hz; four links of 100 B/s.
 CHIP = Chip("toy", 1, ici_bandwidth=400, dcn_bandwidth=10, torus=2, flops_per_cycle=1)
@@ -117,6 +117,56 @@ PERMUTES = module(f"""\
       ROOT %e = f32[100]{{0}} fusion(%c, %d), kind=kLoop, calls=%f{cycles(1)}
     }}
 """)
+
+
+SQUARE = [(x, y, 0) for x in range(2) for y in range(2)]
+
+
+@pytest.mark.parametrize(
+    "groups,dimensions",
+    [
+        ("{{0,1},{2,3}}", (1,)),
+        ("{{0,2},{1,3}}", (0,)),
+        ("{{0,1,2,3}}", (0, 1)),
+        ("[2,2]<=[2,2]T(1,0)", (0,)),
+        ("[2,2]<=[4]", (1,)),
+        ("mesh['a'=2,'b'=2] {'a'}", (0,)),
+        ("mesh['a'=2,'b'=2] {'a','b'}", (0, 1)),
+        ("{}", (0, 1)),  # not said: all links
+    ],
+)
+def test_a_collective_has_the_links_of_the_dimensions_that_it_spans(groups, dimensions):
+    assert Links.of(CHIP, places=SQUARE).along(_members(groups)) == dimensions
+    assert Links.of(CHIP).along(_members(groups)) == (0, 1)
+
+
+STAGES = module("""\
+    ENTRY %main (x: f32[2,100]) -> f32[100] {
+      %x = f32[2,100]{1,0} parameter(0)
+      %a = ((f32[2,100]{1,0}), f32[1,100]{1,0}) call-start(%x), to_apply=%along.1
+      %b = ((f32[2,100]{1,0}), f32[1,100]{1,0}) call-start(%x), to_apply=%along.2
+      %c = f32[1,100]{1,0} call-done(%a)
+      ROOT %d = f32[1,100]{1,0} call-done(%b)
+    }
+
+    %along.1 (x: f32[2,100]) -> f32[1,100] {
+      %x.1 = f32[2,100]{1,0} parameter(0)
+      ROOT %r.1 = f32[1,100]{1,0} reduce-scatter(%x.1), replica_groups={{0,1},{2,3}}, to_apply=%add
+    }
+
+    %along.2 (x: f32[2,100]) -> f32[1,100] {
+      %x.2 = f32[2,100]{1,0} parameter(0)
+      ROOT %r.2 = f32[1,100]{1,0} reduce-scatter(%x.2), replica_groups={{0,2},{1,3}}, to_apply=%add
+    }
+""")
+
+
+def test_collectives_along_other_dimensions_run_at_the_same_time():
+    # 400 bytes over the two links of one dimension, at 200 B/s; over all four, one after the other.
+    assert modelled_step(STAGES, CHIP, places=SQUARE).seconds == 2.0
+    assert modelled_step(STAGES, CHIP).seconds == 1.0 + 1.0
+    along_one = STAGES.replace("{{0,2},{1,3}}", "{{0,1},{2,3}}")
+    assert modelled_step(along_one, CHIP, places=SQUARE).seconds == 4.0
 
 
 def test_permutes_along_other_links_run_at_the_same_time():
