@@ -1,12 +1,13 @@
 """The options with which XLA compiles a run's programs."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jllama.chips import CHIPS, chip_of
-from jllama.config import ComputeConfig
+from jllama.config import ComputeConfig, Config
 from jllama.errors import UserError
 from jllama.parallel.sharding import Placement
 
@@ -73,6 +74,21 @@ def xla_options(compute: ComputeConfig, placement: Placement) -> dict[str, Any]:
                 raise
             del options[refused]
     return options
+
+
+def with_options(config: Config, placement: Placement) -> Config:
+    """The recipe with the options that its programs are compiled with; raises as `xla_options`.
+
+    A default that the recipe takes away stays null.
+    """
+    platform = placement.platform
+    given = dict(getattr(config.compute.xla, platform, ()))
+    options = xla_options(config.compute, placement)
+    options |= {name: None for name, value in given.items() if value is None}
+    if not options:
+        return config
+    xla = dataclasses.replace(config.compute.xla, **{platform: options})
+    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, xla=xla))
 
 
 def as_text(options: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from jllama.store.checkpoint import Checkpoints
 from jllama.store.find import latest_step
 from jllama.train.batches import Batches
 from jllama.train.branch import open_branch
-from jllama.train.compiler import as_text, xla_options
+from jllama.train.compiler import as_text, with_options, xla_options
 from jllama.train.folder import check_same_recipe, open_run, run_folder
 from jllama.train.initial import open_initial
 from jllama.train.loss import Batch, causal_lm_loss
@@ -131,7 +131,7 @@ def prepare(
     together, leader, folder = distributed.together, distributed.leader(), run_folder(config)
     check_same_recipe(config)
     placement = together(lambda: make_placement(config))
-    options = together(lambda: xla_options(config.compute, placement))
+    config = together(lambda: with_options(config, placement))
     definition = together(lambda: define_state(config, placement))
     # A resumed run does not read again what it began with, except to compare what has moved, and
     # the base of an overlay, which is in no checkpoint.
@@ -148,7 +148,7 @@ def prepare(
     step = branch.step if branch and not saved else saved
     if leader:
         say(opening_line(config, placement, definition, folder, step))
-        if options:
+        if options := xla_options(config.compute, placement):
             say(f"{folder}: options of XLA: {as_text(options)}")
     profile = Profile(config.run.profile, end_step(config), folder)
     if leader and (note := profile.note(step)):

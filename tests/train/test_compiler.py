@@ -10,7 +10,7 @@ from jllama.errors import UserError
 from jllama.parallel.mesh import make_mesh
 from jllama.parallel.sharding import Placement
 from jllama.train import compiler
-from jllama.train.compiler import as_text, xla_options
+from jllama.train.compiler import as_text, with_options, xla_options
 from jllama.train.step import make_eval_step
 
 
@@ -49,6 +49,18 @@ def test_a_default_that_the_compiler_does_not_know_is_left_out(monkeypatch):
     assert options("compute.xla.cpu.xla_cpu_enable_fast_math=null") == {}
     with pytest.raises(UserError, match="xla_gone"):
         options("compute.xla.cpu.xla_gone=2")
+
+
+def test_a_run_stores_the_options_that_it_was_compiled_with(monkeypatch):
+    defaults = {"xla_cpu_enable_fast_math": False, "xla_gone": 1}
+    monkeypatch.setattr(compiler, "default_options", lambda placement: defaults)
+    config = with_options(recipes.in_memory(), placement())
+    assert config.compute.xla.cpu == (("xla_cpu_enable_fast_math", False),)
+    assert with_options(config, placement()) == config, "it is what it was when the run resumes"
+    without = recipes.in_memory("compute.xla.cpu.xla_cpu_enable_fast_math=null")
+    assert with_options(without, placement()).compute.xla.cpu == (
+        ("xla_cpu_enable_fast_math", None),
+    )
 
 
 def test_the_options_reach_the_compiled_step(monkeypatch):
