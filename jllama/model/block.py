@@ -1,7 +1,5 @@
 """One transformer block: pre-norm attention and SwiGLU feed-forward (arXiv:2302.13971)."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -38,33 +36,33 @@ class MLP(nn.Module):
         return y
 
 
-@jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """`silu(gate) * up`.
-
-    In training on TPUs the result and both gradients are stored. XLA would compute them inside the
-    products that use them, again for each block of a product, which takes longer than to read them.
-    """
-    return _swiglu(gate, up)
-
-
-def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`silu(gate) * up`."""
+    if platform() == "tpu":
+        return _stored_swiglu(gate, up)
     return jax.nn.silu(gate) * up
 
 
-def _stored(x: Any) -> Any:
-    return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
+@jax.custom_vjp
+def _stored_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """SwiGLU whose result, in training, and gradients are stored.
+
+    XLA would compute them inside the products that use them, again for each block of a product,
+    which takes a TPU longer than to read them.
+    """
+    return jax.nn.silu(gate) * up
 
 
-def _swiglu_fwd(gate, up):
-    return _stored(_swiglu(gate, up)), (gate, up)
+def _stored_swiglu_fwd(gate, up):
+    return jax.lax.optimization_barrier(_stored_swiglu(gate, up)), (gate, up)
 
 
-def _swiglu_bwd(saved, d):
-    return _stored(jax.vjp(_swiglu, *saved)[1](d))
+def _stored_swiglu_bwd(saved, d):
+    _, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *saved)
+    return jax.lax.optimization_barrier(pull(d))
 
 
-swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+_stored_swiglu.defvjp(_stored_swiglu_fwd, _stored_swiglu_bwd)
 
 
 def _residual(x: jax.Array, h: jax.Array) -> jax.Array:

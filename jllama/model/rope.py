@@ -187,21 +187,24 @@ def rope_tables(turns: Turns, positions: jax.Array) -> tuple[jax.Array, jax.Arra
     return jnp.cos(angles) * turns.scale, jnp.sin(angles) * turns.scale
 
 
-@jax.custom_vjp
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates x [B,T,heads,N] by the tables, in float32; returns the dtype of x.
 
-    The tables have no gradient.
+    On TPUs the tables have no gradient.
     """
-    return _rotated(x, cos, sin)
+    if platform() == "tpu":
+        return _rotated_by_product(x, cos, sin)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    if platform() != "tpu":
-        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    # Half a head does not fill a vector register of the TPU, and to move halves costs far more than
-    # to multiply by a matrix of 0, 1 and -1, which is exact.
+@jax.custom_vjp
+def _rotated_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """`apply_rope` of finite values, which a matrix of 0, 1 and -1 brings to their places.
+
+    Half a head does not fill a vector register of the TPU, and to move halves costs far more than
+    this product, which is exact.
+    """
     N = x.shape[-1]
     turn = np.kron([[0, 1], [-1, 0]], np.eye(N // 2))  # (a, b) -> (-b, a)
     turned = jnp.einsum(
@@ -215,14 +218,14 @@ def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
-def _apply_rope_fwd(x, cos, sin):
-    return _rotated(x, cos, sin), (cos, sin)
+def _rotated_fwd(x, cos, sin):
+    return _rotated_by_product(x, cos, sin), (cos, sin)
 
 
-def _apply_rope_bwd(tables, d):
+def _rotated_bwd(tables, d):
     # The transpose of a rotation turns back: in one step too, so d is rounded once.
     cos, sin = tables
-    return _rotated(d, cos, -sin), None, None
+    return _rotated_by_product(d, cos, -sin), None, None
 
 
-apply_rope.defvjp(_apply_rope_fwd, _apply_rope_bwd)
+_rotated_by_product.defvjp(_rotated_fwd, _rotated_bwd)

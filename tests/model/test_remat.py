@@ -71,7 +71,7 @@ def test_what_each_policy_keeps():
     assert kept["attention"] == block_input + attention
     # The last product of a block is its output, of which no gradient asks.
     assert kept["dots"] == block_input + products - c.hidden_dim + attention
-    assert kept["none"] > 1.5 * kept["dots"]
+    assert kept["none"] > 2 * kept["dots"]
 
 
 MESHES = [None, {"fsdp": 2, "tensor": 2, "context": 2}]
