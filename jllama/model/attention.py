@@ -80,7 +80,8 @@ class Attention(nn.Module):
             q = RMSNorm(c.rms_norm_eps, "norm", param_dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, "norm", param_dtype, name="k_norm")(k)
         tables, slot_tables = rope
-        if not self.is_initializing():  # when only the shapes matter
+        # When only the shapes matter, no device need be there to be asked for its platform.
+        if not self.is_initializing():
             q = apply_rope(q, *tables)
             k = k if slot_tables else apply_rope(k, *tables)
         q = constrain(q, "batch", "seq", "act_heads", None)

@@ -30,7 +30,8 @@ class MLP(nn.Module):
         down = Matrix((F,), (D,), ("ffn", "embed"), init, param_dtype, name="down")
 
         gated, h = project(x, gate, up, dtype=dtype)
-        if not self.is_initializing():  # when only the shape matters
+        # When only the shape matters, no device need be there to be asked for its platform.
+        if not self.is_initializing():
             h = swiglu(gated, h)
         (y,) = project(h, down, dtype=dtype)
         return y
@@ -38,8 +39,10 @@ class MLP(nn.Module):
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """`silu(gate) * up`."""
-    if platform() == "tpu":
-        return _stored_swiglu(gate, up)
+    return _stored_swiglu(gate, up) if platform() == "tpu" else _swiglu(gate, up)
+
+
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
@@ -50,16 +53,15 @@ def _stored_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     XLA would compute them inside the products that use them, again for each block of a product,
     which takes a TPU longer than to read them.
     """
-    return jax.nn.silu(gate) * up
+    return _swiglu(gate, up)
 
 
 def _stored_swiglu_fwd(gate, up):
-    return jax.lax.optimization_barrier(_stored_swiglu(gate, up)), (gate, up)
+    return jax.lax.optimization_barrier(_swiglu(gate, up)), (gate, up)
 
 
 def _stored_swiglu_bwd(saved, d):
-    _, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *saved)
-    return jax.lax.optimization_barrier(pull(d))
+    return jax.lax.optimization_barrier(jax.vjp(_swiglu, *saved)[1](d))
 
 
 _stored_swiglu.defvjp(_stored_swiglu_fwd, _stored_swiglu_bwd)

@@ -13,44 +13,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from jllama.chips import Chip
 from jllama.plan import hlo
-from jllama.plan.hlo import Array, Instruction, Module
-
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One array that a collective moves; a collective of several arrays is several of these.
-
-    Attributes:
-      kind: one of `KINDS`. "send" goes to another slice. An all-reduce that the TPU's compiler
-        fused with the slice of its result is a "reduce-scatter".
-      array: the whole array: what a gather makes, or what is summed, scattered, sent.
-      ways: devices in a group.
-      groups: which devices take part, as the program writes it.
-      scope: where in the traced function it comes from.
-      times: how often it runs in a step.
-      asynchronous: whether the compiler lets other work run meanwhile.
-    """
-
-    kind: str
-    array: Array
-    ways: int
-    groups: str
-    scope: str
-    times: int
-    asynchronous: bool
-
-    @property
-    def sent(self) -> float:
-        """Bytes that a device sends each time."""
-        share = (self.ways - 1) / self.ways if self.ways else 1
-        factors = {"all-reduce": 2 * share, "collective-permute": 1, "send": 1}
-        return self.array.bytes * factors.get(self.kind, share)
+from jllama.plan.collective import Collective, arrays_of, groups_of, kind_of, members_of
+from jllama.plan.hlo import Instruction, Module
 
 
 class Links(NamedTuple):
@@ -178,7 +144,7 @@ class _Walk:
                 if started:
                     self._wait(at, *started, times)
                 continue
-            if kind := _kind(i, name):
+            if kind := kind_of(i, name):
                 asynchronous = i.opcode.endswith("-start") or kind == "send"
                 key = (*path, name, i.name)
                 arrays = self._note(i, kind, times, key, where, asynchronous)
@@ -239,7 +205,7 @@ class _Walk:
     def _inside(self, computation: str) -> Iterator[tuple[Instruction, str, str]]:
         """The collectives in a computation that an instruction calls, and in those it calls."""
         for i in self.module.computations.get(computation, ()):
-            if kind := _kind(i, computation):
+            if kind := kind_of(i, computation):
                 yield i, kind, computation
             if i.called:
                 yield from self._inside(i.called)
@@ -261,26 +227,13 @@ class _Walk:
     ) -> list[Collective]:
         """Adds a collective, unless a part of its chain was added; returns its arrays."""
         if key not in self._found:
-            groups = _groups(i)
-            arrays = self._arrays(i, kind)
-            ways = len(_members(groups) or ())
-            if kind == "reduce-scatter" and i.opcode.startswith("reduce-scatter"):
-                # Its result is a part of what is summed.
-                arrays = [dataclasses.replace(a, shape=(ways, *a.shape)) for a in arrays]
+            groups = groups_of(i)
+            ways = len(members_of(groups) or ())
             self._found[key] = [
                 Collective(kind, array, ways, groups, scope, times, asynchronous)
-                for array in arrays
+                for array in arrays_of(i, kind)
             ]
         return self._found[key]
-
-    def _arrays(self, i: Instruction, kind: str) -> list[Array]:
-        """The arrays of the result: of a start's (operands, result, ...) the second."""
-        elements = hlo.tuple_elements(i.type)
-        if kind == "send":
-            return hlo.arrays(elements[0])
-        if i.opcode.endswith("-start") and i.opcode != "all-reduce-start":
-            return hlo.arrays(elements[1])
-        return hlo.arrays(i.type)
 
     def _occupies(self, arrays: list[Collective]) -> tuple[float, tuple[str, ...]]:
         """The seconds that a collective of these arrays takes, and the links that it takes up."""
@@ -293,7 +246,7 @@ class _Walk:
                 return sent / links.network, ("network",)
             case "collective-permute":  # permutes along other links run at the same time
                 return sent / links.one, (what.groups,)
-        dimensions = links.along(_members(what.groups))
+        dimensions = links.along(members_of(what.groups))
         return sent / (2 * len(dimensions) * links.one), tuple(f"dimension {d}" for d in dimensions)
 
     def _wait(self, at: "_Clock", end: float, what: Collective, times: int) -> None:
@@ -315,40 +268,3 @@ class _Clock:
         end = max([self.now, *(self._free[link] for link in links)]) + seconds
         self._free |= dict.fromkeys(links, end)
         return end
-
-
-def _kind(i: Instruction, computation: str) -> str | None:
-    kind = i.opcode.removesuffix("-start")
-    if kind not in KINDS:
-        return None
-    return (
-        "reduce-scatter" if kind == "all-reduce" and "all-reduce-scatter" in computation else kind
-    )
-
-
-def _groups(i: Instruction) -> str:
-    found = re.search(
-        r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|mesh\S* \{[^}]*\}|\[\S*\])", i.rest
-    )
-    return found[1] if found else ""
-
-
-def _members(groups: str) -> list[int] | None:
-    """The devices of the first group; None where the program does not say."""
-    if groups.startswith("{{"):
-        return [int(n) for n in groups[2:].split("}")[0].split(",") if n]
-    if iota := re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", groups):
-        sizes = [int(n) for n in iota[3].split(",")]
-        order = [int(n) for n in iota[4].split(",")] if iota[4] else range(len(sizes))
-        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
-        return devices.reshape(int(iota[1]), int(iota[2]))[0].tolist()
-    sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", groups)}
-    along = re.search(r"\{(.*)\}", groups)
-    axes = re.findall(r"'(\w+)'", along[1]) if along else []
-    if not axes or not set(axes) <= sizes.keys():
-        return None
-    devices = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-    names = list(sizes)
-    rest = [name for name in names if name not in axes]
-    grouped = devices.transpose([names.index(name) for name in (*axes, *rest)])
-    return grouped.reshape(math.prod(sizes[a] for a in axes), -1)[:, 0].tolist()

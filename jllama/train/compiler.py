@@ -1,6 +1,7 @@
 """The options with which XLA compiles a run's programs."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -56,24 +57,30 @@ def xla_options(compute: ComputeConfig, placement: Placement) -> dict[str, Any]:
     given = dict(getattr(compute.xla, placement.platform, ()))
     options = default_options(placement) | given
     options = {name: value for name, value in options.items() if value is not None}
-    while options:
-        # The compiler names one option at a time, and an empty program is compiled at once.
-        program = jax.jit(
-            lambda: jnp.zeros(()), out_shardings=placement.replicated(), compiler_options=options
-        )
-        try:
-            program.lower().compile()
-            break
-        except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
-            message = " ".join(str(error).removeprefix("INVALID_ARGUMENT: ").split())
-            refused = next((name for name in options if name in message), None)
-            if refused in given:
-                key = f"compute.xla.{placement.platform}"
-                raise UserError(f"{key}: {message[:300]}") from None
-            if refused is None:
-                raise
-            del options[refused]
+    # The compiler names one option at a time.
+    while message := _refusal(tuple(options.items()), placement):
+        refused = next(name for name in options if name in message)
+        if refused in given:
+            raise UserError(f"compute.xla.{placement.platform}: {message}")
+        del options[refused]
     return options
+
+
+@functools.cache
+def _refusal(options: tuple[tuple[str, Any], ...], placement: Placement) -> str:
+    """Why the compiler refuses the options, by an empty program; empty if it takes them."""
+    if not options:
+        return ""
+    where = placement.replicated()
+    program = jax.jit(lambda: jnp.zeros(()), out_shardings=where, compiler_options=dict(options))
+    try:
+        program.lower().compile()
+    except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
+        message = " ".join(str(error).removeprefix("INVALID_ARGUMENT: ").split())[:300]
+        if any(name in message for name, _ in options):
+            return message
+        raise
+    return ""
 
 
 def with_options(config: Config, placement: Placement) -> Config:

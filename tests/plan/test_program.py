@@ -7,7 +7,8 @@ import pytest
 
 from jllama.chips import Chip
 from jllama.plan import hlo
-from jllama.plan.program import Links, _members, collectives, modelled_step
+from jllama.plan.collective import members_of
+from jllama.plan.program import Links, collectives, modelled_step
 
 # A matrix unit of 1 FLOP a cycle at 1 Hz; four links of 100 B/s.
 CHIP = Chip("toy", 1, ici_bandwidth=400, dcn_bandwidth=10, torus=2, flops_per_cycle=1)
@@ -136,8 +137,8 @@ SQUARE = [(x, y, 0) for x in range(2) for y in range(2)]
     ],
 )
 def test_a_collective_has_the_links_of_the_dimensions_that_it_spans(groups, dimensions):
-    assert Links.of(CHIP, places=SQUARE).along(_members(groups)) == dimensions
-    assert Links.of(CHIP).along(_members(groups)) == (0, 1)
+    assert Links.of(CHIP, places=SQUARE).along(members_of(groups)) == dimensions
+    assert Links.of(CHIP).along(members_of(groups)) == (0, 1)
 
 
 STAGES = module("""\
