@@ -4,6 +4,7 @@ Where each device needs only its shard of a sum over devices, XLA's partitioner 
 all-reduce and a slice, which is twice the traffic. This module emits the reduce-scatter itself, and
 on a TPU one for each dimension of the torus that the devices span: for a reduce-scatter over a
 square or a cube of chips the TPU's compiler also falls back to an all-reduce of the whole array.
+Where it runs that all-reduce beside products, this is wanted (`Placement.single_scatter`).
 """
 
 import functools
@@ -115,7 +116,10 @@ def as_sent(gradient: jax.Array) -> jax.Array:
 
 def _scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     before, after = x.shape[:dimension], x.shape[dimension + 1 :]
-    stages = scatter_stages(active_placement().mesh, axes)
+    placement = active_placement()
+    stages = scatter_stages(placement.mesh, axes)
+    if placement.single_scatter:
+        stages = (math.prod(stages),)
     if len(stages) == 1 and math.prod(before) > 1:
         return lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
     if math.prod(before) > 1 and math.prod(after) > 1:

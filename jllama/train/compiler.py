@@ -24,9 +24,18 @@ _SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
 }
+# The v5e has no SparseCore. Its compiler runs no reduce-scatter beside other work, and fuses
+# all-reduces with products; it makes one of a reduce-scatter over a square of chips. Large ones
+# must not be combined, for an all-reduce of several arrays is not fused.
+_FUSED_ALL_REDUCE = "xla_tpu_enable_async_collective_fusion_fuse_all_reduce"
+_ALL_REDUCES = {
+    "xla_enable_async_all_reduce": True,
+    _FUSED_ALL_REDUCE: True,
+    "xla_jf_crs_combiner_threshold_in_bytes": 2**20,
+}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "v4": {},
-    "v5e": _FUSION_MEMORY,
+    "v5e": _FUSION_MEMORY | _ALL_REDUCES,
     "v5p": _FUSION_MEMORY | _SPARSE_CORE,
     "v6e": _SPARSE_CORE,
 }
@@ -64,6 +73,11 @@ def xla_options(compute: ComputeConfig, placement: Placement) -> dict[str, Any]:
             raise UserError(f"compute.xla.{placement.platform}: {message}")
         del options[refused]
     return options
+
+
+def overlaps_all_reduces(options: dict[str, Any]) -> bool:
+    """Whether a TPU's compiler with these options runs all-reduces beside products."""
+    return bool(options.get(_FUSED_ALL_REDUCE))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import optax
 from jllama.config import Config
 from jllama.parallel.product import as_sent
 from jllama.parallel.sharding import Placement
-from jllama.train.compiler import xla_options
+from jllama.train.compiler import overlaps_all_reduces, xla_options
 from jllama.train.loss import Batch
 from jllama.train.optimizer import learning_rate
 from jllama.train.state import StateDef, TrainState, as_float32
@@ -48,7 +48,12 @@ def make_train_step(
     whatever else the loss function adds), grad_norm (before clipping), learning_rate, weight
     (weight_sum: predicted tokens), and every other sum by its name, divided by weight_sum.
     """
-    placement = dataclasses.replace(placement, gradient_dtype=config.training.gradient_dtype)
+    options = xla_options(config.compute, placement)
+    placement = dataclasses.replace(
+        placement,
+        gradient_dtype=config.training.gradient_dtype,
+        single_scatter=overlaps_all_reduces(options),
+    )
     rate = learning_rate(config.training.schedule, config.training.steps)
     optimizer, splits = definition.optimizer, config.training.accumulate
 
@@ -124,7 +129,7 @@ def make_train_step(
         train_step,
         donate_argnums=0,
         out_shardings=(definition.shardings, placement.replicated()),
-        compiler_options=xla_options(config.compute, placement),
+        compiler_options=options,
     )
 
 
