@@ -2,9 +2,9 @@
 
     python -m benchmarks.tpu --peer PYTHON docs/tpu.md     # or: make bench-tpu
 
-No TPU takes part: libtpu compiles both steps for absent chips, the libtpu of MaxText's environment
-for both. `jllama.plan.program` counts the two programs alike. MaxText is compiled as it is, and
-with windowed products off, which its documentation leaves to flags of the compiler.
+No TPU takes part: libtpu compiles both steps for absent chips, with the JAX and the libtpu of
+MaxText's environment. `jllama.plan.program` counts the two programs alike. MaxText is compiled as
+it is, and with windowed products off, which its documentation leaves to flags of the compiler.
 """
 
 import argparse
@@ -105,8 +105,8 @@ class Answer(NamedTuple):
     flags: str = ""
 
 
-def ours(case: Case, libtpu: str) -> Answer:
-    command = [sys.executable, "-m", "jllama", "plan", "--topology", case.topology]
+def ours(case: Case, python: str, libtpu: str) -> Answer:
+    command = [python, "-m", "jllama", "plan", "--topology", case.topology]
     command += [*shlex.split(case.ours), "--tries=0", "--json"]
     env = os.environ | {"TPU_LIBRARY_PATH": libtpu}
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
@@ -228,7 +228,7 @@ def main() -> None:
         if args.only and number not in args.only:
             continue
         print(f"{number}/{len(CASES)} {case.title}", file=sys.stderr, flush=True)
-        answers = {"jllama": ours(case, libtpu)}
+        answers = {"jllama": ours(case, args.peer, libtpu)}
         if case.maxtext:
             answers["MaxText"] = maxtext(case, args.peer, "")
             answers["MaxText, no windows"] = maxtext(case, args.peer, _NO_WINDOWS)

@@ -118,9 +118,7 @@ def _scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     before, after = x.shape[:dimension], x.shape[dimension + 1 :]
     placement = active_placement()
     stages = scatter_stages(placement.mesh, axes)
-    if placement.single_scatter:
-        stages = (math.prod(stages),)
-    if len(stages) == 1 and math.prod(before) > 1:
+    if placement.single_scatter if len(stages) > 1 else math.prod(before) > 1:
         return lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
     if math.prod(before) > 1 and math.prod(after) > 1:
         x = _scatter(jnp.moveaxis(x, dimension, 0), axes, 0)

@@ -36,7 +36,7 @@ class Placement:
     Nothing is sharded or summed over the mesh axes `apart`: they are the `spmd_axis_name` of a
     `jax.vmap` around the function whose arrays this placement places. `gradient_dtype` is that of
     gradients as devices send them; those of a narrower dtype are sent as they are. With
-    `single_scatter` a reduce-scatter is never split into `jllama.parallel.mesh.scatter_stages`.
+    `single_scatter` no reduce-scatter is split into `jllama.parallel.mesh.scatter_stages`.
     """
 
     mesh: Mesh | AbstractMesh

@@ -165,7 +165,6 @@ NOT_FUSED = "compute.xla.tpu.xla_tpu_enable_async_collective_fusion_fuse_all_red
 @pytest.mark.parametrize(
     "topology,accumulate,stages,overrides",
     [
-        ("v5e:2x4", 1, (8,), ()),
         ("v5e:4x4", 2, (4, 4), (NOT_FUSED,)),
         ("v6e:4x4", 1, (4, 4), ()),
         ("v5p:2x2x4", 1, (4, 2, 2), ()),
@@ -182,15 +181,21 @@ def test_a_fully_sharded_step_on_tpu_moves_kernels_in_bfloat16(
     text = compiled(chips, TILED, {"fsdp": len(chips)}, accumulate, *overrides)
     layers, around = counted(text, TILED, len(chips), stages=stages)
     parts = {("reduce-scatter", "part of a kernel"): 7 * L * (len(stages) - 1)}
-    moved = KERNELS | (parts if len(stages) > 1 else {})
-    assert large(layers) == {key: n * accumulate for key, n in moved.items()}
+    assert large(layers) == {key: n * accumulate for key, n in (KERNELS | parts).items()}
     gathered = {c.array.dtype for c in collectives(text) if c.kind == "all-gather"}
     assert gathered <= {"bf16", "s32"}  # float32 parameters are cast before they are gathered
     assert around.pop(("all-to-all", "activation")) == (1 + 1) * accumulate
     assert around.pop(("all-gather", "table")) == accumulate
     assert around.pop(("reduce-scatter", "table")) == accumulate
-    assert around.pop(("reduce-scatter", "part of a table"), 0) == accumulate * (len(stages) - 1)
+    assert around.pop(("reduce-scatter", "part of a table")) == accumulate * (len(stages) - 1)
     assert not large(around)
+
+
+def test_a_rectangle_of_v5e_keeps_its_reduce_scatters(no_cache):
+    """Each over both dimensions at once."""
+    text = compiled(tpu.devices("v5e:2x4"), TILED, {"fsdp": 8})
+    layers, _ = counted(text, TILED, 8)
+    assert large(layers) == KERNELS
 
 
 @pytest.mark.parametrize("accumulate,dtype,hidden", [(1, "f32", 5), (2, "bf16", 2)])

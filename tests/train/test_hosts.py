@@ -223,6 +223,18 @@ def test_bad_input_on_one_host_ends_all_processes_with_the_same_error(recipe, tm
         assert "Traceback" not in process.err
 
 
+def test_an_option_that_xla_refuses_ends_all_processes_before_a_folder_is_made(recipe, tmp_path):
+    given = ["--config", str(recipe), f"--run.folder={tmp_path}", "--compute.xla.cpu.xla_gone=1"]
+    commands = hosts.by_hand(2, "train.py", *given)
+    with hosts.started(commands, [hosts.environment(1)] * 2, tmp_path / "logs") as processes:
+        assert [p.status() for p in processes] == [2, 2]
+    for process in processes:
+        line = process.err.splitlines()[-1]
+        assert re.search(r"compute\.xla\.cpu: No such compile option: 'xla_gone'", line), line
+        assert "Traceback" not in process.err
+    assert {path.name for path in tmp_path.iterdir()} == {"logs"}
+
+
 def test_hosts_that_do_not_share_a_folder_or_a_recipe_are_told_so(recipe, tmp_path):
     folder, logs = tmp_path / "0" / "runs" / "name", tmp_path / "logs"
     given = [
