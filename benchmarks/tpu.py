@@ -24,6 +24,9 @@ from jllama.plan.topology import parse
 from jllama.train.compiler import as_text
 
 ROOT = Path(__file__).parent.parent
+_SHARES = ("100%", "50%")
+_PEERS = ("MaxText", "MaxText, no windows")
+_AS_MAXTEXT = "--training.gradient_dtype=bfloat16"
 _NO_WINDOWS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 _TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -105,9 +108,9 @@ class Answer(NamedTuple):
     flags: str = ""
 
 
-def ours(case: Case, python: str, libtpu: str) -> Answer:
+def ours(case: Case, python: str, libtpu: str, *more: str) -> Answer:
     command = [python, "-m", "jllama", "plan", "--topology", case.topology]
-    command += [*shlex.split(case.ours), "--tries=0", "--json"]
+    command += [*shlex.split(case.ours), *more, "--tries=0", "--json"]
     env = os.environ | {"TPU_LIBRARY_PATH": libtpu}
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     if done.returncode not in (0, 1):
@@ -137,23 +140,34 @@ def maxtext(case: Case, peer: str, flags: str) -> Answer:
     return Answer(answer["peak_bytes"], step)
 
 
+def name_of(case: Case) -> str:
+    return f"{case.title}, {case.topology}"
+
+
 def rows(case: Case, answers: dict[str, Answer]) -> list[str]:
+    """The table's lines; the last column compares with the faster one of `_PEERS`."""
+    peers = [answers[name].step for name in _PEERS if name in answers and answers[name].step]
+    best = {
+        share: min((p["modelled_seconds"][share] for p in peers), default=0) for share in _SHARES
+    }
     lines = []
     for name, answer in answers.items():
-        if answer.step is None:
-            lines.append(f"| {case.title}, {case.topology} | {name} | {answer.failure} | | | | | |")
-            continue
         step = answer.step
+        if step is None:
+            lines.append(f"| {name_of(case)} | {name} | {answer.failure} | | | | | | |")
+            continue
         sent = sum(c["sent_bytes"] for c in step["collectives"])
         hidden = sum(c["sent_bytes"] for c in step["collectives"] if c["asynchronous"])
+        seconds = step["modelled_seconds"]
         cells = (
-            f"{case.title}, {case.topology}",
+            name_of(case),
             name,
             f"{step['estimated_seconds']:.3f}",
             f"{answer.peak / GIB:.2f}",
             f"{sent / 1e9:.1f}",
             f"{hidden / sent:.0%}",
-            *(f"{step['modelled_seconds'][share]:.3f}" for share in ("100%", "50%")),
+            *(f"{seconds[share]:.3f}" for share in _SHARES),
+            " / ".join(f"{seconds[share] / best[share]:.2f}" for share in _SHARES if best[share]),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -162,7 +176,7 @@ def rows(case: Case, answers: dict[str, Answer]) -> list[str]:
 def page(version: str, table: list[str]) -> str:
     head = (
         "step", "program", "estimated cycles, s", "peak GiB", "sent GB", "overlapped",
-        "modelled step, s", "the same, links at 50%, s",
+        "modelled step, s", "the same, links at 50%, s", "of MaxText's",
     )  # fmt: skip
     return "\n".join(
         [
@@ -189,6 +203,11 @@ def page(version: str, table: list[str]) -> str:
             " collectives at the links' published",
             "  bandwidth, or half of it; see [planning.md](planning.md). It is a model, not a"
             " measurement.",
+            "- *of MaxText's*: both modelled steps over those of MaxText's faster setting, with or"
+            " without windows.",
+            "- *bfloat16 sent*: with `training.gradient_dtype: bfloat16`, the dtype in which"
+            " MaxText sends gradients;",
+            "  otherwise jllama sends float32.",
             f"- *no windows*: MaxText with `{_NO_WINDOWS}`;",
             "  *our options*: and with the options of the compiler that jllama takes by default"
             " ([sharding.md](sharding.md#on-tpu-slices)).",
@@ -212,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", required=True, help="the Python of MaxText's environment")
     parser.add_argument(
-        "--only", type=int, nargs="*", help="numbers of cases, from 1, that are printed"
+        "--only", type=int, nargs="*", help="numbers of cases, from 1; the page keeps the others"
     )
     parser.add_argument("page", help="the Markdown file to write")
     args = parser.parse_args()
@@ -223,22 +242,24 @@ def main() -> None:
     )
     done = subprocess.run([args.peer, "-c", ask], stdout=subprocess.PIPE, text=True, check=True)
     libtpu, version = done.stdout.splitlines()
+    before = Path(args.page).read_text(encoding="utf-8").splitlines() if args.only else []
     table = []
     for number, case in enumerate(CASES, 1):
         if args.only and number not in args.only:
+            table += [line for line in before if line.startswith(f"| {name_of(case)} |")]
             continue
         print(f"{number}/{len(CASES)} {case.title}", file=sys.stderr, flush=True)
         answers = {"jllama": ours(case, args.peer, libtpu)}
         if case.maxtext:
-            answers["MaxText"] = maxtext(case, args.peer, "")
-            answers["MaxText, no windows"] = maxtext(case, args.peer, _NO_WINDOWS)
+            answers["jllama, bfloat16 sent"] = ours(case, args.peer, libtpu, _AS_MAXTEXT)
+            for name, flags in zip(_PEERS, ("", _NO_WINDOWS), strict=True):
+                answers[name] = maxtext(case, args.peer, flags)
             flags = f"{_NO_WINDOWS} {answers['jllama'].flags}"
             answers["MaxText, no windows, our options"] = maxtext(case, args.peer, flags)
         found = rows(case, answers)
         print("\n".join(found), flush=True)
         table += found
-    if not args.only:  # else the table is not whole
-        Path(args.page).write_text(page(version, table), encoding="utf-8")
+    Path(args.page).write_text(page(version, table), encoding="utf-8")
 
 
 if __name__ == "__main__":
