@@ -1,10 +1,9 @@
 """Matrix products and table lookups of sharded arrays.
 
 Where each device needs only its shard of a sum over devices, XLA's partitioner may emit an
-all-reduce and a slice, which is twice the traffic. This module emits the reduce-scatter itself, and
-on a TPU one for each dimension of the torus that the devices span: for a reduce-scatter over a
-square or a cube of chips the TPU's compiler also falls back to an all-reduce of the whole array.
-Where it runs that all-reduce beside products, this is wanted (`Placement.single_scatter`).
+all-reduce and a slice, which is twice the traffic. This module emits the reduce-scatter itself. Of
+one over a square or a cube of chips the TPU's compiler makes an all-reduce of the whole array too;
+so this module can emit one for each dimension of the torus that the devices span.
 """
 
 import functools
@@ -118,7 +117,8 @@ def _scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     before, after = x.shape[:dimension], x.shape[dimension + 1 :]
     placement = active_placement()
     stages = scatter_stages(placement.mesh, axes)
-    if placement.single_scatter if len(stages) > 1 else math.prod(before) > 1:
+    untiled = placement.scatter_in_stages if len(stages) > 1 else math.prod(before) == 1
+    if not untiled:
         return lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
     if math.prod(before) > 1 and math.prod(after) > 1:
         x = _scatter(jnp.moveaxis(x, dimension, 0), axes, 0)

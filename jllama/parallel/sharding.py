@@ -36,14 +36,14 @@ class Placement:
     Nothing is sharded or summed over the mesh axes `apart`: they are the `spmd_axis_name` of a
     `jax.vmap` around the function whose arrays this placement places. `gradient_dtype` is that of
     gradients as devices send them; those of a narrower dtype are sent as they are. With
-    `single_scatter` no reduce-scatter is split into `jllama.parallel.mesh.scatter_stages`.
+    `scatter_in_stages` a reduce-scatter is split into `jllama.parallel.mesh.scatter_stages`.
     """
 
     mesh: Mesh | AbstractMesh
     rules: ShardingConfig
     apart: tuple[str, ...] = ()
     gradient_dtype: str = "float32"
-    single_scatter: bool = False
+    scatter_in_stages: bool = False
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -17,24 +17,25 @@ from jllama.parallel.sharding import Placement
 _FUSION_MEMORY = {"xla_tpu_scoped_vmem_limit_kib": 32768}
 # The SparseCore's collectives run beside the TensorCore's products: reduce-scatters, and gathers
 # along one, two and three dimensions of the torus, which would else be fused with products.
+_SPARSE_CORE_SCATTERS = "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter"
 _SPARSE_CORE = {
-    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    _SPARSE_CORE_SCATTERS: True,
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
 }
-# The v5e has no SparseCore. Its compiler runs no reduce-scatter beside other work, and fuses
-# all-reduces with products; it makes one of a reduce-scatter over a square of chips. Large ones
-# must not be combined, for an all-reduce of several arrays is not fused.
-_FUSED_ALL_REDUCE = "xla_tpu_enable_async_collective_fusion_fuse_all_reduce"
+# On v5e all-reduces are fused with products, but none of several arrays: large ones must not be
+# combined. A reduce-scatter over a square of chips is one.
 _ALL_REDUCES = {
     "xla_enable_async_all_reduce": True,
-    _FUSED_ALL_REDUCE: True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
     "xla_jf_crs_combiner_threshold_in_bytes": 2**20,
 }
+# On v4 gathers are else fused with products of both cores, which wait for them.
+_GATHERS = {"xla_enable_async_all_gather": True, "xla_tpu_megacore_fusion_allow_ags": False}
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "v4": {},
+    "v4": _GATHERS,
     "v5e": _FUSION_MEMORY | _ALL_REDUCES,
     "v5p": _FUSION_MEMORY | _SPARSE_CORE,
     "v6e": _SPARSE_CORE,
@@ -75,9 +76,9 @@ def xla_options(compute: ComputeConfig, placement: Placement) -> dict[str, Any]:
     return options
 
 
-def overlaps_all_reduces(options: dict[str, Any]) -> bool:
-    """Whether a TPU's compiler with these options runs all-reduces beside products."""
-    return bool(options.get(_FUSED_ALL_REDUCE))
+def scatters_in_stages(options: dict[str, Any]) -> bool:
+    """Whether a TPU's compiler with these options runs reduce-scatters beside products."""
+    return bool(options.get(_SPARSE_CORE_SCATTERS))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import optax
 from jllama.config import Config
 from jllama.parallel.product import as_sent
 from jllama.parallel.sharding import Placement
-from jllama.train.compiler import overlaps_all_reduces, xla_options
+from jllama.train.compiler import scatters_in_stages, xla_options
 from jllama.train.loss import Batch
 from jllama.train.optimizer import learning_rate
 from jllama.train.state import StateDef, TrainState, as_float32
@@ -52,7 +52,7 @@ def make_train_step(
     placement = dataclasses.replace(
         placement,
         gradient_dtype=config.training.gradient_dtype,
-        single_scatter=overlaps_all_reduces(options),
+        scatter_in_stages=scatters_in_stages(options),
     )
     rate = learning_rate(config.training.schedule, config.training.steps)
     optimizer, splits = definition.optimizer, config.training.accumulate

@@ -59,11 +59,14 @@ SHAPES = [(16, 3, 5), (3, 16, 5), (2, 3, 16), (16,), (1, 16, 5), (3, 16)]
 
 
 @pytest.mark.parametrize("stages", [(8,), (2, 4), (4, 2), (2, 2, 2)])
+@pytest.mark.parametrize("in_stages", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_sum_does_not_depend_on_the_stages(monkeypatch, shape, stages):
+def test_the_sum_does_not_depend_on_the_stages(monkeypatch, shape, in_stages, stages):
     """On whole numbers, whose sums are exact in any order."""
     monkeypatch.setattr(product, "scatter_stages", lambda mesh, axes: stages)
-    placement = Placement(make_mesh(MeshConfig(**SIZES)), ShardingConfig())
+    placement = Placement(
+        make_mesh(MeshConfig(**SIZES)), ShardingConfig(), scatter_in_stages=in_stages
+    )
     dimension = shape.index(16)
     axes = ("fsdp", "tensor")
     parts = tuple(axes if d == dimension else () for d in range(len(shape)))
@@ -86,7 +89,9 @@ def test_the_sum_does_not_depend_on_the_stages(monkeypatch, shape, stages):
 def test_gradients_are_sent_as_rounded_as_the_placement_says(monkeypatch, dtype, stages):
     """Beside the sum in float64. A term and the seven sums on its way are rounded to 8 bits."""
     monkeypatch.setattr(product, "scatter_stages", lambda mesh, axes: stages)
-    placement = Placement(make_mesh(MeshConfig()), ShardingConfig(), gradient_dtype=dtype)
+    placement = Placement(
+        make_mesh(MeshConfig()), ShardingConfig(), gradient_dtype=dtype, scatter_in_stages=True
+    )
     terms = np.random.default_rng(1).normal(size=(8, 64, 32)).astype(np.float32)
 
     def run(terms, gradient):

@@ -159,26 +159,18 @@ def test_collectives_in_loops_are_counted_as_often_as_they_run():
     assert sorted(c.times for c in collectives(unsaid)) == [1, 15]
 
 
-NOT_FUSED = "compute.xla.tpu.xla_tpu_enable_async_collective_fusion_fuse_all_reduce=null"
-
-
 @pytest.mark.parametrize(
-    "topology,accumulate,stages,overrides",
-    [
-        ("v5e:4x4", 2, (4, 4), (NOT_FUSED,)),
-        ("v6e:4x4", 1, (4, 4), ()),
-        ("v5p:2x2x4", 1, (4, 2, 2), ()),
-    ],
+    "topology,accumulate,stages", [("v6e:4x4", 2, (4, 4)), ("v5p:2x2x4", 1, (4, 2, 2))]
 )
 def test_a_fully_sharded_step_on_tpu_moves_kernels_in_bfloat16(
-    no_cache, topology, accumulate, stages, overrides
+    no_cache, topology, accumulate, stages
 ):
     """Also over a square or a cube of chips, where a single reduce-scatter is an all-reduce.
 
     The gradients are reduce-scattered along one dimension of the torus after the other.
     """
     chips = tpu.devices(topology, chips_per_host_bounds=(2, 2, 1))
-    text = compiled(chips, TILED, {"fsdp": len(chips)}, accumulate, *overrides)
+    text = compiled(chips, TILED, {"fsdp": len(chips)}, accumulate)
     layers, around = counted(text, TILED, len(chips), stages=stages)
     parts = {("reduce-scatter", "part of a kernel"): 7 * L * (len(stages) - 1)}
     assert large(layers) == {key: n * accumulate for key, n in (KERNELS | parts).items()}
@@ -196,6 +188,15 @@ def test_a_rectangle_of_v5e_keeps_its_reduce_scatters(no_cache):
     text = compiled(tpu.devices("v5e:2x4"), TILED, {"fsdp": 8})
     layers, _ = counted(text, TILED, 8)
     assert large(layers) == KERNELS
+
+
+def test_v4_gathers_beside_products(no_cache):
+    options = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
+    text = compiled(tpu.devices("v4:2x2x2", **options), TILED, {"fsdp": 8})
+    layers, _ = counted(text, TILED, 8)
+    gathers = ("all-gather", "kernel")
+    assert large(layers) == {gathers: KERNELS[gathers], ("all-reduce", "kernel"): 7 * L}
+    assert all(c.asynchronous for c in collectives(text) if c.kind == "all-gather")
 
 
 @pytest.mark.parametrize("accumulate,dtype,hidden", [(1, "f32", 5), (2, "bf16", 2)])

@@ -97,6 +97,7 @@ def test_gradients_scattered_in_stages_equal_one_device(monkeypatch, sizes, stag
         return stages if ways == along else (ways,)
 
     monkeypatch.setattr("jllama.parallel.product.scatter_stages", staged)
+    monkeypatch.setattr("jllama.train.step.scatters_in_stages", lambda options: True)
     if along == devices:
         check_same(train(recipes.in_memory(), **sizes), one_device)
     else:  # with microbatches, under a vmap over the replicas
