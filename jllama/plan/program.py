@@ -139,6 +139,10 @@ class _Walk:
             if i.opcode == "conditional":
                 at.now += self._branches(i, times, path, where)
                 continue
+            if i.opcode.endswith("-update"):
+                if arrays := at.announced.pop(i.operands[0], None):
+                    at.started[i.name] = at.issue(*self._occupies(arrays)), arrays[0]
+                continue
             if i.opcode.endswith("-done"):
                 started = at.started.pop(i.operands[0], None)
                 if started:
@@ -177,7 +181,9 @@ class _Walk:
             key = (*path, "chain", chain[1]) if chain else (*path, i.name, computation, inner.name)
             where = inner.scope or scope
             arrays = self._note(inner, kind, times, key, where, apart or bool(chain))
-            if not chain:
+            if apart and not i.operands:  # they come with an update, and the transfer begins there
+                at.announced[i.name] = arrays
+            elif not chain:
                 end = at.issue(*self._occupies(arrays))
                 if apart:
                     at.started[i.name] = end, arrays[0]
@@ -261,6 +267,7 @@ class _Clock:
     def __init__(self) -> None:
         self.now = 0.0
         self.started: dict[str, tuple[float, Collective]] = {}
+        self.announced: dict[str, list[Collective]] = {}
         self._free: collections.Counter[str] = collections.Counter()
 
     def issue(self, seconds: float, links: tuple[str, ...]) -> float:

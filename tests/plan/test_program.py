@@ -235,6 +235,24 @@ def test_a_collective_on_the_sparse_core_is_asynchronous():
     assert step.seconds == 3 and step.exposed == {("reduce-scatter", True): 1.0}
 
 
+def test_a_transfer_whose_operands_follow_its_start_begins_with_them():
+    """As libtpu 0.0.46 writes it: a start without operands, and an update that has them."""
+    updated = SPARSE_CORE.replace(
+        "call-start(%x), ", "call-start(), "
+    ).replace(
+        "      %work",
+        f"""\
+      %before = f32[4,100]{{1,0}} fusion(%x), kind=kLoop, calls=%f{cycles(2)}
+      %update = ((f32[4,100]{{1,0}}), f32[1,100]{{1,0}}) call-update(%start, %before)
+      %work""",
+    ).replace("call-done(%start)", "call-done(%update)")  # fmt: skip
+    assert updated.count("update") == 3
+    step = modelled_step(updated, CHIP)
+    (scatter,) = step.collectives
+    assert (scatter.kind, scatter.asynchronous, scatter.sent) == ("reduce-scatter", True, 1200)
+    assert step.seconds == 2 + 3 and step.exposed == {("reduce-scatter", True): 1.0}
+
+
 def test_types_are_read_whole():
     assert [a.bytes for a in hlo.arrays("(f32[2,3]{1,0:T(8,128)}, pred[4], s4[8], f8e4m3fn[2], u32[])")] == [
         24, 4, 4, 2, 4,
