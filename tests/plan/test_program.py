@@ -240,11 +240,10 @@ def test_a_transfer_whose_operands_follow_its_start_begins_with_them():
     updated = SPARSE_CORE.replace(
         "call-start(%x), ", "call-start(), "
     ).replace(
-        "      %work",
-        f"""\
-      %before = f32[4,100]{{1,0}} fusion(%x), kind=kLoop, calls=%f{cycles(2)}
-      %update = ((f32[4,100]{{1,0}}), f32[1,100]{{1,0}}) call-update(%start, %before)
-      %work""",
+        "%work",
+        f"""%before = f32[4,100]{{1,0}} fusion(%x), kind=kLoop, calls=%f{cycles(2)}
+  %update = ((f32[4,100]{{1,0}}), f32[1,100]{{1,0}}) call-update(%start, %before)
+  %work""",
     ).replace("call-done(%start)", "call-done(%update)")  # fmt: skip
     assert updated.count("update") == 3
     step = modelled_step(updated, CHIP)
