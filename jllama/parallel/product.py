@@ -117,6 +117,8 @@ def _scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     before, after = x.shape[:dimension], x.shape[dimension + 1 :]
     placement = active_placement()
     stages = scatter_stages(placement.mesh, axes)
+    # Over one dimension of the torus a leading dimension must be untiled, see below. Over several,
+    # in one collective, the tiled form costs no copies.
     untiled = placement.scatter_in_stages if len(stages) > 1 else math.prod(before) == 1
     if not untiled:
         return lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)

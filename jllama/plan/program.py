@@ -140,8 +140,12 @@ class _Walk:
                 at.now += self._branches(i, times, path, where)
                 continue
             if i.opcode.endswith("-update"):
-                if arrays := at.announced.pop(i.operands[0], None):
+                start = i.operands[0]
+                if start in at.announced:
+                    arrays = at.announced.pop(start)
                     at.started[i.name] = at.issue(*self._occupies(arrays)), arrays[0]
+                elif start in at.started:
+                    at.started[i.name] = at.started.pop(start)
                 continue
             if i.opcode.endswith("-done"):
                 started = at.started.pop(i.operands[0], None)
