@@ -185,18 +185,20 @@ def page(version: str, table: list[str]) -> str:
             "This page is for people who choose between the two: what one compiler makes of the"
             " same training step.",
             "",
-            f"`make bench-tpu` wrote it ({version}). No TPU took part: both steps were compiled for"
-            " absent chips by the same libtpu",
-            "and counted alike, by `jllama.plan.program`. Parameters and optimizer are float32,"
-            " products bfloat16, and each block",
-            "is recomputed (`full`). All figures are per chip and step.",
+            f"`make bench-tpu` wrote it ({version}).",
+            "No TPU took part: the same JAX and libtpu compiled both steps for absent chips, and"
+            " `jllama.plan.program` counted them",
+            "alike. Parameters and optimizer are float32, products bfloat16, and each block is"
+            " recomputed (`full`). All figures are",
+            "per chip and step.",
             "",
             f"| {' | '.join(head)} |",
             f"|{'---|' * len(head)}",
             *table,
             "",
             "- *estimated cycles*: the compiler's estimate over all instructions that have one;"
-            " attention's kernels have none.",
+            " attention's kernels, most of the",
+            "  work at 131,072 tokens, have none.",
             "- *sent*: bytes that leave a chip. *overlapped*: their share in collectives that other"
             " work runs beside.",
             "- *modelled step*: instructions in scheduled order with their estimates, and"
