@@ -119,8 +119,8 @@ def _scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     stages = scatter_stages(placement.mesh, axes)
     # Over one dimension of the torus a leading dimension must be untiled, see below. Over several,
     # in one collective, the tiled form costs no copies.
-    untiled = placement.scatter_in_stages if len(stages) > 1 else math.prod(before) == 1
-    if not untiled:
+    tiled = not placement.scatter_in_stages if len(stages) > 1 else math.prod(before) > 1
+    if tiled:
         return lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
     if math.prod(before) > 1 and math.prod(after) > 1:
         x = _scatter(jnp.moveaxis(x, dimension, 0), axes, 0)
