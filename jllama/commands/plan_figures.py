@@ -23,7 +23,10 @@ def figures_of_step(figures: Figures) -> list[tuple[str, str]]:
             if c["sent_bytes"] >= 1e6
         ]
         if "estimated_seconds" in program:
-            rows.append(("compiler's estimate of its work", _seconds(program["estimated_seconds"])))
+            estimate = _seconds(program["estimated_seconds"])
+            if program["unestimated"]:
+                estimate += f", without {program['unestimated']:,} fusions that have none"
+            rows.append(("compiler's estimate of its work", estimate))
             for share, seconds in program["modelled_seconds"].items():
                 waits = sum(program["exposed_seconds"][share].values())
                 text = f"{_seconds(seconds)}, of which it waits {_seconds(waits)}"

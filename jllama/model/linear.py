@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jllama.model.param import Initializer, declare
+from jllama.model.quantised import dequantised, is_quantised
 from jllama.parallel.product import contract
 from jllama.parallel.sharding import Parts, mesh_axes, pin
 
@@ -114,15 +115,8 @@ def gain(m: jax.Array, norms: jax.Array) -> jax.Array:
 def dense(kernel: Any, dtype: Any) -> jax.Array:
     """The matrix as an array of `dtype`, dequantised if need be."""
     if is_quantised(kernel):
-        from qwix import dequantize  # noqa: PLC0415
-
-        kernel = dequantize(kernel)
+        kernel = dequantised(kernel)
     return kernel.astype(dtype)
-
-
-def is_quantised(kernel: Any) -> bool:
-    """Whether a matrix is a `qwix.QArray`, by its fields: qwix takes half a second to import."""
-    return hasattr(kernel, "qvalue")
 
 
 def column_norms(kernel: Any, overlay: MatrixOverlay, inputs: int) -> jax.Array:

@@ -55,6 +55,7 @@ def counted(
     return figures | {
         "uncounted_loops": steps["100%"].uncounted_loops,
         "estimated_cycles": cycles,
+        "unestimated": steps["100%"].unestimated,
         "estimated_seconds": cycles * chip.flops_per_cycle / chip.flops,
         "modelled_seconds": {share: step.seconds for share, step in steps.items()},
         "exposed_seconds": {

@@ -9,6 +9,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.-]+) = (.*)$", re.S)
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _BITS = re.compile(r"\d+")
+_NO_ESTIMATE = 2**63 - 1  # what the compiler writes for a fusion whose cycles it cannot estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,15 @@ class Instruction:
     @property
     def estimated_cycles(self) -> int:
         """The compiler's estimate of its cycles on a TPU; 0 where it gives none."""
+        return 0 if self.lacks_estimate else self._cycles
+
+    @property
+    def lacks_estimate(self) -> bool:
+        """Whether it is a fusion whose cycles the compiler could not estimate."""
+        return self._cycles == _NO_ESTIMATE
+
+    @property
+    def _cycles(self) -> int:
         found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
         return int(found[1]) if found else 0
 

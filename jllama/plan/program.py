@@ -60,6 +60,8 @@ class Step:
       uncounted_loops: loops whose trips depend on data; each counts as one trip.
       cycles: the compiler's estimate over all instructions that have one, loops multiplied in.
         Pallas kernels, which are attention's, have none.
+      unestimated: fusions, as often as they run, whose cycles the compiler could not estimate;
+        they count as 0.
       seconds: the modelled time; see `modelled_step`.
       exposed: the part of `seconds` in which a device only waits for a collective, by
         (kind, asynchronous).
@@ -68,6 +70,7 @@ class Step:
     collectives: list[Collective]
     uncounted_loops: int
     cycles: int
+    unestimated: int
     seconds: float
     exposed: dict[tuple[str, bool], float]
 
@@ -102,7 +105,14 @@ def modelled_step(
     links = Links.of(chip, share, places)
     walk = _Walk(_parsed(program), links, chip.flops / chip.flops_per_cycle)
     seconds = walk.run()
-    return Step(walk.collectives, walk.uncounted_loops, walk.cycles, seconds, dict(walk.exposed))
+    return Step(
+        walk.collectives,
+        walk.uncounted_loops,
+        walk.cycles,
+        walk.unestimated,
+        seconds,
+        dict(walk.exposed),
+    )
 
 
 class _Walk:
@@ -110,7 +120,7 @@ class _Walk:
 
     def __init__(self, module: Module, links: Links | None, hertz: float):
         self.module, self.links, self.hertz = module, links, hertz
-        self.cycles = self.uncounted_loops = 0
+        self.cycles = self.unestimated = self.uncounted_loops = 0
         self.exposed: collections.Counter[tuple[str, bool]] = collections.Counter()
         self._found: dict[tuple, list[Collective]] = {}
 
@@ -200,6 +210,7 @@ class _Walk:
         for chain_id, arrays in started:
             at.started[chain_id] = at.issue(*self._occupies(arrays)), arrays[0]
         self.cycles += i.estimated_cycles * times
+        self.unestimated += i.lacks_estimate * times
         at.now += i.estimated_cycles / self.hertz
         for chain_id in finished:
             if chain_id in at.started:

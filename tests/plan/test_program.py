@@ -108,6 +108,13 @@ def test_an_asynchronous_collective_takes_time_only_beyond_what_runs_meanwhile()
     assert modelled_step(OVERLAP, CHIP, share=0.5).seconds == 7 + 2 + 3
 
 
+def test_a_fusion_without_an_estimate_is_counted_and_takes_no_time():
+    step = modelled_step(OVERLAP.replace(cycles(4), cycles(2**63 - 1)), CHIP)
+    assert (step.cycles, step.unestimated) == (1 + 2, 1)
+    assert step.seconds == 3 + 0.5 + 1.5
+    assert modelled_step(OVERLAP, CHIP).unestimated == 0
+
+
 PERMUTES = module(f"""\
     ENTRY %main (x: f32[100]) -> f32[100] {{
       %x = f32[100]{{0}} parameter(0)
