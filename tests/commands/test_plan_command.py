@@ -199,7 +199,8 @@ GATHER = {
     "sent_bytes": 3 * 10**9,
 }  # fmt: skip
 PROGRAM = {
-    "collectives": [GATHER], "estimated_cycles": 10, "estimated_seconds": 1.0,
+    "collectives": [GATHER], "estimated_cycles": 10, "unestimated": 1200,
+    "estimated_seconds": 1.0,
     "modelled_seconds": {"100%": 1.25, "50%": 1.5},
     "exposed_seconds": {"100%": {"all-gather, asynchronous": 0.25}, "50%": {"all-reduce": 0.5}},
 }  # fmt: skip
@@ -336,7 +337,7 @@ def test_the_page_is_aligned(recipe, monkeypatch, capsys):
     shown = [tuple(re.split("  +", line.strip())) for line in lines[-5:]]
     assert shown == [
         ("sends by all-gather, bf16, overlapped", "3 GB in 12 arrays"),
-        ("compiler's estimate of its work", "1 s"),
+        ("compiler's estimate of its work", "1 s, without 1,200 fusions that have none"),
         ("modelled step, links at 100%", "1.25 s, of which it waits 0.25 s"),
         ("modelled step, links at 50%", "1.5 s, of which it waits 0.5 s"),
         ("XLA: a", "true"),
