@@ -14,6 +14,24 @@ from pathlib import Path
 import jax
 from absl import app
 from maxtext.trainers.pre_train import train_compile
+from maxtext.utils import lora_utils, model_creation_utils
+
+
+def attach_adapters() -> None:
+    """Attaches LoRA's adapters, if the keys ask for them, as MaxText's `train_sft` does.
+
+    `train_compile` attaches none: then its gradient has no parameters, and is the forward pass.
+    """
+    creator = model_creation_utils.get_nnx_create_model_fn
+    inputs = lora_utils._prepare_dummy_inputs
+
+    def with_adapters(config, mesh, *args, **kwargs):
+        create = creator(config, mesh, *args, **kwargs)
+        # The adapters' shapes come from a traced call: flash attention takes no single token.
+        lora_utils._prepare_dummy_inputs = lambda _: inputs(mesh, seq_len=config.max_target_length)
+        return lambda: lora_utils.apply_lora_to_model(create(), None, config)
+
+    model_creation_utils.get_nnx_create_model_fn = with_adapters
 
 
 def main() -> None:
@@ -34,6 +52,7 @@ def main() -> None:
         sys.exit(0)  # MaxText would go on to print the compiler's statistics
 
     train_compile.jit_and_compile = kept
+    attach_adapters()
     app.run(train_compile.main)
 
 
