@@ -20,7 +20,7 @@ def is_quantised(kernel: Any) -> bool:
 
 
 def dequantised(kernel: Any) -> jax.Array:
-    """The matrix in the dtype of its scales: what `qwix.dequantize` gives, to the bit.
+    """A matrix without zero points, in the dtype of its scales: `qwix.dequantize`, bit for bit.
 
     That function looks NF4 up in a table, with flat indices. The compiler for TPUs makes selects of
     that too, but writes each level to memory.
