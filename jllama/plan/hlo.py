@@ -66,19 +66,13 @@ class Instruction:
         return found[1] if found else ""
 
     @property
-    def estimated_cycles(self) -> int:
-        """The compiler's estimate of its cycles on a TPU; 0 where it gives none."""
-        return 0 if self.lacks_estimate else self._cycles
-
-    @property
-    def lacks_estimate(self) -> bool:
-        """Whether it is a fusion whose cycles the compiler could not estimate."""
-        return self._cycles == _NO_ESTIMATE
-
-    @property
-    def _cycles(self) -> int:
+    def estimated_cycles(self) -> int | None:
+        """The compiler's estimate of its cycles on a TPU: 0 where it gives none, and None for a
+        fusion that it could not estimate.
+        """
         found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
-        return int(found[1]) if found else 0
+        cycles = int(found[1]) if found else 0
+        return None if cycles == _NO_ESTIMATE else cycles
 
     @property
     def constant(self) -> int | None:

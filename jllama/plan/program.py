@@ -209,9 +209,11 @@ class _Walk:
                 finished.append(chain[1])
         for chain_id, arrays in started:
             at.started[chain_id] = at.issue(*self._occupies(arrays)), arrays[0]
-        self.cycles += i.estimated_cycles * times
-        self.unestimated += i.lacks_estimate * times
-        at.now += i.estimated_cycles / self.hertz
+        if (cycles := i.estimated_cycles) is None:
+            self.unestimated += times
+        else:
+            self.cycles += cycles * times
+            at.now += cycles / self.hertz
         for chain_id in finished:
             if chain_id in at.started:
                 self._wait(at, *at.started.pop(chain_id), times)
