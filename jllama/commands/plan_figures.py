@@ -102,6 +102,10 @@ def _exposed(share: str) -> Callable[[Figures], Any]:
     return figure
 
 
+def _unestimated(plan: Figures) -> int | None:
+    return _of_program("unestimated")(plan) or None  # a row only where there are some
+
+
 _COMPARED: tuple[tuple[str, Callable[[Figures], Any], Callable[[Any], str]], ...] = (
     ("recipe", lambda plan: plan["recipe"], str),
     ("devices", lambda plan: plan["devices"], str),
@@ -111,6 +115,7 @@ _COMPARED: tuple[tuple[str, Callable[[Figures], Any], Callable[[Any], str]], ...
     ("memory per device", lambda plan: plan["hbm_bytes_per_device"], _gib),
     ("step at least", lambda plan: max(plan["step_seconds_at_least"].values()), _seconds),
     ("compiler's estimate of its work", _of_program("estimated_seconds"), _seconds),
+    ("fusions that have no estimate", _unestimated, "{:,}".format),
     ("modelled step, links at 100%", _of_program("modelled_seconds", "100%"), _seconds),
     ("of which it waits", _exposed("100%"), _seconds),
     ("modelled step, links at 50%", _of_program("modelled_seconds", "50%"), _seconds),

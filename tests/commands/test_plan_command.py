@@ -209,7 +209,7 @@ PROGRAM = {
 def test_two_plans_stand_side_by_side_with_their_ratios(tmp_path, capsys):
     scatter = GATHER | {"kind": "reduce-scatter", "asynchronous": False}
     second = report(False) | {
-        "program": PROGRAM | {"collectives": [scatter]},
+        "program": PROGRAM | {"collectives": [scatter], "unestimated": 0},
         "topology": "v6e:2x2",
     }
     gpu = report(True) | {"program": {"collectives": []}}
@@ -222,6 +222,7 @@ def test_two_plans_stand_side_by_side_with_their_ratios(tmp_path, capsys):
     assert rows["topology"] == ["v5e:2x2", "v6e:2x2"]
     assert rows["fits"] == ["yes", "no"]
     assert rows["memory per device"] == ["0.50 GiB", "2.00 GiB", "4.000"]
+    assert rows["fusions that have no estimate"] == ["1,200", "-"]
     assert rows["modelled step, links at 50%"] == ["1.5 s", "1.5 s", "1.000"]
     assert rows["sends by all-gather, bf16, overlapped"] == ["3 GB", "0 GB"]
     assert rows["sends by reduce-scatter, bf16, waited for"] == ["0 GB", "3 GB"]
